@@ -1,0 +1,158 @@
+"""Configuration of a mixture: the configurations of its members, their weights and the scheme."""
+
+from typing import Any, ClassVar
+
+import transformers
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.cache_utils import get_layer_types_and_kwargs
+
+from logitmix.mixing import alpha_to_weights, check_weights
+
+FORMAT_VERSION = 1
+
+
+def member_names(num_members: int) -> list[str]:
+    """`["policy", "anchor_0", "anchor_1", …]`. No bare integers: vLLM reads those in a weight's path as the layer."""
+    return ["policy", *(f"anchor_{i}" for i in range(num_members - 1))]
+
+
+class LogitMixConfig(PreTrainedConfig):
+    """Configuration of a [`LogitMixForCausalLM`]: `z_mix = sum_k w_k z_k` over the policy and its anchors.
+
+    Each member's own configuration is an attribute named like the member (`config.policy`, `config.anchor_0`), so
+    that transformers treats them as sub-configurations. `members` lists the names in the order of `weights`, since
+    JSON sorts its keys.
+
+    Args:
+        members: names of the members, the policy first.
+        weights: one weight a member, the defaults of a forward pass that is given none.
+        scheme: `"logit"` (geometric mixture, eq. 1 of arXiv 2605.20555) or `"prob"` (arithmetic).
+        format_version: version of the checkpoint's layout.
+    """
+
+    model_type: ClassVar[str] = "logitmix"
+    has_no_defaults_at_init: ClassVar[bool] = True
+
+    members: list[str] | None = None
+    weights: list[float] | None = None
+    scheme: str = "logit"
+    format_version: int = FORMAT_VERSION
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if not self.members:
+            raise ValueError(
+                "a LogitMixConfig needs its members; build it with LogitMixConfig.from_member_configs"
+            )
+        if self.format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"the checkpoint has format version {self.format_version}, this logitmix reads up to "
+                f"{FORMAT_VERSION}; install a newer logitmix"
+            )
+        missing = [name for name in self.members if name not in kwargs]
+        if missing:
+            raise ValueError(
+                f"the configuration of member {missing[0]!r} is missing; it has {sorted(kwargs)}"
+            )
+        for name in self.members:
+            config = kwargs.pop(name)
+            setattr(self, name, config if isinstance(config, PreTrainedConfig) else _config_from_dict(config))
+        self.weights = check_weights(self.weights or [], len(self.members), self.scheme).tolist()
+        # transformers sets the attention of every sub-configuration to the mixture's, which has none yet
+        attention = {name: getattr(self, name)._attn_implementation for name in self.members}
+        super().__post_init__(**kwargs)
+        self._attn_implementation = {"": self._attn_implementation} | attention
+
+    @classmethod
+    def from_member_configs(
+        cls, configs: list[PreTrainedConfig], weights: Any = None, scheme: str = "logit", **kwargs: Any
+    ) -> "LogitMixConfig":
+        """Configuration of the mixture of `configs`, the policy's first; `weights` default to alpha = 0.5 (K = 2)."""
+        names = member_names(len(configs))
+        if weights is None:
+            weights = default_weights(len(configs))
+        policy = configs[0].get_text_config(decoder=True)
+        special_tokens = {
+            key: getattr(policy, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")
+        }
+        return cls(
+            members=names,
+            weights=check_weights(weights, len(configs), scheme).tolist(),
+            scheme=scheme,
+            **dict(zip(names, configs, strict=True)),
+            **(special_tokens | kwargs),
+        )
+
+    @property
+    def member_configs(self) -> list[PreTrainedConfig]:
+        """The members' configurations, in the order of `weights`."""
+        return [getattr(self, name) for name in self.members or []]
+
+    @property
+    def sub_configs(self) -> dict[str, type[PreTrainedConfig]]:  # type: ignore[override]
+        """A property, not transformers' class attribute: the number of members belongs to the instance."""
+        return {name: type(getattr(self, name)) for name in self.members or [] if hasattr(self, name)}
+
+    @property
+    def _text_configs(self) -> list[PreTrainedConfig]:
+        return [config.get_text_config(decoder=True) for config in self.member_configs]
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that every member has a logit for; members may pad their vocabulary beyond it."""
+        return min(config.vocab_size for config in self._text_configs)
+
+    @property
+    def hidden_size(self) -> int:
+        return max(config.hidden_size for config in self._text_configs)
+
+    @property
+    def max_position_embeddings(self) -> int | None:
+        """The shortest context of the members (`None` where none of them states one)."""
+        contexts = [getattr(config, "max_position_embeddings", None) for config in self._text_configs]
+        return min((context for context in contexts if context is not None), default=None)
+
+    # One KV cache serves all members, each with its own run of layers: what transformers reads to build a cache is
+    # therefore the concatenation of what it would read of the members.
+
+    @property
+    def cache_layers(self) -> list[int]:
+        """Layers that each member has in the mixture's KV cache."""
+        return [len(get_layer_types_and_kwargs(config)[0]) for config in self._text_configs]
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return sum(self.cache_layers)
+
+    @property
+    def layer_types(self) -> list[str]:
+        return [name for config in self._text_configs for name in get_layer_types_and_kwargs(config)[0]]
+
+    @property
+    def per_layer_config(self) -> list[PreTrainedConfig]:  # type: ignore[override]
+        layers = []
+        for config, count in zip(self._text_configs, self.cache_layers, strict=True):
+            layers.extend(list(config.per_layer_config)[:count])
+        return layers
+
+
+def default_weights(num_members: int) -> Any:
+    """alpha = 0.5, the paper's, for a policy and one anchor; more anchors have no default."""
+    if num_members != 2:
+        raise ValueError(
+            f"{num_members} members have no default weights; pass weights=[{num_members} numbers]"
+        )
+    return alpha_to_weights(0.5)
+
+
+def _config_from_dict(values: dict[str, Any]) -> PreTrainedConfig:
+    values = dict(values)
+    model_type = values.pop("model_type")
+    if model_type not in transformers.CONFIG_MAPPING:
+        raise ValueError(
+            f"a member has model type {model_type!r}, which transformers {transformers.__version__} does not know; "
+            "install a version that does"
+        )
+    return AutoConfig.for_model(model_type, **values)

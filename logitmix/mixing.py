@@ -1,0 +1,124 @@
+"""Mixing the logits of K models of one vocabulary into one next-token distribution.
+
+Shape legend: K members, B batch, V vocabulary, `...` any axes between (time, usually).
+
+The convention of alpha lives here and nowhere else: **alpha is the weight of the anchor**, so alpha = 0
+is the policy alone and alpha = 1 the anchor alone (Gan & Zhu, arXiv 2605.20555, eq. 1).
+"""
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Scheme = Literal["logit", "prob"]
+SCHEMES: tuple[str, ...] = get_args(Scheme)
+
+Weights = Sequence[float] | Sequence[Sequence[float]] | Tensor
+"""K numbers, or one row of K numbers a sequence: `[K]` or `[B, K]`."""
+
+_SUM_TOLERANCE = 1e-6
+
+
+def alpha_to_weights(alpha: float | Sequence[float] | Tensor) -> Tensor:
+    """Weights of (policy, anchor) at the anchor weight `alpha`: `[1 - alpha, alpha]`.
+
+    `alpha` is a number (returns `[2]`) or one number a sequence, `[B]` (returns `[B, 2]`).
+    """
+    alpha = torch.as_tensor(alpha, dtype=torch.float64, device="cpu")
+    if alpha.dim() > 1:
+        raise ValueError(
+            f"alpha has shape {list(alpha.shape)}; pass one number, or one number for each sequence of the batch"
+        )
+    return torch.stack([1 - alpha, alpha], dim=-1)
+
+
+def check_weights(weights: Weights, num_members: int, scheme: str) -> Tensor:
+    """`weights` as a float64 CPU tensor `[K]` or `[B, K]`, or a `ValueError` that says what is wrong with them.
+
+    The scheme `"logit"` takes any real weights: negative ones are contrastive decoding, DExperts and proxy tuning.
+    The scheme `"prob"` takes a distribution over the members only.
+    """
+    if scheme not in SCHEMES:
+        raise ValueError(f"scheme is {scheme!r}; it must be one of {', '.join(map(repr, SCHEMES))}")
+    # On the CPU, so that looking at the values never waits for a device.
+    weights = torch.as_tensor(weights, dtype=torch.float64, device="cpu")
+    if weights.dim() not in (1, 2) or weights.shape[-1] != num_members:
+        raise ValueError(
+            f"weights have shape {list(weights.shape)} for {num_members} members; "
+            f"pass {num_members} numbers, or one row of {num_members} for each sequence of the batch"
+        )
+    if not torch.isfinite(weights).all():
+        raise ValueError(f"weights hold a value that is not finite: {weights.tolist()}")
+    if scheme == "prob":
+        is_distribution = (weights >= 0).all() and ((weights.sum(-1) - 1).abs() <= _SUM_TOLERANCE).all()
+        if not is_distribution:
+            raise ValueError(
+                f"scheme 'prob' needs weights >= 0 that sum to 1 (alpha within [0, 1]), got {weights.tolist()}; "
+                "scheme 'logit' takes any real weights"
+            )
+    return weights
+
+
+def mix_logits(logits: Sequence[Tensor], weights: Weights, scheme: Scheme = "logit") -> Tensor:
+    """Logits `[B, ..., V]` of the mixture of K members, in float32 (float64 if a member's are).
+
+    `logits` are K tensors `[B, ..., V]`; `weights` are K numbers, or a row of K a sequence, `[B, K]`.
+
+    - `"logit"`, a geometric mean (eq. 1): `sum_k w_k * z_k`. The result is unnormalised, like any logits.
+    - `"prob"`, an arithmetic mean (section 5): `log(sum_k w_k * softmax(z_k))`, normalised log-probabilities.
+
+    A member of weight 0 does not take part, even where its logits are infinite or NaN.
+
+    >>> policy, anchor = torch.randn(2, 5, 11), torch.randn(2, 5, 11)
+    >>> mixed = mix_logits([policy, anchor], alpha_to_weights(0.3))
+    >>> torch.testing.assert_close(mixed, 0.7 * policy + 0.3 * anchor)
+
+    Raises `ValueError` for weights that `check_weights` refuses.
+    """
+    weights = check_weights(weights, len(logits), scheme)
+    active = [k for k in range(len(logits)) if (weights[..., k] != 0).any()]
+    if not active:  # every weight is 0: the uniform distribution
+        return torch.zeros_like(_upcast(logits[0]))
+    terms = []
+    for k in active:
+        z = _upcast(logits[k])
+        if scheme == "prob":
+            z = torch.log_softmax(z, dim=-1)
+        terms.append(_weigh(z, weights[..., k], scheme))
+    if scheme == "logit":
+        return torch.stack(terms).sum(0) if len(terms) > 2 else sum(terms[1:], terms[0])
+    return _logsumexp(terms)
+
+
+def _upcast(z: Tensor) -> Tensor:
+    return z if z.dtype == torch.float64 else z.float()
+
+
+def _weigh(z_BV: Tensor, weight: Tensor, scheme: str) -> Tensor:
+    """`w * z` (logit) or `log w + z` (prob) for one member; `weight` is a scalar or `[B]`."""
+    if weight.dim() == 0:
+        if weight == 1:
+            return z_BV
+        return z_BV * weight.item() if scheme == "logit" else z_BV + weight.log().item()
+    weight = weight.to(z_BV).view(-1, *[1] * (z_BV.dim() - 1))
+    # `where` on the way in as well: the gradient of 0 * inf would be NaN
+    off = weight == 0
+    z_BV = torch.where(off, torch.zeros_like(z_BV), z_BV)
+    if scheme == "logit":
+        return z_BV * weight
+    return torch.where(
+        off, torch.full_like(z_BV, -torch.inf), z_BV + weight.clamp_min(torch.finfo(z_BV.dtype).tiny).log()
+    )
+
+
+def _logsumexp(terms: list[Tensor]) -> Tensor:
+    """`log(sum_k exp(term_k))`; a token that every member rules out stays at -inf, with gradient 0."""
+    out = terms[0]
+    for term in terms[1:]:
+        ruled_out = torch.isneginf(out) & torch.isneginf(term)
+        # logaddexp's gradient at (-inf, -inf) is NaN, so those entries go through it as zeros
+        mixed = torch.logaddexp(out.masked_fill(ruled_out, 0.0), term.masked_fill(ruled_out, 0.0))
+        out = mixed.masked_fill(ruled_out, -torch.inf)
+    return out

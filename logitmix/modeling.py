@@ -1,0 +1,413 @@
+"""The mixture as a Hugging Face causal language model.
+
+Shape legend: K members, B batch, T time, V vocabulary.
+
+`LogitMixForCausalLM` holds the policy and its frozen anchors as submodules (`policy`, `anchor_0`, …), runs them on
+the same tokens and returns their mixed logits. One KV cache serves all members: each sees its own run of layers.
+Members run through their own forward, so whatever an architecture does to its logits (soft-capping, scaling,
+biases) happens before the mixing.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationMixin,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from logitmix.configuration import LogitMixConfig
+from logitmix.logprobs import mixture_log_probs
+from logitmix.members import load_member, load_tokenizer, require_same_tokenizer
+from logitmix.mixing import Scheme, Weights, alpha_to_weights, check_weights, mix_logits
+
+Alpha = float | Sequence[float] | Tensor
+
+
+class LogitMixForCausalLM(PreTrainedModel, GenerationMixin):
+    """A policy and K - 1 frozen anchors, mixed in the logits: `z_mix = sum_k w_k z_k` (arXiv 2605.20555, eq. 1).
+
+    Build one with [`LogitMixForCausalLM.from_members`]; save and load it like any model of transformers. The policy
+    is `model.policy`, an ordinary model: `model.policy.save_pretrained(folder)` exports it alone.
+
+    `forward` and `generate` take `alpha` (K = 2) or `weights`, one for the batch or one for each sequence; without
+    them the weights of the configuration hold. Members of weight 0 throughout the batch are not run.
+
+    Example:
+
+        model = LogitMixForCausalLM.from_members("base", "sft", alpha=0.5)
+        model.generate(**tokenizer(["2+2="], return_tensors="pt"), max_new_tokens=8, alpha=0.3)
+    """
+
+    config_class = LogitMixConfig
+    config: LogitMixConfig
+    # Not the policy's: code that reaches for a backbone and an output embedding (TRL's fused LM head) would then
+    # score the policy alone, silently, while `generate` samples from the mixture.
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = False
+
+    def __init__(self, config: LogitMixConfig, members: Sequence[PreTrainedModel] | None = None) -> None:
+        super().__init__(config)
+        if members is None:
+            members = [
+                AutoModelForCausalLM.from_config(
+                    member_config, dtype=config.dtype, attn_implementation=member_config._attn_implementation
+                )
+                for member_config in config.member_configs
+            ]
+        for name, member in zip(config.members, members, strict=True):
+            self.add_module(name, member)
+            setattr(config, name, member.config)
+        self.tokenizer: PreTrainedTokenizerBase | None = None
+        self.post_init()
+        self._freeze_anchors()
+
+    @classmethod
+    def from_members(
+        cls,
+        policy: PreTrainedModel | str,
+        anchors: PreTrainedModel | str | Sequence[PreTrainedModel | str],
+        alpha: float | None = None,
+        weights: Sequence[float] | None = None,
+        scheme: Scheme = "logit",
+        **kwargs: Any,
+    ) -> "LogitMixForCausalLM":
+        """The mixture of `policy` and `anchors` (models, folders or hub ids).
+
+        Args:
+            alpha: weight of the anchor, with one anchor; 0 is the policy alone. Default 0.5, the paper's.
+            weights: one number a member, the policy's first; instead of `alpha`.
+            scheme: `"logit"` or `"prob"`.
+            kwargs: for `AutoModelForCausalLM.from_pretrained` of the members given as folders or ids (`dtype=`, …).
+
+        Members given as folders or ids must share one tokenizer, which the mixture keeps and saves.
+
+        Raises `ValueError` for a member that does not exist, tokenizers that differ, or weights that do not fit.
+        """
+        sources = [policy, *([anchors] if isinstance(anchors, (str, PreTrainedModel)) else anchors)]
+        if len(sources) < 2:
+            raise ValueError("a mixture needs at least one anchor, got none")
+        if alpha is not None:
+            weights = _alpha_weights(alpha, weights, len(sources)).tolist()
+        for i, source in enumerate(sources):
+            if isinstance(source, PreTrainedModel) and any(source is other for other in sources[:i]):
+                raise ValueError(
+                    "the same model object is given twice; freezing the anchor would freeze the policy with it. "
+                    "Load it twice, or pass copy.deepcopy(model) as the anchor"
+                )
+        tokenizers = [load_tokenizer(source) for source in sources if isinstance(source, str)]
+        tokenizer = require_same_tokenizer([t for t in tokenizers if t is not None])
+        members = [load_member(source, **kwargs) if isinstance(source, str) else source for source in sources]
+        config = LogitMixConfig.from_member_configs(
+            [member.config for member in members], weights, scheme, dtype=members[0].dtype
+        )
+        if tokenizer is not None and len(tokenizer) > config.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {len(tokenizer)} tokens, but a member has logits for only {config.vocab_size}; "
+                "the members' vocabularies may differ in padding rows alone"
+            )
+        model = cls(config, members)
+        model.tokenizer = tokenizer
+        if members[0].generation_config is not None:
+            model.generation_config = members[0].generation_config
+        return model.train(members[0].training)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; the anchors come back frozen."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # output_loading_info=True gives a pair
+        model._freeze_anchors()
+        return loaded
+
+    # --- the members ------------------------------------------------------------------------------------------
+
+    @property
+    def members(self) -> list[PreTrainedModel]:
+        """The policy, then the anchors, in the order of the weights."""
+        return [getattr(self, name) for name in self.config.members]
+
+    @property
+    def anchors(self) -> list[PreTrainedModel]:
+        return self.members[1:]
+
+    @property
+    def alpha(self) -> float:
+        """The anchor's weight in the configuration (K = 2, weights that sum to 1)."""
+        if len(self.config.weights) != 2:
+            raise ValueError(f"a mixture of {len(self.config.weights)} members has weights, not an alpha")
+        return self.config.weights[1]
+
+    @alpha.setter
+    def alpha(self, alpha: float) -> None:
+        weights = _alpha_weights(alpha, None, len(self.config.weights))
+        self.config.weights = check_weights(weights, len(self.config.weights), self.config.scheme).tolist()
+
+    def _freeze_anchors(self) -> None:
+        for anchor in self.anchors:
+            anchor.requires_grad_(False)
+            anchor.eval()
+
+    def train(self, mode: bool = True) -> "LogitMixForCausalLM":
+        """Training mode for the policy; the anchors stay in evaluation mode (no dropout)."""
+        super().train(mode)
+        for anchor in self.anchors:
+            anchor.eval()
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> "LogitMixForCausalLM":
+        """Gradients for the policy; the anchors stay frozen."""
+        self.policy.requires_grad_(requires_grad)
+        return self
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Checkpointing of the policy's activations; the anchors have none to keep."""
+        self.policy.gradient_checkpointing_enable(*args, **kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.policy.gradient_checkpointing_disable()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The policy's embeddings; those of the anchors stay as they are."""
+        return self.policy.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.policy.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> None:
+        """None: no single matrix maps a hidden state to the mixture's logits."""
+        return None
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        raise ValueError(
+            "a mixture cannot resize its vocabulary; resize every member, then build the mixture"
+        )
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Save the mixture: configuration, generation configuration, every member's weights, the tokenizer if known."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if self.tokenizer is not None and kwargs.get("is_main_process", True):
+            self.tokenizer.save_pretrained(save_directory)
+
+    # --- forward ----------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        alpha: Alpha | None = None,
+        weights: Weights | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits `[B, T, V]` of the mixture in float32, as any causal language model's forward gives its own.
+
+        `alpha` is one number or one a sequence `[B]`; `weights` are K numbers or `[B, K]`. `hidden_states` and
+        `attentions`, where asked for, are the members' tuples one after another.
+        """
+        weights = self._resolve_weights(alpha, weights)
+        # HF's convention for a label of -100 and the shift by one hold, since the loss is of the mixed logits
+        logits, past_key_values, outputs = self._member_logits(
+            weights, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
+            logits_to_keep, **kwargs,
+        )  # fmt: skip
+        mixed = mix_logits(logits, weights, self.config.scheme)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=mixed, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=mixed,
+            past_key_values=past_key_values,
+            hidden_states=_concatenate(outputs, "hidden_states"),
+            attentions=_concatenate(outputs, "attentions"),
+        )
+
+    def score(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        temperature: float = 1.0,
+        alpha: Alpha | None = None,
+        weights: Weights | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probability under the mixture of each label, and the mixture's entropy there: two `[B, T - 1]`.
+
+        Entry t is about the token at t + 1. Where the label is -100 both are 0. The temperature divides the mixed
+        logits, so these are the log-probabilities of the tokens as `generate(temperature=…)` samples them.
+        """
+        weights = self._resolve_weights(alpha, weights)
+        targets = labels[:, 1:]
+        wanted = (targets != -100).any(0).nonzero()
+        T = targets.shape[1]
+        keep = T - int(wanted[0]) if len(wanted) else 1
+        logits, _, _ = self._member_logits(
+            weights, input_ids, attention_mask, use_cache=False, logits_to_keep=keep + 1
+        )
+        targets = targets[:, T - keep :]
+        log_probs, entropy = mixture_log_probs(
+            [z[:, :-1] for z in logits], weights, targets.clamp(min=0), self.config.scheme, temperature
+        )
+        ignored = targets == -100
+        return tuple(
+            nn.functional.pad(x.masked_fill(ignored, 0.0), (T - keep, 0)) for x in (log_probs, entropy)
+        )  # type: ignore[return-value]
+
+    def _resolve_weights(self, alpha: Alpha | None, weights: Weights | None) -> Tensor:
+        if alpha is not None:
+            weights = _alpha_weights(alpha, weights, len(self.config.weights))
+        elif weights is None:
+            weights = self.config.weights
+        return check_weights(weights, len(self.config.weights), self.config.scheme)
+
+    def _member_logits(
+        self,
+        weights: Tensor,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> tuple[list[Tensor], Cache | None, list[Any]]:
+        """Each member's logits over the shared vocabulary; for a member of weight 0 the first active one's.
+
+        (Those are not looked at by `mix_logits`, which leaves out members of weight 0.)
+        """
+        if inputs_embeds is not None:
+            raise ValueError(
+                "a mixture takes input_ids, not inputs_embeds: each member embeds tokens on its own"
+            )
+        if weights.dim() == 2 and len(weights) != len(input_ids):
+            raise ValueError(f"weights have {len(weights)} rows for a batch of {len(input_ids)} sequences")
+        active = (weights.reshape(-1, weights.shape[-1]) != 0).any(0).tolist()
+        if not any(active):
+            active[0] = True  # all weights 0: the uniform distribution still needs a shape
+        use_cache = self.config.policy.use_cache if use_cache is None else use_cache
+        if self.training and self.policy.is_gradient_checkpointing:
+            use_cache = False
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        caches = self._member_caches(past_key_values)
+        if past_key_values is not None and not torch.compiler.is_compiling():
+            _require_cached_tokens(self.config.members, active, caches, input_ids, attention_mask)
+
+        outputs: list[Any] = []
+        logits: list[Tensor | None] = []
+        for name, member, cache, is_active in zip(
+            self.config.members, self.members, caches, active, strict=True
+        ):
+            if not is_active:
+                logits.append(None)
+                continue
+            with torch.set_grad_enabled(torch.is_grad_enabled() and name == "policy"):
+                output = member(
+                    input_ids=input_ids,
+                    attention_mask=attention_mask,
+                    position_ids=position_ids,
+                    past_key_values=cache,
+                    use_cache=use_cache,
+                    logits_to_keep=logits_to_keep,
+                    **kwargs,
+                )
+            outputs.append(output)
+            logits.append(output.logits[..., : self.config.vocab_size])
+        filler = next(z for z in logits if z is not None)
+        return [filler if z is None else z for z in logits], past_key_values, outputs
+
+    def _member_caches(self, cache: Cache | None) -> list[Cache | None]:
+        """One view of the shared cache a member: its own layers, so that it reads no other member's length."""
+        if cache is None:
+            return [None] * len(self.config.members)
+        # A cache made without a config grows by layers as they are asked for; a view of it needs them to exist.
+        while (
+            cache.layer_class_to_replicate is not None and len(cache.layers) < self.config.num_hidden_layers
+        ):
+            cache.layers.append(cache.layer_class_to_replicate())
+        views, start = [], 0
+        for count in self.config.cache_layers:
+            view = Cache(layers=cache.layers[start : start + count])
+            if cache.offloading:
+                view.offloading, view.only_non_sliding = True, cache.only_non_sliding
+                view.prefetch_stream = cache.prefetch_stream
+            views.append(view)
+            start += count
+        return views
+
+    # --- generation -------------------------------------------------------------------------------------------
+
+    def generate(
+        self, *args: Any, alpha: Alpha | None = None, weights: Weights | None = None, **kwargs: Any
+    ) -> Any:
+        """`GenerationMixin.generate`, sampling token by token from the mixture (eq. 3) at `alpha` or `weights`."""
+        resolved = self._resolve_weights(alpha, weights)
+        if alpha is not None or weights is not None:
+            # A row a sequence is a tensor, which `generate` repeats along with beams and returned sequences; weights
+            # of the whole batch are a list, which it leaves alone.
+            kwargs["weights"] = resolved if resolved.dim() == 2 else resolved.tolist()
+        return super().generate(*args, **kwargs)
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Tensor | None, **kwargs: Any) -> Tensor | None:
+        """Keep the 2D mask: each member builds the masks of its own layers (`generate` calls this by name)."""
+        return attention_mask
+
+
+def _alpha_weights(alpha: Alpha, weights: Weights | None, num_members: int) -> Tensor:
+    if weights is not None:
+        raise ValueError("pass alpha or weights, not both")
+    if num_members != 2:
+        raise ValueError(f"alpha weighs one anchor against the policy; {num_members} members need weights")
+    return alpha_to_weights(alpha)
+
+
+def _concatenate(outputs: list[Any], field: str) -> tuple[Tensor, ...] | None:
+    values = [getattr(output, field, None) for output in outputs]
+    return None if any(value is None for value in values) else tuple(x for value in values for x in value)
+
+
+def _require_cached_tokens(
+    names: list[str],
+    active: list[bool],
+    caches: list[Cache],
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+) -> None:
+    """A member that was skipped (weight 0) lacks those tokens in its cache and must not be mixed in later."""
+    lengths = {name: int(cache.get_seq_length()) for name, cache, on in zip(names, caches, active) if on}
+    expected = max(lengths.values())
+    if attention_mask is not None and attention_mask.dim() == 2:
+        expected = attention_mask.shape[1] - input_ids.shape[1]
+    short = [name for name, length in lengths.items() if length != expected]
+    if short:
+        raise ValueError(
+            f"the KV cache holds {lengths[short[0]]} tokens of {short[0]}, but {expected} came before this one: the "
+            "member was skipped while its weight was 0. Start with a new cache when a weight leaves 0"
+        )
+
+
+AutoConfig.register(LogitMixConfig.model_type, LogitMixConfig)
+AutoModelForCausalLM.register(LogitMixConfig, LogitMixForCausalLM)
