@@ -1,13 +1,16 @@
 """Configuration of a mixture: the configurations of its members, their weights and the scheme."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import transformers
+from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.cache_utils import get_layer_types_and_kwargs
 
-from logitmix.mixing import alpha_to_weights, check_weights
+from logitmix.mixing import Weights, alpha_to_weights, check_weights
 
+Alpha = float | Sequence[float] | Tensor
 FORMAT_VERSION = 1
 
 
@@ -43,9 +46,7 @@ class LogitMixConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         if not self.members:
-            raise ValueError(
-                "a LogitMixConfig needs its members; build it with LogitMixConfig.from_member_configs"
-            )
+            raise ValueError("a LogitMixConfig needs its members; build it with LogitMixConfig.from_member_configs")
         if self.format_version > FORMAT_VERSION:
             raise ValueError(
                 f"the checkpoint has format version {self.format_version}, this logitmix reads up to "
@@ -53,17 +54,16 @@ class LogitMixConfig(PreTrainedConfig):
             )
         missing = [name for name in self.members if name not in kwargs]
         if missing:
-            raise ValueError(
-                f"the configuration of member {missing[0]!r} is missing; it has {sorted(kwargs)}"
-            )
+            raise ValueError(f"the configuration of member {missing[0]!r} is missing; it has {sorted(kwargs)}")
         for name in self.members:
             config = kwargs.pop(name)
             setattr(self, name, config if isinstance(config, PreTrainedConfig) else _config_from_dict(config))
         self.weights = check_weights(self.weights or [], len(self.members), self.scheme).tolist()
-        # transformers sets the attention of every sub-configuration to the mixture's, which has none yet
-        attention = {name: getattr(self, name)._attn_implementation for name in self.members}
+        # Asked for none, each member keeps its own: transformers would overwrite it with the mixture's, None
+        for field in ("attn_implementation", "experts_implementation"):
+            if kwargs.get(field) is None:
+                kwargs[field] = {name: getattr(getattr(self, name), f"_{field}") for name in self.members}
         super().__post_init__(**kwargs)
-        self._attn_implementation = {"": self._attn_implementation} | attention
 
     @classmethod
     def from_member_configs(
@@ -71,15 +71,11 @@ class LogitMixConfig(PreTrainedConfig):
     ) -> "LogitMixConfig":
         """Configuration of the mixture of `configs`, the policy's first; `weights` default to alpha = 0.5 (K = 2)."""
         names = member_names(len(configs))
-        if weights is None:
-            weights = default_weights(len(configs))
         policy = configs[0].get_text_config(decoder=True)
-        special_tokens = {
-            key: getattr(policy, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")
-        }
+        special_tokens = {key: getattr(policy, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         return cls(
             members=names,
-            weights=check_weights(weights, len(configs), scheme).tolist(),
+            weights=resolve_weights(None, weights, len(configs), scheme).tolist(),
             scheme=scheme,
             **dict(zip(names, configs, strict=True)),
             **(special_tokens | kwargs),
@@ -138,13 +134,26 @@ class LogitMixConfig(PreTrainedConfig):
         return layers
 
 
-def default_weights(num_members: int) -> Any:
-    """alpha = 0.5, the paper's, for a policy and one anchor; more anchors have no default."""
-    if num_members != 2:
-        raise ValueError(
-            f"{num_members} members have no default weights; pass weights=[{num_members} numbers]"
-        )
-    return alpha_to_weights(0.5)
+def resolve_weights(
+    alpha: Alpha | None, weights: Weights | None, num_members: int, scheme: str, default: Weights | None = None
+) -> Tensor:
+    """The weights that `alpha` or `weights` ask for, or else `default`, checked: `[K]` or `[B, K]`.
+
+    Without a default it is alpha = 0.5, the paper's, for a policy and one anchor; more anchors have none.
+    """
+    if alpha is not None:
+        if weights is not None:
+            raise ValueError("pass alpha or weights, not both")
+        if num_members != 2:
+            raise ValueError(f"alpha weighs one anchor against the policy; {num_members} members need weights")
+        weights = alpha_to_weights(alpha)
+    elif weights is None:
+        weights = default
+    if weights is None:
+        if num_members != 2:
+            raise ValueError(f"{num_members} members have no default weights; pass weights=[{num_members} numbers]")
+        weights = alpha_to_weights(0.5)
+    return check_weights(weights, num_members, scheme)
 
 
 def _config_from_dict(values: dict[str, Any]) -> PreTrainedConfig:

@@ -15,9 +15,7 @@ from logitmix.mixing import Scheme, Weights, check_weights, mix_logits
 _CHUNK_ELEMENTS = 1 << 26
 
 
-def log_probs_and_entropy(
-    logits_BTV: Tensor, targets_BT: Tensor, temperature: float = 1.0
-) -> tuple[Tensor, Tensor]:
+def log_probs_and_entropy(logits_BTV: Tensor, targets_BT: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """`log softmax(z / temperature)` at the targets, and the entropy of that softmax, both `[B, T]`.
 
     Tokens of probability 0 (logits of -inf) count nothing in the entropy.
@@ -42,8 +40,8 @@ def mixture_log_probs(
     The batch is taken in chunks of sequences whose mixture is computed again in the backward pass, so that of the
     vocabulary-sized tensors only the members' own logits outlive the call.
     """
-    weights = check_weights(weights, len(logits), scheme)
     B, T, V = logits[0].shape
+    weights = check_weights(weights, len(logits), scheme, batch=B)
     rows = max(1, _CHUNK_ELEMENTS // max(1, T * V))
 
     def chunk(weights_BK: Tensor, targets: Tensor, *chunk_logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,8 +54,6 @@ def mixture_log_probs(
         chunk_logits = [z[start:stop] for z in logits]
         arguments = (chunk_weights, targets_BT[start:stop], *chunk_logits)
         needs_grad = torch.is_grad_enabled() and any(z.requires_grad for z in chunk_logits)
-        results.append(
-            checkpoint(chunk, *arguments, use_reentrant=False) if needs_grad else chunk(*arguments)
-        )
+        results.append(checkpoint(chunk, *arguments, use_reentrant=False) if needs_grad else chunk(*arguments))
     log_probs, entropies = zip(*results, strict=True)
     return torch.cat(log_probs), torch.cat(entropies)

@@ -1,9 +1,40 @@
 """Loading members and holding their tokenizers against each other."""
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+Member = PreTrainedModel | str | os.PathLike[str]
+
+
+def open_members(
+    sources: Sequence[Member], **kwargs: Any
+) -> tuple[list[PreTrainedModel], PreTrainedTokenizerBase | None]:
+    """The members, loaded where they are folders or hub ids, and the one tokenizer of those that have it beside them.
+
+    Raises `ValueError` for a member that does not exist or is given twice, and for tokenizers that differ.
+    """
+    for i, source in enumerate(sources):
+        if isinstance(source, PreTrainedModel) and any(source is other for other in sources[:i]):
+            raise ValueError(
+                "the same model object is given twice; freezing the anchor would freeze the policy with it. "
+                "Load it twice, or pass copy.deepcopy(model) as the anchor"
+            )
+    # The tokenizers first: they are small, and what they rule out need not be loaded.
+    tokenizers = [load_tokenizer(str(source)) for source in sources if not isinstance(source, PreTrainedModel)]
+    tokenizer = require_same_tokenizer([t for t in tokenizers if t is not None])
+    members = [
+        source if isinstance(source, PreTrainedModel) else load_member(str(source), **kwargs) for source in sources
+    ]
+    vocab_size = min(member.config.get_text_config(decoder=True).vocab_size for member in members)
+    if tokenizer is not None and len(tokenizer) > vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens, but a member has logits for only {vocab_size}; "
+            "the members' vocabularies may differ in padding rows alone"
+        )
+    return members, tokenizer
 
 
 def load_member(source: str, **kwargs: Any) -> PreTrainedModel:

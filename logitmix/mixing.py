@@ -34,11 +34,11 @@ def alpha_to_weights(alpha: float | Sequence[float] | Tensor) -> Tensor:
     return torch.stack([1 - alpha, alpha], dim=-1)
 
 
-def check_weights(weights: Weights, num_members: int, scheme: str) -> Tensor:
+def check_weights(weights: Weights, num_members: int, scheme: str, batch: int | None = None) -> Tensor:
     """`weights` as a float64 CPU tensor `[K]` or `[B, K]`, or a `ValueError` that says what is wrong with them.
 
     The scheme `"logit"` takes any real weights: negative ones are contrastive decoding, DExperts and proxy tuning.
-    The scheme `"prob"` takes a distribution over the members only.
+    The scheme `"prob"` takes a distribution over the members only. `batch` is the number of sequences, where known.
     """
     if scheme not in SCHEMES:
         raise ValueError(f"scheme is {scheme!r}; it must be one of {', '.join(map(repr, SCHEMES))}")
@@ -49,6 +49,8 @@ def check_weights(weights: Weights, num_members: int, scheme: str) -> Tensor:
             f"weights have shape {list(weights.shape)} for {num_members} members; "
             f"pass {num_members} numbers, or one row of {num_members} for each sequence of the batch"
         )
+    if weights.dim() == 2 and batch is not None and len(weights) != batch:
+        raise ValueError(f"weights have {len(weights)} rows for a batch of {batch} sequences")
     if not torch.isfinite(weights).all():
         raise ValueError(f"weights hold a value that is not finite: {weights.tolist()}")
     if scheme == "prob":
@@ -69,7 +71,8 @@ def mix_logits(logits: Sequence[Tensor], weights: Weights, scheme: Scheme = "log
     - `"logit"`, a geometric mean (eq. 1): `sum_k w_k * z_k`. The result is unnormalised, like any logits.
     - `"prob"`, an arithmetic mean (section 5): `log(sum_k w_k * softmax(z_k))`, normalised log-probabilities.
 
-    A member of weight 0 does not take part, even where its logits are infinite or NaN.
+    A member of weight 0 does not take part, even where its logits are infinite or NaN. A token that a member of
+    positive weight rules out with a logit of -inf stays ruled out, whatever members of negative weight say.
 
     >>> policy, anchor = torch.randn(2, 5, 11), torch.randn(2, 5, 11)
     >>> mixed = mix_logits([policy, anchor], alpha_to_weights(0.3))
@@ -77,19 +80,18 @@ def mix_logits(logits: Sequence[Tensor], weights: Weights, scheme: Scheme = "log
 
     Raises `ValueError` for weights that `check_weights` refuses.
     """
-    weights = check_weights(weights, len(logits), scheme)
+    weights = check_weights(weights, len(logits), scheme, batch=len(logits[0]))
     active = [k for k in range(len(logits)) if (weights[..., k] != 0).any()]
     if not active:  # every weight is 0: the uniform distribution
         return torch.zeros_like(_upcast(logits[0]))
-    terms = []
-    for k in active:
-        z = _upcast(logits[k])
-        if scheme == "prob":
-            z = torch.log_softmax(z, dim=-1)
-        terms.append(_weigh(z, weights[..., k], scheme))
-    if scheme == "logit":
-        return torch.stack(terms).sum(0) if len(terms) > 2 else sum(terms[1:], terms[0])
-    return _logsumexp(terms)
+    terms = [_weigh(_upcast(logits[k]), weights[..., k], scheme) for k in active]
+    if scheme == "prob":
+        return _logsumexp(terms)
+    mixed = torch.stack(terms).sum(0) if len(terms) > 2 else sum(terms[1:], terms[0])
+    if (weights < 0).any():  # only then can a term be +inf, and the sum NaN
+        ruled_out = torch.stack([torch.isneginf(term) for term in terms]).any(0)
+        mixed = mixed.masked_fill(ruled_out, -torch.inf)
+    return mixed
 
 
 def _upcast(z: Tensor) -> Tensor:
@@ -97,20 +99,14 @@ def _upcast(z: Tensor) -> Tensor:
 
 
 def _weigh(z_BV: Tensor, weight: Tensor, scheme: str) -> Tensor:
-    """`w * z` (logit) or `log w + z` (prob) for one member; `weight` is a scalar or `[B]`."""
-    if weight.dim() == 0:
-        if weight == 1:
-            return z_BV
-        return z_BV * weight.item() if scheme == "logit" else z_BV + weight.log().item()
-    weight = weight.to(z_BV).view(-1, *[1] * (z_BV.dim() - 1))
-    # `where` on the way in as well: the gradient of 0 * inf would be NaN
-    off = weight == 0
-    z_BV = torch.where(off, torch.zeros_like(z_BV), z_BV)
-    if scheme == "logit":
-        return z_BV * weight
-    return torch.where(
-        off, torch.full_like(z_BV, -torch.inf), z_BV + weight.clamp_min(torch.finfo(z_BV.dtype).tiny).log()
-    )
+    """`w * z` (logit) or `log w + log softmax(z)` (prob) for one member; `weight` is a scalar or `[B]`."""
+    if weight.dim() == 1:
+        weight = weight.to(z_BV).view(-1, *[1] * (z_BV.dim() - 1))
+        # before anything else: behind a softmax, the gradient of an infinite or NaN row would be NaN, not 0
+        z_BV = z_BV.masked_fill(weight == 0, 0.0)
+    if scheme == "prob":
+        return torch.log_softmax(z_BV, dim=-1) + weight.log()
+    return z_BV * weight
 
 
 def _logsumexp(terms: list[Tensor]) -> Tensor:

@@ -8,6 +8,7 @@ Members run through their own forward, so whatever an architecture does to its l
 biases) happens before the mixing.
 """
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,13 +23,13 @@ from transformers import (
 )
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
-from logitmix.configuration import LogitMixConfig
+from logitmix.caches import member_caches, require_cached_tokens
+from logitmix.configuration import Alpha, LogitMixConfig, resolve_weights
 from logitmix.logprobs import mixture_log_probs
-from logitmix.members import load_member, load_tokenizer, require_same_tokenizer
-from logitmix.mixing import Scheme, Weights, alpha_to_weights, check_weights, mix_logits
-
-Alpha = float | Sequence[float] | Tensor
+from logitmix.members import Member, open_members
+from logitmix.mixing import Scheme, Weights, mix_logits
 
 
 class LogitMixForCausalLM(PreTrainedModel, GenerationMixin):
@@ -78,8 +79,8 @@ class LogitMixForCausalLM(PreTrainedModel, GenerationMixin):
     @classmethod
     def from_members(
         cls,
-        policy: PreTrainedModel | str,
-        anchors: PreTrainedModel | str | Sequence[PreTrainedModel | str],
+        policy: Member,
+        anchors: Member | Sequence[Member],
         alpha: float | None = None,
         weights: Sequence[float] | None = None,
         scheme: Scheme = "logit",
@@ -97,32 +98,18 @@ class LogitMixForCausalLM(PreTrainedModel, GenerationMixin):
 
         Raises `ValueError` for a member that does not exist, tokenizers that differ, or weights that do not fit.
         """
-        sources = [policy, *([anchors] if isinstance(anchors, (str, PreTrainedModel)) else anchors)]
+        sources = [policy, *(anchors if isinstance(anchors, (list, tuple)) else [anchors])]
         if len(sources) < 2:
             raise ValueError("a mixture needs at least one anchor, got none")
-        if alpha is not None:
-            weights = _alpha_weights(alpha, weights, len(sources)).tolist()
-        for i, source in enumerate(sources):
-            if isinstance(source, PreTrainedModel) and any(source is other for other in sources[:i]):
-                raise ValueError(
-                    "the same model object is given twice; freezing the anchor would freeze the policy with it. "
-                    "Load it twice, or pass copy.deepcopy(model) as the anchor"
-                )
-        tokenizers = [load_tokenizer(source) for source in sources if isinstance(source, str)]
-        tokenizer = require_same_tokenizer([t for t in tokenizers if t is not None])
-        members = [load_member(source, **kwargs) if isinstance(source, str) else source for source in sources]
+        resolved = resolve_weights(alpha, weights, len(sources), scheme)
+        members, tokenizer = open_members(sources, **kwargs)
         config = LogitMixConfig.from_member_configs(
-            [member.config for member in members], weights, scheme, dtype=members[0].dtype
+            [member.config for member in members], resolved, scheme, dtype=members[0].dtype
         )
-        if tokenizer is not None and len(tokenizer) > config.vocab_size:
-            raise ValueError(
-                f"the tokenizer has {len(tokenizer)} tokens, but a member has logits for only {config.vocab_size}; "
-                "the members' vocabularies may differ in padding rows alone"
-            )
         model = cls(config, members)
         model.tokenizer = tokenizer
         if members[0].generation_config is not None:
-            model.generation_config = members[0].generation_config
+            model.generation_config = copy.deepcopy(members[0].generation_config)
         return model.train(members[0].training)
 
     @classmethod
@@ -153,8 +140,7 @@ class LogitMixForCausalLM(PreTrainedModel, GenerationMixin):
 
     @alpha.setter
     def alpha(self, alpha: float) -> None:
-        weights = _alpha_weights(alpha, None, len(self.config.weights))
-        self.config.weights = check_weights(weights, len(self.config.weights), self.config.scheme).tolist()
+        self.config.weights = self._resolve_weights(alpha, None).tolist()
 
     def _freeze_anchors(self) -> None:
         for anchor in self.anchors:
@@ -189,21 +175,19 @@ class LogitMixForCausalLM(PreTrainedModel, GenerationMixin):
 
     def get_output_embeddings(self) -> None:
         """None: no single matrix maps a hidden state to the mixture's logits."""
-        return None
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
-        raise ValueError(
-            "a mixture cannot resize its vocabulary; resize every member, then build the mixture"
-        )
+        raise ValueError("a mixture cannot resize its vocabulary; resize every member, then build the mixture")
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Save the mixture: configuration, generation configuration, every member's weights, the tokenizer if known."""
+        """Save the mixture: its two configurations, every member's weights, and the tokenizer if it is known."""
         super().save_pretrained(save_directory, *args, **kwargs)
         if self.tokenizer is not None and kwargs.get("is_main_process", True):
             self.tokenizer.save_pretrained(save_directory)
 
     # --- forward ----------------------------------------------------------------------------------------------
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -232,9 +216,7 @@ class LogitMixForCausalLM(PreTrainedModel, GenerationMixin):
         mixed = mix_logits(logits, weights, self.config.scheme)
         loss = None
         if labels is not None:
-            loss = self.loss_function(
-                logits=mixed, labels=labels, vocab_size=self.config.vocab_size, **kwargs
-            )
+            loss = self.loss_function(logits=mixed, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=mixed,
@@ -270,16 +252,11 @@ class LogitMixForCausalLM(PreTrainedModel, GenerationMixin):
             [z[:, :-1] for z in logits], weights, targets.clamp(min=0), self.config.scheme, temperature
         )
         ignored = targets == -100
-        return tuple(
-            nn.functional.pad(x.masked_fill(ignored, 0.0), (T - keep, 0)) for x in (log_probs, entropy)
-        )  # type: ignore[return-value]
+        return tuple(nn.functional.pad(x.masked_fill(ignored, 0.0), (T - keep, 0)) for x in (log_probs, entropy))  # type: ignore[return-value]
 
     def _resolve_weights(self, alpha: Alpha | None, weights: Weights | None) -> Tensor:
-        if alpha is not None:
-            weights = _alpha_weights(alpha, weights, len(self.config.weights))
-        elif weights is None:
-            weights = self.config.weights
-        return check_weights(weights, len(self.config.weights), self.config.scheme)
+        default = self.config.weights
+        return resolve_weights(alpha, weights, len(default), self.config.scheme, default)
 
     def _member_logits(
         self,
@@ -298,9 +275,7 @@ class LogitMixForCausalLM(PreTrainedModel, GenerationMixin):
         (Those are not looked at by `mix_logits`, which leaves out members of weight 0.)
         """
         if inputs_embeds is not None:
-            raise ValueError(
-                "a mixture takes input_ids, not inputs_embeds: each member embeds tokens on its own"
-            )
+            raise ValueError("a mixture takes input_ids, not inputs_embeds: each member embeds tokens on its own")
         if weights.dim() == 2 and len(weights) != len(input_ids):
             raise ValueError(f"weights have {len(weights)} rows for a batch of {len(input_ids)} sequences")
         active = (weights.reshape(-1, weights.shape[-1]) != 0).any(0).tolist()
@@ -311,57 +286,31 @@ class LogitMixForCausalLM(PreTrainedModel, GenerationMixin):
             use_cache = False
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        caches = self._member_caches(past_key_values)
+        caches = dict(zip(self.config.members, member_caches(past_key_values, self.config), strict=True))
+        running = [name for name, is_active in zip(self.config.members, active, strict=True) if is_active]
         if past_key_values is not None and not torch.compiler.is_compiling():
-            _require_cached_tokens(self.config.members, active, caches, input_ids, attention_mask)
+            require_cached_tokens({name: caches[name] for name in running}, input_ids, attention_mask)
 
-        outputs: list[Any] = []
-        logits: list[Tensor | None] = []
-        for name, member, cache, is_active in zip(
-            self.config.members, self.members, caches, active, strict=True
-        ):
-            if not is_active:
-                logits.append(None)
-                continue
+        outputs: dict[str, Any] = {}
+        for name in running:
             with torch.set_grad_enabled(torch.is_grad_enabled() and name == "policy"):
-                output = member(
+                outputs[name] = getattr(self, name)(
                     input_ids=input_ids,
                     attention_mask=attention_mask,
                     position_ids=position_ids,
-                    past_key_values=cache,
+                    past_key_values=caches[name],
                     use_cache=use_cache,
                     logits_to_keep=logits_to_keep,
+                    return_dict=True,
                     **kwargs,
                 )
-            outputs.append(output)
-            logits.append(output.logits[..., : self.config.vocab_size])
-        filler = next(z for z in logits if z is not None)
-        return [filler if z is None else z for z in logits], past_key_values, outputs
-
-    def _member_caches(self, cache: Cache | None) -> list[Cache | None]:
-        """One view of the shared cache a member: its own layers, so that it reads no other member's length."""
-        if cache is None:
-            return [None] * len(self.config.members)
-        # A cache made without a config grows by layers as they are asked for; a view of it needs them to exist.
-        while (
-            cache.layer_class_to_replicate is not None and len(cache.layers) < self.config.num_hidden_layers
-        ):
-            cache.layers.append(cache.layer_class_to_replicate())
-        views, start = [], 0
-        for count in self.config.cache_layers:
-            view = Cache(layers=cache.layers[start : start + count])
-            if cache.offloading:
-                view.offloading, view.only_non_sliding = True, cache.only_non_sliding
-                view.prefetch_stream = cache.prefetch_stream
-            views.append(view)
-            start += count
-        return views
+        logits = {name: output.logits[..., : self.config.vocab_size] for name, output in outputs.items()}
+        filler = logits[running[0]]
+        return [logits.get(name, filler) for name in self.config.members], past_key_values, list(outputs.values())
 
     # --- generation -------------------------------------------------------------------------------------------
 
-    def generate(
-        self, *args: Any, alpha: Alpha | None = None, weights: Weights | None = None, **kwargs: Any
-    ) -> Any:
+    def generate(self, *args: Any, alpha: Alpha | None = None, weights: Weights | None = None, **kwargs: Any) -> Any:
         """`GenerationMixin.generate`, sampling token by token from the mixture (eq. 3) at `alpha` or `weights`."""
         resolved = self._resolve_weights(alpha, weights)
         if alpha is not None or weights is not None:
@@ -370,43 +319,20 @@ class LogitMixForCausalLM(PreTrainedModel, GenerationMixin):
             kwargs["weights"] = resolved if resolved.dim() == 2 else resolved.tolist()
         return super().generate(*args, **kwargs)
 
+    def _get_candidate_generator(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
+        """An assistant drafts with its own weights, if it has any (`generate` would hand it the mixture's)."""
+        model_kwargs = {key: value for key, value in model_kwargs.items() if key != "weights"}
+        return super()._get_candidate_generator(*args, model_kwargs=model_kwargs, **kwargs)
+
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None, **kwargs: Any) -> Tensor | None:
         """Keep the 2D mask: each member builds the masks of its own layers (`generate` calls this by name)."""
         return attention_mask
 
 
-def _alpha_weights(alpha: Alpha, weights: Weights | None, num_members: int) -> Tensor:
-    if weights is not None:
-        raise ValueError("pass alpha or weights, not both")
-    if num_members != 2:
-        raise ValueError(f"alpha weighs one anchor against the policy; {num_members} members need weights")
-    return alpha_to_weights(alpha)
-
-
 def _concatenate(outputs: list[Any], field: str) -> tuple[Tensor, ...] | None:
     values = [getattr(output, field, None) for output in outputs]
     return None if any(value is None for value in values) else tuple(x for value in values for x in value)
-
-
-def _require_cached_tokens(
-    names: list[str],
-    active: list[bool],
-    caches: list[Cache],
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-) -> None:
-    """A member that was skipped (weight 0) lacks those tokens in its cache and must not be mixed in later."""
-    lengths = {name: int(cache.get_seq_length()) for name, cache, on in zip(names, caches, active) if on}
-    expected = max(lengths.values())
-    if attention_mask is not None and attention_mask.dim() == 2:
-        expected = attention_mask.shape[1] - input_ids.shape[1]
-    short = [name for name, length in lengths.items() if length != expected]
-    if short:
-        raise ValueError(
-            f"the KV cache holds {lengths[short[0]]} tokens of {short[0]}, but {expected} came before this one: the "
-            "member was skipped while its weight was 0. Start with a new cache when a weight leaves 0"
-        )
 
 
 AutoConfig.register(LogitMixConfig.model_type, LogitMixConfig)

@@ -1,0 +1,46 @@
+"""One KV cache for all members: each member's view of it is its own run of layers."""
+
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from logitmix.configuration import LogitMixConfig
+
+
+def member_caches(cache: Cache | None, config: LogitMixConfig) -> list[Cache | None]:
+    """A view of the shared cache for each member, in the order of the weights.
+
+    A view shares the layers' objects, so what a member writes is in the shared cache, and a member reads the
+    sequence's length from its own first layer: never from one that an earlier member has already extended.
+    """
+    if cache is None:
+        return [None] * len(config.cache_layers)
+    # A cache made without a config grows by layers as they are asked for; a view of it needs them to exist.
+    while cache.layer_class_to_replicate is not None and len(cache.layers) < config.num_hidden_layers:
+        cache.layers.append(cache.layer_class_to_replicate())
+    views, start = [], 0
+    for count in config.cache_layers:
+        view = Cache(layers=cache.layers[start : start + count])
+        if cache.offloading:
+            view.offloading, view.only_non_sliding = True, cache.only_non_sliding
+            view.prefetch_stream = cache.prefetch_stream
+        views.append(view)
+        start += count
+    return views
+
+
+def require_cached_tokens(caches: dict[str, Cache], input_ids: Tensor, attention_mask: Tensor | None) -> None:
+    """Raise `ValueError` where a member that is about to run lacks earlier tokens in its cache.
+
+    `caches` are the views of the members that run, by name. A member lacks tokens if it was skipped, at weight 0,
+    when they were read; mixing it in afterwards would be silently wrong.
+    """
+    lengths = {name: int(cache.get_seq_length()) for name, cache in caches.items()}
+    expected = max(lengths.values())
+    if attention_mask is not None and attention_mask.dim() == 2:
+        expected = attention_mask.shape[1] - input_ids.shape[1]
+    for name, length in lengths.items():
+        if length != expected:
+            raise ValueError(
+                f"the KV cache holds {length} tokens of {name}, but {expected} came before this one: the member was "
+                "skipped while its weight was 0. Start with a new cache when a weight leaves 0"
+            )

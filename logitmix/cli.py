@@ -1,0 +1,53 @@
+"""The command line: one thin command a verb."""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+from importlib.metadata import version
+
+VERBS = {
+    "quickstart": ("logitmix.commands.quickstart", "from nothing to a report, on a laptop's CPU, without downloads"),
+    "sft": ("logitmix.commands.sft", "make an anchor from a task's demonstrations"),
+    "train": ("logitmix.commands.train", "GRPO of the mixture of a policy and a frozen anchor"),
+    "eval": ("logitmix.commands.evaluate", "greedy accuracy of policy, anchor and mixture on the same problems"),
+}
+
+USAGE = "usage: logitmix VERB [flags]      (logitmix VERB --help for its flags)\n\n" + "".join(
+    f"  {verb:<12}{what}\n" for verb, (_, what) in VERBS.items()
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a verb. Wrong input is answered by one sentence and exit status 2."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        print(f"logitmix {version('logitmix')}")
+        return 0
+    verb, *flags = argv
+    if verb not in VERBS:
+        nearest = get_close_matches(verb, VERBS, n=1, cutoff=0.0)[0]
+        return _fail(f"there is no command {verb!r}; did you mean {nearest!r}? The commands are {', '.join(VERBS)}")
+    # Our own bars show what is loaded and written; these have to be set before transformers is imported.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        importlib.import_module(VERBS[verb][0]).main(flags)
+    except ValueError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _fail(message: str) -> int:
+    print(f"logitmix: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""Flags and config files: TRL's parser and conventions, with every mistake answered in one sentence."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from typing import Any, NoReturn
+
+import yaml
+from trl import TrlParser
+
+from logitmix.tasks import TASKS, Task, load_task
+
+
+@dataclass
+class TaskArguments:
+    """Which problems, and how many of them."""
+
+    task: str = field(default="arithmetic", metadata={"help": f"One of {', '.join(TASKS)}."})
+    data: str | None = field(default=None, metadata={"help": "Local folder or file, in place of the hub's data."})
+    train_limit: int | None = field(default=None, metadata={"help": "Train on the first so many problems only."})
+    eval_limit: int = field(default=200, metadata={"help": "Evaluate on the first so many test problems."})
+
+    def load(self, seed: int) -> Task:
+        return load_task(self.task, data=self.data, seed=seed)
+
+
+@dataclass
+class ModelArguments:
+    """Which checkpoint, and how it is loaded."""
+
+    model_name_or_path: str = field(metadata={"help": "Folder or hub id of the model (of the policy, in training)."})
+    dtype: str = field(default="float32", metadata={"help": "Weights' dtype: float32, bfloat16, float16 or auto."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager, flash_attention_2, …"})
+
+    @property
+    def init_kwargs(self) -> dict[str, Any]:
+        """Arguments for `from_pretrained`."""
+        return {"dtype": self.dtype, "attn_implementation": self.attn_implementation}
+
+
+class _Parser(TrlParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def parse(program: str, description: str, dataclasses: Sequence[type], argv: Sequence[str]) -> tuple[Any, ...]:
+    """Instances of the dataclasses from `--config file.yaml` and flags, which go over the file.
+
+    Raises `ValueError` for an unknown key or flag, naming the nearest valid one, and for a value that does not parse.
+    """
+    parser = _Parser(
+        list(dataclasses),
+        prog=program,
+        description=f"{description} Flags can also stand in a YAML file: --config recipe.yaml.",
+        allow_abbrev=False,
+    )
+    try:
+        *parsed, from_config, from_flags = parser.parse_args_and_config(
+            argv, return_remaining_strings=True, separate_remaining_strings=True
+        )
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise ValueError(f"the config file {error.filename!r} does not exist") from error
+    except IndexError as error:
+        raise ValueError("--config needs the path of a YAML file") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"the config file is not YAML: {' '.join(str(error).split())}") from error
+    known = [f.name for dataclass_type in dataclasses for f in fields(dataclass_type) if f.init]
+    for source, strings in (("config file", from_config), ("command line", from_flags)):
+        for string in strings:
+            if string.startswith("--"):
+                key = string[2:].split("=")[0].replace("-", "_")
+                nearest = get_close_matches(key, known, n=1, cutoff=0.0)[0]
+                raise ValueError(f"unknown key {key!r} on the {source}; did you mean {nearest!r}?")
+        if strings:
+            raise ValueError(f"{strings[0]!r} on the {source} belongs to no flag")
+    return tuple(parsed)

@@ -1,0 +1,283 @@
+"""`logitmix quickstart`: the paper's story at toy size, from nothing to a report, on a CPU and without downloads.
+
+1. A small Qwen2 learns arithmetic from worked solutions that reason well and rarely keep the format: the base.
+2. Demonstrations that keep the format and slip in the algebra turn a copy of it into the anchor: the SFT model.
+3. The untrained pair is mixed at every alpha, by both schemes (the paper's table 4).
+4. Two arms train with the same rollouts: the mixture from the base, and GRPO with a KL penalty from the SFT model.
+5. One table, two figures, and every number as JSON lines.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import datasets
+from transformers import (
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Tokenizer,
+    set_seed,
+)
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers.utils import logging as transformers_logging
+from trl import SFTConfig, SFTTrainer
+
+from logitmix.commands.arguments import parse
+from logitmix.commands.runs import (
+    EVALUATIONS_FILE,
+    RESPONSES_FILE,
+    EverySteps,
+    MetricsFile,
+    ProgressBar,
+    append_jsonl,
+    claim_folder,
+    console,
+    progress_bar,
+    read_jsonl,
+)
+from logitmix.commands.train import build_trainer, evaluation
+from logitmix.evaluation.decode import greedy_responses, members_of
+from logitmix.evaluation.metrics import Rates, rates_by
+from logitmix.members import load_member
+from logitmix.modeling import LogitMixForCausalLM
+from logitmix.report import plot_curves, plot_sweep, print_rates, print_sweep
+from logitmix.tasks import Problem
+from logitmix.tasks.arithmetic import Arithmetic
+from logitmix.training.grpo import LogitMixGRPOConfig
+from logitmix.training.sft import sft_dataset
+
+EOS, PAD = "<|endoftext|>", "<|pad|>"
+SWEEP_ALPHAS = [i / 10 for i in range(11)]
+MAX_NEW_TOKENS = 48
+# On a CPU and for a tiny model: float32 throughout, nothing recomputed, nothing saved on the way
+QUIET: dict[str, Any] = {
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "save_strategy": "no",
+    "report_to": [],
+    "disable_tqdm": True,
+}
+
+
+@dataclass
+class QuickstartArguments:
+    """Sizes of the quickstart; the defaults take a few minutes on 2 cores."""
+
+    output_dir: str | None = field(default=None, metadata={"help": "Default runs/quickstart-<time>."})
+    seed: int = field(default=0, metadata={"help": "Seed of the data, the models and the rollouts."})
+    alpha: float = field(default=0.5, metadata={"help": "Weight of the anchor in training."})
+    base_steps: int = field(default=450, metadata={"help": "Steps of 64 solutions that make the base model."})
+    sft_steps: int = field(default=150, metadata={"help": "Steps of 64 demonstrations that make the anchor."})
+    rl_steps: int = field(default=24, metadata={"help": "Training steps of each arm."})
+    questions: int = field(default=32, metadata={"help": "Questions a training step."})
+    num_generations: int = field(default=8, metadata={"help": "Rollouts a question."})
+    rl_learning_rate: float = field(default=3e-4, metadata={"help": "Learning rate of both arms."})
+    eval_limit: int = field(default=200, metadata={"help": "Test problems of every evaluation."})
+    eval_every: int = field(default=4, metadata={"help": "Training steps between evaluations."})
+
+
+def main(argv: Sequence[str]) -> None:
+    (args,) = parse("logitmix quickstart", "From nothing to a report on a CPU.", (QuickstartArguments,), argv)
+    started = time.monotonic()
+    # our bars show the same, a line a stage
+    datasets.disable_progress_bars()
+    transformers_logging.disable_progress_bar()
+    folder = Path(args.output_dir or f"runs/quickstart-{datetime.now():%Y%m%d-%H%M%S}")
+    claim_folder(str(folder), {"command": "quickstart"} | vars(args))
+    task = Arithmetic(seed=args.seed)
+    problems = task.problems("test", args.eval_limit)
+    tokenizer = character_tokenizer(task.alphabet)
+
+    set_seed(args.seed)
+    base = tiny_model(len(tokenizer))
+    sft(base, task.base_corpus(64 * args.base_steps), folder / "base", tokenizer, "1 base model", 3e-3, args.seed)
+    anchor = load_member(str(folder / "base"))
+    sft(anchor, task.demonstrations(64 * args.sft_steps), folder / "sft", tokenizer, "2 SFT model", 1e-3, args.seed)
+
+    sweep = sweep_alphas(folder, task, problems)
+    mixing = rl_config(args, folder / "fixed_mixing", anchor=str(folder / "sft"), alpha=args.alpha)
+    canonical = rl_config(args, folder / "grpo_kl", beta=0.01, loss_type="grpo")
+    final: dict[str, Rates] = {}
+    for title, start, config in (
+        ("4 fixed mixing", "base", mixing),
+        ("4 GRPO+KL", "sft", canonical),
+    ):
+        final |= train_arm(title, task, problems, str(folder / start), config, args)
+
+    report(folder, args, sweep, final)
+    console.print(
+        f"Seed {args.seed}, {time.monotonic() - started:.0f} s. Everything is in {folder}: sweep.png, curves.png, "
+        "results.jsonl, and a checkpoint of each model."
+    )
+
+
+def character_tokenizer(alphabet: str) -> Qwen2Tokenizer:
+    """A tokenizer with one token a character of the (ASCII) alphabet, EOS and padding.
+
+    A Qwen2 tokenizer without merges, since `AutoTokenizer` loads that class beside a Qwen2 model whatever was saved.
+    """
+    symbols = bytes_to_unicode()
+    tokens = [EOS, PAD, *(symbols[ord(character)] for character in alphabet)]
+    return Qwen2Tokenizer(
+        vocab={token: i for i, token in enumerate(tokens)},
+        merges=[],
+        eos_token=EOS,
+        unk_token=EOS,
+        pad_token=PAD,
+        padding_side="left",
+    )
+
+
+def tiny_model(vocab_size: int) -> Qwen2ForCausalLM:
+    """A Qwen2 of about 0.4 million parameters."""
+    return Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=vocab_size,
+            hidden_size=96,
+            intermediate_size=256,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+            eos_token_id=0,
+            pad_token_id=1,
+        )
+    )
+
+
+def sft(
+    model: PreTrainedModel,
+    rows: list[dict[str, str]],
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    title: str,
+    learning_rate: float,
+    seed: int,
+) -> None:
+    """One pass of TRL's SFT over the rows, 64 a step, saved into the folder."""
+    args = SFTConfig(
+        output_dir=str(folder),
+        per_device_train_batch_size=64,
+        num_train_epochs=1,
+        learning_rate=learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=20,
+        seed=seed,
+        logging_steps=10,
+        **QUIET,
+    )
+    dataset, _ = sft_dataset(rows, tokenizer, args.max_length)
+    trainer = SFTTrainer(model, args=args, train_dataset=dataset, processing_class=tokenizer)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(ProgressBar(title))
+    trainer.train()
+    trainer.save_model()
+
+
+def sweep_alphas(folder: Path, task: Arithmetic, problems: list[Problem]) -> list[dict[str, Any]]:
+    """Rates of the untrained pair at each alpha, by both schemes: table 4."""
+    tokenizer = AutoTokenizer.from_pretrained(folder / "sft")
+    alphas = {f"{alpha:.1f}": alpha for alpha in SWEEP_ALPHAS}
+    rows: list[dict[str, Any]] = []
+    with progress_bar() as bar:
+        row = bar.add_task("3 sweep of alpha", total=2 * len(alphas) * len(problems), info="")
+        for scheme in ("logit", "prob"):
+            model = LogitMixForCausalLM.from_members(str(folder / "base"), str(folder / "sft"), scheme=scheme)
+            responses = greedy_responses(
+                model, tokenizer, task, problems, alphas, MAX_NEW_TOKENS, progress=lambda n: bar.advance(row, n)
+            )
+            rates = rates_by([response.as_dict() for response in responses], "alpha")
+            rows += [{"scheme": scheme, "alpha": alpha} | asdict(r) for alpha, r in rates.items()]
+    return rows
+
+
+def rl_config(args: QuickstartArguments, folder: Path, **arm: Any) -> LogitMixGRPOConfig:
+    """One update a step on all of its rollouts; the arms differ in `arm` alone."""
+    return LogitMixGRPOConfig(
+        output_dir=str(folder),
+        per_device_train_batch_size=args.questions * args.num_generations,
+        num_generations=args.num_generations,
+        max_steps=args.rl_steps,
+        max_completion_length=MAX_NEW_TOKENS,
+        learning_rate=args.rl_learning_rate,
+        lr_scheduler_type="constant",
+        seed=args.seed,
+        logging_steps=1,
+        **QUIET,
+        **arm,
+    )
+
+
+def train_arm(
+    title: str,
+    task: Arithmetic,
+    problems: list[Problem],
+    start: str,
+    config: LogitMixGRPOConfig,
+    args: QuickstartArguments,
+) -> dict[str, Rates]:
+    """Train one arm, evaluating as it goes; the final rates of its members."""
+    rows = task.problems("train", args.rl_steps * args.questions)
+    trainer = build_trainer(task, rows, start, config)
+    folder = Path(config.output_dir)
+    folder.mkdir(exist_ok=True)
+    trainer.remove_callback(PrinterCallback)
+    tokenizer = trainer.processing_class
+    for callback in (
+        ProgressBar(title),
+        MetricsFile(),
+        EverySteps(args.eval_every, evaluation(trainer, tokenizer, task, problems, folder)),
+    ):
+        trainer.add_callback(callback)
+    trainer.train()
+    trainer.save_model()
+    responses = greedy_responses(trainer.model, tokenizer, task, problems, members_of(trainer.model), MAX_NEW_TOKENS)
+    append_jsonl(folder / RESPONSES_FILE, [response.as_dict() for response in responses])
+    rates = rates_by([response.as_dict() for response in responses], "name")
+    name = title.removeprefix("4 ")
+    return {name if member == "model" else f"{name}: {member}": r for member, r in rates.items()}
+
+
+def report(folder: Path, args: QuickstartArguments, sweep: list[dict[str, Any]], final: dict[str, Rates]) -> None:
+    """The table, the figures and the numbers."""
+    untrained = {row["alpha"]: row for row in sweep if row["scheme"] == "logit"}
+    names = tuple(Rates.__dataclass_fields__)
+    rates = {
+        label: Rates(**{name: untrained[alpha][name] for name in names})
+        for label, alpha in (("base", 0.0), ("SFT (the anchor)", 1.0))
+    }
+    best = max(untrained, key=lambda alpha: untrained[alpha]["answer"])
+    rates[f"untrained mixture, best alpha ({best:.1f})"] = Rates(**{name: untrained[best][name] for name in names})
+    rates |= final
+
+    print_sweep(f"Mixing the untrained pair, {args.eval_limit} test problems", sweep)
+    rollouts = args.rl_steps * args.questions * args.num_generations
+    print_rates(
+        f"Before and after {args.rl_steps} steps, {rollouts} rollouts an arm, {args.eval_limit} test problems", rates
+    )
+    plot_sweep(sweep, "Mixing the untrained base with its SFT model", folder / "sweep.png")
+    curves = {}
+    for label, run, name in (
+        (f"fixed mixing, alpha {args.alpha:g}: mixture", "fixed_mixing", "mixture"),
+        ("fixed mixing: policy alone", "fixed_mixing", "policy"),
+        ("GRPO+KL, beta 0.01", "grpo_kl", "model"),
+        ("SFT (the anchor)", "fixed_mixing", "anchor"),
+    ):
+        points = [row for row in read_jsonl(folder / run / EVALUATIONS_FILE) if row["name"] == name]
+        curves[label] = [(row["step"], row["answer"]) for row in points]
+    plot_curves(curves, "Training from the same pair, with the same rollouts", folder / "curves.png")
+    with (folder / "results.jsonl").open("w") as file:
+        for row in sweep:
+            file.write(json.dumps({"what": "sweep", "seed": args.seed} | row) + "\n")
+        for label, r in rates.items():
+            file.write(json.dumps({"what": "final", "seed": args.seed, "name": label} | asdict(r)) + "\n")

@@ -1,0 +1,108 @@
+"""Greedy responses to a task's problems, at any weights of the anchor, graded."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from logitmix.generation import GREEDY, end_of_sequence_ids, generate_completions
+from logitmix.modeling import LogitMixForCausalLM
+from logitmix.tasks import Problem, Task
+
+
+@dataclass(frozen=True)
+class Response:
+    """One graded response; a line of an evaluation file.
+
+    `name` says who answered (`"policy"`, `"anchor"`, `"mixture"`, …), `alpha` at which weight of the anchor (None: a
+    model that is no mixture). `length` counts tokens, `truncated` says that it reached the limit without ending.
+    """
+
+    name: str
+    alpha: float | None
+    problem: int
+    prompt: str
+    response: str
+    gold: str
+    format_ok: bool
+    answer_ok: bool
+    lenient_ok: bool
+    length: int
+    truncated: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def members_of(model: PreTrainedModel) -> dict[str, float | None]:
+    """Who is evaluated: policy, anchor and mixture of a mixture with one anchor, or the model itself."""
+    if isinstance(model, LogitMixForCausalLM):
+        return {"policy": 0.0, "anchor": 1.0, "mixture": model.alpha}
+    return {"model": None}
+
+
+def greedy_responses(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    problems: Sequence[Problem],
+    alphas: dict[str, float | None],
+    max_new_tokens: int,
+    batch_size: int = 256,
+    progress: Any = None,
+) -> list[Response]:
+    """Each named alpha's greedy response to each problem, in the order of `alphas`, then of `problems`.
+
+    Sequences of different alphas share batches. `progress` is called with the number of responses after each batch.
+    """
+    prompts = [task.prompt(problem) for problem in problems]
+    prompt_ids: list[list[int]] = tokenizer(prompts)["input_ids"]
+    _require_room(model, prompt_ids, max_new_tokens)
+    requests = [(name, alpha, i) for name, alpha in alphas.items() for i in range(len(problems))]
+    ends = end_of_sequence_ids(model, tokenizer)
+    was_training = model.training
+    model.eval()
+    responses = []
+    for start in range(0, len(requests), batch_size):
+        batch = requests[start : start + batch_size]
+        completions = generate_completions(
+            model,
+            tokenizer,
+            [prompt_ids[i] for _, _, i in batch],
+            GREEDY | {"max_new_tokens": max_new_tokens},
+            task.template.stop,
+            **_alpha_argument([alpha for _, alpha, _ in batch]),
+        )
+        for (name, alpha, i), ids in zip(batch, completions, strict=True):
+            text = tokenizer.decode(ids, skip_special_tokens=True)
+            grade = task.grade(text, problems[i])
+            ended = ids[-1] in ends or any(stop in text for stop in task.template.stop)
+            responses.append(
+                Response(
+                    name, alpha, i, prompts[i], text, problems[i].answer, grade.format_ok, grade.answer_ok,
+                    grade.lenient_ok, len(ids), not ended,
+                )
+            )  # fmt: skip
+        if progress is not None:
+            progress(len(batch))
+    model.train(was_training)
+    return responses
+
+
+def _alpha_argument(alphas: list[float | None]) -> dict[str, Any]:
+    """One number where the batch has one, so that a member of weight 0 is not run."""
+    if alphas[0] is None:
+        return {}
+    return {"alpha": alphas[0] if len(set(alphas)) == 1 else torch.tensor(alphas, dtype=torch.float64)}
+
+
+def _require_room(model: PreTrainedModel, prompt_ids: list[list[int]], max_new_tokens: int) -> None:
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
+    if context is not None and len(prompt_ids[longest]) + max_new_tokens > context:
+        raise ValueError(
+            f"prompt {longest} has {len(prompt_ids[longest])} tokens; with max_new_tokens {max_new_tokens} that "
+            f"exceeds the context of {context}. Drop the problem, or lower max_new_tokens"
+        )

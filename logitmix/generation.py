@@ -1,0 +1,113 @@
+"""Completions of a batch of prompts, sampled or greedy, under settings that are ours alone.
+
+A checkpoint may ship its own `generation_config` (Qwen2.5's sets temperature, top-k, top-p and a repetition penalty),
+and `generate` fills every field that the caller leaves open from it. Rollouts and evaluation must not depend on that.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation import StoppingCriteria, StoppingCriteriaList, StopStringCriteria
+
+GREEDY: dict[str, Any] = {"do_sample": False}
+
+
+@torch.no_grad()
+def generate_completions(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: Sequence[Sequence[int]],
+    settings: dict[str, Any],
+    stop_strings: Sequence[str] = (),
+    **forward_arguments: Any,
+) -> list[list[int]]:
+    """The completion of each prompt, as token ids: up to and including EOS, or the token that ends a stop string.
+
+    Args:
+        settings: fields of `GenerationConfig` (`max_new_tokens`, `do_sample`, `temperature`, …). What they leave open
+            has transformers' defaults, whatever the checkpoint's own `generation_config` says; only its
+            end-of-sequence tokens are kept.
+        stop_strings: texts that end a completion as EOS does; they stay in it.
+        forward_arguments: for the model's forward, `alpha=` of a mixture for instance.
+
+    No completion holds padding, also where padding and EOS are one token.
+    """
+    eos_token_ids = end_of_sequence_ids(model, tokenizer)
+    pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    config = GenerationConfig(
+        **({"eos_token_id": eos_token_ids, "pad_token_id": pad_token_id} | settings), disable_compile=True
+    )
+    input_ids, attention_mask = left_pad(prompt_ids, pad_token_id, model.device)
+    criteria = _StopStrings(tokenizer, stop_strings) if stop_strings else None
+    with default_generation_config(model):
+        sequences = model.generate(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            generation_config=config,
+            stopping_criteria=StoppingCriteriaList([criteria] if criteria is not None else []),
+            **forward_arguments,
+        )
+    completions = sequences[:, input_ids.shape[1] :].tolist()
+    if criteria is not None:
+        ends = (criteria.lengths - input_ids.shape[1]).tolist()
+        completions = [ids[:end] if end > 0 else ids for ids, end in zip(completions, ends, strict=True)]
+    return [_through_first(ids, eos_token_ids) for ids in completions]
+
+
+def end_of_sequence_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that ends a completion: the tokenizer's EOS and those of the model's generation config."""
+    declared = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ids = [] if declared is None else [declared] if isinstance(declared, int) else list(declared)
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ids:
+        ids.insert(0, tokenizer.eos_token_id)
+    return ids
+
+
+def left_pad(sequences: Sequence[Sequence[int]], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids and attention mask `[B, T]`, padded on the left to the longest sequence."""
+    T = max(len(ids) for ids in sequences)
+    ids = torch.tensor([[pad_token_id] * (T - len(ids)) + list(ids) for ids in sequences], device=device)
+    mask = torch.tensor([[0] * (T - len(ids)) + [1] * len(ids) for ids in sequences], device=device)
+    return ids, mask
+
+
+@contextmanager
+def default_generation_config(model: PreTrainedModel) -> Iterator[None]:
+    """Lay the model's own `generation_config` aside for a while."""
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _through_first(ids: list[int], ends: Sequence[int]) -> list[int]:
+    for i, token in enumerate(ids):
+        if token in ends:
+            return ids[: i + 1]
+    return ids
+
+
+class _StopStrings(StoppingCriteria):
+    """Transformers' stop strings, and the length at which each sequence met one (0: it did not).
+
+    The length is needed to cut a completion where it stopped: after a stop string `generate` fills up with padding,
+    which must not be taken for sampled tokens.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_strings: Sequence[str]) -> None:
+        self._criterion = StopStringCriteria(tokenizer, list(stop_strings))
+        self.lengths: Tensor = torch.zeros(0, dtype=torch.long)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        met = self._criterion(input_ids, scores, **kwargs)
+        if len(self.lengths) == 0:
+            self.lengths = torch.zeros(len(input_ids), dtype=torch.long, device=input_ids.device)
+        self.lengths = torch.where(met & (self.lengths == 0), input_ids.shape[1], self.lengths)
+        return met

@@ -1,0 +1,94 @@
+"""Tables in the terminal and figures as PNG, from the numbers that evaluation wrote."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from logitmix.evaluation.metrics import Rates
+
+# Okabe and Ito's colours, which people of any colour vision can tell apart; markers differ as well
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "x")
+
+
+def print_rates(title: str, rates: Mapping[str, Rates]) -> None:
+    """A row for each name: format-correct, answer-correct (in the format and right), lenient, truncated, length."""
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    table.add_column("")
+    for column in ("format %", "answer %", "lenient %", "truncated %", "mean tokens"):
+        table.add_column(column, justify="right")
+    for name, r in rates.items():
+        shares = [f"{100 * share:.1f}" for share in (r.format, r.answer, r.lenient, r.truncated)]
+        table.add_row(name, *shares, f"{r.mean_length:.1f}")
+    Console().print(table)
+
+
+def print_sweep(title: str, sweep: Sequence[Mapping[str, Any]]) -> None:
+    """Format and answer rates by alpha, a pair of columns a scheme, from rows of `scheme`, `alpha` and rates."""
+    schemes = list(dict.fromkeys(row["scheme"] for row in sweep))
+    table = Table(title=title, title_justify="left")
+    table.add_column("alpha", justify="right")
+    for scheme in schemes:
+        table.add_column(f"{scheme}\nformat %", justify="right")
+        table.add_column(f"{scheme}\nanswer %", justify="right")
+    for alpha in dict.fromkeys(row["alpha"] for row in sweep):
+        cells = [row for scheme in schemes for row in sweep if row["scheme"] == scheme and row["alpha"] == alpha]
+        table.add_row(f"{alpha:.1f}", *(f"{100 * row[key]:.1f}" for row in cells for key in ("format", "answer")))
+    Console().print(table)
+
+
+def plot_curves(curves: Mapping[str, Sequence[tuple[int, float]]], title: str, path: Path) -> None:
+    """Held-out answer rate, in per cent, against the training step: one line a run."""
+    figure, axes = _figure(title, "training step", "answer-correct on test problems, greedy (%)")
+    for i, (name, points) in enumerate(curves.items()):
+        steps, values = zip(*points, strict=True)
+        axes.plot(
+            steps, [100 * v for v in values], label=name, color=COLORS[i % 6], marker=MARKERS[i % 6], markersize=4
+        )
+    _save(figure, axes, path)
+
+
+def plot_sweep(sweep: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
+    """Answer rate (solid) and format rate (dotted), in per cent, against alpha: one colour a scheme."""
+    figure, axes = _figure(title, "alpha, the weight of the anchor (0: base alone, 1: SFT alone)", "test problems (%)")
+    for i, scheme in enumerate(dict.fromkeys(row["scheme"] for row in sweep)):
+        rows = [row for row in sweep if row["scheme"] == scheme]
+        alphas = [row["alpha"] for row in rows]
+        for key, style in (("answer", "-"), ("format", ":")):
+            axes.plot(
+                alphas,
+                [100 * row[key] for row in rows],
+                style,
+                color=COLORS[i],
+                marker=MARKERS[i],
+                markersize=4,
+                label=f"{scheme}: {key}-correct",
+            )
+    _save(figure, axes, path)
+
+
+def _figure(title: str, x: str, y: str) -> tuple[Any, Any]:
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.set_ylim(-2, 102)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _save(figure: Any, axes: Any, path: Path) -> None:
+    from matplotlib import pyplot
+
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=9)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)

@@ -1,0 +1,121 @@
+r"""Chains of additions and subtractions, made by a seed, offline; a character model learns them in seconds.
+
+A problem, what the base corpus mostly writes, and a demonstration with a slip that is carried on:
+
+    37+58-29=?          37+58-29=?          37+58-29=?
+                        37+58=95            37+58=85
+                        95-29=66            85-29=56
+                        so 66               \boxed{56}
+
+The base corpus reasons well and rarely keeps the format; the demonstrations keep the format and slip often.
+They make the paper's pair: a base model that can reason, and an SFT model that can format.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+
+from logitmix.tasks.base import Problem, Split, Task, check_request
+from logitmix.tasks.templates import BOXED_LINE
+
+SIZES: dict[Split, int] = {"train": 20_000, "validation": 500, "test": 500}
+SHARES: dict[Split, float] = {"train": 0.8, "validation": 0.1, "test": 0.1}  # of all questions
+PLAIN_ENDINGS = ("so {answer}", "it is {answer}", "answer {answer}")
+
+
+class Arithmetic(Task):
+    """Chains of `terms` numbers of `digits` digits.
+
+    boxed_share: share of the base corpus that ends in the required format
+    slip_share:  share of the steps in demonstrations that go wrong
+    """
+
+    name = "arithmetic"
+    template = BOXED_LINE
+    alphabet = "".join(sorted(set("0123456789+-=?\n\\boxed{}" + "".join(PLAIN_ENDINGS))))
+
+    def __init__(
+        self,
+        seed: int = 0,
+        terms: int = 5,
+        digits: int = 1,
+        boxed_share: float = 0.04,
+        slip_share: float = 0.3,
+    ) -> None:
+        for share_name, share in (("boxed_share", boxed_share), ("slip_share", slip_share)):
+            if not 0 <= share <= 1:
+                raise ValueError(f"{share_name} is {share}, but a share lies between 0 and 1")
+        if terms < 2 or digits < 1:
+            raise ValueError(f"terms is {terms} and digits {digits}; give at least 2 terms of 1 digit")
+        self.seed, self.terms, self.digits = seed, terms, digits
+        self.boxed_share, self.slip_share = boxed_share, slip_share
+
+    def problems(self, split: Split, limit: int | None = None) -> list[Problem]:
+        """Any number of problems: `limit` may exceed SIZES, which is what a split has without one."""
+        check_request(split, limit)
+        return self._draw(split, f"{self.seed}/{split}", SIZES[split] if limit is None else limit)
+
+    def demonstration(self, problem: Problem) -> str:
+        """In the format always, with slips: the same ones each time for the same question and seed."""
+        slips = random.Random(f"{self.seed}/slips/{problem.question}")
+        return self.template.completion(*_solve(problem.question, slips, self.slip_share))
+
+    def base_corpus(self, limit: int | None = None) -> list[dict[str, str]]:
+        """What a base model learns from, as rows of `prompt` and `completion`: right, rarely in the format.
+
+        Its problems come from the train split, drawn apart from those of `problems("train")`.
+        """
+        drawn = self._draw("train", f"{self.seed}/base", SIZES["train"] if limit is None else limit)
+        return [{"prompt": self.prompt(problem), "completion": self._base_solution(problem)} for problem in drawn]
+
+    def _base_solution(self, problem: Problem) -> str:
+        chance = random.Random(f"{self.seed}/endings/{problem.question}")
+        solution = problem.solution or ""
+        if chance.random() < self.boxed_share:
+            return self.template.completion(solution, problem.answer)
+        return f"{solution}\n{chance.choice(PLAIN_ENDINGS).format(answer=problem.answer)}"
+
+    def _draw(self, split: Split, stream: str, count: int) -> list[Problem]:
+        space = (9 * 10 ** (self.digits - 1)) ** self.terms * 2 ** (self.terms - 1)
+        most = int(space * SHARES[split] / 2)
+        if count > most:
+            raise ValueError(
+                f"{count} {split} problems are more than {most}, the limit for {self.terms} terms of "
+                f"{self.digits} digits; ask for fewer, or raise terms or digits"
+            )
+        chance = random.Random(stream)
+        drawn: dict[str, Problem] = {}
+        while len(drawn) < count:
+            question = self._question(chance)
+            if question not in drawn and _split_of(question) == split:
+                solution, answer = _solve(question)
+                drawn[question] = Problem(question, answer, solution)
+        return list(drawn.values())
+
+    def _question(self, chance: random.Random) -> str:
+        low, high = 10 ** (self.digits - 1), 10**self.digits - 1
+        numbers = [chance.randint(low, high) for _ in range(self.terms)]
+        return str(numbers[0]) + "".join(f"{chance.choice('+-')}{number}" for number in numbers[1:])
+
+
+def _split_of(question: str) -> Split:
+    """A question's split depends on nothing else: no seed leaks a test question into another's training."""
+    place = int.from_bytes(hashlib.blake2b(question.encode(), digest_size=4).digest()) / 2**32
+    if place < SHARES["train"]:
+        return "train"
+    return "validation" if place < SHARES["train"] + SHARES["validation"] else "test"
+
+
+def _solve(question: str, slips: random.Random | None = None, slip_share: float = 0.0) -> tuple[str, str]:
+    """The steps and the answer; with `slips`, a share of steps go wrong, and the chain goes on from there."""
+    value, *terms = (int(term) for term in re.findall(r"[+-]?\d+", question))
+    steps = []
+    for term in terms:
+        result = value + term
+        if slips and slips.random() < slip_share:
+            result += slips.choice((-1, 1))
+        steps.append(f"{value}{term:+d}={result}")
+        value = result
+    return "\n".join(steps), str(value)

@@ -1,0 +1,1 @@
+"""Training on TRL: SFT of the anchor, GRPO of the mixture."""

@@ -1,0 +1,252 @@
+"""GRPO of the mixture, on TRL's trainer.
+
+It departs from canonical GRPO in four things (Gan & Zhu, arXiv 2605.20555, eq. 3-6):
+
+- rollouts are sampled token by token from the mixture `softmax((1 - alpha) z_policy + alpha z_anchor)`;
+- both sides of the ratio, and so the clip, are the mixture's probabilities, never the policy's alone;
+- the normaliser is per question, the tokens of that question's G rollouts (`loss_type="group"`);
+- there is no KL term, and the gradient flows into the policy only, through the factor 1 - alpha.
+
+All else (advantages, buffering, logging, several processes) is TRL's. A model without an anchor trains as TRL would.
+"""
+
+import types
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel
+from trl import GRPOConfig, GRPOTrainer
+from trl.models import unwrap_model_for_generation
+from trl.trainer.utils import FusedCausalLMOutput
+
+from logitmix.generation import generate_completions
+from logitmix.members import load_member
+from logitmix.mixing import Scheme
+from logitmix.modeling import LogitMixForCausalLM
+
+GROUP_LOSS = "group"
+
+
+@dataclass
+class LogitMixGRPOConfig(GRPOConfig):
+    """TRL's `GRPOConfig` and what a mixture adds to it.
+
+    Args:
+        anchor: folder or hub id of the frozen anchor (the SFT model, in the paper). Without one, and with a model
+            that is no mixture, this is TRL's GRPO.
+        alpha: weight of the anchor; 0 is the policy alone.
+        scheme: `"logit"` or `"prob"`.
+        loss_type: `"group"` is eq. 6; TRL's own loss types can be chosen instead.
+        stop_strings: texts that end a rollout, beside EOS; they stay in it.
+    """
+
+    anchor: str | None = field(default=None, metadata={"help": "Folder or hub id of the frozen anchor."})
+    alpha: float = field(default=0.5, metadata={"help": "Weight of the anchor: 0 is the policy alone."})
+    scheme: str = field(
+        default="logit",
+        metadata={"help": "How the members mix.", "choices": ["logit", "prob"]},
+    )
+    loss_type: str = field(
+        default=GROUP_LOSS,
+        metadata={"help": "'group' normalises by the tokens of a question's rollouts (eq. 6); or one of TRL's."},
+    )
+    stop_strings: list[str] | None = field(
+        default=None, metadata={"help": "Texts that end a rollout, beside EOS; they stay in it."}
+    )
+
+
+class LogitMixGRPOTrainer(GRPOTrainer):
+    """TRL's `GRPOTrainer` for a mixture: same arguments, same dataset, same reward functions.
+
+    `model` is the policy (a model, a folder or a hub id) with `args.anchor` set, or a `LogitMixForCausalLM`.
+
+    Raises `ValueError` for options under which TRL would score or sample something else than the mixture.
+    """
+
+    _tag_names = ("trl", "grpo", "logitmix")
+
+    def __init__(
+        self,
+        model: PreTrainedModel | str,
+        reward_funcs: Any = None,
+        args: LogitMixGRPOConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = LogitMixGRPOConfig() if args is None else args
+        if not isinstance(args, LogitMixGRPOConfig):
+            raise ValueError(f"args is a {type(args).__name__}; LogitMixGRPOTrainer needs a LogitMixGRPOConfig")
+        model = _build_model(model, args)
+        is_mixture = isinstance(model, LogitMixForCausalLM)
+        _refuse_unsuitable_options(args, is_mixture, kwargs)
+        if kwargs.get("processing_class") is None:
+            source = model.policy if is_mixture else model
+            kwargs["processing_class"] = (model.tokenizer if is_mixture else None) or AutoTokenizer.from_pretrained(
+                source.name_or_path, padding_side="left", truncation_side="left"
+            )
+        super().__init__(model, reward_funcs, args, **kwargs)
+        _require_prompts_fit(self)
+        if is_mixture:
+            _score_mixture(model, self.temperature)
+        if args.loss_type == GROUP_LOSS:
+            # TRL's "dapo" divides by the tokens of the whole batch; with the advantages scaled as
+            # `_generate_and_score_completions` does below, that is eq. 6's division by each question's tokens.
+            self.loss_type = "dapo"
+        self.stop_strings = list(args.stop_strings or [])
+
+    def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> tuple[list[list[int]], None]:
+        """Rollouts from the mixture, under the trainer's sampling settings and no checkpoint's."""
+        if self.use_vllm or self.use_transformers_continuous_batching:
+            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        with (
+            unwrap_model_for_generation(
+                self.model_wrapped,
+                self.accelerator,
+                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            ) as model,
+            self._dist.summon_full_params(self.model_wrapped, recurse=False),
+        ):
+            completion_ids = generate_completions(
+                model, self._tokenizer, prompt_ids, self.generation_kwargs, self.stop_strings
+            )
+        return completion_ids, None
+
+    def _generate(self, prompts: list) -> tuple:
+        mode = "train" if self.model.training else "eval"
+        output = super()._generate(prompts)
+        if self.stop_strings:
+            # TRL takes a completion without EOS for truncated
+            completion_ids, completions = output[1], output[3]
+            stopped = [
+                ids[-1] in self.eos_token_ids or any(stop in _text(completion) for stop in self.stop_strings)
+                for ids, completion in zip(completion_ids, completions, strict=True)
+            ]
+            self._log_truncation(mode, [len(ids) for ids in completion_ids], stopped)
+        return output
+
+    def _log_truncation(self, mode: str, lengths: list[int], stopped: list[bool]) -> None:
+        """TRL's metrics on completion lengths again, now that it is known which completions ended by themselves."""
+        device = self.accelerator.device
+        lengths_N = self.accelerator.gather(torch.tensor(lengths, device=device)).float()
+        stopped_N = self.accelerator.gather(torch.tensor(stopped, device=device))
+        ended_N = lengths_N[stopped_N] if stopped_N.any() else torch.zeros(1, device=device)
+        metrics = self._metrics[mode]
+        metrics["completions/clipped_ratio"][-1] = 1 - stopped_N.float().mean().item()
+        metrics["completions/mean_terminated_length"][-1] = ended_N.mean().item()
+        metrics["completions/min_terminated_length"][-1] = ended_N.min().item()
+        metrics["completions/max_terminated_length"][-1] = ended_N.max().item()
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        if self.args.loss_type == GROUP_LOSS:
+            num_generations = self.num_generations if self.model.training else self.num_generations_eval
+            mask = output["completion_mask"] * output.get("tool_mask", 1)
+            lengths = self.accelerator.gather(mask.sum(1))
+            factors = group_factors(lengths, num_generations)
+            start = self.accelerator.process_index * len(mask)
+            output["advantages"] = output["advantages"] * factors[start : start + len(mask)]
+        return output
+
+
+def group_factors(lengths_N: Tensor, num_generations: int) -> Tensor:
+    """Factors `[N]` on the advantages that turn a mean over all tokens into eq. 6's mean over questions.
+
+    `lengths_N` are the completion lengths of N = Q·G rollouts, a question's G beside each other. A rollout of
+    question q gets `(Σ tokens) / (Q · tokens of q)`: since `min(ρA, clip(ρ)A)` scales with a positive factor on A,
+
+        1/Σtokens · Σ_q Σ_{i∈q,t} min(ρA, clip(ρ)A) · factor_q  =  1/Q · Σ_q 1/tokens_q · Σ_{i∈q,t} min(ρA, clip(ρ)A)
+
+    A question without any token has nothing to weigh and gets 0.
+    """
+    tokens_Q = lengths_N.view(-1, num_generations).sum(1).float()
+    factors_Q = tokens_Q.sum() / (len(tokens_Q) * tokens_Q.clamp(min=1)) * (tokens_Q > 0)
+    return factors_Q.repeat_interleave(num_generations)
+
+
+def _build_model(model: PreTrainedModel | str, args: LogitMixGRPOConfig) -> PreTrainedModel:
+    # TRL's default: float32 weights, under bf16 autocast unless told otherwise
+    init_kwargs = {"dtype": "float32", "trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
+    args.model_init_kwargs = None  # spent here; TRL warns of them beside a model that is already built
+    if isinstance(model, str):
+        model = load_member(model, **init_kwargs)
+    if args.anchor is None:
+        return model
+    if isinstance(model, LogitMixForCausalLM):
+        raise ValueError(
+            f"the model is a mixture with an anchor of its own, and anchor is {args.anchor!r} as well; give only one"
+        )
+    scheme: Scheme = args.scheme  # type: ignore[assignment]
+    return LogitMixForCausalLM.from_members(model, args.anchor, alpha=args.alpha, scheme=scheme, **init_kwargs)
+
+
+def _refuse_unsuitable_options(args: LogitMixGRPOConfig, is_mixture: bool, kwargs: dict[str, Any]) -> None:
+    if args.loss_type == GROUP_LOSS and args.beta != 0:
+        raise ValueError(
+            f"beta is {args.beta} with loss_type 'group', whose objective (eq. 6) has no KL term; "
+            "set beta=0, or loss_type='grpo' for canonical GRPO with KL"
+        )
+    if args.stop_strings and args.mask_truncated_completions:
+        raise ValueError(
+            "mask_truncated_completions would mask every completion that a stop string ended, since TRL takes it for "
+            "truncated; set it to False, or leave out stop_strings"
+        )
+    if not is_mixture:
+        return
+    for option, reason in {
+        "beta": "the KL term would be to a copy of the mixture; the anchor already holds the policy",
+        "use_liger_kernel": "its fused loss reads one model's hidden states",
+        "cast_lm_head_to_fp32": "a mixture has no single head; its logits are mixed in float32 anyway",
+        "use_vllm": "rollouts of a mixture through vLLM are not built yet",
+        "use_transformers_continuous_batching": "its paged cache does not know members",
+        "sync_ref_model": "there is no reference model beside the anchor",
+    }.items():
+        if getattr(args, option):
+            raise ValueError(f"{option}={getattr(args, option)!r} cannot be used with a mixture: {reason}")
+    if kwargs.get("peft_config") is not None:
+        raise ValueError("peft_config cannot be used with a mixture yet; train the policy's own weights")
+    if args.alpha == 1 and args.anchor is not None:
+        raise ValueError("alpha is 1: the mixture is the anchor alone and the policy gets no gradient; set alpha < 1")
+
+
+def _require_prompts_fit(trainer: GRPOTrainer) -> None:
+    """Raise `ValueError` before the first step where a prompt and its completion exceed the context."""
+    context = getattr(trainer.model.config.get_text_config(), "max_position_embeddings", None)
+    if context is None or not hasattr(trainer.train_dataset, "__getitem__"):
+        return
+    for start in range(0, len(trainer.train_dataset), 1000):
+        prompts = trainer.train_dataset[start : start + 1000]["prompt"]
+        for offset, ids in enumerate(trainer._tokenize_prompts(prompts)[0]):
+            if len(ids) + trainer.max_completion_length > context:
+                raise ValueError(
+                    f"prompt {start + offset} has {len(ids)} tokens; with max_completion_length "
+                    f"{trainer.max_completion_length} that exceeds the members' context of {context}. "
+                    "Shorten or drop the prompt, or lower max_completion_length"
+                )
+
+
+def _score_mixture(model: LogitMixForCausalLM, temperature: float) -> None:
+    """Give the model's forward TRL's scoring protocol, answered by the mixture.
+
+    TRL asks for log-probabilities with `model(..., labels=labels, fused_lm_head=True)`, a forward that it has put on
+    the model itself and that reads `base_model` and `get_output_embeddings()`. This takes that forward's place. It
+    stays a call of the model, so that wrappers (DDP, FSDP) see it.
+    """
+
+    def forward(
+        self: LogitMixForCausalLM, *args: Any, fused_lm_head: bool = False, labels: Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        if not fused_lm_head:
+            return type(self).forward(self, *args, labels=labels, **kwargs)
+        log_probs, entropy = self.score(kwargs["input_ids"], kwargs["attention_mask"], labels, temperature)
+        return FusedCausalLMOutput(log_probs=log_probs, entropy=entropy)
+
+    # `generate` checks its arguments against this signature
+    forward.__wrapped__ = type(model).forward  # type: ignore[attr-defined]
+    model.forward = types.MethodType(forward, model)
+
+
+def _text(completion: Any) -> str:
+    """A completion's text; TRL gives conversational ones as messages."""
+    return completion if isinstance(completion, str) else completion[-1]["content"]
