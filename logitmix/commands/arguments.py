@@ -65,12 +65,12 @@ def parse(program: str, description: str, dataclasses: Sequence[type], argv: Seq
     except yaml.YAMLError as error:
         raise ValueError(f"the config file is not YAML: {' '.join(str(error).split())}") from error
     known = [f.name for dataclass_type in dataclasses for f in fields(dataclass_type) if f.init]
-    for source, strings in (("config file", from_config), ("command line", from_flags)):
+    for source, strings in (("in the config file", from_config), ("on the command line", from_flags)):
         for string in strings:
             if string.startswith("--"):
                 key = string[2:].split("=")[0].replace("-", "_")
                 nearest = get_close_matches(key, known, n=1, cutoff=0.0)[0]
-                raise ValueError(f"unknown key {key!r} on the {source}; did you mean {nearest!r}?")
+                raise ValueError(f"unknown key {key!r} {source}; did you mean {nearest!r}?")
         if strings:
-            raise ValueError(f"{strings[0]!r} on the {source} belongs to no flag")
+            raise ValueError(f"{strings[0]!r} {source} belongs to no flag")
     return tuple(parsed)

@@ -23,7 +23,9 @@ class EvalArguments:
     anchor: str | None = field(default=None, metadata={"help": "Mix the model with this anchor."})
     alpha: float | None = field(default=None, metadata={"help": "Weight of the anchor; default the checkpoint's."})
     scheme: Scheme = field(default="logit", metadata={"help": "How --anchor is mixed: logit or prob."})
-    max_new_tokens: int = field(default=512, metadata={"help": "Longest response, in tokens."})
+    max_new_tokens: int | None = field(
+        default=None, metadata={"help": "Longest response; default 512 tokens, or what the context leaves."}
+    )
     batch_size: int = field(default=64, metadata={"help": "Responses decoded at a time."})
     seed: int = field(default=0, metadata={"help": "Seed of the task's splits; the training's."})
     output_file: str | None = field(default=None, metadata={"help": "Write every response here, as JSON lines."})

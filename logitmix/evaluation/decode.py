@@ -1,6 +1,6 @@
 """Greedy responses to a task's problems, at any weights of the anchor, graded."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,6 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from logitmix.generation import GREEDY, end_of_sequence_ids, generate_completions
 from logitmix.modeling import LogitMixForCausalLM
 from logitmix.tasks import Problem, Task
+
+MAX_NEW_TOKENS = 512  # the authors' longest response
 
 
 @dataclass(frozen=True)
@@ -48,18 +50,19 @@ def greedy_responses(
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
     problems: Sequence[Problem],
-    alphas: dict[str, float | None],
-    max_new_tokens: int,
+    alphas: Mapping[str, float | None],
+    max_new_tokens: int | None = None,
     batch_size: int = 256,
     progress: Any = None,
 ) -> list[Response]:
     """Each named alpha's greedy response to each problem, in the order of `alphas`, then of `problems`.
 
+    `max_new_tokens` defaults to 512, or less where the longest prompt leaves less of the context.
     Sequences of different alphas share batches. `progress` is called with the number of responses after each batch.
     """
     prompts = [task.prompt(problem) for problem in problems]
     prompt_ids: list[list[int]] = tokenizer(prompts)["input_ids"]
-    _require_room(model, prompt_ids, max_new_tokens)
+    max_new_tokens = _new_tokens(model, prompt_ids, max_new_tokens)
     requests = [(name, alpha, i) for name, alpha in alphas.items() for i in range(len(problems))]
     ends = end_of_sequence_ids(model, tokenizer)
     was_training = model.training
@@ -98,11 +101,14 @@ def _alpha_argument(alphas: list[float | None]) -> dict[str, Any]:
     return {"alpha": alphas[0] if len(set(alphas)) == 1 else torch.tensor(alphas, dtype=torch.float64)}
 
 
-def _require_room(model: PreTrainedModel, prompt_ids: list[list[int]], max_new_tokens: int) -> None:
+def _new_tokens(model: PreTrainedModel, prompt_ids: list[list[int]], max_new_tokens: int | None) -> int:
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = max(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
-    if context is not None and len(prompt_ids[longest]) + max_new_tokens > context:
+    room = None if context is None else context - len(prompt_ids[longest])
+    wanted = max_new_tokens if max_new_tokens is not None else min(MAX_NEW_TOKENS, max(1, room or MAX_NEW_TOKENS))
+    if room is not None and wanted > room:
         raise ValueError(
-            f"prompt {longest} has {len(prompt_ids[longest])} tokens; with max_new_tokens {max_new_tokens} that "
-            f"exceeds the context of {context}. Drop the problem, or lower max_new_tokens"
+            f"prompt {longest} has {len(prompt_ids[longest])} tokens; with max_new_tokens {wanted} that exceeds the "
+            f"context of {context}. Drop the problem, or lower max_new_tokens"
         )
+    return wanted

@@ -22,7 +22,7 @@ from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import FusedCausalLMOutput
 
 from logitmix.generation import generate_completions
-from logitmix.members import load_member
+from logitmix.members import load_member, require_same_tokenizer
 from logitmix.mixing import Scheme
 from logitmix.modeling import LogitMixForCausalLM
 
@@ -85,6 +85,8 @@ class LogitMixGRPOTrainer(GRPOTrainer):
             kwargs["processing_class"] = (model.tokenizer if is_mixture else None) or AutoTokenizer.from_pretrained(
                 source.name_or_path, padding_side="left", truncation_side="left"
             )
+        elif is_mixture and model.tokenizer is not None:
+            require_same_tokenizer([kwargs["processing_class"], model.tokenizer])
         super().__init__(model, reward_funcs, args, **kwargs)
         _require_prompts_fit(self)
         if is_mixture:
@@ -169,10 +171,8 @@ def _build_model(model: PreTrainedModel | str, args: LogitMixGRPOConfig) -> PreT
     # TRL's default: float32 weights, under bf16 autocast unless told otherwise
     init_kwargs = {"dtype": "float32", "trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
     args.model_init_kwargs = None  # spent here; TRL warns of them beside a model that is already built
-    if isinstance(model, str):
-        model = load_member(model, **init_kwargs)
     if args.anchor is None:
-        return model
+        return load_member(model, **init_kwargs) if isinstance(model, str) else model
     if isinstance(model, LogitMixForCausalLM):
         raise ValueError(
             f"the model is a mixture with an anchor of its own, and anchor is {args.anchor!r} as well; give only one"
