@@ -1,6 +1,7 @@
 """Configuration of a mixture: the configurations of its members, their weights and the scheme."""
 
 from collections.abc import Sequence
+from dataclasses import field
 from typing import Any, ClassVar
 
 import transformers
@@ -8,7 +9,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.cache_utils import get_layer_types_and_kwargs
 
-from logitmix.mixing import Weights, alpha_to_weights, check_weights
+from logitmix.mixing import Scheme, Weights, alpha_to_weights, check_weights
 
 Alpha = float | Sequence[float] | Tensor
 FORMAT_VERSION = 1
@@ -30,15 +31,17 @@ class LogitMixConfig(PreTrainedConfig):
         members: names of the members, the policy first.
         weights: one weight a member, the defaults of a forward pass that is given none.
         scheme: `"logit"` (geometric mixture, eq. 1 of arXiv 2605.20555) or `"prob"` (arithmetic).
+        use_cache: whether a forward pass that does not say keeps the keys and values.
         format_version: version of the checkpoint's layout.
     """
 
     model_type: ClassVar[str] = "logitmix"
     has_no_defaults_at_init: ClassVar[bool] = True
 
-    members: list[str] | None = None
-    weights: list[float] | None = None
-    scheme: str = "logit"
+    members: list[str] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    scheme: Scheme = "logit"
+    use_cache: bool = True
     format_version: int = FORMAT_VERSION
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -58,16 +61,16 @@ class LogitMixConfig(PreTrainedConfig):
         for name in self.members:
             config = kwargs.pop(name)
             setattr(self, name, config if isinstance(config, PreTrainedConfig) else _config_from_dict(config))
-        self.weights = check_weights(self.weights or [], len(self.members), self.scheme).tolist()
+        self.set_weights(self.weights)
         # Asked for none, each member keeps its own: transformers would overwrite it with the mixture's, None
-        for field in ("attn_implementation", "experts_implementation"):
-            if kwargs.get(field) is None:
-                kwargs[field] = {name: getattr(getattr(self, name), f"_{field}") for name in self.members}
+        for key in ("attn_implementation", "experts_implementation"):
+            if kwargs.get(key) is None:
+                kwargs[key] = {name: getattr(getattr(self, name), f"_{key}") for name in self.members}
         super().__post_init__(**kwargs)
 
     @classmethod
     def from_member_configs(
-        cls, configs: list[PreTrainedConfig], weights: Any = None, scheme: str = "logit", **kwargs: Any
+        cls, configs: list[PreTrainedConfig], weights: Any = None, scheme: Scheme = "logit", **kwargs: Any
     ) -> "LogitMixConfig":
         """Configuration of the mixture of `configs`, the policy's first; `weights` default to alpha = 0.5 (K = 2)."""
         names = member_names(len(configs))
@@ -81,15 +84,25 @@ class LogitMixConfig(PreTrainedConfig):
             **(special_tokens | kwargs),
         )
 
+    def set_weights(self, weights: Weights) -> None:
+        """Make `weights`, one number a member, the default of a forward pass."""
+        checked = check_weights(weights, len(self.members), self.scheme)
+        if checked.dim() != 1:
+            raise ValueError(
+                f"a mixture's own weights are {len(self.members)} numbers, got {list(checked.shape)}; "
+                "pass weights for each sequence to forward or generate"
+            )
+        self.weights = checked.tolist()
+
     @property
     def member_configs(self) -> list[PreTrainedConfig]:
         """The members' configurations, in the order of `weights`."""
-        return [getattr(self, name) for name in self.members or []]
+        return [getattr(self, name) for name in self.members]
 
     @property
     def sub_configs(self) -> dict[str, type[PreTrainedConfig]]:  # type: ignore[override]
         """A property, not transformers' class attribute: the number of members belongs to the instance."""
-        return {name: type(getattr(self, name)) for name in self.members or [] if hasattr(self, name)}
+        return {name: type(getattr(self, name)) for name in self.members if hasattr(self, name)}
 
     @property
     def _text_configs(self) -> list[PreTrainedConfig]:
@@ -109,6 +122,26 @@ class LogitMixConfig(PreTrainedConfig):
         """The shortest context of the members (`None` where none of them states one)."""
         contexts = [getattr(config, "max_position_embeddings", None) for config in self._text_configs]
         return min((context for context in contexts if context is not None), default=None)
+
+    # What all members agree on is the mixture's too; where they differ, the attribute does not exist.
+
+    @property
+    def num_attention_heads(self) -> int:
+        return self._shared("num_attention_heads")
+
+    @property
+    def num_key_value_heads(self) -> int:
+        return self._shared("num_key_value_heads")
+
+    @property
+    def head_dim(self) -> int:
+        return self._shared("head_dim")
+
+    def _shared(self, name: str) -> Any:
+        values = [getattr(config, name) for config in self._text_configs]
+        if any(value != values[0] for value in values):
+            raise AttributeError(f"the members differ in {name}: {values}")
+        return values[0]
 
     # One KV cache serves all members, each with its own run of layers: what transformers reads to build a cache is
     # therefore the concatenation of what it would read of the members.

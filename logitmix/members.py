@@ -1,12 +1,75 @@
-"""Loading members and holding their tokenizers against each other."""
+"""The members of a mixture: opened, held against each other, and the anchors kept frozen."""
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self, TypeAlias
 
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-Member = PreTrainedModel | str | os.PathLike[str]
+from logitmix.configuration import LogitMixConfig
+
+Member: TypeAlias = PreTrainedModel | str | os.PathLike[str]
+
+
+class HoldsMembers(PreTrainedModel):
+    """What a model of a trainable policy and frozen anchors does otherwise than a single model.
+
+    Its submodules are named by `config.members`, the policy first.
+    """
+
+    config: LogitMixConfig
+    policy: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+
+    @property
+    def members(self) -> list[PreTrainedModel]:
+        """The policy, then the anchors, in the order of the weights."""
+        return [getattr(self, name) for name in self.config.members]
+
+    @property
+    def anchors(self) -> list[PreTrainedModel]:
+        return self.members[1:]
+
+    def _freeze_anchors(self) -> None:
+        for anchor in self.anchors:
+            anchor.requires_grad_(False)
+            anchor.eval()
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode for the policy; the anchors stay in evaluation mode (no dropout, no checkpointing)."""
+        super().train(mode)
+        for anchor in self.anchors:
+            anchor.eval()
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Gradients for the policy; the anchors stay frozen."""
+        self.policy.requires_grad_(requires_grad)
+        return self
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The policy's embeddings; those of the anchors stay as they are."""
+        embeddings: nn.Module = self.policy.get_input_embeddings()
+        return embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.policy.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> None:
+        """None: no single matrix maps a hidden state to the mixture's logits."""
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        raise ValueError("a mixture cannot resize its vocabulary; resize every member, then build the mixture")
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Save the mixture: its two configurations, every member's weights, and the tokenizer if it is known."""
+        if any(getattr(member, "_hf_peft_config_loaded", False) for member in self.members):
+            # transformers would write the adapter's layers under names that it does not find again
+            raise ValueError("a member has an adapter of PEFT; merge it, or save it with model.policy.save_pretrained")
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if self.tokenizer is not None and kwargs.get("is_main_process", True):
+            self.tokenizer.save_pretrained(save_directory)
 
 
 def open_members(
@@ -17,6 +80,12 @@ def open_members(
     Raises `ValueError` for a member that does not exist or is given twice, and for tokenizers that differ.
     """
     for i, source in enumerate(sources):
+        if not isinstance(source, (PreTrainedModel, str, os.PathLike)):
+            raise ValueError(
+                f"a member is a model of transformers, a folder or a hub id, got {type(source).__name__}; for an "
+                "adapter, build the mixture of the plain models, then get_peft_model(mixture, LoraConfig("
+                r"target_modules=r'policy\..*_proj', …))"
+            )
         if isinstance(source, PreTrainedModel) and any(source is other for other in sources[:i]):
             raise ValueError(
                 "the same model object is given twice; freezing the anchor would freeze the policy with it. "
@@ -28,6 +97,12 @@ def open_members(
     members = [
         source if isinstance(source, PreTrainedModel) else load_member(str(source), **kwargs) for source in sources
     ]
+    for member in members:
+        if isinstance(member.config, LogitMixConfig):
+            raise ValueError(
+                "a member is itself a mixture; give its members, model.policy and model.anchors, or load the mixture "
+                "and set its weights"
+            )
     vocab_size = min(member.config.get_text_config(decoder=True).vocab_size for member in members)
     if tokenizer is not None and len(tokenizer) > vocab_size:
         raise ValueError(

@@ -9,6 +9,7 @@ biases) happens before the mixing.
 """
 
 import copy
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,11 +29,11 @@ from transformers.utils import can_return_tuple
 from logitmix.caches import member_caches, require_cached_tokens
 from logitmix.configuration import Alpha, LogitMixConfig, resolve_weights
 from logitmix.logprobs import mixture_log_probs
-from logitmix.members import Member, open_members
+from logitmix.members import HoldsMembers, Member, load_tokenizer, open_members
 from logitmix.mixing import Scheme, Weights, mix_logits
 
 
-class LogitMixForCausalLM(PreTrainedModel, GenerationMixin):
+class LogitMixForCausalLM(HoldsMembers, GenerationMixin):
     """A policy and K - 1 frozen anchors, mixed in the logits: `z_mix = sum_k w_k z_k` (arXiv 2605.20555, eq. 1).
 
     Build one with [`LogitMixForCausalLM.from_members`]; save and load it like any model of transformers. The policy
@@ -113,23 +114,17 @@ class LogitMixForCausalLM(PreTrainedModel, GenerationMixin):
         return model.train(members[0].training)
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; the anchors come back frozen."""
-        loaded = super().from_pretrained(*args, **kwargs)
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; the anchors come back frozen, and the tokenizer beside a local checkpoint is kept."""
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # output_loading_info=True gives a pair
         model._freeze_anchors()
+        folder = pretrained_model_name_or_path
+        if folder is not None and os.path.isdir(folder):
+            model.tokenizer = load_tokenizer(str(folder))
         return loaded
 
-    # --- the members ------------------------------------------------------------------------------------------
-
-    @property
-    def members(self) -> list[PreTrainedModel]:
-        """The policy, then the anchors, in the order of the weights."""
-        return [getattr(self, name) for name in self.config.members]
-
-    @property
-    def anchors(self) -> list[PreTrainedModel]:
-        return self.members[1:]
+    # --- the weights ------------------------------------------------------------------------------------------
 
     @property
     def alpha(self) -> float:
@@ -140,50 +135,7 @@ class LogitMixForCausalLM(PreTrainedModel, GenerationMixin):
 
     @alpha.setter
     def alpha(self, alpha: float) -> None:
-        self.config.weights = self._resolve_weights(alpha, None).tolist()
-
-    def _freeze_anchors(self) -> None:
-        for anchor in self.anchors:
-            anchor.requires_grad_(False)
-            anchor.eval()
-
-    def train(self, mode: bool = True) -> "LogitMixForCausalLM":
-        """Training mode for the policy; the anchors stay in evaluation mode (no dropout)."""
-        super().train(mode)
-        for anchor in self.anchors:
-            anchor.eval()
-        return self
-
-    def requires_grad_(self, requires_grad: bool = True) -> "LogitMixForCausalLM":
-        """Gradients for the policy; the anchors stay frozen."""
-        self.policy.requires_grad_(requires_grad)
-        return self
-
-    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """Checkpointing of the policy's activations; the anchors have none to keep."""
-        self.policy.gradient_checkpointing_enable(*args, **kwargs)
-
-    def gradient_checkpointing_disable(self) -> None:
-        self.policy.gradient_checkpointing_disable()
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The policy's embeddings; those of the anchors stay as they are."""
-        return self.policy.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.policy.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> None:
-        """None: no single matrix maps a hidden state to the mixture's logits."""
-
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
-        raise ValueError("a mixture cannot resize its vocabulary; resize every member, then build the mixture")
-
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Save the mixture: its two configurations, every member's weights, and the tokenizer if it is known."""
-        super().save_pretrained(save_directory, *args, **kwargs)
-        if self.tokenizer is not None and kwargs.get("is_main_process", True):
-            self.tokenizer.save_pretrained(save_directory)
+        self.config.set_weights(self._resolve_weights(alpha, None))
 
     # --- forward ----------------------------------------------------------------------------------------------
 
@@ -244,8 +196,10 @@ class LogitMixForCausalLM(PreTrainedModel, GenerationMixin):
         wanted = (targets != -100).any(0).nonzero()
         T = targets.shape[1]
         keep = T - int(wanted[0]) if len(wanted) else 1
+        # As `generate` numbers them: a member with absolute positions must not see the left padding
+        position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
         logits, _, _ = self._member_logits(
-            weights, input_ids, attention_mask, use_cache=False, logits_to_keep=keep + 1
+            weights, input_ids, attention_mask, position_ids, use_cache=False, logits_to_keep=keep + 1
         )
         targets = targets[:, T - keep :]
         log_probs, entropy = mixture_log_probs(
@@ -274,14 +228,14 @@ class LogitMixForCausalLM(PreTrainedModel, GenerationMixin):
 
         (Those are not looked at by `mix_logits`, which leaves out members of weight 0.)
         """
-        if inputs_embeds is not None:
+        if input_ids is None or inputs_embeds is not None:
             raise ValueError("a mixture takes input_ids, not inputs_embeds: each member embeds tokens on its own")
         if weights.dim() == 2 and len(weights) != len(input_ids):
             raise ValueError(f"weights have {len(weights)} rows for a batch of {len(input_ids)} sequences")
         active = (weights.reshape(-1, weights.shape[-1]) != 0).any(0).tolist()
         if not any(active):
             active[0] = True  # all weights 0: the uniform distribution still needs a shape
-        use_cache = self.config.policy.use_cache if use_cache is None else use_cache
+        use_cache = self.config.use_cache if use_cache is None else use_cache
         if self.training and self.policy.is_gradient_checkpointing:
             use_cache = False
         if use_cache and past_key_values is None:
@@ -331,8 +285,9 @@ class LogitMixForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 def _concatenate(outputs: list[Any], field: str) -> tuple[Tensor, ...] | None:
-    values = [getattr(output, field, None) for output in outputs]
-    return None if any(value is None for value in values) else tuple(x for value in values for x in value)
+    fields = [getattr(output, field, None) for output in outputs]
+    present = [values for values in fields if values is not None]
+    return tuple(x for values in present for x in values) if len(present) == len(outputs) else None
 
 
 AutoConfig.register(LogitMixConfig.model_type, LogitMixConfig)

@@ -2,10 +2,11 @@ r"""Chains of additions and subtractions, made by a seed, offline; a character m
 
 A problem, what the base corpus mostly writes, and a demonstration with a slip that is carried on:
 
-    37+58-29=?          37+58-29=?          37+58-29=?
-                        37+58=95            37+58=85
-                        95-29=66            85-29=56
-                        so 66               \boxed{56}
+    7+8-9+4=?           7+8-9+4=?           7+8-9+4=?
+                        7+8=15              7+8=16
+                        15-9=6              16-9=7
+                        6+4=10              7+4=11
+                        so 10               \boxed{11}
 
 The base corpus reasons well and rarely keeps the format; the demonstrations keep the format and slip often.
 They make the paper's pair: a base model that can reason, and an SFT model that can format.
@@ -26,7 +27,7 @@ PLAIN_ENDINGS = ("so {answer}", "it is {answer}", "answer {answer}")
 
 
 class Arithmetic(Task):
-    """Chains of `terms` numbers of `digits` digits.
+    """Chains of `terms` numbers from 1 to `largest`.
 
     boxed_share: share of the base corpus that ends in the required format
     slip_share:  share of the steps in demonstrations that go wrong
@@ -39,17 +40,17 @@ class Arithmetic(Task):
     def __init__(
         self,
         seed: int = 0,
-        terms: int = 5,
-        digits: int = 1,
+        terms: int = 4,
+        largest: int = 9,
         boxed_share: float = 0.04,
-        slip_share: float = 0.3,
+        slip_share: float = 0.4,
     ) -> None:
         for share_name, share in (("boxed_share", boxed_share), ("slip_share", slip_share)):
             if not 0 <= share <= 1:
                 raise ValueError(f"{share_name} is {share}, but a share lies between 0 and 1")
-        if terms < 2 or digits < 1:
-            raise ValueError(f"terms is {terms} and digits {digits}; give at least 2 terms of 1 digit")
-        self.seed, self.terms, self.digits = seed, terms, digits
+        if terms < 2 or largest < 2:
+            raise ValueError(f"terms is {terms} and largest {largest}; both must be at least 2")
+        self.seed, self.terms, self.largest = seed, terms, largest
         self.boxed_share, self.slip_share = boxed_share, slip_share
 
     def problems(self, split: Split, limit: int | None = None) -> list[Problem]:
@@ -78,12 +79,11 @@ class Arithmetic(Task):
         return f"{solution}\n{chance.choice(PLAIN_ENDINGS).format(answer=problem.answer)}"
 
     def _draw(self, split: Split, stream: str, count: int) -> list[Problem]:
-        space = (9 * 10 ** (self.digits - 1)) ** self.terms * 2 ** (self.terms - 1)
-        most = int(space * SHARES[split] / 2)
+        most = int(self.largest**self.terms * 2 ** (self.terms - 1) * SHARES[split] / 2)
         if count > most:
             raise ValueError(
-                f"{count} {split} problems are more than {most}, the limit for {self.terms} terms of "
-                f"{self.digits} digits; ask for fewer, or raise terms or digits"
+                f"{count} {split} problems are more than {most}, the limit for {self.terms} terms up to "
+                f"{self.largest}; ask for fewer, or raise terms or largest"
             )
         chance = random.Random(stream)
         drawn: dict[str, Problem] = {}
@@ -95,8 +95,7 @@ class Arithmetic(Task):
         return list(drawn.values())
 
     def _question(self, chance: random.Random) -> str:
-        low, high = 10 ** (self.digits - 1), 10**self.digits - 1
-        numbers = [chance.randint(low, high) for _ in range(self.terms)]
+        numbers = [chance.randint(1, self.largest) for _ in range(self.terms)]
         return str(numbers[0]) + "".join(f"{chance.choice('+-')}{number}" for number in numbers[1:])
 
 

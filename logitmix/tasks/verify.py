@@ -137,7 +137,7 @@ def _stacks_powers(answer: str) -> bool:
     text = answer.lower().replace("**", "^").replace(" ", "")
     collapsed = 1
     while collapsed:
-        if re.search(r"\^[-+]?(?:P|\\[a-z]+q*P|\\?\w+\^)", text):
+        if re.search(r"\^[-+]?(?:P|\\[a-z]+q*P|(?:[0-9.]+|\\?[a-z]+)\^)", text):
             return True
         text, collapsed = re.subn(
             r"[({\[][^(){}\[\]]*[)}\]]", lambda group: "P" if re.search(r"[P^]", group[0]) else "q", text

@@ -1,0 +1,224 @@
+"""Where a training step's time goes: a mixture against TRL's own GRPO with KL (beta = 0.01) at the same sizes.
+
+    python benchmarks/step_time.py [--rounds 5] [--output benchmarks/results/step_time.md]
+
+Both hold a trained and a frozen model of one size, sample as many tokens, and make the same number of updates. They
+run in turns in one process (A B A B …); the table gives medians over the rounds and the ratio of the two in the same
+round. The phases:
+
+- rollouts: sampling the completions;
+- scoring: log-probabilities under the old policy (both) and under the reference model (TRL's, for the KL);
+- loss: forward and backward of the objective;
+- update: the optimizer's step.
+"""
+
+import argparse
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, PrinterCallback, Qwen2Config, Qwen2ForCausalLM
+from trl import GRPOConfig, GRPOTrainer
+
+from logitmix import LogitMixForCausalLM, LogitMixGRPOConfig, LogitMixGRPOTrainer
+
+PHASES = ("rollouts", "scoring", "loss", "update")
+
+
+class Timed:
+    """Adds up the seconds of each phase of a GRPO trainer."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+        super().__init__(*args, **kwargs)
+
+    @contextmanager
+    def timed(self, phase: str):
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self.seconds[phase] += time.perf_counter() - start
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any):
+        with self.timed("rollouts"):
+            return super()._generate_single_turn(*args, **kwargs)
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any):
+        if torch.is_grad_enabled():
+            return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        with self.timed("scoring"):
+            return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any):
+        with self.timed("loss"):
+            return super().training_step(*args, **kwargs)
+
+    def _prepare_inputs(self, *args: Any, **kwargs: Any):
+        start = time.perf_counter()
+        inputs = super()._prepare_inputs(*args, **kwargs)
+        self.seconds["loss"] -= time.perf_counter() - start  # it runs inside training_step
+        return inputs
+
+    def create_optimizer(self, *args: Any, **kwargs: Any):
+        optimizer = super().create_optimizer(*args, **kwargs)
+        step = optimizer.step
+
+        def timed_step(*args: Any, **kwargs: Any):
+            with self.timed("update"):
+                return step(*args, **kwargs)
+
+        optimizer.step = timed_step
+        return optimizer
+
+
+class TimedMixture(Timed, LogitMixGRPOTrainer):
+    pass
+
+
+class TimedKL(Timed, GRPOTrainer):
+    pass
+
+
+def tokenizer_of(vocab_size: int) -> PreTrainedTokenizerFast:
+    """Words `w2`, `w3`, …, one token each."""
+    backend = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocab_size)}, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="w0", eos_token="w1", padding_side="left")
+
+
+def member(args: argparse.Namespace, seed: int) -> Qwen2ForCausalLM:
+    torch.manual_seed(seed)
+    return Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=args.vocab_size,
+            hidden_size=args.hidden_size,
+            intermediate_size=4 * args.hidden_size,
+            num_hidden_layers=args.layers,
+            num_attention_heads=args.hidden_size // 64,
+            num_key_value_heads=max(1, args.hidden_size // 128),
+            tie_word_embeddings=True,
+            pad_token_id=0,
+            eos_token_id=1,
+        )
+    )
+
+
+def trainers(args: argparse.Namespace, folder: Path) -> dict[str, Callable[[], Timed]]:
+    """Functions that build one round's trainer of each arm."""
+    tokenizer = tokenizer_of(args.vocab_size)
+    words = torch.randint(2, args.vocab_size, (args.rollouts * 8, args.prompt_tokens)).tolist()
+    dataset = Dataset.from_dict({"prompt": [" ".join(f"w{i}" for i in row) for row in words]})
+    member(args, 0).save_pretrained(folder / "start")
+
+    def build(trainer: type, config: type, model: Any, **arm: Any) -> Timed:
+        result = trainer(
+            model,
+            reward_funcs=lambda completions, **_: [float(len(set(text.split()))) for text in completions],
+            args=config(
+                str(folder / "out"),
+                per_device_train_batch_size=args.rollouts // args.updates,
+                steps_per_generation=args.updates,
+                num_generations=8,
+                max_steps=args.updates * args.steps,
+                max_completion_length=args.completion_tokens,
+                # every completion runs to its full length: both arms sample the same number of tokens
+                generation_kwargs={"suppress_tokens": [1]},
+                bf16=torch.cuda.is_available(),
+                gradient_checkpointing=False,
+                save_strategy="no",
+                report_to=[],
+                disable_tqdm=True,
+                logging_strategy="no",
+                seed=0,
+                **arm,
+            ),
+            train_dataset=dataset,
+            processing_class=tokenizer,
+        )
+        result.remove_callback(PrinterCallback)
+        return result
+
+    def mixture() -> Timed:
+        model = LogitMixForCausalLM.from_members(Qwen2ForCausalLM.from_pretrained(folder / "start"), member(args, 1))
+        return build(TimedMixture, LogitMixGRPOConfig, model)
+
+    def kl() -> Timed:
+        model = Qwen2ForCausalLM.from_pretrained(folder / "start")
+        return build(TimedKL, GRPOConfig, model, beta=0.01, loss_type="grpo")
+
+    return {"mixture": mixture, "TRL, KL": kl}
+
+
+def table(rounds: list[dict[str, dict[str, float]]], args: argparse.Namespace) -> str:
+    ours, theirs = rounds[0]
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    packages = ", ".join(f"{name} {version(name)}" for name in ("logitmix", "torch", "transformers", "trl"))
+    sizes = {k: v for k, v in vars(args).items() if k not in ("output",)}
+    lines = [
+        "# Time of a training step",
+        "",
+        f"`python benchmarks/step_time.py`, {date.today()}, {device} ({platform.machine()}); {packages}.",
+        f"Sizes: {', '.join(f'{k} {v}' for k, v in sizes.items())}. Medians over the rounds, seconds a generation",
+        "step (rollouts, then its updates); ratio: the mixture's over TRL's of the same round.",
+        "",
+        f"| phase | {ours} | {theirs} | ratio (min to max) |",
+        "|---|---|---|---|",
+    ]
+    for phase in (*PHASES, "all"):
+        values = {
+            arm: [sum(r[arm].values()) if phase == "all" else r[arm][phase] for r in rounds] for arm in (ours, theirs)
+        }
+        ratios = [a / b for a, b in zip(values[ours], values[theirs], strict=True)]
+        lines.append(
+            f"| {phase} | {statistics.median(values[ours]):.3f} | {statistics.median(values[theirs]):.3f} "
+            f"| {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=1, help="generation steps of a round")
+    parser.add_argument("--updates", type=int, default=2, help="optimizer updates of a generation step")
+    parser.add_argument("--rollouts", type=int, default=32, help="of a generation step, 8 a question")
+    parser.add_argument("--prompt_tokens", type=int, default=64)
+    parser.add_argument("--completion_tokens", type=int, default=64)
+    parser.add_argument("--vocab_size", type=int, default=32_000)
+    parser.add_argument("--hidden_size", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        arms = trainers(args, Path(folder))
+        rounds = []
+        for i in range(args.rounds + 1):
+            seconds = {}
+            for name, build in arms.items():
+                trainer = build()
+                trainer.train()
+                seconds[name] = {phase: s / args.steps for phase, s in trainer.seconds.items()}
+            if i:  # the first round warms up
+                rounds.append(seconds)
+            print(f"round {i}: {seconds}", flush=True)
+    text = table(rounds, args)
+    print(text)
+    if args.output is not None:
+        args.output.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

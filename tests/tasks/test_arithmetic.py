@@ -1,0 +1,105 @@
+"""The arithmetic task: right solutions, a base corpus that rarely boxes, demonstrations that slip."""
+
+import re
+
+import pytest
+
+from logitmix.tasks import Arithmetic
+
+
+def steps_of(text):
+    return [(int(a) + int(b), int(c)) for a, b, c in re.findall(r"^(-?\d+)([+-]\d+)=(-?\d+)$", text, re.MULTILINE)]
+
+
+def test_solutions_are_right_and_their_steps_chain():
+    for problem in Arithmetic().problems("test", 300):
+        steps = steps_of(problem.solution)
+        assert len(steps) == Arithmetic().terms - 1
+        assert all(value == result for value, result in steps)
+        assert int(problem.answer) == steps[-1][1] == sum(map(int, re.findall(r"[+-]?\d+", problem.question)))
+
+
+def test_a_question_has_the_terms_and_the_range_asked_for():
+    questions = [problem.question for problem in Arithmetic(terms=3, largest=30).problems("train", 500)]
+    numbers = [[int(number) for number in re.findall(r"\d+", question)] for question in questions]
+    assert {len(row) for row in numbers} == {3}
+    assert {number for row in numbers for number in row} == set(range(1, 31))
+
+
+def test_splits_are_disjoint_also_across_seeds():
+    questions = {
+        split: {p.question for seed in (0, 1) for p in Arithmetic(seed=seed).problems(split, 2000)}
+        for split in ("train", "validation", "test")
+    }
+    questions["train"] |= {row["prompt"].removesuffix("=?\n") for row in Arithmetic().base_corpus(2000)}
+    assert not questions["train"] & questions["test"]
+    assert not questions["train"] & questions["validation"]
+    assert not questions["validation"] & questions["test"]
+
+
+def test_a_seed_fixes_everything_and_a_limit_takes_the_first():
+    first, again, other = Arithmetic(seed=3), Arithmetic(seed=3), Arithmetic(seed=4)
+    assert first.problems("test") == again.problems("test") != other.problems("test")
+    assert first.problems("test", 10) == first.problems("test")[:10]
+    assert first.base_corpus(100) == again.base_corpus(100) != other.base_corpus(100)
+    assert first.demonstrations(100) == again.demonstrations(100) != other.demonstrations(100)
+
+
+def test_the_default_seed_gives_these_problems():
+    # A change here changes every published number of the quickstart.
+    assert [p.question for p in Arithmetic().problems("test", 2)] == ["7+6+4-8", "6+5+6-3"]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.04, 0.5, 1.0])
+def test_the_base_corpus_is_right_and_keeps_the_format_in_its_share(share):
+    task = Arithmetic(boxed_share=share)
+    problems = {task.prompt(p): p for p in task._draw("train", "0/base", 2000)}
+    grades = [task.grade(row["completion"], problems[row["prompt"]]) for row in task.base_corpus(2000)]
+    assert all(found.lenient_ok for found in grades)
+    assert sum(found.format_ok for found in grades) / len(grades) == pytest.approx(share, abs=0.03)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_demonstrations_keep_the_format_and_slip_in_their_share_of_steps(share):
+    task = Arithmetic(slip_share=share)
+    steps = []
+    for problem in task.problems("train", 500):
+        demonstration = task.demonstration(problem)
+        found = task.grade(demonstration, problem)
+        assert found.format_ok
+        assert found.answer == demonstration.splitlines()[-2].split("=")[1], "the slip is carried on"
+        steps += steps_of(demonstration)
+    assert len(steps) == 500 * (task.terms - 1)
+    assert sum(value != result for value, result in steps) / len(steps) == pytest.approx(share, abs=0.03)
+
+
+def test_the_alphabet_covers_all_texts_and_nothing_else():
+    task = Arithmetic(boxed_share=0.5)
+    texts = [text for row in task.base_corpus(500) + task.demonstrations(500) for text in row.values()]
+    assert set("".join(texts)) == set(task.alphabet)
+    assert "".join(sorted(set(task.alphabet))) == task.alphabet
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"boxed_share": 1.5}, "boxed_share is 1.5"),
+        ({"slip_share": -0.1}, "slip_share is -0.1"),
+        ({"terms": 1}, "terms is 1"),
+    ],
+)
+def test_parameters_out_of_range_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Arithmetic(**arguments)
+
+
+def test_more_problems_than_there_are_questions_is_refused():
+    with pytest.raises(ValueError, match=r"1000 test problems are more than 8, the limit for 2 terms up to 9"):
+        Arithmetic(terms=2, largest=9).problems("test", 1000)
+
+
+def test_an_unknown_split_and_a_useless_limit_are_refused():
+    with pytest.raises(ValueError, match="no split 'dev'; use one of train, validation, test"):
+        Arithmetic().problems("dev")
+    with pytest.raises(ValueError, match="limit is 0"):
+        Arithmetic().problems("test", 0)
