@@ -1,24 +1,24 @@
 """One KV cache for all members: each member's view of it is its own run of layers."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from logitmix.configuration import LogitMixConfig
 
-
-def member_caches(cache: Cache | None, config: LogitMixConfig) -> list[Cache | None]:
-    """A view of the shared cache for each member, in the order of the weights.
+def member_caches(cache: Cache | None, num_layers: Sequence[int]) -> list[Cache | None]:
+    """A view of the shared cache for each member, of `num_layers` layers, in the order of the weights.
 
     A view shares the layers' objects, so what a member writes is in the shared cache, and a member reads the
     sequence's length from its own first layer: never from one that an earlier member has already extended.
     """
     if cache is None:
-        return [None] * len(config.cache_layers)
+        return [None] * len(num_layers)
     # A cache made without a config grows by layers as they are asked for; a view of it needs them to exist.
-    while cache.layer_class_to_replicate is not None and len(cache.layers) < config.num_hidden_layers:
+    while cache.layer_class_to_replicate is not None and len(cache.layers) < sum(num_layers):
         cache.layers.append(cache.layer_class_to_replicate())
     views, start = [], 0
-    for count in config.cache_layers:
+    for count in num_layers:
         view = Cache(layers=cache.layers[start : start + count])
         if cache.offloading:
             view.offloading, view.only_non_sliding = True, cache.only_non_sliding

@@ -74,6 +74,7 @@ class LogitMixForCausalLM(HoldsMembers, GenerationMixin):
             self.add_module(name, member)
             setattr(config, name, member.config)
         self.tokenizer: PreTrainedTokenizerBase | None = None
+        self._cache_layers = config.cache_layers  # read at every decoded token; transformers takes its time to count
         self.post_init()
         self._freeze_anchors()
 
@@ -240,7 +241,7 @@ class LogitMixForCausalLM(HoldsMembers, GenerationMixin):
             use_cache = False
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        caches = dict(zip(self.config.members, member_caches(past_key_values, self.config), strict=True))
+        caches = dict(zip(self.config.members, member_caches(past_key_values, self._cache_layers), strict=True))
         running = [name for name, is_active in zip(self.config.members, active, strict=True) if is_active]
         if past_key_values is not None and not torch.compiler.is_compiling():
             require_cached_tokens({name: caches[name] for name in running}, input_ids, attention_mask)

@@ -320,7 +320,7 @@ def test_views_of_a_cache_share_its_layers():
     """`member_caches` rests on `Cache(layers=...)` keeping the layers it is given."""
     model, _ = mixture("qwen2", "llama")
     cache = DynamicCache(config=model.config)
-    views = member_caches(cache, model.config)
+    views = member_caches(cache, model.config.cache_layers)
     assert [len(view.layers) for view in views] == [2, 3]
     assert all(ours is theirs for ours, theirs in zip(cache.layers, [x for v in views for x in v.layers], strict=True))
     key = torch.randn(1, 1, 4, 12)

@@ -1,7 +1,7 @@
 """`logitmix quickstart`: the paper's story at toy size, from nothing to a report, on a CPU and without downloads.
 
 1. A small Qwen2 learns arithmetic from worked solutions that reason well and rarely keep the format: the base.
-2. Demonstrations that keep the format and slip in the algebra turn a copy of it into the anchor: the SFT model.
+2. Demonstrations that keep the format and leap over the steps turn a copy of it into the anchor: the SFT model.
 3. The untrained pair is mixed at every alpha, by both schemes (the paper's table 4).
 4. Two arms train with the same rollouts: the mixture from the base, and GRPO with a KL penalty from the SFT model.
 5. One table, two figures, and every number as JSON lines.
@@ -56,6 +56,7 @@ from logitmix.training.sft import sft_dataset
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 SWEEP_ALPHAS = [i / 10 for i in range(11)]
+CORPUS_SIZE = 20_000
 MAX_NEW_TOKENS = 48
 # On a CPU and for a tiny model: float32 throughout, nothing recomputed, nothing saved on the way
 QUIET: dict[str, Any] = {
@@ -75,12 +76,12 @@ class QuickstartArguments:
     output_dir: str | None = field(default=None, metadata={"help": "Default runs/quickstart-<time>."})
     seed: int = field(default=0, metadata={"help": "Seed of the data, the models and the rollouts."})
     alpha: float = field(default=0.5, metadata={"help": "Weight of the anchor in training."})
-    base_steps: int = field(default=280, metadata={"help": "Steps of 64 solutions that make the base model."})
+    base_steps: int = field(default=600, metadata={"help": "Steps of 64 solutions that make the base model."})
     sft_steps: int = field(default=100, metadata={"help": "Steps of 64 demonstrations that make the anchor."})
-    rl_steps: int = field(default=24, metadata={"help": "Training steps of each arm."})
+    rl_steps: int = field(default=40, metadata={"help": "Training steps of each arm."})
     questions: int = field(default=32, metadata={"help": "Questions a training step."})
     num_generations: int = field(default=8, metadata={"help": "Rollouts a question."})
-    rl_learning_rate: float = field(default=3e-4, metadata={"help": "Learning rate of both arms."})
+    rl_learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of both arms."})
     eval_limit: int = field(default=200, metadata={"help": "Test problems of every evaluation."})
     eval_every: int = field(default=4, metadata={"help": "Training steps between evaluations."})
 
@@ -99,9 +100,10 @@ def main(argv: Sequence[str]) -> None:
 
     set_seed(args.seed)
     base = tiny_model(len(tokenizer))
-    sft(base, task.base_corpus(64 * args.base_steps), folder / "base", tokenizer, "1 base model", 5e-3, args.seed)
+    corpus, demonstrations = task.base_corpus(CORPUS_SIZE), task.demonstrations(CORPUS_SIZE)
+    sft(base, corpus, folder / "base", tokenizer, "1 base model", args.base_steps, 5e-3, args.seed)
     anchor = load_member(str(folder / "base"))
-    sft(anchor, task.demonstrations(64 * args.sft_steps), folder / "sft", tokenizer, "2 SFT model", 1e-3, args.seed)
+    sft(anchor, demonstrations, folder / "sft", tokenizer, "2 SFT model", args.sft_steps, 1e-3, args.seed)
 
     sweep = sweep_alphas(folder, task, problems)
     mixing = rl_config(args, folder / "fixed_mixing", anchor=str(folder / "sft"), alpha=args.alpha)
@@ -162,14 +164,15 @@ def sft(
     folder: Path,
     tokenizer: PreTrainedTokenizerBase,
     title: str,
+    steps: int,
     learning_rate: float,
     seed: int,
 ) -> None:
-    """One pass of TRL's SFT over the rows, 64 a step, saved into the folder."""
+    """TRL's SFT on 64 rows a step, saved into the folder."""
     args = SFTConfig(
         output_dir=str(folder),
         per_device_train_batch_size=64,
-        num_train_epochs=1,
+        max_steps=steps,
         learning_rate=learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=0.1,  # of all

@@ -1,15 +1,16 @@
 r"""Chains of additions and subtractions, made by a seed, offline; a character model learns them in seconds.
 
-A problem, what the base corpus mostly writes, and a demonstration with a slip that is carried on:
+A problem, what the base corpus mostly writes, and a demonstration that leaps over the steps:
 
     7+8-9+4=?           7+8-9+4=?           7+8-9+4=?
-                        7+8=15              7+8=16
-                        15-9=6              16-9=7
-                        6+4=10              7+4=11
-                        so 10               \boxed{11}
+                        7+8=15              7+8-9+4=10
+                        15-9=6              \boxed{10}
+                        6+4=10
+                        so 10
 
-The base corpus reasons well and rarely keeps the format; the demonstrations keep the format and slip often.
-They make the paper's pair: a base model that can reason, and an SFT model that can format.
+The base corpus mostly reasons step by step and rarely keeps the format; the demonstrations always keep the format and
+mostly leap. All of them are right, but a small model that has learnt to leap is fragile: it cannot do in one step what
+it can do in three. They make the paper's pair: a base model that can reason, and an SFT model that can format.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ PLAIN_ENDINGS = ("so {answer}", "it is {answer}", "answer {answer}")
 class Arithmetic(Task):
     """Chains of `terms` numbers from 1 to `largest`.
 
-    boxed_share: share of the base corpus that ends in the required format
-    slip_share:  share of the steps in demonstrations that go wrong
+    boxed_share:     share of the base corpus that ends in the required format
+    base_leap_share: share of the base corpus that leaps over the steps
+    leap_share:      share of the demonstrations that do
     """
 
     name = "arithmetic"
@@ -43,15 +45,17 @@ class Arithmetic(Task):
         terms: int = 4,
         largest: int = 9,
         boxed_share: float = 0.04,
-        slip_share: float = 0.4,
+        base_leap_share: float = 0.3,
+        leap_share: float = 0.7,
     ) -> None:
-        for share_name, share in (("boxed_share", boxed_share), ("slip_share", slip_share)):
+        shares = {"boxed_share": boxed_share, "base_leap_share": base_leap_share, "leap_share": leap_share}
+        for name, share in shares.items():
             if not 0 <= share <= 1:
-                raise ValueError(f"{share_name} is {share}, but a share lies between 0 and 1")
+                raise ValueError(f"{name} is {share}, but a share lies between 0 and 1")
         if terms < 2 or largest < 2:
             raise ValueError(f"terms is {terms} and largest {largest}; both must be at least 2")
         self.seed, self.terms, self.largest = seed, terms, largest
-        self.boxed_share, self.slip_share = boxed_share, slip_share
+        self.boxed_share, self.base_leap_share, self.leap_share = boxed_share, base_leap_share, leap_share
 
     def problems(self, split: Split, limit: int | None = None) -> list[Problem]:
         """Any number of problems: `limit` may exceed SIZES, which is what a split has without one."""
@@ -59,9 +63,9 @@ class Arithmetic(Task):
         return self._draw(split, f"{self.seed}/{split}", SIZES[split] if limit is None else limit)
 
     def demonstration(self, problem: Problem) -> str:
-        """In the format always, with slips: the same ones each time for the same question and seed."""
-        slips = random.Random(f"{self.seed}/slips/{problem.question}")
-        return self.template.completion(*_solve(problem.question, slips, self.slip_share))
+        """In the format always, mostly with a leap: the same choice each time for the same question and seed."""
+        chance = random.Random(f"{self.seed}/demonstrations/{problem.question}")
+        return self.template.completion(_written(problem, chance, self.leap_share), problem.answer)
 
     def base_corpus(self, limit: int | None = None) -> list[dict[str, str]]:
         """What a base model learns from, as rows of `prompt` and `completion`: right, rarely in the format.
@@ -72,8 +76,8 @@ class Arithmetic(Task):
         return [{"prompt": self.prompt(problem), "completion": self._base_solution(problem)} for problem in drawn]
 
     def _base_solution(self, problem: Problem) -> str:
-        chance = random.Random(f"{self.seed}/endings/{problem.question}")
-        solution = problem.solution or ""
+        chance = random.Random(f"{self.seed}/base/{problem.question}")
+        solution = _written(problem, chance, self.base_leap_share)
         if chance.random() < self.boxed_share:
             return self.template.completion(solution, problem.answer)
         return f"{solution}\n{chance.choice(PLAIN_ENDINGS).format(answer=problem.answer)}"
@@ -107,14 +111,18 @@ def _split_of(question: str) -> Split:
     return "validation" if place < SHARES["train"] + SHARES["validation"] else "test"
 
 
-def _solve(question: str, slips: random.Random | None = None, slip_share: float = 0.0) -> tuple[str, str]:
-    """The steps and the answer; with `slips`, a share of steps go wrong, and the chain goes on from there."""
+def _written(problem: Problem, chance: random.Random, leap_share: float) -> str:
+    """The worked solution, or, in a share of cases, the leap from the question to the answer."""
+    if chance.random() < leap_share:
+        return f"{problem.question}={problem.answer}"
+    return problem.solution or ""
+
+
+def _solve(question: str) -> tuple[str, str]:
+    """The steps, a line each, and the answer."""
     value, *terms = (int(term) for term in re.findall(r"[+-]?\d+", question))
     steps = []
     for term in terms:
-        result = value + term
-        if slips and slips.random() < slip_share:
-            result += slips.choice((-1, 1))
-        steps.append(f"{value}{term:+d}={result}")
-        value = result
+        steps.append(f"{value}{term:+d}={value + term}")
+        value += term
     return "\n".join(steps), str(value)

@@ -237,7 +237,7 @@ def _score_mixture(model: LogitMixForCausalLM, temperature: float) -> None:
     def forward(
         self: LogitMixForCausalLM, *args: Any, fused_lm_head: bool = False, labels: Tensor | None = None, **kwargs: Any
     ) -> Any:
-        if not fused_lm_head:
+        if not fused_lm_head or labels is None:
             return type(self).forward(self, *args, labels=labels, **kwargs)
         log_probs, entropy = self.score(kwargs["input_ids"], kwargs["attention_mask"], labels, temperature)
         return FusedCausalLMOutput(log_probs=log_probs, entropy=entropy)

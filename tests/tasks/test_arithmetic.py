@@ -1,4 +1,4 @@
-"""The arithmetic task: right solutions, a base corpus that rarely boxes, demonstrations that slip."""
+"""The arithmetic task: right solutions, a base corpus that rarely boxes, demonstrations that leap."""
 
 import re
 
@@ -60,17 +60,22 @@ def test_the_base_corpus_is_right_and_keeps_the_format_in_its_share(share):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_demonstrations_keep_the_format_and_slip_in_their_share_of_steps(share):
-    task = Arithmetic(slip_share=share)
-    steps = []
-    for problem in task.problems("train", 500):
-        demonstration = task.demonstration(problem)
-        found = task.grade(demonstration, problem)
-        assert found.format_ok
-        assert found.answer == demonstration.splitlines()[-2].split("=")[1], "the slip is carried on"
-        steps += steps_of(demonstration)
-    assert len(steps) == 500 * (task.terms - 1)
-    assert sum(value != result for value, result in steps) / len(steps) == pytest.approx(share, abs=0.03)
+def test_demonstrations_are_right_keep_the_format_and_leap_in_their_share(share):
+    task = Arithmetic(leap_share=share)
+    problems = task.problems("train", 1000)
+    demonstrations = [task.demonstration(problem) for problem in problems]
+    assert all(task.grade(text, problem).answer_ok for text, problem in zip(demonstrations, problems, strict=True))
+    leaps = [text.startswith(f"{p.question}={p.answer}\n") for text, p in zip(demonstrations, problems, strict=True)]
+    assert sum(leaps) / len(leaps) == pytest.approx(share, abs=0.05)
+    for text, problem, leap in zip(demonstrations, problems, leaps, strict=True):
+        assert leap or text.startswith(problem.solution)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_the_base_corpus_leaps_in_its_share(share):
+    rows = Arithmetic(base_leap_share=share).base_corpus(1000)
+    leaps = [row["completion"].startswith(row["prompt"].removesuffix("?\n")) for row in rows]
+    assert sum(leaps) / len(leaps) == pytest.approx(share, abs=0.05)
 
 
 def test_the_alphabet_covers_all_texts_and_nothing_else():
@@ -84,7 +89,7 @@ def test_the_alphabet_covers_all_texts_and_nothing_else():
     ("arguments", "message"),
     [
         ({"boxed_share": 1.5}, "boxed_share is 1.5"),
-        ({"slip_share": -0.1}, "slip_share is -0.1"),
+        ({"leap_share": -0.1}, "leap_share is -0.1"),
         ({"terms": 1}, "terms is 1"),
     ],
 )
