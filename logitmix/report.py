@@ -16,9 +16,9 @@ MARKERS = ("o", "s", "^", "D", "v", "x")
 
 def print_rates(title: str, rates: Mapping[str, Rates]) -> None:
     """A row for each name: format-correct, answer-correct (in the format and right), lenient, truncated, length."""
-    table = Table(title=title, title_justify="left", caption_justify="left")
-    table.add_column("")
-    for column in ("format %", "answer %", "lenient %", "truncated %", "mean tokens"):
+    table = Table(title=title, title_justify="left")
+    table.add_column("", no_wrap=True)
+    for column in ("format %", "answer %", "lenient %", "cut %", "tokens"):
         table.add_column(column, justify="right")
     for name, r in rates.items():
         shares = [f"{100 * share:.1f}" for share in (r.format, r.answer, r.lenient, r.truncated)]
@@ -48,7 +48,7 @@ def plot_curves(curves: Mapping[str, Sequence[tuple[int, float]]], title: str, p
         axes.plot(
             steps, [100 * v for v in values], label=name, color=COLORS[i % 6], marker=MARKERS[i % 6], markersize=4
         )
-    _save(figure, axes, path)
+    _save(figure, path)
 
 
 def plot_sweep(sweep: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
@@ -64,10 +64,10 @@ def plot_sweep(sweep: Sequence[Mapping[str, Any]], title: str, path: Path) -> No
                 style,
                 color=COLORS[i],
                 marker=MARKERS[i],
-                markersize=4,
+                markersize=5 - i,  # where two schemes coincide, the first still shows around the second
                 label=f"{scheme}: {key}-correct",
             )
-    _save(figure, axes, path)
+    _save(figure, path)
 
 
 def _figure(title: str, x: str, y: str) -> tuple[Any, Any]:
@@ -76,7 +76,7 @@ def _figure(title: str, x: str, y: str) -> tuple[Any, Any]:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(7, 5), layout="constrained")
     axes.set_title(title, loc="left", fontsize=11)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
@@ -86,9 +86,9 @@ def _figure(title: str, x: str, y: str) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _save(figure: Any, axes: Any, path: Path) -> None:
+def _save(figure: Any, path: Path) -> None:
     from matplotlib import pyplot
 
-    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

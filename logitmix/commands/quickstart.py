@@ -20,7 +20,6 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PrinterCallback,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen2Tokenizer,
@@ -31,12 +30,10 @@ from transformers.utils import logging as transformers_logging
 from trl import SFTConfig, SFTTrainer
 
 from logitmix.commands.arguments import parse
+from logitmix.commands.callbacks import EverySteps, watch
 from logitmix.commands.runs import (
     EVALUATIONS_FILE,
     RESPONSES_FILE,
-    EverySteps,
-    MetricsFile,
-    ProgressBar,
     append_jsonl,
     claim_folder,
     console,
@@ -183,8 +180,7 @@ def sft(
     )
     dataset, _ = sft_dataset(rows, tokenizer, args.max_length)
     trainer = SFTTrainer(model, args=args, train_dataset=dataset, processing_class=tokenizer)
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(ProgressBar(title))
+    watch(trainer, title)
     trainer.train()
     trainer.save_model()
 
@@ -236,14 +232,9 @@ def train_arm(
     trainer = build_trainer(task, rows, start, config)
     folder = Path(config.output_dir)
     folder.mkdir(exist_ok=True)
-    trainer.remove_callback(PrinterCallback)
+    watch(trainer, title)
     tokenizer = trainer.processing_class
-    for callback in (
-        ProgressBar(title),
-        MetricsFile(),
-        EverySteps(args.eval_every, evaluation(trainer, tokenizer, task, problems, folder)),
-    ):
-        trainer.add_callback(callback)
+    trainer.add_callback(EverySteps(args.eval_every, evaluation(trainer, tokenizer, task, problems, folder)))
     trainer.train()
     trainer.save_model()
     responses = greedy_responses(trainer.model, tokenizer, task, problems, members_of(trainer.model), MAX_NEW_TOKENS)
@@ -259,10 +250,10 @@ def report(folder: Path, args: QuickstartArguments, sweep: list[dict[str, Any]],
     names = tuple(Rates.__dataclass_fields__)
     rates = {
         label: Rates(**{name: untrained[alpha][name] for name in names})
-        for label, alpha in (("base", 0.0), ("SFT (the anchor)", 1.0))
+        for label, alpha in (("base", 0.0), ("SFT (anchor)", 1.0))
     }
     best = max(untrained, key=lambda alpha: untrained[alpha]["answer"])
-    rates[f"untrained mixture, best alpha ({best:.1f})"] = Rates(**{name: untrained[best][name] for name in names})
+    rates[f"untrained, best alpha {best:.1f}"] = Rates(**{name: untrained[best][name] for name in names})
     rates |= final
 
     print_sweep(f"Mixing the untrained pair, {args.eval_limit} test problems", sweep)

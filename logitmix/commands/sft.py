@@ -6,7 +6,8 @@ from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from logitmix.commands.arguments import ModelArguments, TaskArguments, parse
-from logitmix.commands.runs import claim_folder, console, run_training
+from logitmix.commands.callbacks import run_training
+from logitmix.commands.runs import claim_folder, console
 from logitmix.members import load_member
 from logitmix.training.sft import sft_dataset
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from logitmix.commands.arguments import ModelArguments, TaskArguments, parse
-from logitmix.commands.runs import EVALUATIONS_FILE, EverySteps, append_jsonl, claim_folder, console, run_training
+from logitmix.commands.callbacks import EverySteps, run_training
+from logitmix.commands.runs import EVALUATIONS_FILE, append_jsonl, claim_folder, console
 from logitmix.evaluation.decode import greedy_responses, members_of
 from logitmix.evaluation.metrics import rates_by
 from logitmix.tasks import Problem, Task

@@ -1,0 +1,59 @@
+"""The code in README and docs runs as it stands there, on tiny members in place of the names it uses."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+
+from logitmix.commands.quickstart import character_tokenizer, tiny_model
+from logitmix.tasks import Arithmetic
+
+ROOT = Path(__file__).parents[1]
+
+
+def python_blocks(name: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working directory with a base and an SFT model where the documents have theirs."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer = character_tokenizer(Arithmetic.alphabet)
+    for seed, path in enumerate(("path/to/base", "path/to/sft")):
+        torch.manual_seed(seed)
+        tiny_model(len(tokenizer)).save_pretrained(path)
+        tokenizer.save_pretrained(path)
+    return tmp_path
+
+
+def test_the_mixture_page(folder, capsys):
+    namespace: dict = {}
+    for block in python_blocks("docs/mixture.md"):
+        exec(compile(block, "docs/mixture.md", "exec"), namespace)
+    assert capsys.readouterr().out.startswith("7+8-9+4=?")
+    assert (folder / "path/to/policy/config.json").exists()
+
+
+def test_the_readmes_script_before_and_after(folder):
+    """Only the two lines that README shows differ, and both scripts train."""
+    task = Arithmetic()
+    rows = [{"prompt": task.prompt(problem), "answer": problem.answer} for problem in task.problems("train", 64)]
+    smaller = "use_cpu=True, bf16=False, report_to=[], max_steps=1, max_completion_length=24, save_strategy='no'"
+    before, after = python_blocks("README.md")[:2]
+    changed = [pair for pair in zip(before.splitlines(), after.splitlines(), strict=True) if pair[0] != pair[1]]
+    assert len(changed) == 2
+    for block in (before, after):
+        namespace = {"dataset": Dataset.from_list(rows), "reward": lambda completions, **_: [0.0] * len(completions)}
+        exec(
+            compile(block.replace('output_dir="run"', f'output_dir="run", {smaller}'), "README.md", "exec"), namespace
+        )
+        assert namespace["trainer"].state.global_step == 1
+
+
+def test_every_local_link_leads_somewhere():
+    for page in [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
