@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
+        print("logitmix: interrupted", file=sys.stderr)
         return 130
     return 0
 

@@ -54,6 +54,10 @@ def mixture_log_probs(
         chunk_logits = [z[start:stop] for z in logits]
         arguments = (chunk_weights, targets_BT[start:stop], *chunk_logits)
         needs_grad = torch.is_grad_enabled() and any(z.requires_grad for z in chunk_logits)
-        results.append(checkpoint(chunk, *arguments, use_reentrant=False) if needs_grad else chunk(*arguments))
+        results.append(
+            checkpoint(chunk, *arguments, use_reentrant=False, preserve_rng_state=False)
+            if needs_grad
+            else chunk(*arguments)
+        )
     log_probs, entropies = zip(*results, strict=True)
     return torch.cat(log_probs), torch.cat(entropies)

@@ -79,14 +79,14 @@ def test_sft_makes_a_checkpoint_that_plain_transformers_loads(members, tmp_path)
         "--bf16", "false", "--use_cpu", "true", "--report_to", "none", "--save_strategy", "no",
     ]) == 0  # fmt: skip
     assert AutoModelForCausalLM.from_pretrained(out).config.model_type == "qwen2"
-    assert json.loads((out / "run.json").read_text())["arguments"]["max_steps"] == 2
+    assert json.loads((out / "run.jsonl").read_text())["arguments"]["max_steps"] == 2
 
 
 def test_flags_go_over_the_config_file(train, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("alpha: 0.25\nscheme: prob\nmax_steps: 5\n")
     assert main([*train, "--config", str(recipe), "--max_steps", "1"]) == 0
-    arguments = json.loads((tmp_path / "run" / "run.json").read_text())["arguments"]
+    arguments = json.loads((tmp_path / "run" / "run.jsonl").read_text())["arguments"]
     assert (arguments["alpha"], arguments["scheme"], arguments["max_steps"]) == (0.25, "prob", 1)
     assert LogitMixForCausalLM.from_pretrained(tmp_path / "run").config.scheme == "prob"
 
@@ -109,13 +109,15 @@ def test_a_training_that_is_interrupted_saves_a_checkpoint_and_the_printed_comma
     assert printed.endswith("--resume_from_checkpoint true")
     assert main([*printed.split()[1:], "--max_steps", str(step + 1)]) == 0
     assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()][-1] == step + 1
+    starts = [json.loads(line) for line in (tmp_path / "run" / "run.jsonl").read_text().splitlines()]
+    assert [start["resumed_from"] for start in starts] == [None, str(checkpoint)]
 
 
 def test_an_output_folder_that_holds_another_run_is_left_alone(train, tmp_path, capsys):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "run.json").write_text("{}")
+    (tmp_path / "run" / "run.jsonl").write_text("{}")
     assert "holds another run" in error_of(capsys, [*train, "--max_steps", "1"])
-    assert (tmp_path / "run" / "run.json").read_text() == "{}"
+    assert (tmp_path / "run" / "run.jsonl").read_text() == "{}"
 
 
 def test_resuming_without_a_checkpoint(train, capsys):
@@ -142,7 +144,7 @@ def test_resuming_without_a_checkpoint(train, capsys):
 )
 def test_wrong_input_is_answered_by_one_sentence(train, tmp_path, capsys, flags, message):
     assert message in error_of(capsys, [*train, *flags])
-    assert not (tmp_path / "run" / "run.json").exists(), "the run was not started"
+    assert not (tmp_path / "run" / "run.jsonl").exists(), "the run was not started"
 
 
 def test_an_unknown_config_key_is_answered_with_the_nearest_valid_one(train, tmp_path, capsys):

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers.trainer_utils import get_last_checkpoint
 
-RUN_FILE = "run.json"
+RUN_FILE = "run.jsonl"
 METRICS_FILE = "metrics.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"
 RESPONSES_FILE = "responses.jsonl"
@@ -20,7 +20,9 @@ console = Console(stderr=True)
 
 
 def claim_folder(output_dir: str, arguments: Mapping[str, Any], resume: str | None = None) -> str | None:
-    """Make a run's folder, write what made the run into it, and return the checkpoint to resume from, if any.
+    """Make a run's folder, note what makes the run in it, and return the checkpoint to resume from, if any.
+
+    `run.jsonl` gets a line at the start and at every resumption: the arguments and the versions.
 
     `resume` is TRL's `--resume_from_checkpoint`: a checkpoint's folder, or `true` for the run's last one.
 
@@ -40,17 +42,16 @@ def claim_folder(output_dir: str, arguments: Mapping[str, Any], resume: str | No
         )
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{output_dir} is a file; --output_dir must be a folder")
-    folder.mkdir(parents=True, exist_ok=True)
     packages = ("logitmix", "torch", "transformers", "trl", "accelerate", "datasets")
-    description = {"versions": {name: version(name) for name in packages}, "arguments": arguments}
-    (folder / RUN_FILE).write_text(json.dumps(description, indent=1, default=str) + "\n")
+    versions = {name: version(name) for name in packages}
+    append_jsonl(folder / RUN_FILE, [{"resumed_from": checkpoint, "arguments": arguments, "versions": versions}])
     return checkpoint
 
 
 def append_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+        file.writelines(json.dumps(row, default=str) + "\n" for row in rows)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

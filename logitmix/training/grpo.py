@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 from trl import GRPOConfig, GRPOTrainer
@@ -213,7 +214,7 @@ def _refuse_unsuitable_options(args: LogitMixGRPOConfig, is_mixture: bool, kwarg
 def _require_prompts_fit(trainer: GRPOTrainer) -> None:
     """Raise `ValueError` before the first step where a prompt and its completion exceed the context."""
     context = getattr(trainer.model.config.get_text_config(), "max_position_embeddings", None)
-    if context is None or not hasattr(trainer.train_dataset, "__getitem__"):
+    if context is None or not isinstance(trainer.train_dataset, Dataset):
         return
     for start in range(0, len(trainer.train_dataset), 1000):
         prompts = trainer.train_dataset[start : start + 1000]["prompt"]
