@@ -20,5 +20,6 @@ lint: .venv/installed
 	$(PYTHON) -m venv .venv
 	@# torch alone and first, so that nothing else decides which build of it is taken
 	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@# compat: else a script beside the clone, a folder of the package's name, imports the folder
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]' --config-settings editable_mode=compat
 	touch $@

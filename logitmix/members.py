@@ -114,6 +114,8 @@ def open_members(
 
 def load_member(source: str, **kwargs: Any) -> PreTrainedModel:
     """`AutoModelForCausalLM.from_pretrained(source)`, or a `ValueError` of one sentence."""
+    if os.path.isdir(source) and not os.path.exists(os.path.join(source, "config.json")):
+        raise ValueError(f"no model at {source!r}: the folder has no config.json")
     try:
         return AutoModelForCausalLM.from_pretrained(source, **kwargs)
     except OSError as error:
@@ -123,12 +125,24 @@ def load_member(source: str, **kwargs: Any) -> PreTrainedModel:
         ) from error
 
 
-def load_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
+def load_tokenizer(source: str, **kwargs: Any) -> PreTrainedTokenizerBase | None:
     """The tokenizer beside a checkpoint, or None where it has none."""
     try:
-        return AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
     except (OSError, ValueError, TypeError):  # what transformers raises for a folder without tokenizer files
         return None
+    # or it makes one up, with special tokens only
+    return tokenizer if set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens) else None
+
+
+def require_tokenizer(source: str, **kwargs: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a checkpoint, or a `ValueError` of one sentence."""
+    tokenizer = load_tokenizer(source, **kwargs)
+    if tokenizer is None:
+        raise ValueError(
+            f"there is no tokenizer at {source!r}; save the model's there, with tokenizer.save_pretrained(folder)"
+        )
+    return tokenizer
 
 
 def require_same_tokenizer(tokenizers: Sequence[PreTrainedTokenizerBase]) -> PreTrainedTokenizerBase | None:

@@ -116,10 +116,16 @@ class LogitMixForCausalLM(HoldsMembers, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; the anchors come back frozen, and the tokenizer beside a local checkpoint is kept."""
+        """As in transformers; the anchors come back frozen, and the tokenizer beside a local checkpoint is kept.
+
+        `alpha=` takes the place of the checkpoint's weights.
+        """
+        alpha = kwargs.pop("alpha", None)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # output_loading_info=True gives a pair
         model._freeze_anchors()
+        if alpha is not None:
+            model.alpha = alpha
         folder = pretrained_model_name_or_path
         if folder is not None and os.path.isdir(folder):
             model.tokenizer = load_tokenizer(str(folder))

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import yaml
 from trl import TrlParser
@@ -29,7 +29,9 @@ class ModelArguments:
     """Which checkpoint, and how it is loaded."""
 
     model_name_or_path: str = field(metadata={"help": "Folder or hub id of the model (of the policy, in training)."})
-    dtype: str = field(default="float32", metadata={"help": "Weights' dtype: float32, bfloat16, float16 or auto."})
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = field(
+        default="float32", metadata={"help": "Dtype of the weights; auto is the checkpoint's own."}
+    )
     attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager, flash_attention_2, …"})
 
     @property
@@ -59,7 +61,7 @@ def parse(program: str, description: str, dataclasses: Sequence[type], argv: Seq
             argv, return_remaining_strings=True, separate_remaining_strings=True
         )
     except (FileNotFoundError, IsADirectoryError) as error:
-        raise ValueError(f"the config file {error.filename!r} does not exist") from error
+        raise ValueError(f"there is no config file {error.filename!r}") from error
     except IndexError as error:
         raise ValueError("--config needs the path of a YAML file") from error
     except yaml.YAMLError as error:

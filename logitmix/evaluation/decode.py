@@ -106,6 +106,11 @@ def _new_tokens(model: PreTrainedModel, prompt_ids: list[list[int]], max_new_tok
     longest = max(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
     room = None if context is None else context - len(prompt_ids[longest])
     wanted = max_new_tokens if max_new_tokens is not None else min(MAX_NEW_TOKENS, max(1, room or MAX_NEW_TOKENS))
+    if room is not None and room < 1:
+        raise ValueError(
+            f"prompt {longest} has {len(prompt_ids[longest])} tokens, which leaves no room for a response in the "
+            f"context of {context}; drop the problem"
+        )
     if room is not None and wanted > room:
         raise ValueError(
             f"prompt {longest} has {len(prompt_ids[longest])} tokens; with max_new_tokens {wanted} that exceeds the "

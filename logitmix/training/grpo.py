@@ -207,8 +207,10 @@ def _refuse_unsuitable_options(args: LogitMixGRPOConfig, is_mixture: bool, kwarg
             raise ValueError(f"{option}={getattr(args, option)!r} cannot be used with a mixture: {reason}")
     if kwargs.get("peft_config") is not None:
         raise ValueError("peft_config cannot be used with a mixture yet; train the policy's own weights")
-    if args.alpha == 1 and args.anchor is not None:
-        raise ValueError("alpha is 1: the mixture is the anchor alone and the policy gets no gradient; set alpha < 1")
+    if args.anchor is not None and not 0 <= args.alpha < 1:
+        raise ValueError(
+            f"alpha is {args.alpha}; training needs 0 <= alpha < 1, since the policy's gradient has the factor 1 - alpha"
+        )
 
 
 def _require_prompts_fit(trainer: GRPOTrainer) -> None:
