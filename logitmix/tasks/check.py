@@ -40,11 +40,14 @@ def check(task: Task) -> list[Checked]:
 def _check(task: Task, name: str, problems: Sequence[Problem]) -> Checked:
     failures = []
     for number, problem in enumerate(problems, start=1):
-        response = (
-            task.demonstration(problem)
-            if problem.solution is not None
-            else task.template.completion("", problem.answer)
-        )
+        try:
+            if problem.solution is not None:
+                response = task.demonstration(problem)
+            else:
+                response = task.template.completion("", problem.answer)
+        except ValueError as error:
+            failures.append(f"{name} {number}: {error}")
+            continue
         grade = task.grade(response, problem)
         if not grade.answer_ok:
             reason = grade.error or ("it is taken for wrong" if grade.format_ok else "it is not format-correct")

@@ -47,8 +47,8 @@ def unbox(text: str) -> str:
     >>> unbox(r"so $\boxed{1}$, that is $\boxed{\frac{1}{1}}$, or \boxed 1")
     'so $1$, that is $\\frac{1}{1}$, or 1'
     """
-    opened = re.sub(rf"\\f?boxed\s*\{{({_balanced(8)})\}}", lambda box: box[1], text)
-    return re.sub(r"\\f?boxed\s*", "", opened)
+    opened = re.sub(rf"\\boxed\s*\{{({_balanced(8)})\}}", lambda box: box[1], text)
+    return re.sub(r"\\boxed\s*", "", opened)
 
 
 def _balanced(depth: int) -> str:
