@@ -71,9 +71,13 @@ class Task(ABC):
             )
         return [self.row(problem, self.demonstration(problem)) for problem in problems]
 
-    def grade(self, response: str, problem: Problem) -> Grade:
-        """Grade what the model wrote after the prompt, its end-of-sequence token removed."""
-        return grade(response, problem.answer, self.template)
+    def grade(self, response: Prompt, problem: Problem) -> Grade:
+        """Grade what the model wrote after the prompt, its end-of-sequence token removed.
+
+        TRL gives the completion of a chat as messages; the last one is graded.
+        """
+        text = response if isinstance(response, str) else response[-1]["content"]
+        return grade(text, problem.answer, self.template)
 
     def row(self, problem: Problem, completion: str) -> dict[str, Any]:
         """A row for TRL's `SFTTrainer`: both columns are texts, or both messages where the template is a chat."""

@@ -1,7 +1,6 @@
 """MATH: real data where it is at hand, small files and a stubbed hub elsewhere."""
 
 import json
-import random
 from pathlib import Path
 
 import pytest
