@@ -11,6 +11,7 @@ VERBS = {
     "quickstart": ("logitmix.commands.quickstart", "from nothing to a report, on a laptop's CPU, without downloads"),
     "sft": ("logitmix.commands.sft", "make an anchor from a task's demonstrations"),
     "train": ("logitmix.commands.train", "GRPO of the mixture of a policy and a frozen anchor"),
+    "check-task": ("logitmix.commands.check_task", "a task's splits, and whether its golds accept themselves"),
     "eval": ("logitmix.commands.evaluate", "greedy accuracy of policy, anchor and mixture on the same problems"),
 }
 
@@ -20,7 +21,7 @@ USAGE = "usage: logitmix VERB [flags]      (logitmix VERB --help for its flags)\
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a verb. Wrong input is answered by one sentence and exit status 2."""
+    """Run a verb. Wrong input is answered by one sentence and exit status 2; a verb may return a status of its own."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE, end="")
@@ -36,13 +37,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        importlib.import_module(VERBS[verb][0]).main(flags)
+        return importlib.import_module(VERBS[verb][0]).main(flags) or 0
     except ValueError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
         print("logitmix: interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
 def _fail(message: str) -> int:

@@ -13,6 +13,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 
+from logitmix.tasks.templates import Prompt
+
 GREEDY: dict[str, Any] = {"do_sample": False}
 
 
@@ -58,13 +60,50 @@ def generate_completions(
     return [_through_first(ids, eos_token_ids) for ids in completions]
 
 
+def tokenize_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Each prompt's ids: of a text as it stands, of messages through the chat template, up to the assistant's turn.
+
+    The prompts are all texts or all messages, as in TRL. Raises `ValueError` for messages without a chat template.
+    """
+    if all(isinstance(prompt, str) for prompt in prompts):
+        return tokenizer(list(prompts))["input_ids"]
+    require_chat_template(tokenizer)
+    return tokenizer.apply_chat_template(list(prompts), add_generation_prompt=True, return_dict=True)["input_ids"]
+
+
+def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise `ValueError` where a conversational prompt could not be rendered."""
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"the prompts are chats, but the tokenizer of {tokenizer.name_or_path!r} has no chat template; give one "
+            "that has, or choose a --template that is text, r1 for instance"
+        )
+
+
 def end_of_sequence_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends a completion: the tokenizer's EOS and those of the model's generation config."""
+    """Every token that ends a completion: the tokenizer's EOS, the chat template's, those of the generation config.
+
+    A base model's tokenizer may have a chat template whose turns end in another token than its EOS (Qwen2.5's does):
+    an SFT model that was taught in chats writes that one.
+    """
     declared = model.generation_config.eos_token_id if model.generation_config is not None else None
     ids = [] if declared is None else [declared] if isinstance(declared, int) else list(declared)
-    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ids:
-        ids.insert(0, tokenizer.eos_token_id)
+    for end in (end_of_turn_id(tokenizer), tokenizer.eos_token_id):
+        if end is not None and end not in ids:
+            ids.insert(0, end)
     return ids
+
+
+def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token with which the chat template closes the assistant's turn, if there is one."""
+    if tokenizer.chat_template is None:
+        return None
+    reply = "The reply."
+    chat = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": reply}]
+    closing = tokenizer.apply_chat_template(chat, tokenize=False).rpartition(reply)[2]
+    ids = tokenizer(closing, add_special_tokens=False)["input_ids"]
+    special = tokenizer.added_tokens_decoder
+    return ids[0] if ids and ids[0] in special and special[ids[0]].special else None
 
 
 def left_pad(sequences: Sequence[Sequence[int]], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor]:

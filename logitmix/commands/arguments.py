@@ -9,19 +9,49 @@ import yaml
 from trl import TrlParser
 
 from logitmix.tasks import TASKS, Task, load_task
+from logitmix.tasks.templates import TEMPLATES
 
 
 @dataclass
-class TaskArguments:
-    """Which problems, and how many of them."""
+class DataArguments:
+    """Which problems, and the template in which they are asked."""
 
-    task: str = field(default="arithmetic", metadata={"help": f"One of {', '.join(TASKS)}."})
+    task: str = field(
+        default="arithmetic", metadata={"help": f"One of {', '.join(TASKS)}, or your own as module.Class."}
+    )
     data: str | None = field(default=None, metadata={"help": "Local folder or file, in place of the hub's data."})
-    train_limit: int | None = field(default=None, metadata={"help": "Train on the first so many problems only."})
-    eval_limit: int = field(default=200, metadata={"help": "Evaluate on the first so many test problems."})
+    template: str | None = field(
+        default=None,
+        metadata={"help": f"In place of the task's own: one of {', '.join(TEMPLATES)}, or a YAML file with yours."},
+    )
+    question_column: str | None = field(
+        default=None, metadata={"help": "Of the task jsonl: the column with the question, default 'question'."}
+    )
+    answer_column: str | None = field(
+        default=None, metadata={"help": "Of the task jsonl: the column with the answer, default 'answer'."}
+    )
+    solution_column: str | None = field(
+        default=None, metadata={"help": "Of the task jsonl: the column with a worked solution, which SFT needs."}
+    )
 
     def load(self, seed: int) -> Task:
-        return load_task(self.task, data=self.data, seed=seed)
+        return load_task(
+            self.task,
+            data=self.data,
+            seed=seed,
+            template=self.template,
+            question_column=self.question_column,
+            answer_column=self.answer_column,
+            solution_column=self.solution_column,
+        )
+
+
+@dataclass
+class TaskArguments(DataArguments):
+    """Which problems, and how many of them."""
+
+    train_limit: int | None = field(default=None, metadata={"help": "Train on the first so many problems only."})
+    eval_limit: int = field(default=200, metadata={"help": "Evaluate on the first so many test problems."})
 
 
 @dataclass

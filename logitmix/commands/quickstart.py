@@ -157,7 +157,7 @@ def tiny_model(vocab_size: int) -> Qwen2ForCausalLM:
 
 def sft(
     model: PreTrainedModel,
-    rows: list[dict[str, str]],
+    rows: Sequence[dict[str, Any]],
     folder: Path,
     tokenizer: PreTrainedTokenizerBase,
     title: str,

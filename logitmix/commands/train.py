@@ -11,6 +11,7 @@ from logitmix.commands.callbacks import EverySteps, run_training
 from logitmix.commands.runs import EVALUATIONS_FILE, append_jsonl, claim_folder, console
 from logitmix.evaluation.decode import greedy_responses, members_of
 from logitmix.evaluation.metrics import rates_by
+from logitmix.generation import require_chat_template
 from logitmix.tasks import Problem, Task
 from logitmix.training.grpo import LogitMixGRPOConfig, LogitMixGRPOTrainer
 from logitmix.training.rewards import TaskReward, grpo_dataset
@@ -55,14 +56,15 @@ def build_trainer(
     task: Task, problems: Sequence[Problem], model_name_or_path: str, args: LogitMixGRPOConfig
 ) -> LogitMixGRPOTrainer:
     """The trainer of one arm on a task's problems, rewarded as the paper does."""
+    tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, padding_side="left", truncation_side="left")
+    if task.template.chat:
+        require_chat_template(tokenizer)
     return LogitMixGRPOTrainer(
         model_name_or_path,
         reward_funcs=TaskReward(task),
         args=args,
         train_dataset=grpo_dataset(task, problems),
-        processing_class=AutoTokenizer.from_pretrained(
-            model_name_or_path, padding_side="left", truncation_side="left"
-        ),
+        processing_class=tokenizer,
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from logitmix.generation import GREEDY, end_of_sequence_ids, generate_completions
+from logitmix.generation import GREEDY, end_of_sequence_ids, generate_completions, tokenize_prompts
 from logitmix.modeling import LogitMixForCausalLM
 from logitmix.tasks import Problem, Task
 
@@ -19,7 +19,8 @@ class Response:
     """One graded response; a line of an evaluation file.
 
     `name` says who answered (`"policy"`, `"anchor"`, `"mixture"`, …), `alpha` at which weight of the anchor (None: a
-    model that is no mixture). `length` counts tokens, `truncated` says that it reached the limit without ending.
+    model that is no mixture). `prompt` is the text that the model was given, a chat as the tokenizer rendered it.
+    `length` counts tokens, `truncated` says that it reached the limit without ending.
     """
 
     name: str
@@ -61,7 +62,8 @@ def greedy_responses(
     Sequences of different alphas share batches. `progress` is called with the number of responses after each batch.
     """
     prompts = [task.prompt(problem) for problem in problems]
-    prompt_ids: list[list[int]] = tokenizer(prompts)["input_ids"]
+    prompt_ids = tokenize_prompts(tokenizer, prompts)
+    texts = [p if isinstance(p, str) else tokenizer.decode(ids) for p, ids in zip(prompts, prompt_ids, strict=True)]
     max_new_tokens = _new_tokens(model, prompt_ids, max_new_tokens)
     requests = [(name, alpha, i) for name, alpha in alphas.items() for i in range(len(problems))]
     ends = end_of_sequence_ids(model, tokenizer)
@@ -84,7 +86,7 @@ def greedy_responses(
             ended = ids[-1] in ends or any(stop in text for stop in task.template.stop)
             responses.append(
                 Response(
-                    name, alpha, i, prompts[i], text, problems[i].answer, grade.format_ok, grade.answer_ok,
+                    name, alpha, i, texts[i], text, problems[i].answer, grade.format_ok, grade.answer_ok,
                     grade.lenient_ok, len(ids), not ended,
                 )
             )  # fmt: skip

@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import random
 import re
+from typing import Any
 
 from logitmix.tasks.base import Problem, Split, Task, check_request
 from logitmix.tasks.templates import BOXED_LINE
@@ -67,13 +68,13 @@ class Arithmetic(Task):
         chance = random.Random(f"{self.seed}/demonstrations/{problem.question}")
         return self.template.completion(_written(problem, chance, self.leap_share), problem.answer)
 
-    def base_corpus(self, limit: int | None = None) -> list[dict[str, str]]:
+    def base_corpus(self, limit: int | None = None) -> list[dict[str, Any]]:
         """What a base model learns from, as rows of `prompt` and `completion`: right, rarely in the format.
 
         Its problems come from the train split, drawn apart from those of `problems("train")`.
         """
         drawn = self._draw("train", f"{self.seed}/base", SIZES["train"] if limit is None else limit)
-        return [{"prompt": self.prompt(problem), "completion": self._base_solution(problem)} for problem in drawn]
+        return [self.row(problem, self._base_solution(problem)) for problem in drawn]
 
     def _base_solution(self, problem: Problem) -> str:
         chance = random.Random(f"{self.seed}/base/{problem.question}")

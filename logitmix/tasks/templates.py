@@ -2,6 +2,8 @@ r"""Templates: how a question becomes a prompt, what stops generation, where a r
 
 >>> R1.extract("2 and 2 </think> <answer>4</answer>")
 '4'
+>>> BOXED.extract(r"2+2=4, so the answer is $\boxed{4}$.")
+'4'
 >>> BOXED_LINE.extract("2+2=4\n\\boxed{4}")
 '4'
 """
@@ -9,7 +11,52 @@ r"""Templates: how a question becomes a prompt, what stops generation, where a r
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TypeAlias
+
+# A text, or TRL's conversational form: messages with a role and a content.
+Prompt: TypeAlias = str | list[dict[str, str]]
+
+
+def last_boxed(text: str) -> str | None:
+    r"""What stands in the last `\boxed{...}`, braces matched, or after the last `\boxed ` without braces.
+
+    >>> last_boxed(r"so \boxed{1}, or rather \boxed{\frac{1}{2}}.")
+    '\\frac{1}{2}'
+    """
+    start = text.rfind("\\boxed")
+    if start < 0:
+        return None
+    rest = text[start + len("\\boxed") :].lstrip()
+    if not rest.startswith("{"):
+        match = re.match(r"[^\s$.]+", rest)
+        return match[0] if match else None
+    depth = 0
+    for position, character in enumerate(rest):
+        depth += (character == "{") - (character == "}")
+        if depth == 0:
+            return rest[1:position].strip()
+    return None
+
+
+def unbox(text: str) -> str:
+    r"""The text with its boxes opened: what stood in them stays.
+
+    >>> unbox(r"so $\boxed{1}$, that is $\boxed{\frac{1}{1}}$, or \boxed 1")
+    'so $1$, that is $\\frac{1}{1}$, or 1'
+    """
+    opened = re.sub(rf"\\boxed\s*\{{({_balanced(8)})\}}", lambda box: box[1], text)
+    return re.sub(r"\\boxed\s*", "", opened)
+
+
+def _balanced(depth: int) -> str:
+    """A regular expression for text without a box whose braces match, nested at most so deep; no backtracking."""
+    inner = r"(?:[^{}\\]|\\(?!boxed).)*+"
+    for _ in range(depth):
+        inner = rf"(?:[^{{}}\\]|\\(?!boxed).|\{{{inner}\}})*+"
+    return inner
 
 
 @dataclass(frozen=True)
@@ -22,6 +69,9 @@ class Template:
                         `answer` is the answer
     stop:               strings that end generation; they stay in the response. Empty: the model's own
                         end-of-sequence token ends it.
+    chat:               whether the prompt is a user's message, rendered by the tokenizer's chat template
+
+    Raises `ValueError` for a template that does not accept its own completions, or stops inside of them.
     """
 
     name: str
@@ -29,12 +79,60 @@ class Template:
     completion_format: str
     pattern: str
     stop: tuple[str, ...] = ()
+    chat: bool = False
 
-    def prompt(self, question: str) -> str:
-        return self.prompt_format.format(question=question)
+    def __post_init__(self) -> None:
+        for field, text, names in (
+            ("prompt_format", self.prompt_format, ("question",)),
+            ("completion_format", self.completion_format, ("solution", "answer")),
+        ):
+            missing = [name for name in names if f"{{{name}}}" not in text]
+            if missing:
+                raise ValueError(f"the template {self.name!r} has no {{{missing[0]}}} in its {field}; put it there")
+            try:
+                text.format(**dict.fromkeys(names, ""))
+            except (ValueError, LookupError) as error:
+                raise ValueError(
+                    f"the {field} of the template {self.name!r} is no format text ({error}); a brace that is meant "
+                    "is written twice"
+                ) from error
+        if "" in self.stop:
+            raise ValueError(f"the template {self.name!r} has an empty stop string; leave it out")
+        try:
+            groups = re.compile(self.pattern).groupindex
+        except re.error as error:
+            raise ValueError(f"the pattern of the template {self.name!r} is no regular expression: {error}") from error
+        if "answer" not in groups:
+            raise ValueError(f"the pattern of the template {self.name!r} has no group (?P<answer>...); add it")
+        completion = self.completion("First this, then that.", "1")
+        if self.extract(completion) != "1":
+            raise ValueError(
+                f"the template {self.name!r} does not find the answer '1' in its own completion {completion!r}; make "
+                "pattern match what completion_format writes"
+            )
+
+    def prompt(self, question: str) -> Prompt:
+        text = self.prompt_format.format(question=question)
+        return [{"role": "user", "content": text}] if self.chat else text
 
     def completion(self, solution: str, answer: str) -> str:
-        return self.completion_format.format(solution=solution.strip(), answer=answer.strip())
+        r"""A perfect response. Where the answer stands in a box, the solution's own boxes are opened.
+
+        >>> BOXED.completion(r"It is $\boxed{5}$.", "5")
+        'It is $5$.\n\nThe final answer is $\\boxed{5}$.'
+
+        Raises `ValueError` where a stop string stands before its end: no response could come so far.
+        """
+        if "\\boxed" in self.completion_format:
+            solution = unbox(solution)
+        text = self.completion_format.format(solution=solution.strip(), answer=answer.strip())
+        for stop in self.stop:
+            if 0 <= text.find(stop) < len(text.rstrip()) - len(stop):
+                raise ValueError(
+                    f"the template {self.name!r} stops at {stop!r}, which its own response to the answer {answer!r} "
+                    "holds before its end; choose a stop string that only ends a response"
+                )
+        return text
 
     def is_formatted(self, response: str) -> bool:
         """Format-correct: the answer stands where the template requires it, and nowhere else."""
@@ -62,6 +160,16 @@ R1 = Template(
     stop=("</answer>",),
 )
 
+# Exactly one box, wherever it stands: several boxes would let a response hedge, and what may stand around the last
+# one (`$`, `\]`, a unit, a closing sentence) differs from model to model.
+BOXED = Template(
+    name="boxed",
+    prompt_format="{question}\n\nPlease reason step by step, and put your final answer within \\boxed{{}}.",
+    completion_format="{solution}\n\nThe final answer is $\\boxed{{{answer}}}$.",
+    pattern=rf"(?:(?!\\boxed).)*+\\boxed\s*\{{(?P<answer>{_balanced(8)})\}}(?:(?!\\boxed).)*+",
+    chat=True,
+)
+
 # For character-level models: steps on lines of their own, then a last line that holds only the box.
 BOXED_LINE = Template(
     name="boxed_line",
@@ -70,23 +178,43 @@ BOXED_LINE = Template(
     pattern=r"(?:(?!\\boxed).)*\n\\boxed\{(?P<answer>[^{}\n]*)\}\s*",
 )
 
+TEMPLATES = {template.name: template for template in (R1, BOXED, BOXED_LINE)}
 
-def last_boxed(text: str) -> str | None:
-    r"""What stands in the last `\boxed{...}`, braces matched, or after the last `\boxed ` without braces.
 
-    >>> last_boxed(r"so \boxed{1}, or rather \boxed{\frac{1}{2}}.")
-    '\\frac{1}{2}'
-    """
-    start = text.rfind("\\boxed")
-    if start < 0:
-        return None
-    rest = text[start + len("\\boxed") :].lstrip()
-    if not rest.startswith("{"):
-        match = re.match(r"[^\s$.]+", rest)
-        return match[0] if match else None
-    depth = 0
-    for position, character in enumerate(rest):
-        depth += (character == "{") - (character == "}")
-        if depth == 0:
-            return rest[1:position].strip()
-    return None
+def load_template(name_or_file: str) -> Template:
+    """The template of that name, or the one in a YAML file (`.yaml`, `.yml`) that holds `Template`'s fields."""
+    if name_or_file.endswith((".yaml", ".yml")):
+        return _read_template(Path(name_or_file))
+    if name_or_file not in TEMPLATES:
+        nearest = get_close_matches(name_or_file, TEMPLATES, n=1, cutoff=0.0)[0]
+        raise ValueError(
+            f"there is no template {name_or_file!r}, did you mean {nearest!r}? Give one of {', '.join(TEMPLATES)}, or "
+            "a YAML file with a template's fields"
+        )
+    return TEMPLATES[name_or_file]
+
+
+def _read_template(path: Path) -> Template:
+    import yaml
+
+    if not path.is_file():
+        raise ValueError(f"the template file {path} does not exist; the templates are {', '.join(TEMPLATES)}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"the template file {path} is not YAML: {' '.join(str(error).split())}") from error
+    known = {field.name: field.type for field in fields(Template)}
+    if not isinstance(values, dict) or not values:
+        raise ValueError(f"the template file {path} holds no fields; it needs {', '.join(known)}")
+    for key, value in values.items():
+        if key not in known:
+            nearest = get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
+            raise ValueError(f"unknown field {key!r} in the template file {path}; did you mean {nearest!r}?")
+        if key == "stop":
+            values[key] = (value,) if isinstance(value, str) else tuple(value or ())
+        elif not isinstance(value, bool if key == "chat" else str):
+            raise ValueError(f"{key} is {value!r} in the template file {path}, but must be {known[key]}")
+    missing = [name for name in ("name", "prompt_format", "completion_format", "pattern") if name not in values]
+    if missing:
+        raise ValueError(f"the template file {path} has no field {missing[0]!r}; add it")
+    return Template(**values)

@@ -22,7 +22,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import FusedCausalLMOutput
 
-from logitmix.generation import generate_completions
+from logitmix.generation import end_of_sequence_ids, generate_completions
 from logitmix.members import load_member, require_same_tokenizer
 from logitmix.mixing import Scheme
 from logitmix.modeling import LogitMixForCausalLM
@@ -97,6 +97,9 @@ class LogitMixGRPOTrainer(GRPOTrainer):
             # `_generate_and_score_completions` does below, that is eq. 6's division by each question's tokens.
             self.loss_type = "dapo"
         self.stop_strings = list(args.stop_strings or [])
+        self.eos_token_ids = end_of_sequence_ids(self.model, self._tokenizer)
+        if not self.use_vllm:
+            self.generation_kwargs["eos_token_id"] = self.eos_token_ids
 
     def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> tuple[list[list[int]], None]:
         """Rollouts from the mixture, under the trainer's sampling settings and no checkpoint's."""

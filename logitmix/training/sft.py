@@ -1,15 +1,20 @@
 """The rows that make an anchor: demonstrations, none of which is cut."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from logitmix.generation import require_chat_template
+
 
 def sft_dataset(
-    rows: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase, max_length: int | None
+    rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int | None
 ) -> tuple[Dataset, int]:
     """Rows of `prompt` and `completion` for TRL's `SFTTrainer`, and how many were left out as too long.
+
+    Both columns are texts, or both are messages, which the tokenizer's chat template renders.
 
     `SFTTrainer` cuts a row at `max_length` tokens. A demonstration cut before its answer teaches a model not to
     answer, so such rows are dropped instead.
@@ -18,9 +23,14 @@ def sft_dataset(
     """
     if not rows:
         raise ValueError("the data set is empty; SFT needs at least one demonstration")
-    lengths = [len(ids) for ids in tokenizer([row["prompt"] + row["completion"] for row in rows])["input_ids"]]
-    # one token more: the end-of-sequence token that TRL adds
-    kept = [row for row, n in zip(rows, lengths, strict=True) if max_length is None or n + 1 <= max_length]
+    whole = [row["prompt"] + row["completion"] for row in rows]
+    if isinstance(whole[0], str):
+        # one token more: the end-of-sequence token that TRL adds
+        lengths = [len(ids) + 1 for ids in tokenizer(whole)["input_ids"]]
+    else:
+        require_chat_template(tokenizer)
+        lengths = [len(ids) for ids in tokenizer.apply_chat_template(whole, return_dict=True)["input_ids"]]
+    kept = [row for row, n in zip(rows, lengths, strict=True) if max_length is None or n <= max_length]
     if not kept:
         raise ValueError(
             f"every demonstration is longer than max_length {max_length} (the shortest has {min(lengths)} tokens); "

@@ -2,8 +2,8 @@
 
 import pytest
 
-from logitmix.tasks import BOXED_LINE, R1
-from logitmix.tasks.templates import last_boxed
+from logitmix.tasks import BOXED, BOXED_LINE, R1, Template, load_template
+from logitmix.tasks.templates import last_boxed, unbox
 
 
 def test_r1_prompt_asks_in_two_sentences_and_opens_the_think_block():
@@ -92,3 +92,115 @@ def test_boxed_line_wants_the_box_alone_on_the_last_line():
 )
 def test_last_boxed_matches_braces(text, boxed):
     assert last_boxed(text) == boxed
+
+
+def test_boxed_asks_in_a_chat_for_steps_and_a_box():
+    (message,) = BOXED.prompt("What is {x} if $x=1$?")
+    assert message["role"] == "user"
+    assert message["content"].startswith("What is {x} if $x=1$?\n")
+    assert "reason step by step, and put your final answer within \\boxed{}." in message["content"]
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        ("\\boxed{4}", "4"),
+        ("So \\[ \\boxed{ \\frac{1}{2} } \\] apples.", "\\frac{1}{2}"),
+        (
+            "$\\boxed{\\left( \\frac{\\sqrt{2}}{2}, \\{1, 2\\} \\right)}$",
+            "\\left( \\frac{\\sqrt{2}}{2}, \\{1, 2\\} \\right)",
+        ),
+        ("$\\boxed{\\left\\{ x \\right.}$", "\\left\\{ x \\right."),
+        ("Then {a} and\n\\boxed{\\text{(B)}}\nis right. }{", "\\text{(B)}"),
+        ("", None),
+        ("4", None),
+        ("\\boxed{}", None),
+        ("\\boxed{ }", None),
+        ("\\boxed 4", None),
+        ("\\boxed{4", None),
+        ("\\boxed{\\frac{1}{2}", None),
+        ("\\boxed{4}, or rather \\boxed{5}", None),
+        ("\\boxed{4} \\boxed", None),
+        ("\\boxed{\\boxed{4}}", None),
+    ],
+)
+def test_boxed_wants_exactly_one_box_whose_braces_match(response, answer):
+    assert BOXED.extract(response) == answer
+
+
+def test_boxed_reads_a_long_hostile_response_in_linear_time():
+    for hostile in ("\\boxed{" * 20_000, "\\boxed{" + "{" * 100_000, "\\boxed{" + "{a}" * 50_000, "\\" * 100_001):
+        assert BOXED.extract(hostile) is None
+    assert BOXED.extract("a{" * 100_000 + "\\boxed{2}") == "2"
+
+
+def test_a_solutions_own_boxes_are_opened_where_the_answer_stands_in_one():
+    completion = BOXED.completion("So $\\boxed{\\frac{1}{2}}$, \\boxed 3 or 4.", "3")
+    assert completion == "So $\\frac{1}{2}$, 3 or 4.\n\nThe final answer is $\\boxed{3}$."
+    assert BOXED.extract(completion) == "3"
+    assert R1.completion("It is \\boxed{3}.", "3") == " It is \\boxed{3}. </think> <answer>3</answer>"
+    assert unbox("\\boxed{open") == "{open"
+
+
+MINE = {
+    "name": "mine",
+    "prompt_format": "Q: {question}\nA:",
+    "completion_format": " {solution} ANSWER: {answer}\n",
+    "pattern": r".*ANSWER: (?P<answer>.*)\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompt_format": "Q:"}, "has no {question} in its prompt_format"),
+        ({"completion_format": "ANSWER: {answer}\n"}, "has no {solution} in its completion_format"),
+        ({"completion_format": "{solution} {answer} {other}"}, "is no format text"),
+        ({"prompt_format": "{question} in \\boxed{}"}, "is no format text .* written twice"),
+        ({"pattern": "("}, "the pattern of the template 'mine' is no regular expression"),
+        ({"pattern": ".*"}, "has no group"),
+        ({"pattern": "(?P<answer>[a-z]*)"}, "does not find the answer '1' in its own completion"),
+        ({"stop": ("ANSWER",)}, "stops at 'ANSWER', which its own response .* holds before its end"),
+        ({"stop": ("",)}, "empty stop string"),
+    ],
+)
+def test_an_unsound_template_is_refused(change, message):
+    assert Template(**MINE, stop=("\n",)).stop == ("\n",), "it may end in its stop string"
+    with pytest.raises(ValueError, match=message):
+        Template(**(MINE | change))
+
+
+def test_a_template_comes_from_a_yaml_file(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        'name: mine\nprompt_format: |-\n  Q: {question}\n  A:\ncompletion_format: " {solution} ANSWER: {answer}\\n"\n'
+        "pattern: '.*ANSWER: (?P<answer>.*)\\n'\nstop: \"\\n\"\nchat: true\n"
+    )
+    assert load_template(str(path)) == Template(**MINE, stop=("\n",), chat=True)
+    assert load_template("boxed") is BOXED
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "holds no fields; it needs name, prompt_format, completion_format, pattern, stop, chat"),
+        ("just text", "holds no fields"),
+        ("name: mine\nprompt: a", "unknown field 'prompt' .* did you mean 'prompt_format'?"),
+        ("name: 3", "name is 3 .* but must be str"),
+        ("chat: 1", "chat is 1 .* but must be bool"),
+        ("name: mine", "has no field 'prompt_format'; add it"),
+        ("a: [", "is not YAML"),
+    ],
+)
+def test_a_bad_template_file_is_named(tmp_path, text, message):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_template(str(path))
+
+
+def test_an_unknown_template_is_answered_by_the_nearest():
+    with pytest.raises(ValueError, match="no template 'box', did you mean 'boxed'"):
+        load_template("box")
+    with pytest.raises(ValueError, match=r"the template file no\.yml does not exist; the templates are r1, boxed"):
+        load_template("no.yml")

@@ -1,0 +1,55 @@
+"""Is a task sound: does every gold, written as the template asks, grade as right?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from logitmix.tasks.base import SPLITS, Problem, Task
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A split of a task, or what was dropped from all splits, and what is wrong with it, a sentence each."""
+
+    name: str
+    problems: int
+    failures: tuple[str, ...]
+
+    @property
+    def accepted(self) -> int:
+        """Golds that accept themselves."""
+        return self.problems - min(self.problems, len(self.failures))
+
+
+def check(task: Task) -> list[Checked]:
+    """Each split and each kind of dropped problems, its golds graded through the task's own template."""
+    checked = []
+    for split in SPLITS:
+        try:
+            problems = task.problems(split)
+        except ValueError as error:
+            if split == "train":  # the data cannot be read at all
+                raise
+            checked.append(Checked(split, 0, (str(error),)))
+        else:
+            checked.append(_check(task, split, problems))
+    return checked + [_check(task, name, problems) for name, problems in task.dropped.items()]
+
+
+def _check(task: Task, name: str, problems: Sequence[Problem]) -> Checked:
+    failures = []
+    for number, problem in enumerate(problems, start=1):
+        try:
+            if problem.solution is not None:
+                response = task.demonstration(problem)
+            else:
+                response = task.template.completion("", problem.answer)
+        except ValueError as error:
+            failures.append(f"{name} {number}: {error}")
+            continue
+        grade = task.grade(response, problem)
+        if not grade.answer_ok:
+            reason = grade.error or ("it is taken for wrong" if grade.format_ok else "it is not format-correct")
+            failures.append(f"{name} {number}: the gold {problem.answer!r} refuses itself: {reason}")
+    return Checked(name, len(problems), tuple(failures))

@@ -1,0 +1,193 @@
+"""Tasks whose problems are rows of data: read from the hub or from local files, split by a seed, without repeats."""
+
+from __future__ import annotations
+
+import json
+import random
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+from logitmix.tasks.base import Problem, Split, Task, check_request
+from logitmix.tasks.duplicates import near_duplicates
+
+HELD_OUT = 500
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class _Data:
+    """What became of the rows: the splits, the problems that stand in none, and how many rows are no problem."""
+
+    splits: dict[Split, list[Problem]]
+    dropped: dict[str, list[Problem]]
+    left_out: int
+
+
+class DataTask(Task):
+    """A task that says how a row becomes a problem; the rest is here.
+
+    hub_id, hub_config:   the data set on the Hugging Face hub
+    hub_train, hub_test:  its splits; a hub_test of None carves test out of train
+    train_files:          patterns of local files that hold what hub_train does; test stands in `test*.jsonl`
+    columns:              what a row must have
+
+    `data` is a folder with such files, or one JSONL file, in place of the hub. The seed carves validation out of
+    train: 500 problems, or a tenth where train is small; and test in the same way where the data has none.
+    Splits are disjoint: a question that stands twice is kept once, in test if it stands there, and near-duplicates
+    of test problems are dropped from the other splits. `dropped` holds what this took away, and `left_out` counts
+    the rows that are no problem of this task.
+    """
+
+    hub_id: ClassVar[str | None] = None
+    hub_config: ClassVar[str | None] = None
+    hub_train: ClassVar[str] = "train"
+    hub_test: ClassVar[str | None] = "test"
+    train_files: ClassVar[tuple[str, ...]] = ("train*.jsonl",)
+    columns: tuple[str, ...]
+    answer_hint: ClassVar[str] = "correct the row, or leave it out"
+
+    def __init__(self, data: str | Path | None = None, seed: int = 0) -> None:
+        self.data = None if data is None else Path(data)
+        self.seed = seed
+        self._left_out = 0
+        if self.data is not None and not self.data.exists():
+            way_out = f", or leave data out to download {self.hub_id}" if self.hub_id else ""
+            raise ValueError(f"{self.data} does not exist; give {self._wanted_files()}{way_out}")
+        if self.data is None and self.hub_id is None:
+            raise ValueError(f"the task {self.name!r} reads your own data; give data=, {self._wanted_files()}")
+
+    @abstractmethod
+    def problem(self, row: Row) -> Problem | None:
+        """A row, which has all `columns`, as a problem; None leaves it out."""
+
+    def problems(self, split: Split, limit: int | None = None) -> list[Problem]:
+        check_request(split, limit)
+        problems = self._data.splits[split]
+        if not problems:
+            raise ValueError(f"the {split} split of {self._source} is empty; give data with more problems")
+        return problems[:limit]
+
+    @property
+    def dropped(self) -> Mapping[str, list[Problem]]:
+        return self._data.dropped
+
+    @property
+    def left_out(self) -> int:
+        return self._data.left_out
+
+    @property
+    def _source(self) -> str:
+        return str(self.data or self.hub_id)
+
+    @cached_property
+    def _data(self) -> _Data:
+        everything, test = self._read()
+        train, repeats = _each_once(everything)
+        if test is None:
+            train, test = self._carve(train)
+        else:
+            test, test_repeats = _each_once(test)
+            test_questions = {problem.question for problem in test}
+            repeats += test_repeats + [problem for problem in train if problem.question in test_questions]
+            train = [problem for problem in train if problem.question not in test_questions]
+        near = [problem for problem, _ in near_duplicates(train, test)]
+        gone = set(near)
+        train, validation = self._carve(train)
+        train, validation = ([p for p in part if p not in gone] for part in (train, validation))
+        if not train:
+            raise ValueError(
+                f"the train split of {self._source} is empty: all of its problems also stand in test; give other data"
+            )
+        return _Data(
+            {"train": train, "validation": validation, "test": test},
+            {"repeats": repeats, "near-duplicates of test": near},
+            self._left_out,
+        )
+
+    def _carve(self, problems: list[Problem]) -> tuple[list[Problem], list[Problem]]:
+        """What stays, in the data's order, and what the seed holds out."""
+        size = min(HELD_OUT, len(problems) // 10)
+        held_out = set(random.Random(f"{self.seed}/{self.name}").sample(range(len(problems)), size))
+        stay = [problem for index, problem in enumerate(problems) if index not in held_out]
+        return stay, [problems[index] for index in sorted(held_out)]
+
+    def _read(self) -> tuple[list[Problem], list[Problem] | None]:
+        """All training problems, and those of test where the data has a test split."""
+        if self.data is None:
+            test = None if self.hub_test is None else self._problems(*self._read_hub(self.hub_test))
+            return self._problems(*self._read_hub(self.hub_train)), test
+        if self.data.is_file():
+            return self._problems(_read_file(self.data), str(self.data)), None
+        files = {path for pattern in self.train_files for path in self.data.glob(pattern)}
+        test_files = sorted(self.data.glob("test*.jsonl"))
+        if not files:
+            raise ValueError(f"{self.data} holds no {' or '.join(self.train_files)}; give {self._wanted_files()}")
+        train = [p for file in sorted(files) for p in self._problems(_read_file(file), str(file))]
+        return train, [p for file in test_files for p in self._problems(_read_file(file), str(file))] or None
+
+    def _read_hub(self, split: str) -> tuple[Iterable[Row], str]:
+        from datasets import load_dataset
+
+        try:
+            rows = load_dataset(self.hub_id, self.hub_config, split=split)
+        except OSError as error:  # ConnectionError is one
+            raise ValueError(
+                f"{self.hub_id} could not be downloaded ({error}); either connect to the network and try again, "
+                f"or give data=, {self._wanted_files()}"
+            ) from error
+        return rows, f"{self.hub_id}, {split}"
+
+    def _problems(self, rows: Iterable[Row], source: str) -> list[Problem]:
+        problems = []
+        for number, row in enumerate(rows, start=1):
+            for column in self.columns:
+                if column not in row:
+                    raise ValueError(
+                        f"row {number} of {source} has no column {column!r}, only {', '.join(map(repr, row))}; "
+                        "rename the one that is meant"
+                    )
+            problem = self.problem(row)
+            if problem is None:
+                self._left_out += 1
+                continue
+            if not problem.question:
+                raise ValueError(f"row {number} of {source} has no question; correct the row, or leave it out")
+            if not problem.answer:
+                raise ValueError(f"row {number} of {source} has no answer; {self.answer_hint}")
+            self.template.completion(problem.solution or "", problem.answer)  # refuses stop strings inside of it
+            problems.append(problem)
+        if not problems:
+            raise ValueError(f"{source} holds no problems; give data with at least one row")
+        return problems
+
+    def _wanted_files(self) -> str:
+        return f"a folder with {' or '.join(self.train_files)} and test*.jsonl, or one JSONL file"
+
+
+def text(value: Any) -> str:
+    """A cell as text: stripped, and empty where there is nothing in it."""
+    return "" if value is None else str(value).strip()
+
+
+def _each_once(problems: list[Problem]) -> tuple[list[Problem], list[Problem]]:
+    """The first problem with each question, and the others."""
+    first: dict[str, Problem] = {}
+    repeats = [problem for problem in problems if first.setdefault(problem.question, problem) is not problem]
+    return list(first.values()), repeats
+
+
+def _read_file(path: Path) -> list[Row]:
+    with path.open(encoding="utf-8") as lines:
+        try:
+            rows = [json.loads(line) for line in lines if line.strip()]
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON lines ({error}); write one JSON object per line") from error
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise ValueError(f"row {number} of {path} is no JSON object; write one JSON object per line")
+    return rows

@@ -1,0 +1,40 @@
+"""Your own questions: a file of JSON lines, or a folder with train*.jsonl and test*.jsonl, and the columns' names.
+
+A raw record, with the default names:
+
+    {"question": "What is 2+3?", "answer": "5"}
+
+A third column holds worked solutions, where there are any: SFT needs them, training and evaluation do not.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from logitmix.tasks.base import Problem
+from logitmix.tasks.data import DataTask, Row, text
+from logitmix.tasks.templates import R1
+
+
+class JsonLines(DataTask):
+    """Rows of `question_column`, `answer_column` and, for SFT, `solution_column`."""
+
+    name = "jsonl"
+    template = R1
+
+    def __init__(
+        self,
+        data: str | Path | None = None,
+        seed: int = 0,
+        question_column: str = "question",
+        answer_column: str = "answer",
+        solution_column: str | None = None,
+    ) -> None:
+        super().__init__(data, seed)
+        self.question_column, self.answer_column = question_column, answer_column
+        self.solution_column = solution_column
+        self.columns = tuple(name for name in (question_column, answer_column, solution_column) if name is not None)
+
+    def problem(self, row: Row) -> Problem:
+        solution = text(row[self.solution_column]) if self.solution_column is not None else ""
+        return Problem(text(row[self.question_column]), text(row[self.answer_column]), solution or None)

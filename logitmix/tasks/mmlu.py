@@ -1,0 +1,43 @@
+"""MMLU (Hendrycks et al. 2021): multiple choice in 57 subjects, answered in words and a letter. MIT licence.
+
+A raw record of the hub's `cais/mmlu`:
+
+    {"question": "Find the order of the factor group Z_6/<3>.", "subject": "abstract_algebra",
+     "choices": ["2", "3", "6", "12"], "answer": 1}
+
+The task is generative: the model reasons and then writes a letter, which is all that is compared. MMLU has no worked
+solutions. A demonstration therefore names the right choice in one sentence before the letter: it teaches the format
+and nothing of the reasoning.
+
+Training problems are those of `dev` and `validation`, which are MMLU's own; its `auxiliary_train` is other data sets
+(RACE, ARC, OpenBookQA) and is left aside.
+"""
+
+from __future__ import annotations
+
+from logitmix.tasks.base import Problem
+from logitmix.tasks.data import DataTask, Row, text
+from logitmix.tasks.templates import R1
+
+LETTERS = "ABCD"
+
+
+class Mmlu(DataTask):
+    """MMLU with its four choices written out below the question."""
+
+    name = "mmlu"
+    hub_id = "cais/mmlu"
+    hub_config = "all"
+    hub_train = "dev+validation"
+    train_files = ("train*.jsonl", "dev*.jsonl", "val*.jsonl")
+    columns = ("question", "choices", "answer")
+    answer_hint = "its answer must be the index of one of its four choices, from 0 to 3"
+    template = R1
+
+    def problem(self, row: Row) -> Problem:
+        choices, index = [text(choice) for choice in row["choices"]], row["answer"]
+        lines = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False)]
+        question = "\n".join([text(row["question"]), *lines, "Answer with the letter of the right choice."])
+        if len(choices) != len(LETTERS) or index not in range(len(LETTERS)):
+            return Problem(question, "")
+        return Problem(question, LETTERS[index], f"The right choice is {LETTERS[index]}: {choices[index]}")
