@@ -35,6 +35,13 @@ from logitmix import LogitMixForCausalLM, LogitMixGRPOConfig, LogitMixGRPOTraine
 PHASES = ("rollouts", "scoring", "loss", "update")
 
 
+def now() -> float:
+    """Seconds, when the device has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 class Timed:
     """Adds up the seconds of each phase of a GRPO trainer."""
 
@@ -44,13 +51,11 @@ class Timed:
 
     @contextmanager
     def timed(self, phase: str):
-        start = time.perf_counter()
+        start = now()
         try:
             yield
         finally:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            self.seconds[phase] += time.perf_counter() - start
+            self.seconds[phase] += now() - start
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any):
         with self.timed("rollouts"):
@@ -67,9 +72,9 @@ class Timed:
             return super().training_step(*args, **kwargs)
 
     def _prepare_inputs(self, *args: Any, **kwargs: Any):
-        start = time.perf_counter()
+        start = now()
         inputs = super()._prepare_inputs(*args, **kwargs)
-        self.seconds["loss"] -= time.perf_counter() - start  # it runs inside training_step
+        self.seconds["loss"] -= now() - start  # it runs inside training_step
         return inputs
 
     def create_optimizer(self, *args: Any, **kwargs: Any):

@@ -33,12 +33,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb not in VERBS:
         nearest = get_close_matches(verb, VERBS, n=1, cutoff=0.0)[0]
         return _fail(f"there is no command {verb!r}; did you mean {nearest!r}? The commands are {', '.join(VERBS)}")
-    # Our own bars show what is loaded and written; these have to be set before transformers is imported.
+    # to be set before transformers is imported
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
+        importlib.import_module("logitmix.commands.runs").quiet_libraries()
         return importlib.import_module(VERBS[verb][0]).main(flags) or 0
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return _fail(str(error))
     except KeyboardInterrupt:
         print("logitmix: interrupted", file=sys.stderr)

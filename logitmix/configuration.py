@@ -49,7 +49,9 @@ class LogitMixConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         if not self.members:
-            raise ValueError("a LogitMixConfig needs its members; build a mixture of models with LogitMixForCausalLM.from_members")
+            raise ValueError(
+                "a LogitMixConfig needs its members; build a mixture of models with LogitMixForCausalLM.from_members"
+            )
         if self.format_version > FORMAT_VERSION:
             raise ValueError(
                 f"the checkpoint has format version {self.format_version}, this logitmix reads up to "

@@ -6,6 +6,7 @@ and `generate` fills every field that the caller leaves open from it. Rollouts a
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -133,6 +134,12 @@ def _through_first(ids: list[int], ends: Sequence[int]) -> list[int]:
     return ids
 
 
+@lru_cache(maxsize=8)
+def _stop_criterion(tokenizer: PreTrainedTokenizerBase, stop_strings: tuple[str, ...]) -> StopStringCriteria:
+    """Kept, since building it looks at every token of the vocabulary: half a second for Qwen's."""
+    return StopStringCriteria(tokenizer, list(stop_strings))
+
+
 class _StopStrings(StoppingCriteria):
     """Transformers' stop strings, and the length at which each sequence met one (0: it did not).
 
@@ -141,7 +148,7 @@ class _StopStrings(StoppingCriteria):
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_strings: Sequence[str]) -> None:
-        self._criterion = StopStringCriteria(tokenizer, list(stop_strings))
+        self._criterion = _stop_criterion(tokenizer, tuple(stop_strings))
         self.lengths: Tensor = torch.zeros(0, dtype=torch.long)
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:

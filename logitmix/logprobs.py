@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from logitmix.mixing import Scheme, Weights, check_weights, mix_logits
 
-# Elements of a member's logits that are mixed at a time: 256 MB in float32, a handful of such tensors alive.
+# Elements of a member's logits that are mixed at a time, 256 MB in float32; at least one whole sequence.
 _CHUNK_ELEMENTS = 1 << 26
 
 

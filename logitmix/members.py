@@ -92,7 +92,8 @@ def open_members(
                 "Load it twice, or pass copy.deepcopy(model) as the anchor"
             )
     # The tokenizers first: they are small, and what they rule out need not be loaded.
-    tokenizers = [load_tokenizer(str(source)) for source in sources if not isinstance(source, PreTrainedModel)]
+    paths = [source.name_or_path if isinstance(source, PreTrainedModel) else str(source) for source in sources]
+    tokenizers = [load_tokenizer(path) for path in paths if path]
     tokenizer = require_same_tokenizer([t for t in tokenizers if t is not None])
     members = [
         source if isinstance(source, PreTrainedModel) else load_member(str(source), **kwargs) for source in sources

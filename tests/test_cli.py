@@ -129,8 +129,8 @@ def test_resuming_without_a_checkpoint(train, capsys):
     [
         (["--learning_rat", "1"], "did you mean 'learning_rate'"),
         (["--learning_rate", "fast"], "invalid float value: 'fast'"),
-        (["--scheme", "prob", "--alpha", "1.5"], "needs weights >= 0 that sum to 1"),
-        (["--alpha", "nan"], "not finite"),
+        (["--scheme", "prob", "--alpha", "-0.5"], "alpha is -0.5; training needs 0 <= alpha < 1"),
+        (["--alpha", "nan"], "alpha is nan"),
         (["--alpha", "1"], "alpha is 1.0; training needs 0 <= alpha < 1"),
         (["--alpha", "5"], "alpha is 5.0; training needs 0 <= alpha < 1"),
         (["--dtype", "flaot32"], "invalid choice: 'flaot32'"),

@@ -449,7 +449,7 @@ def test_a_member_that_does_not_exist_is_refused(pair, tmp_path):
     with pytest.raises(ValueError, match=r"no model at '.*missing'"):
         LogitMixForCausalLM.from_members(pair[0], missing)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"Unrecognized model in .*empty"):
+    with pytest.raises(ValueError, match=r"no model at '.*empty': the folder has no config.json"):
         LogitMixForCausalLM.from_members(pair[0], str(tmp_path / "empty"))
 
 

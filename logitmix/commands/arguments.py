@@ -34,11 +34,16 @@ class DataArguments:
         default=None, metadata={"help": "Of the task jsonl: the column with a worked solution, which SFT needs."}
     )
 
-    def load(self, seed: int) -> Task:
+    split_seed: int = field(
+        default=0,
+        metadata={"help": "Seed of the splits; apart from --seed, so that training never sees test problems."},
+    )
+
+    def load(self) -> Task:
         return load_task(
             self.task,
             data=self.data,
-            seed=seed,
+            seed=self.split_seed,
             template=self.template,
             question_column=self.question_column,
             answer_column=self.answer_column,

@@ -2,7 +2,6 @@
 
 import shlex
 import signal
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
@@ -122,25 +121,37 @@ class EverySteps(TrainerCallback):
             self.function(state.global_step)
 
 
-def watch(trainer: Trainer, title: str) -> None:
-    """Progress and metrics, in place of the dictionaries that the Trainer prints."""
+def train_watched(
+    trainer: Trainer, title: str, callbacks: Sequence[TrainerCallback] = (), checkpoint: str | None = None
+) -> None:
+    """Train with a progress bar and `metrics.jsonl`, in place of the dictionaries that the Trainer prints."""
+    progress = ProgressBar(title)
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(ProgressBar(title))
-    trainer.add_callback(MetricsFile())
+    for callback in (progress, MetricsFile(), *callbacks):
+        trainer.add_callback(callback)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        progress.bar.stop()  # else an exception leaves the terminal without a cursor
 
 
-def run_training(trainer: Trainer, title: str, checkpoint: str | None, verb: str, argv: Sequence[str]) -> None:
-    """Train, save the model beside the checkpoints; on Ctrl-C save a checkpoint, say how to go on, and exit 130."""
+def run_training(
+    trainer: Trainer,
+    verb: str,
+    argv: Sequence[str],
+    title: str,
+    callbacks: Sequence[TrainerCallback] = (),
+    checkpoint: str | None = None,
+) -> None:
+    """Train and save the model; on Ctrl-C save a checkpoint, say how to go on, and raise `KeyboardInterrupt`."""
     stop = StopOnInterrupt()
-    watch(trainer, title)
-    trainer.add_callback(stop)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    train_watched(trainer, title, (stop, *callbacks), checkpoint)
     if stop.interrupted:
         command = ["logitmix", verb, *_without_resume(argv), "--resume_from_checkpoint", "true"]
         console.print(
             f"Saved step {trainer.state.global_step}. Continue with:\n  {shlex.join(command)}", soft_wrap=True
         )
-        sys.exit(130)
+        raise KeyboardInterrupt
     trainer.save_model()
 
 

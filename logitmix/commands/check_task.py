@@ -1,7 +1,6 @@
 """`logitmix check-task NAME`: a task's splits, what was dropped, and whether its golds accept themselves."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from rich.console import Console
 from rich.table import Table
@@ -10,26 +9,21 @@ from logitmix.commands.arguments import DataArguments, parse
 from logitmix.tasks.check import check
 
 
-@dataclass
-class CheckArguments:
-    """How the task is split."""
-
-    seed: int = field(default=0, metadata={"help": "Seed of the task's splits; the training's."})
-
-
 def main(argv: Sequence[str]) -> int:
     """Print the table and every failure; the exit status is 1 where there is a failure."""
     if argv and not argv[0].startswith("-"):
         argv = ["--task", *argv]
-    data_args, args = parse(
+    (args,) = parse(
         "logitmix check-task NAME",
         "A task's splits, and whether every gold, written in the task's template, is graded as right.",
-        (DataArguments, CheckArguments),
+        (DataArguments,),
         argv,
     )
-    task = data_args.load(args.seed)
+    task = args.load()
     checked = check(task)
-    table = Table(title=f"{task.name}, template {task.template.name}, seed {args.seed}", title_justify="left")
+    table = Table(
+        title=f"{task.name}, template {task.template.name}, seed {args.split_seed}", title_justify="left"
+    )
     table.add_column("", no_wrap=True)
     for column in ("problems", "golds accepted"):
         table.add_column(column, justify="right")

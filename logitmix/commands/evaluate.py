@@ -1,16 +1,16 @@
 """`logitmix eval`: greedy accuracy of policy, anchor and mixture on the same test problems."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from transformers import AutoTokenizer
+from accelerate import PartialState
 
 from logitmix.commands.arguments import ModelArguments, TaskArguments, parse
 from logitmix.commands.runs import append_jsonl, console, progress_bar
 from logitmix.evaluation.decode import greedy_responses, members_of
 from logitmix.evaluation.metrics import rates_by
-from logitmix.members import load_member
+from logitmix.members import load_member, require_tokenizer
 from logitmix.mixing import Scheme
 from logitmix.modeling import LogitMixForCausalLM
 from logitmix.report import print_rates
@@ -22,12 +22,11 @@ class EvalArguments:
 
     anchor: str | None = field(default=None, metadata={"help": "Mix the model with this anchor."})
     alpha: float | None = field(default=None, metadata={"help": "Weight of the anchor; default the checkpoint's."})
-    scheme: Scheme = field(default="logit", metadata={"help": "How --anchor is mixed: logit or prob."})
+    scheme: Scheme = field(default="logit", metadata={"help": "How --anchor is mixed."})
     max_new_tokens: int | None = field(
         default=None, metadata={"help": "Longest response; default 512 tokens, or what the context leaves."}
     )
     batch_size: int = field(default=64, metadata={"help": "Responses decoded at a time."})
-    seed: int = field(default=0, metadata={"help": "Seed of the task's splits; the training's."})
     output_file: str | None = field(default=None, metadata={"help": "Write every response here, as JSON lines."})
 
 
@@ -40,9 +39,8 @@ def main(argv: Sequence[str]) -> None:
     )
     if args.output_file is not None and Path(args.output_file).exists():
         raise ValueError(f"{args.output_file} exists; choose another --output_file")
-    task = task_args.load(args.seed)
+    task = task_args.load()
     problems = task.problems("test", task_args.eval_limit)
-    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
     if args.anchor is not None:
         model = LogitMixForCausalLM.from_members(
             model_args.model_name_or_path, args.anchor, args.alpha, scheme=args.scheme, **model_args.init_kwargs
@@ -53,6 +51,8 @@ def main(argv: Sequence[str]) -> None:
             if not isinstance(model, LogitMixForCausalLM):
                 raise ValueError(f"alpha is {args.alpha}, but {model_args.model_name_or_path} is no mixture")
             model.alpha = args.alpha
+    model.to(PartialState().device)
+    tokenizer = require_tokenizer(model_args.model_name_or_path)
     alphas = members_of(model)
     with progress_bar() as bar:
         row = bar.add_task(f"eval on {task.name}", total=len(alphas) * len(problems), info="")
@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> None:
             model, tokenizer, task, problems, alphas, args.max_new_tokens, args.batch_size,
             progress=lambda n: bar.advance(row, n),
         )  # fmt: skip
-    rows = [response.as_dict() for response in responses]
+    rows = [asdict(response) for response in responses]
     if args.output_file is not None:
         append_jsonl(Path(args.output_file), rows)
         console.print(f"Responses are in {args.output_file}.")

@@ -9,13 +9,12 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import datasets
 from transformers import (
     AutoTokenizer,
     PreTrainedModel,
@@ -26,19 +25,19 @@ from transformers import (
     set_seed,
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
-from transformers.utils import logging as transformers_logging
 from trl import SFTConfig, SFTTrainer
 
 from logitmix.commands.arguments import parse
-from logitmix.commands.callbacks import EverySteps, watch
+from logitmix.commands.callbacks import EverySteps, train_watched
 from logitmix.commands.runs import (
     EVALUATIONS_FILE,
     RESPONSES_FILE,
     append_jsonl,
-    claim_folder,
     console,
+    find_checkpoint,
     progress_bar,
     read_jsonl,
+    record_start,
 )
 from logitmix.commands.train import build_trainer, evaluation
 from logitmix.evaluation.decode import greedy_responses, members_of
@@ -86,11 +85,11 @@ class QuickstartArguments:
 def main(argv: Sequence[str]) -> None:
     (args,) = parse("logitmix quickstart", "From nothing to a report on a CPU.", (QuickstartArguments,), argv)
     started = time.monotonic()
-    # our bars show the same, a line a stage
-    datasets.disable_progress_bars()
-    transformers_logging.disable_progress_bar()
     folder = Path(args.output_dir or f"runs/quickstart-{datetime.now():%Y%m%d-%H%M%S}")
-    claim_folder(str(folder), {"command": "quickstart"} | vars(args))
+    arguments = {"command": "quickstart"} | vars(args)
+    check_sizes(args)
+    find_checkpoint(str(folder), arguments, resume=None)
+    record_start(str(folder), arguments)
     task = Arithmetic(seed=args.seed)
     problems = task.problems("test", args.eval_limit)
     tokenizer = character_tokenizer(task.alphabet)
@@ -117,6 +116,15 @@ def main(argv: Sequence[str]) -> None:
         f"Seed {args.seed}, {time.monotonic() - started:.0f} s. Everything is in {folder}: sweep.png, curves.png, "
         "results.jsonl, and a checkpoint of each model."
     )
+
+
+def check_sizes(args: QuickstartArguments) -> None:
+    """Refuse what would only fail minutes later."""
+    for name, value in vars(args).items():
+        if isinstance(value, int) and name != "seed" and value < 1:
+            raise ValueError(f"{name} is {value}, but must be at least 1")
+    if not 0 <= args.alpha < 1:
+        raise ValueError(f"alpha is {args.alpha}; training needs 0 <= alpha < 1")
 
 
 def character_tokenizer(alphabet: str) -> Qwen2Tokenizer:
@@ -180,8 +188,7 @@ def sft(
     )
     dataset, _ = sft_dataset(rows, tokenizer, args.max_length)
     trainer = SFTTrainer(model, args=args, train_dataset=dataset, processing_class=tokenizer)
-    watch(trainer, title)
-    trainer.train()
+    train_watched(trainer, title)
     trainer.save_model()
 
 
@@ -194,10 +201,8 @@ def sweep_alphas(folder: Path, task: Arithmetic, problems: list[Problem]) -> lis
         row = bar.add_task("3 sweep of alpha", total=2 * len(alphas) * len(problems), info="")
         for scheme in ("logit", "prob"):
             model = LogitMixForCausalLM.from_members(str(folder / "base"), str(folder / "sft"), scheme=scheme)
-            responses = greedy_responses(
-                model, tokenizer, task, problems, alphas, MAX_NEW_TOKENS, progress=lambda n: bar.advance(row, n)
-            )
-            rates = rates_by([response.as_dict() for response in responses], "alpha")
+            responses = graded(model, tokenizer, task, problems, alphas, progress=lambda n: bar.advance(row, n))
+            rates = rates_by(responses, "alpha")
             rows += [{"scheme": scheme, "alpha": alpha} | asdict(r) for alpha, r in rates.items()]
     return rows
 
@@ -228,32 +233,43 @@ def train_arm(
     args: QuickstartArguments,
 ) -> dict[str, Rates]:
     """Train one arm, evaluating as it goes; the final rates of its members."""
-    rows = task.problems("train", args.rl_steps * args.questions)
-    trainer = build_trainer(task, rows, start, config)
+    questions = task.problems("train", args.rl_steps * args.questions)
+    trainer = build_trainer(task, questions, start, config)
     folder = Path(config.output_dir)
-    folder.mkdir(exist_ok=True)
-    watch(trainer, title)
-    tokenizer = trainer.processing_class
-    trainer.add_callback(EverySteps(args.eval_every, evaluation(trainer, tokenizer, task, problems, folder)))
-    trainer.train()
+    train_watched(trainer, title, [EverySteps(args.eval_every, evaluation(trainer, task, problems, folder))])
     trainer.save_model()
-    responses = greedy_responses(trainer.model, tokenizer, task, problems, members_of(trainer.model), MAX_NEW_TOKENS)
-    append_jsonl(folder / RESPONSES_FILE, [response.as_dict() for response in responses])
-    rates = rates_by([response.as_dict() for response in responses], "name")
+    names = members_of(trainer.model)
+    rows = graded(trainer.model, trainer.processing_class, task, problems, names)
+    append_jsonl(folder / RESPONSES_FILE, rows)
     name = title.removeprefix("4 ")
-    return {name if member == "model" else f"{name}: {member}": r for member, r in rates.items()}
+    return {name if m == "model" else f"{name}: {m}": r for m, r in rates_by(rows, "name").items()}
+
+
+def graded(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Arithmetic,
+    problems: list[Problem],
+    alphas: Mapping[str, float | None],
+    progress: Any = None,
+) -> list[dict[str, Any]]:
+    """Greedy responses, as lines of a file."""
+    responses = greedy_responses(model, tokenizer, task, problems, alphas, MAX_NEW_TOKENS, progress=progress)
+    return [asdict(response) for response in responses]
 
 
 def report(folder: Path, args: QuickstartArguments, sweep: list[dict[str, Any]], final: dict[str, Rates]) -> None:
     """The table, the figures and the numbers."""
-    untrained = {row["alpha"]: row for row in sweep if row["scheme"] == "logit"}
     names = tuple(Rates.__dataclass_fields__)
-    rates = {
-        label: Rates(**{name: untrained[alpha][name] for name in names})
-        for label, alpha in (("base", 0.0), ("SFT (anchor)", 1.0))
+    untrained = {
+        row["alpha"]: Rates(**{name: row[name] for name in names}) for row in sweep if row["scheme"] == "logit"
     }
-    best = max(untrained, key=lambda alpha: untrained[alpha]["answer"])
-    rates[f"untrained, best alpha {best:.1f}"] = Rates(**{name: untrained[best][name] for name in names})
+    best = max(untrained, key=lambda alpha: untrained[alpha].answer)
+    rates = {
+        "base": untrained[0.0],
+        "SFT (anchor)": untrained[1.0],
+        f"untrained, best alpha {best:.1f}": untrained[best],
+    }
     rates |= final
 
     print_sweep(f"Mixing the untrained pair, {args.eval_limit} test problems", sweep)

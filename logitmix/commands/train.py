@@ -3,15 +3,17 @@
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from accelerate.utils import gather_object
 
 from logitmix.commands.arguments import ModelArguments, TaskArguments, parse
 from logitmix.commands.callbacks import EverySteps, run_training
-from logitmix.commands.runs import EVALUATIONS_FILE, append_jsonl, claim_folder, console
+from logitmix.commands.runs import EVALUATIONS_FILE, append_jsonl, console, find_checkpoint, record_start
 from logitmix.evaluation.decode import greedy_responses, members_of
 from logitmix.evaluation.metrics import rates_by
 from logitmix.generation import require_chat_template
+from logitmix.members import require_tokenizer
 from logitmix.tasks import Problem, Task
 from logitmix.training.grpo import LogitMixGRPOConfig, LogitMixGRPOTrainer
 from logitmix.training.rewards import TaskReward, grpo_dataset
@@ -33,30 +35,32 @@ def main(argv: Sequence[str]) -> None:
         (TaskArguments, ModelArguments, EvaluationArguments, LogitMixGRPOConfig),
         argv,
     )
-    task = task_args.load(args.seed)
+    if args.eval_strategy != "no":
+        raise ValueError("eval_strategy evaluates by sampling, in TRL; for greedy evaluations use --eval_every STEPS")
+    arguments = {"command": "train"} | vars(task_args) | vars(model_args) | vars(eval_args) | args.to_dict()
+    checkpoint = find_checkpoint(args.output_dir, arguments, args.resume_from_checkpoint)
+    task = task_args.load()
     args.model_init_kwargs = model_args.init_kwargs | (args.model_init_kwargs or {})
     args.disable_tqdm = True
     if args.stop_strings is None and task.template.stop:
         args.stop_strings = list(task.template.stop)
-    trainer = build_trainer(task, task.problems("train", task_args.train_limit), model_args.model_name_or_path, args)
-    checkpoint = claim_folder(
-        args.output_dir,
-        {"command": "train"} | vars(task_args) | vars(model_args) | vars(eval_args) | args.to_dict(),
-        args.resume_from_checkpoint,
-    )
+    problems = task.problems("train", task_args.train_limit)
+    trainer = build_trainer(task, problems, model_args.model_name_or_path, args)
+    if trainer.is_world_process_zero():
+        record_start(args.output_dir, arguments, checkpoint)
+    callbacks = []
     if eval_args.eval_every:
-        problems = task.problems("test", task_args.eval_limit)
-        evaluate = evaluation(trainer, trainer.processing_class, task, problems, Path(args.output_dir))
-        trainer.add_callback(EverySteps(eval_args.eval_every, evaluate))
-    run_training(trainer, f"train on {task.name}", checkpoint, "train", argv)
-    console.print(f"The mixture is in {args.output_dir}." if args.anchor else f"The model is in {args.output_dir}.")
+        evaluate = evaluation(trainer, task, task.problems("test", task_args.eval_limit), Path(args.output_dir))
+        callbacks.append(EverySteps(eval_args.eval_every, evaluate))
+    run_training(trainer, "train", argv, f"train on {task.name}", callbacks, checkpoint)
+    console.print(f"The {'mixture' if 'mixture' in members_of(trainer.model) else 'model'} is in {args.output_dir}.")
 
 
 def build_trainer(
     task: Task, problems: Sequence[Problem], model_name_or_path: str, args: LogitMixGRPOConfig
 ) -> LogitMixGRPOTrainer:
     """The trainer of one arm on a task's problems, rewarded as the paper does."""
-    tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, padding_side="left", truncation_side="left")
+    tokenizer = require_tokenizer(model_name_or_path, padding_side="left", truncation_side="left")
     if task.template.chat:
         require_chat_template(tokenizer)
     return LogitMixGRPOTrainer(
@@ -69,19 +73,26 @@ def build_trainer(
 
 
 def evaluation(
-    trainer: LogitMixGRPOTrainer,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    problems: Sequence[Problem],
-    folder: Path,
+    trainer: LogitMixGRPOTrainer, task: Task, problems: Sequence[Problem], folder: Path
 ) -> Callable[[int], None]:
-    """A function of the step that evaluates policy, anchor and mixture and appends their rates to the run's file."""
+    """A function of the step that evaluates policy, anchor and mixture and appends their rates to the run's file.
+
+    Processes share the problems. The anchor is frozen, so it is decoded once.
+    """
+    accelerator = trainer.accelerator
+    mine = problems[accelerator.process_index :: accelerator.num_processes]
+    anchor: list[dict[str, Any]] = []
 
     def evaluate(step: int) -> None:
+        names = {name: alpha for name, alpha in members_of(trainer.model).items() if name != "anchor" or not anchor}
         responses = greedy_responses(
-            trainer.model, tokenizer, task, problems, members_of(trainer.model), trainer.max_completion_length
+            trainer.model, trainer.processing_class, task, mine, names, trainer.max_completion_length
         )
-        rates = rates_by([response.as_dict() for response in responses], "name")
-        append_jsonl(folder / EVALUATIONS_FILE, [{"step": step, "name": n} | asdict(r) for n, r in rates.items()])
+        rows = gather_object([asdict(response) for response in responses])
+        anchor.extend(row for row in rows if row["name"] == "anchor" and "anchor" in names)
+        rates = rates_by([row for row in rows if row["name"] != "anchor"] + anchor, "name")
+        if trainer.is_world_process_zero():
+            lines = [{"step": step, "name": name} | asdict(r) for name, r in rates.items()]
+            append_jsonl(folder / EVALUATIONS_FILE, lines)
 
     return evaluate

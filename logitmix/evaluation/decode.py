@@ -1,10 +1,10 @@
 """Greedy responses to a task's problems, at any weights of the anchor, graded."""
 
+import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from logitmix.generation import GREEDY, end_of_sequence_ids, generate_completions, tokenize_prompts
@@ -35,9 +35,6 @@ class Response:
     length: int
     truncated: bool
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def members_of(model: PreTrainedModel) -> dict[str, float | None]:
     """Who is evaluated: policy, anchor and mixture of a mixture with one anchor, or the model itself."""
@@ -59,28 +56,30 @@ def greedy_responses(
     """Each named alpha's greedy response to each problem, in the order of `alphas`, then of `problems`.
 
     `max_new_tokens` defaults to 512, or less where the longest prompt leaves less of the context.
-    Sequences of different alphas share batches. `progress` is called with the number of responses after each batch.
+    `progress` is called with the number of responses after each batch.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}, but must be at least 1")
     prompts = [task.prompt(problem) for problem in problems]
     prompt_ids = tokenize_prompts(tokenizer, prompts)
     texts = [p if isinstance(p, str) else tokenizer.decode(ids) for p, ids in zip(prompts, prompt_ids, strict=True)]
     max_new_tokens = _new_tokens(model, prompt_ids, max_new_tokens)
-    requests = [(name, alpha, i) for name, alpha in alphas.items() for i in range(len(problems))]
     ends = end_of_sequence_ids(model, tokenizer)
     was_training = model.training
     model.eval()
     responses = []
-    for start in range(0, len(requests), batch_size):
-        batch = requests[start : start + batch_size]
+    # One alpha a batch, so that at 0 and 1 a single member is run
+    for (name, alpha), start in itertools.product(alphas.items(), range(0, len(problems), batch_size)):
+        batch = range(start, min(start + batch_size, len(problems)))
         completions = generate_completions(
             model,
             tokenizer,
-            [prompt_ids[i] for _, _, i in batch],
+            [prompt_ids[i] for i in batch],
             GREEDY | {"max_new_tokens": max_new_tokens},
             task.template.stop,
-            **_alpha_argument([alpha for _, alpha, _ in batch]),
+            **({} if alpha is None else {"alpha": alpha}),
         )
-        for (name, alpha, i), ids in zip(batch, completions, strict=True):
+        for i, ids in zip(batch, completions, strict=True):
             text = tokenizer.decode(ids, skip_special_tokens=True)
             grade = task.grade(text, problems[i])
             ended = ids[-1] in ends or any(stop in text for stop in task.template.stop)
@@ -94,13 +93,6 @@ def greedy_responses(
             progress(len(batch))
     model.train(was_training)
     return responses
-
-
-def _alpha_argument(alphas: list[float | None]) -> dict[str, Any]:
-    """One number where the batch has one, so that a member of weight 0 is not run."""
-    if alphas[0] is None:
-        return {}
-    return {"alpha": alphas[0] if len(set(alphas)) == 1 else torch.tensor(alphas, dtype=torch.float64)}
 
 
 def _new_tokens(model: PreTrainedModel, prompt_ids: list[list[int]], max_new_tokens: int | None) -> int:

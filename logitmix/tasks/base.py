@@ -77,7 +77,7 @@ class Task(ABC):
         TRL gives the completion of a chat as messages; the last one is graded.
         """
         text = response if isinstance(response, str) else response[-1]["content"]
-        return grade(text, problem.answer, self.template)
+        return grade(self.template.through_stop(text), problem.answer, self.template)
 
     def row(self, problem: Problem, completion: str) -> dict[str, Any]:
         """A row for TRL's `SFTTrainer`: both columns are texts, or both messages where the template is a chat."""

@@ -134,6 +134,11 @@ class Template:
                 )
         return text
 
+    def through_stop(self, response: str) -> str:
+        """The response through its first stop string: a token may hold more than the string's end (`>.` of Qwen)."""
+        ends = [response.index(stop) + len(stop) for stop in self.stop if stop in response]
+        return response[: min(ends)] if ends else response
+
     def is_formatted(self, response: str) -> bool:
         """Format-correct: the answer stands where the template requires it, and nowhere else."""
         return self.extract(response) is not None

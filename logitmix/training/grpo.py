@@ -12,9 +12,11 @@ All else (advantages, buffering, logging, several processes) is TRL's. A model w
 
 import types
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
 from datasets import Dataset
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
@@ -29,6 +31,22 @@ from logitmix.modeling import LogitMixForCausalLM
 
 GROUP_LOSS = "group"
 
+CARD = """---
+library_name: transformers
+tags: [trl, grpo, logitmix]
+---
+# {folder}
+
+A mixture of language models, scheme {config.scheme}, trained with GRPO through logit averaging
+([arXiv 2605.20555](https://arxiv.org/abs/2605.20555)). Members, the policy first: {members}; weights {config.weights}.
+
+```python
+from logitmix import LogitMixForCausalLM
+
+model = LogitMixForCausalLM.from_pretrained("{folder}")
+```
+"""
+
 
 @dataclass
 class LogitMixGRPOConfig(GRPOConfig):
@@ -37,24 +55,28 @@ class LogitMixGRPOConfig(GRPOConfig):
     Args:
         anchor: folder or hub id of the frozen anchor (the SFT model, in the paper). Without one, and with a model
             that is no mixture, this is TRL's GRPO.
-        alpha: weight of the anchor; 0 is the policy alone.
-        scheme: `"logit"` or `"prob"`.
+        alpha: weight of the anchor, 0 <= alpha < 1; 0 is the policy alone. Default 0.5, or the mixture's own where
+            the model is one.
+        scheme: `"logit"` (the default) or `"prob"`; a mixture has its own.
         loss_type: `"group"` is eq. 6; TRL's own loss types can be chosen instead.
         stop_strings: texts that end a rollout, beside EOS; they stay in it.
+        rollout_batch_size: rollouts sampled at a time on a device, where the KV cache of all of them does not fit.
     """
 
     anchor: str | None = field(default=None, metadata={"help": "Folder or hub id of the frozen anchor."})
-    alpha: float = field(default=0.5, metadata={"help": "Weight of the anchor: 0 is the policy alone."})
-    scheme: str = field(
-        default="logit",
-        metadata={"help": "How the members mix.", "choices": ["logit", "prob"]},
+    alpha: float | None = field(
+        default=None, metadata={"help": "Weight of the anchor, default 0.5; 0 is the policy alone."}
     )
+    scheme: Scheme | None = field(default=None, metadata={"help": "How the members mix, default logit."})
     loss_type: str = field(
         default=GROUP_LOSS,
         metadata={"help": "'group' normalises by the tokens of a question's rollouts (eq. 6); or one of TRL's."},
     )
     stop_strings: list[str] | None = field(
         default=None, metadata={"help": "Texts that end a rollout, beside EOS; they stay in it."}
+    )
+    rollout_batch_size: int | None = field(
+        default=None, metadata={"help": "Rollouts sampled at a time on a device; default all of a generation step."}
     )
 
 
@@ -80,7 +102,7 @@ class LogitMixGRPOTrainer(GRPOTrainer):
             raise ValueError(f"args is a {type(args).__name__}; LogitMixGRPOTrainer needs a LogitMixGRPOConfig")
         model = _build_model(model, args)
         is_mixture = isinstance(model, LogitMixForCausalLM)
-        _refuse_unsuitable_options(args, is_mixture, kwargs)
+        _refuse_unsuitable_options(args, model, kwargs)
         if kwargs.get("processing_class") is None:
             source = model.policy if is_mixture else model
             kwargs["processing_class"] = (model.tokenizer if is_mixture else None) or AutoTokenizer.from_pretrained(
@@ -89,6 +111,7 @@ class LogitMixGRPOTrainer(GRPOTrainer):
         elif is_mixture and model.tokenizer is not None:
             require_same_tokenizer([kwargs["processing_class"], model.tokenizer])
         super().__init__(model, reward_funcs, args, **kwargs)
+        _require_questions(self)
         _require_prompts_fit(self)
         if is_mixture:
             _score_mixture(model, self.temperature)
@@ -114,10 +137,27 @@ class LogitMixGRPOTrainer(GRPOTrainer):
             ) as model,
             self._dist.summon_full_params(self.model_wrapped, recurse=False),
         ):
-            completion_ids = generate_completions(
-                model, self._tokenizer, prompt_ids, self.generation_kwargs, self.stop_strings
-            )
+            size = self.args.rollout_batch_size or len(prompt_ids)
+            batches = [prompt_ids[start : start + size] for start in range(0, len(prompt_ids), size)]
+            completion_ids = [
+                ids
+                for batch in batches
+                for ids in generate_completions(
+                    model, self._tokenizer, batch, self.generation_kwargs, self.stop_strings
+                )
+            ]
         return completion_ids, None
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The mixture's own card; TRL's names the one base model that a mixture does not have."""
+        if not isinstance(self.model, LogitMixForCausalLM):
+            super().create_model_card(*args, **kwargs)
+        elif self.is_world_process_zero():
+            members = [member.name_or_path or type(member).__name__ for member in self.model.members]
+            folder = Path(self.args.output_dir)
+            (folder / "README.md").write_text(
+                CARD.format(folder=folder.name, members=members, config=self.model.config)
+            )
 
     def _generate(self, prompts: list) -> tuple:
         mode = "train" if self.model.training else "eval"
@@ -172,20 +212,43 @@ def group_factors(lengths_N: Tensor, num_generations: int) -> Tensor:
 
 
 def _build_model(model: PreTrainedModel | str, args: LogitMixGRPOConfig) -> PreTrainedModel:
+    """The model to train; `args.alpha` and `args.scheme` say afterwards what holds."""
+    if args.alpha is not None and not 0 <= args.alpha < 1:
+        raise ValueError(
+            f"alpha is {args.alpha}; training needs 0 <= alpha < 1, since the policy's gradient has the factor "
+            "1 - alpha"
+        )
     # TRL's default: float32 weights, under bf16 autocast unless told otherwise
     init_kwargs = {"dtype": "float32", "trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
-    args.model_init_kwargs = None  # spent here; TRL warns of them beside a model that is already built
-    if args.anchor is None:
-        return load_member(model, **init_kwargs) if isinstance(model, str) else model
-    if isinstance(model, LogitMixForCausalLM):
-        raise ValueError(
-            f"the model is a mixture with an anchor of its own, and anchor is {args.anchor!r} as well; give only one"
-        )
-    scheme: Scheme = args.scheme  # type: ignore[assignment]
-    return LogitMixForCausalLM.from_members(model, args.anchor, alpha=args.alpha, scheme=scheme, **init_kwargs)
+    if args.anchor is not None:
+        if isinstance(model, LogitMixForCausalLM):
+            raise ValueError(
+                f"the model is a mixture with an anchor of its own, and anchor is {args.anchor!r} as well; "
+                "give only one"
+            )
+        alpha, scheme = 0.5 if args.alpha is None else args.alpha, args.scheme or "logit"
+        model = LogitMixForCausalLM.from_members(model, args.anchor, alpha=alpha, scheme=scheme, **init_kwargs)
+    elif isinstance(model, str):
+        model = load_member(model, **init_kwargs)
+    if not isinstance(model, LogitMixForCausalLM):
+        if args.alpha is not None or args.scheme is not None:
+            raise ValueError(
+                f"alpha is {args.alpha} and scheme {args.scheme}, but there is no anchor to mix with; set anchor"
+            )
+        return model
+    args.model_init_kwargs = None  # spent; TRL warns of them beside a model that is already built
+    if args.scheme not in (None, model.config.scheme):
+        raise ValueError(f"scheme is {args.scheme!r}, but the mixture was built with {model.config.scheme!r}")
+    if args.alpha is not None:
+        model.alpha = args.alpha
+    args.scheme = model.config.scheme
+    args.alpha = model.alpha if len(model.config.weights) == 2 else None
+    return model
 
 
-def _refuse_unsuitable_options(args: LogitMixGRPOConfig, is_mixture: bool, kwargs: dict[str, Any]) -> None:
+def _refuse_unsuitable_options(args: LogitMixGRPOConfig, model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
+    if is_peft_model(model) and isinstance(model.get_base_model(), LogitMixForCausalLM):
+        raise ValueError("a mixture with a PEFT adapter cannot be trained yet; train the policy's own weights")
     if args.loss_type == GROUP_LOSS and args.beta != 0:
         raise ValueError(
             f"beta is {args.beta} with loss_type 'group', whose objective (eq. 6) has no KL term; "
@@ -196,7 +259,7 @@ def _refuse_unsuitable_options(args: LogitMixGRPOConfig, is_mixture: bool, kwarg
             "mask_truncated_completions would mask every completion that a stop string ended, since TRL takes it for "
             "truncated; set it to False, or leave out stop_strings"
         )
-    if not is_mixture:
+    if not isinstance(model, LogitMixForCausalLM):
         return
     for option, reason in {
         "beta": "the KL term would be to a copy of the mixture; the anchor already holds the policy",
@@ -210,9 +273,21 @@ def _refuse_unsuitable_options(args: LogitMixGRPOConfig, is_mixture: bool, kwarg
             raise ValueError(f"{option}={getattr(args, option)!r} cannot be used with a mixture: {reason}")
     if kwargs.get("peft_config") is not None:
         raise ValueError("peft_config cannot be used with a mixture yet; train the policy's own weights")
-    if args.anchor is not None and not 0 <= args.alpha < 1:
+    if model.config.weights[0] <= 0:
         raise ValueError(
-            f"alpha is {args.alpha}; training needs 0 <= alpha < 1, since the policy's gradient has the factor 1 - alpha"
+            f"the policy's weight in the mixture is {model.config.weights[0]}; the gradient has it as a factor, so "
+            "training needs it above 0"
+        )
+
+
+def _require_questions(trainer: GRPOTrainer) -> None:
+    """Raise `ValueError` where a generation step needs more questions than there are: no step would be taken."""
+    needed = trainer.args.generation_batch_size // trainer.num_generations
+    if isinstance(trainer.train_dataset, Dataset) and len(trainer.train_dataset) < needed:
+        raise ValueError(
+            f"the data set has {len(trainer.train_dataset)} questions, fewer than the {needed} of a generation step "
+            f"(generation_batch_size {trainer.args.generation_batch_size} / num_generations "
+            f"{trainer.num_generations}); use smaller batches or more data"
         )
 
 
