@@ -10,9 +10,11 @@ from trl import SFTConfig, SFTTrainer
 
 from logitmix.cli import main
 from logitmix.commands.quickstart import EOS, PAD, character_tokenizer, tiny_model
+from logitmix.commands.train import build_trainer
 from logitmix.evaluation.decode import greedy_responses
 from logitmix.generation import end_of_sequence_ids, end_of_turn_id, tokenize_prompts
 from logitmix.tasks import load_task
+from logitmix.training.grpo import LogitMixGRPOConfig
 from logitmix.training.sft import sft_dataset
 
 START, END = "<|im_start|>", "<|im_end|>"
@@ -93,6 +95,17 @@ def test_evaluation_asks_in_the_chat_and_keeps_what_was_asked(tokenizer):
     )
     assert response.prompt.startswith(f"{START}user\n")
     assert response.prompt.endswith(f"{START}assistant\n")
+
+
+def test_rollouts_end_with_the_turn(folders, tokenizer, tmp_path):
+    task = load_task("arithmetic", template="boxed")
+    args = LogitMixGRPOConfig(
+        str(tmp_path), anchor=folders[1], use_cpu=True, bf16=False, report_to=[], num_generations=4,
+        per_device_train_batch_size=4, max_completion_length=8,
+    )  # fmt: skip
+    trainer = build_trainer(task, task.problems("train", 4), folders[0], args)
+    assert tokenizer.convert_tokens_to_ids(END) in trainer.eos_token_ids
+    assert trainer.generation_kwargs["eos_token_id"] == trainer.eos_token_ids
 
 
 QUIET = ["--bf16", "false", "--use_cpu", "true", "--report_to", "none", "--save_strategy", "no", "--max_steps", "1"]

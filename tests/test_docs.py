@@ -1,5 +1,6 @@
 """The code in README and docs runs as it stands there, on tiny members in place of the names it uses."""
 
+import json
 import re
 from pathlib import Path
 
@@ -7,14 +8,21 @@ import pytest
 import torch
 from datasets import Dataset
 
+from logitmix.cli import main
 from logitmix.commands.quickstart import character_tokenizer, tiny_model
-from logitmix.tasks import Arithmetic
+from logitmix.tasks import TASKS, Arithmetic
+from logitmix.tasks.templates import TEMPLATES
 
 ROOT = Path(__file__).parents[1]
+MATH = ROOT.parent / "shared" / "data" / "math"
 
 
 def python_blocks(name: str) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
+    return blocks(name, "python")
+
+
+def blocks(name: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
 
 
 @pytest.fixture
@@ -51,6 +59,33 @@ def test_the_readmes_script_before_and_after(folder):
             compile(block.replace('output_dir="run"', f'output_dir="run", {smaller}'), "README.md", "exec"), namespace
         )
         assert namespace["trainer"].state.global_step == 1
+
+
+def test_the_tasks_pages_task_and_template(tmp_path, monkeypatch, capsys):
+    """The task of the page, saved as it says, on rows of the hub's columns and in the template of the page."""
+    (code,), (template,) = python_blocks("docs/tasks.md"), blocks("docs/tasks.md", "yaml")
+    assert len(code.splitlines()) < 30
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    Path("my_tasks.py").write_text(code)
+    Path("mine.yaml").write_text(template)
+    rows = [{"ID": n, "Problem": f"What is {n}+{n}?", "Solution": f"{n}+{n}", "Answer": 2 * n} for n in range(30)]
+    Path("aime.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for flags in ([], ["--template", "mine.yaml"], ["--template", "boxed"]):
+        assert main(["check-task", "my_tasks.Aime", "--data", "aime.jsonl", *flags]) == 0
+        assert "│ all                     │       30 │             30 │" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not MATH.exists(), reason=f"the MATH data is not at {MATH}")
+def test_the_table_of_the_tasks_page_is_what_check_task_prints(capsys):
+    (shown,) = blocks("docs/tasks.md", "text")
+    assert main(["check-task", "hendrycks_math", "--data", str(MATH)]) == 0
+    assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == shown.splitlines()[1:]
+
+
+def test_the_tasks_page_names_every_task_and_template():
+    page = (ROOT / "docs/tasks.md").read_text()
+    assert [name for name in (*TASKS, *TEMPLATES) if f"| `{name}`" not in page] == []
 
 
 def test_every_local_link_leads_somewhere():

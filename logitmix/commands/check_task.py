@@ -8,9 +8,11 @@ from rich.table import Table
 from logitmix.commands.arguments import DataArguments, parse
 from logitmix.tasks.check import check
 
+SHOWN = 10  # near-duplicates; the table has their number
+
 
 def main(argv: Sequence[str]) -> int:
-    """Print the table and every failure; the exit status is 1 where there is a failure."""
+    """Print the table, some near-duplicates and every failure; the exit status is 1 where there is a failure."""
     if argv and not argv[0].startswith("-"):
         argv = ["--task", *argv]
     (args,) = parse(
@@ -35,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     Console().print(table)
     if task.left_out:
         print(f"{task.left_out:,} rows are left out: they are no problem of this task.")
-    for problem in task.dropped.get("near-duplicates of test", ()):
+    for problem in task.dropped.get("near-duplicates of test", ())[:SHOWN]:
         print(f"dropped, nearly in test: {' '.join(problem.question.split())[:100]}")
     failures = [failure for part in checked for failure in part.failures]
     for failure in failures:

@@ -35,7 +35,7 @@ class Mmlu(DataTask):
     template = R1
 
     def problem(self, row: Row) -> Problem:
-        choices, index = [text(choice) for choice in row["choices"]], row["answer"]
+        choices, index = [text(choice) for choice in row["choices"] or ()], row["answer"]
         lines = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False)]
         question = "\n".join([text(row["question"]), *lines, "Answer with the letter of the right choice."])
         if len(choices) != len(LETTERS) or index not in range(len(LETTERS)):

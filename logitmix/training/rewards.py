@@ -1,11 +1,16 @@
 """The paper's reward: 1 for a right answer in the required format, else 0."""
 
+import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from datasets import Dataset
 
-from logitmix.tasks import Problem, Task
+from logitmix.tasks import Grade, Problem, Task
+from logitmix.tasks.pool import TIMED_OUT, shared_pool
+
+WARN_SHARE = 0.01  # of a batch without a verdict
 
 
 def grpo_dataset(task: Task, problems: Sequence[Problem]) -> Dataset:
@@ -23,7 +28,8 @@ def grpo_dataset(task: Task, problems: Sequence[Problem]) -> Dataset:
 class TaskReward:
     """A reward function for TRL: `r = 1` where the answer is right and stands in the format, else 0 (eq. 4).
 
-    Logs the shares of format-correct, answer-correct and leniently correct completions beside it.
+    Logs the shares of format-correct, answer-correct and leniently correct completions beside it, and as
+    `verifier/errors` and `verifier/timeouts` how many completions got 0 because the verifier came to no verdict.
     """
 
     __name__ = "task_reward"
@@ -39,11 +45,23 @@ class TaskReward:
         log_metric: Callable[[str, float], None] | None = None,
         **_: Any,
     ) -> list[float]:
-        grades = [
-            self.task.grade(completion, Problem(asked, gold))
-            for completion, asked, gold in zip(completions, question, answer, strict=True)
-        ]
+        # The threads wait for the verifier's processes: what is decided without these is decided in turn.
+        with ThreadPoolExecutor(shared_pool().size) as threads:
+            grades = list(threads.map(self._grade, zip(completions, question, answer, strict=True)))
+        errors = [grade.error for grade in grades if grade.error is not None]
         if log_metric is not None:
             for name in ("format_ok", "answer_ok", "lenient_ok"):
                 log_metric(name.replace("_ok", "_rate"), sum(getattr(g, name) for g in grades) / len(grades))
+            log_metric("verifier/errors", float(len(errors)))
+            log_metric("verifier/timeouts", float(sum(error.startswith(TIMED_OUT) for error in errors)))
+        if len(errors) > WARN_SHARE * len(grades):
+            warnings.warn(
+                f"the verifier came to no verdict on {len(errors)} of {len(grades)} completions, which count as "
+                f"wrong; the first: {errors[0]}",
+                stacklevel=2,
+            )
         return [float(grade.answer_ok) for grade in grades]
+
+    def _grade(self, case: tuple[str, str, str]) -> Grade:
+        completion, question, gold = case
+        return self.task.grade(completion, Problem(question, gold))

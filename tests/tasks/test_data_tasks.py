@@ -207,6 +207,7 @@ def test_no_network_and_no_local_copy_names_both_ways_out(monkeypatch, name):
         ("gsm8k", {"question": "a", "answer": "It is 5."}, "no answer; its column 'answer' must end in '#### '"),
         ("gsm8k", {"question": "a", "answer": "It is 5.\n####"}, "no answer; its column 'answer' must end in"),
         ("mmlu", MMLU | {"answer": 4}, "no answer; its answer must be the index of one of its four choices"),
+        ("mmlu", MMLU | {"choices": None}, "no answer; its answer must be the index"),
         ("mmlu", MMLU | {"answer": "B"}, "no answer; its answer must be the index"),
         ("mmlu", MMLU | {"choices": ["1", "2"]}, "no answer; its answer must be the index"),
         ("cn_k12", CN_K12 | {"answer": "proof"}, "holds no problems; give data with at least one row"),

@@ -1,0 +1,317 @@
+r"""One spelling for each answer: what changes an answer's looks and not its meaning is taken away.
+
+>>> normalise(r"$\left(3,\ \dfrac{\pi}2\right)$.")
+'(3,\\frac{\\pi}{2})'
+"""
+
+from __future__ import annotations
+
+import re
+
+from logitmix.tasks.templates import last_boxed
+
+GREEK = {
+    "α": "alpha", "β": "beta", "γ": "gamma", "δ": "delta", "ε": "epsilon", "ζ": "zeta", "η": "eta", "θ": "theta",
+    "κ": "kappa", "λ": "lambda", "μ": "mu", "ν": "nu", "ξ": "xi", "ρ": "rho", "σ": "sigma", "τ": "tau",
+    "φ": "phi", "χ": "chi", "ψ": "psi", "ω": "omega", "Δ": "Delta", "Ω": "Omega", "Γ": "Gamma", "Θ": "Theta",
+    "Λ": "Lambda", "Σ": "Sigma", "Φ": "Phi", "Ψ": "Psi",
+}
+UNICODE = str.maketrans(
+    {
+        **dict.fromkeys("−–—﹣－", "-"),
+        **dict.fromkeys("×·⋅∙•✕∗", "*"),
+        **dict.fromkeys("°º˚", "^{\\circ}"),
+        **dict.fromkeys("\u00a0\u2009\u202f\u3000\u2002\u2003\u200a", " "),
+        **dict.fromkeys("\u200b\ufeff\u2060", ""),
+        **dict.fromkeys('“”„"«»', ""),
+        **dict.fromkeys("’‘′", "'"),
+        **dict.fromkeys("€£¥₹￥", "$"),
+        **dict(zip("，；：（）［］｛｝＝＋％＜＞．。／", ",;:()[]{}=+%<>../", strict=True)),
+        "÷": "/",
+        "π": "\\pi ",
+        "∞": "\\infty ",
+        "√": "\\sqrt ",
+        "≤": "\\le ",
+        "⩽": "\\le ",
+        "≥": "\\ge ",
+        "⩾": "\\ge ",
+        "≠": "\\ne ",
+        "≈": "\\approx ",
+        "∪": "\\cup ",
+        "∩": "\\cap ",
+        "∈": "\\in ",
+        "∅": "\\emptyset ",
+        "±": "\\pm ",
+        "∓": "\\mp ",
+        "ℝ": "\\mathbb{R}",
+        "½": "\\frac{1}{2}",
+        "⅓": "\\frac{1}{3}",
+        "⅔": "\\frac{2}{3}",
+        "¼": "\\frac{1}{4}",
+        "¾": "\\frac{3}{4}",
+        **{sign: f"^{{{digit}}}" for digit, sign in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")},
+        **{sign: f"_{{{digit}}}" for digit, sign in enumerate("₀₁₂₃₄₅₆₇₈₉")},
+        **{letter: f"\\{name} " for letter, name in GREEK.items()},
+    }
+)
+SPACES = re.compile(
+    r"(?<!\\)\\(?:[,;:> ]|quad|qquad|enspace|thinspace|medspace|displaystyle|textstyle|scriptstyle|limits"
+    r"|nolimits|hfill|rm|bf|it|mathstrut|noindent)(?![a-zA-Z])|(?<!\\)~|\s+"
+)
+SIZES = re.compile(r"\\(?:left|right|middle|[bB]igg?[lrm]?)(?![a-zA-Z])\.?")
+SYNONYMS = {
+    "dfrac": "frac",
+    "tfrac": "frac",
+    "cfrac": "frac",
+    "dbinom": "binom",
+    "tbinom": "binom",
+    "leq": "le",
+    "leqslant": "le",
+    "leqq": "le",
+    "geq": "ge",
+    "geqslant": "ge",
+    "geqq": "ge",
+    "neq": "ne",
+    "lor": "or ",
+    "vee": "or ",
+    "land": "and ",
+    "wedge": "and ",
+    "varnothing": "emptyset",
+    "empty": "emptyset",
+    "infin": "infty",
+    "inf": "infty",
+    "lbrace": "{",
+    "rbrace": "}",
+    "degree": "circ",
+    "mathbbR": "mathbb{R}",
+    "imath": "mathrm{i}",
+    "thickapprox": "approx",
+    "simeq": "approx",
+    "doteq": "approx",
+    "varepsilon": "epsilon",
+}
+SYNONYM = re.compile(r"\\(" + "|".join(SYNONYMS) + r")(?![a-zA-Z])")
+SIGNS = {
+    "\\lt": "<",
+    "\\gt": ">",
+    "\\times": "*",
+    "\\cdot": "*",
+    "\\ast": "*",
+    "\\div": "/",
+    "\\colon": ":",
+    "\\lvert": "|",
+    "\\rvert": "|",
+    "\\vert": "|",
+    "\\langle": "(",
+    "\\rangle": ")",
+    "\\lbrack": "[",
+    "\\rbrack": "]",
+    "\\lparen": "(",
+    "\\rparen": ")",
+    "**": "^",
+    "<=": "\\le ",
+    ">=": "\\ge ",
+    "!=": "\\ne ",
+    "==": "=",
+    "~=": "\\approx ",
+}
+SIGN = re.compile("|".join(re.escape(sign) + ("(?![a-zA-Z])" if sign[0] == "\\" else "") for sign in SIGNS))
+TEXT = re.compile(
+    r"\\(?:text|mbox|textbf|textit|textrm|textsf|texttt|textnormal|textup|mathrm|mathit|mathsf|rm|hbox|operatorname\*?)"
+    r"\s*\{([^{}]*)\}"
+)
+
+# A unit is dropped where it is; two units that are both known and differ are two answers.
+UNITS = {
+    spelling: names.split()[0]
+    for names in (
+        "degree degrees deg",
+        "mm millimeter millimeters millimetre millimetres",
+        "cm centimeter centimeters centimetre centimetres",
+        "m meter meters metre metres",
+        "km kilometer kilometers kilometre kilometres",
+        "in inch inches",
+        "ft foot feet",
+        "yd yard yards",
+        "mi mile miles",
+        "mph",
+        "kmph",
+        "s sec secs second seconds",
+        "min mins minute minutes",
+        "h hr hrs hour hours",
+        "day days",
+        "week weeks",
+        "month months",
+        "yr year years",
+        "mg milligram milligrams",
+        "g gram grams",
+        "kg kilogram kilograms",
+        "lb lbs pound pounds",
+        "oz ounce ounces",
+        "ml mL milliliter milliliters",
+        "l L liter liters litre litres",
+        "dollar dollars usd USD bucks",
+        "cent cents",
+        "radian radians rad",
+        "unit units",
+    )
+    for spelling in names.split()
+}
+ONE_LETTER = frozenset(unit for unit in UNITS if len(unit) == 1)
+_WORD = "|".join(
+    sorted((unit for unit in UNITS if len(unit) > 1 and unit not in ("in", "min")), key=len, reverse=True)
+)
+_POWER = r"(?:\s*\^\s*(?:\{\s*[0-9]\s*\}|[0-9]))?"
+BARE_UNIT = re.compile(
+    rf"(?:(?<=[0-9}})])|(?<=\\pi)|(?<=[a-z])(?=\s))\s*(?:(?:square|cubic|sq\.?|cu\.?)\s+)?"
+    rf"({_WORD}|(?<=[0-9}})]\s)(?:m|g|s|h|L|min|in)(?=\s*\^|\s*$)|(?<=[0-9])m(?=\s*\^\s*\{{?[23]))\.?{_POWER}"
+    rf"(?:\s*(?:/|per)\s*(?:{_WORD}|[a-zA-Z]+){_POWER})?\s*$"
+)
+NOUNS = re.compile(r"(?<=[0-9}])\s+[a-z]{3,}(?:\s+[a-zA-Z]+)*$")
+NOT_NOUNS = re.compile(
+    r"\b(?:and|or|to|sin|cos|tan|cot|sec|csc|log|exp|sqrt|abs|million|billion|thousand|trillion|pi|mod)\b"
+)
+PREFIX = re.compile(
+    r"(?:(?:so|thus|hence|therefore|and),?\s+)?(?:the\s+)?(?:(?:final|correct|right|best)\s+)?"
+    r"(?:answer|option|choice|result|solution)s?\s*(?:is|are|=|:|(?=\(?[A-J]\b))\s*:?\s*",
+    re.IGNORECASE,
+)
+WORD_NUMBERS = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+
+
+def normalise(answer: str) -> str:
+    r"""Take away what changes an answer's looks and not its meaning: `$`, `\left`, thin spaces, `\dfrac`, `\text`.
+
+    Units become `\unit{cm}` at the end of the text they stand in; the words "and" and "or" become `\and` and `\or`.
+    """
+    text = _unboxed(answer.strip().translate(UNICODE))
+    text = re.sub(r"(?<!\\)\\[\[\]()]|\\?\$|`|^\*\*|\*\*$", "", text.strip())
+    text = re.sub(
+        r"\\begin\{(?:align|aligned|equation|gather|gathered)\*?\}|\\end\{(?:align|aligned|equation)\*?\}", "", text
+    )
+    text = re.sub(r",\s*\\!\s*|\{\s*,\s*\}", ",", text).replace("\\!", "").replace("\\_", "_")
+    text = SPACES.sub(" ", SIZES.sub("", text))
+    text = re.sub(r"\\,", " ", text)
+    text = re.sub(r"\\[hv]?phantom\s*(?:\{[^{}]*\}|\S)", "", text)
+    text = SYNONYM.sub(lambda name: "\\" + SYNONYMS[name[1]], text)
+    text = SIGN.sub(lambda sign: SIGNS[sign[0]], text)
+    text = _texts(text)
+    text = re.sub(r"\^\s*(?:\{\s*(?:\\circ|o)\s*\}|\\circ(?![a-zA-Z]))", "^{\\\\circ}", text)
+    text = PREFIX.sub("", text.strip(), count=1) if PREFIX.match(text.strip()) else text
+    text = re.sub(r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}", text)
+    text = _arguments(text.strip())
+    text = re.sub(r"\s*(?:\\%|%|\b(?:percentage points|percentage|percent|pct)\b)", r"\\%", text)
+    text = _trimmed(text)
+    text = _units(text)
+    text = _tight(text)
+    text = re.sub(r"(?<![\w)\]}\\])\+(?=\\infty|[0-9.])", "", text)
+    if not re.search(r"[(\[]|\\\{", text):
+        text = re.sub(
+            r"(?<![\w.,}])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])", lambda digits: digits[0].replace(",", ""), text
+        )
+    return text
+
+
+def _unboxed(text: str) -> str:
+    """What stands in the boxes, if nothing but joining words stands around them; else what stands in the last."""
+    if "\\boxed" not in text and "\\fbox" not in text:
+        return text
+    text = text.replace("\\fbox", "\\boxed")
+    boxed = last_boxed(text)
+    if boxed is None:
+        return text
+    around = text[: text.rfind("\\boxed")]
+    if not re.search(r"\\boxed", around):
+        return boxed
+    # Several boxes: all of them are the answer, so that no one is paid for naming every candidate.
+    boxes = []
+    while "\\boxed" in text:
+        box = last_boxed(text)
+        boxes.append(box or "")
+        text = text[: text.rfind("\\boxed")]
+    return ", ".join(dict.fromkeys(reversed(boxes)))
+
+
+def _texts(text: str) -> str:
+    def replace(found: re.Match[str]) -> str:
+        words = found[1]
+        before = text[: found.start()].rstrip()
+        after = text[found.end() :]
+        if re.fullmatch(r"\s*,?\s*(?:and|or)\s*", words):
+            return f"\\{words.strip(' ,')} "
+        power = re.match(_POWER, after)
+        if (
+            re.search(r"[0-9})a-z]$", before)
+            and re.match(r"\s*[a-zA-Z]", words)
+            and power
+            and not after[power.end() :].strip(" .,}])/")
+            and not re.search(r"\b(?:or|and)\b|[0-9]", words)
+            and words.strip() not in ("e", "i")
+        ):
+            return _unit(words, power[0])
+        return f" {words} " if len(words.strip()) > 1 else words.strip()
+
+    text = TEXT.sub(replace, text) if "{" in text else text
+    text = re.sub(r"(\\unit\{\w*\})" + _POWER, r"\1", text)
+    return re.sub(r"(?<![a-zA-Z\\])(and|or)(?![a-zA-Z])", r"\\\1 ", text)
+
+
+def _unit(words: str, power: str) -> str:
+    r"""`\unit{cm2}` for "square centimeters" or "cm^2"; `\unit{}` for what is not known, `\unit{km}` for km/h."""
+    name = re.search(r"(?:square|sq|cubic|cu)\b\.?\s*(\w+)|(\w+)", words)
+    digit = re.search(r"\^[\s{]*([0-9])", power)
+    exponent = "2" if re.match(r"\s*sq", words) else "3" if re.match(r"\s*cu", words) else digit[1] if digit else ""
+    return f"\\unit{{{UNITS.get((name[1] or name[2]) if name else '', '')}{exponent}}}"
+
+
+def _arguments(text: str) -> str:
+    r"""Braces around the arguments that TeX lets stand without: `\frac12`, `\sqrt3`, `x^2`, `a_1`."""
+    text = re.sub(r"(?<![a-zA-Z\\])sqrt\s*(?=[({0-9])", r"\\sqrt", text)
+    text = re.sub(r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
+    text = re.sub(r"\\sqrt\s*([0-9a-zA-Z]|\\[a-zA-Z]+)", r"\\sqrt{\1}", text)
+    text = re.sub(r"\\frac\s*([0-9a-zA-Z])\s*([0-9a-zA-Z])", r"\\frac{\1}{\2}", text)
+    text = re.sub(r"\\frac\s*([0-9a-zA-Z]|\\[a-z]+)\s*(?=\{)", r"\\frac{\1}", text)
+    text = re.sub(r"(\\frac\s*\{[^{}]*\})\s*([0-9a-zA-Z]|\\[a-z]+)", r"\1{\2}", text)
+    text = re.sub(r"([\^_])\s*([0-9a-zA-Z](?![0-9.])|\\(?!circ)[a-z]+)", r"\1{\2}", text)
+    return re.sub(r"([\^_])\s*(-?[0-9]+(?:\.[0-9]+)?)", r"\1{\2}", text)
+
+
+def _trimmed(text: str) -> str:
+    """Without closing marks, and without braces or brackets around nothing but a word or a number."""
+    text = re.sub(r"^\s*(?::|=|\\approx(?![a-zA-Z]))\s*", "", text).strip()
+    while text and text[-1] in ".,;:" and not text.endswith(".."):
+        text = text[:-1].rstrip()
+    while text.startswith("{") and text.endswith("}") and _closes_at_end(text):
+        text = text[1:-1].strip()
+    return text
+
+
+def _closes_at_end(text: str) -> bool:
+    depth = 0
+    for place, character in enumerate(text):
+        if text[place - 1 : place] != "\\":
+            depth += (character == "{") - (character == "}")
+        if depth == 0:
+            return place == len(text) - 1
+    return False
+
+
+def _units(text: str) -> str:
+    if text.endswith("^{\\circ}") and len(text) > 8:
+        return text.removesuffix("^{\\circ}") + "\\unit{degree}"
+    text = re.sub(r"\^\{\\circ\}\s*(?:\\unit\{\w*\}|[CF]\b)$", r"\\unit{degree}", text)
+    if not text[:1].isalpha() and (unit := BARE_UNIT.search(text)):
+        text = text[: unit.start()] + _unit(unit[0], unit[0])
+    elif (noun := NOUNS.search(text)) and not NOT_NOUNS.search(noun[0]):
+        text = text[: noun.start()] + "\\unit{}"
+    for word, power in WORD_NUMBERS.items():
+        text = re.sub(rf"(?<=[0-9}}])\s*{word}s?\b", f"*10^{{{power}}}", text)
+    return text
+
+
+def _tight(text: str) -> str:
+    """A blank stays only where it keeps two words, or two numbers, apart, or follows a comma between numbers."""
+    text = re.sub(r"\s+", " ", text)
+    text = re.sub(r"(?<=[0-9]), (?=[0-9])", ",\n", text)
+    text = re.sub(r" (?!\w)|(?<!\w) ", "", text)
+    return text.replace(",\n", ", ").strip()

@@ -1,0 +1,139 @@
+"""A pool of worker processes for comparisons that may hang, crash or eat the memory: each has 2 seconds, then a kill.
+
+A worker is a fresh Python (never a fork, which would copy CUDA's and other threads' state) that imports math-verify
+and no torch. Workers start when they are first needed, are replaced when they die, and end with this process.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import select
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+SECONDS = 2.0  # for one case
+START_SECONDS = 120.0  # for a worker's imports, on a busy machine
+TIMED_OUT = "timed out"
+CRASHED = "the worker died"
+
+
+class Pool:
+    """Compares from any thread; as many cases run at once as there are workers (None: one a core).
+
+    errors, timeouts: how many cases came to no verdict, and how many of these were killed for their time
+    """
+
+    def __init__(self, size: int | None = None, seconds: float = SECONDS) -> None:
+        self.size = size or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else [0, 0])
+        if self.size < 1 or seconds <= 0:
+            raise ValueError(f"a pool needs at least 1 worker and more than 0 seconds, not {self.size} and {seconds}")
+        self.seconds = seconds
+        self.errors = self.timeouts = 0
+        self._idle: list[_Worker] = []
+        self._lock = threading.Lock()
+        self._places = threading.BoundedSemaphore(self.size)
+
+    def compare(self, prediction: str, gold: str) -> tuple[bool, str | None]:
+        """Whether math-verify takes them for equal, and what kept it from a verdict (then they count as unequal)."""
+        with self._places:
+            with self._lock:
+                worker = self._idle.pop() if self._idle else None
+            if worker is None:
+                worker = _Worker()
+            right, error = worker.ask(prediction, gold, self.seconds)
+            with self._lock:
+                self.errors += error is not None
+                self.timeouts += error is not None and error.startswith(TIMED_OUT)
+                if worker.alive():
+                    self._idle.append(worker)
+        return right, error
+
+    def close(self) -> None:
+        """End the idle workers; the pool may be used again."""
+        with self._lock:
+            workers, self._idle = self._idle, []
+        for worker in workers:
+            worker.kill()
+
+
+class _Worker:
+    def __init__(self) -> None:
+        package = str(Path(__file__).parents[2])
+        paths = [package, *(str(Path(path).resolve()) for path in sys.path)]
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", "from logitmix.tasks.symbolic import serve; serve()"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)), "OMP_NUM_THREADS": "1"},
+            start_new_session=True,  # Ctrl-C is for the training, which then ends the workers
+        )
+        if self._read(START_SECONDS) != "ready":
+            self.kill()
+            raise RuntimeError(
+                "a verifier's worker did not start; see its message above, and check `import math_verify`"
+            )
+
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                with suppress(BrokenPipeError):  # the question that it was sent may be in the buffer
+                    pipe.close()
+
+    def ask(self, prediction: str, gold: str, seconds: float) -> tuple[bool, str | None]:
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(json.dumps([prediction, gold]).encode() + b"\n")
+            self.process.stdin.flush()
+            reply = self._read(seconds)
+        except BrokenPipeError:
+            reply = ""
+        if reply:
+            right, error = json.loads(reply)
+            return right, error
+        self.kill()
+        return False, f"{TIMED_OUT} after {seconds:g} s" if reply is None else CRASHED
+
+    def _read(self, seconds: float) -> str | None:
+        """A line; empty where the worker died before it came; None where the time ran out."""
+        assert self.process.stdout is not None
+        channel, line, end = self.process.stdout.fileno(), b"", time.monotonic() + seconds
+        waiting = select.poll()
+        waiting.register(channel, select.POLLIN | select.POLLHUP)
+        while not line.endswith(b"\n"):
+            if not waiting.poll(max(0, 1000 * (end - time.monotonic()))):
+                return None
+            piece = os.read(channel, 65536)
+            if not piece:
+                return ""
+            line += piece
+        return line.decode().strip()
+
+
+_pools: dict[int, Pool] = {}
+_pools_lock = threading.Lock()
+
+
+def shared_pool() -> Pool:
+    """This process's pool: a forked child must not talk to its parent's workers."""
+    with _pools_lock:
+        if os.getpid() not in _pools:
+            _pools.clear()
+            _pools[os.getpid()] = Pool()
+        return _pools[os.getpid()]
+
+
+@atexit.register
+def _close() -> None:
+    if pool := _pools.get(os.getpid()):
+        pool.close()

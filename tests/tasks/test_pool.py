@@ -1,0 +1,123 @@
+"""The pool: hard kills after the time, replacements, counts, no torch, any thread, no orphan."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from logitmix.tasks.pool import CRASHED, TIMED_OUT, Pool, shared_pool
+
+
+@pytest.fixture
+def pool():
+    pool = Pool(size=1)
+    yield pool
+    pool.close()
+
+
+def test_a_case_that_hangs_is_killed_and_counted_and_the_next_one_is_served(pool):
+    assert pool.compare("x+1", "1+x") == (True, None)
+    start = time.perf_counter()
+    assert pool.compare("(x+y)^{2000}", "(x+y)^{1999}") == (False, f"{TIMED_OUT} after 2 s")
+    assert time.perf_counter() - start < 4
+    assert (pool.errors, pool.timeouts) == (1, 1)
+    assert pool.compare("x+1", "1+x") == (True, None)
+
+
+def test_the_time_is_a_hard_limit(pool):
+    assert pool.compare("x+1", "1+x")[0]
+    worker = pool._idle[0]
+    os.kill(worker.process.pid, 19)  # SIGSTOP: a worker that answers nothing, whatever the reason
+    start = time.perf_counter()
+    assert pool.compare("x+1", "1+x") == (False, f"{TIMED_OUT} after 2 s")
+    assert 1.9 < time.perf_counter() - start < 3
+    assert worker.process.poll() is not None
+    assert (pool.errors, pool.timeouts) == (1, 1)
+    assert pool.compare("x+1", "1+x") == (True, None)
+
+
+def test_a_worker_that_dies_is_replaced(pool):
+    assert pool.compare("x+1", "1+x")[0]
+    pool._idle[0].process.kill()
+    pool._idle[0].process.wait()
+    assert pool.compare("x+1", "1+x") == (False, CRASHED)
+    assert (pool.errors, pool.timeouts) == (1, 0)
+    assert pool.compare("x+1", "1+x") == (True, None)
+
+
+@pytest.mark.parametrize("hostile", ["\x00", "\ud800", "\n[1]\n", '"]', "7" * 400, "(" * 400, "\\frac{" * 80])
+def test_nothing_in_a_text_breaks_the_lines_of_the_protocol(pool, hostile):
+    assert not pool.compare(hostile, "x+1")[0]
+    assert pool.compare("x+1", "1+x") == (True, None)
+
+
+def test_many_threads_share_it():
+    pool = Pool(size=2)
+    cases = [(f"x+{n}", f"{n % 7}+x") for n in range(40)]
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(lambda case: pool.compare(*case), cases))
+    assert found == [(n == n % 7, None) for n in range(40)]
+    assert len(pool._idle) <= 2
+    pool.close()
+
+
+def test_one_pool_a_process_and_it_starts_on_need():
+    assert shared_pool() is shared_pool()
+    seen = []
+    thread = threading.Thread(target=lambda: seen.append(shared_pool()))
+    thread.start()
+    thread.join()
+    assert seen == [shared_pool()]
+    assert Pool(size=1)._idle == []
+
+
+def test_a_pool_needs_a_worker_and_time():
+    with pytest.raises(ValueError, match="at least 1 worker and more than 0 seconds, not 1 and 0"):
+        Pool(size=1, seconds=0)
+
+
+def run(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+
+
+def test_workers_end_with_the_process_and_load_no_torch():
+    done = run(
+        "from pathlib import Path\n"
+        "from logitmix.tasks.pool import shared_pool\n"
+        "pool = shared_pool(); print(pool.compare('x+1', '1+x'))\n"
+        "pid = pool._idle[0].process.pid; print(pid)\n"
+        "print('torch' in Path(f'/proc/{pid}/maps').read_text())\n"
+    )
+    verdict, pid, torch = done.stdout.split("\n")[:3]
+    assert verdict == "(True, None)", done.stderr
+    assert torch == "False"
+    assert not os.path.exists(f"/proc/{pid}")
+
+
+def test_a_killed_parent_leaves_no_worker_behind():
+    done = run(
+        "import os\n"
+        "from logitmix.tasks.pool import shared_pool\n"
+        "pool = shared_pool(); pool.compare('x+1', '1+x')\n"
+        "print(pool._idle[0].process.pid, flush=True)\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    pid = done.stdout.strip()
+    end = time.monotonic() + 10
+    while os.path.exists(f"/proc/{pid}") and "zombie" not in Path(f"/proc/{pid}/status").read_text():
+        assert time.monotonic() < end, f"worker {pid} still runs"
+        time.sleep(0.1)
+
+
+def test_the_main_script_is_not_run_again_in_a_worker(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "print('ran')\nfrom logitmix.tasks.pool import shared_pool\nprint(shared_pool().compare('x', 'x+1'))\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split("\n")[:2] == ["ran", "(False, None)"], done.stderr
