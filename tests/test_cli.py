@@ -187,3 +187,113 @@ def test_importing_logitmix_loads_neither_trl_nor_vllm():
 def test_the_tasks_need_no_torch():
     code = "import sys, logitmix.tasks; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_folder_that_holds_a_model_is_not_overwritten(members, capsys):
+    base = Path(members[0])
+    before = (base / "model.safetensors").read_bytes()
+    argv = [
+        "sft",
+        "--model_name_or_path",
+        str(base),
+        "--output_dir",
+        str(base),
+        "--use_cpu",
+        "true",
+        "--bf16",
+        "false",
+    ]
+    assert "holds another run (config.json)" in error_of(capsys, argv)
+    assert (base / "model.safetensors").read_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def run_of_two_steps(members, tmp_path_factory) -> list[str]:
+    """The flags of a finished run with checkpoints at steps 1 and 2."""
+    folder = tmp_path_factory.mktemp("runs") / "two"
+    base, sft = members
+    flags = ["train", "--model_name_or_path", base, "--anchor", sft, "--output_dir", str(folder), *TINY[:-2]]
+    flags += ["--save_steps", "1", "--eval_every", "1", "--eval_limit", "2"]
+    assert main([*flags, "--max_steps", "2"]) == 0
+    return flags
+
+
+def test_resuming_with_other_arguments_is_refused(run_of_two_steps, capsys):
+    resume = [*run_of_two_steps, "--resume_from_checkpoint", "true", "--max_steps", "3", "--alpha", "0.8"]
+    assert "was started with alpha None, now 0.8; resume it with the same" in error_of(capsys, resume)
+
+
+def test_resuming_where_no_steps_are_left_is_refused(run_of_two_steps, capsys):
+    resume = [*run_of_two_steps, "--resume_from_checkpoint", "true", "--max_steps", "2"]
+    assert "is at step 2 and max_steps is 2; raise --max_steps" in error_of(capsys, resume)
+
+
+def test_resuming_another_runs_checkpoint_is_refused(run_of_two_steps, tmp_path, capsys):
+    folder = run_of_two_steps[run_of_two_steps.index("--output_dir") + 1]
+    resume = [*run_of_two_steps, "--output_dir", str(tmp_path), "--resume_from_checkpoint", f"{folder}/checkpoint-1"]
+    assert "is not of the run in" in error_of(capsys, resume)
+
+
+def test_an_earlier_checkpoint_takes_its_steps_again(run_of_two_steps):
+    folder = Path(run_of_two_steps[run_of_two_steps.index("--output_dir") + 1])
+    checkpoint = str(folder / "checkpoint-1")
+    assert main([*run_of_two_steps, "--max_steps", "3", "--resume_from_checkpoint", checkpoint]) == 0
+    logs = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [log["step"] for log in logs if "reward" in log] == [1, 2, 3]
+    rows = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [step for step in range(4) for _ in range(3)]
+    anchors = [{k: v for k, v in row.items() if k != "step"} for row in rows if row["name"] == "anchor"]
+    assert all(row == anchors[0] for row in anchors), "the anchor is frozen"
+
+
+def test_the_model_card_says_how_to_load_the_mixture(run_of_two_steps):
+    folder = Path(run_of_two_steps[run_of_two_steps.index("--output_dir") + 1])
+    card = (folder / "README.md").read_text()
+    assert "None" not in card
+    assert "LogitMixForCausalLM.from_pretrained" in card
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_evaluate_as_one_run(members, tmp_path):
+    base, sft = members
+    out = tmp_path / "two"
+    flags = ["train", "--model_name_or_path", base, "--anchor", sft, "--output_dir", str(out), *TINY]
+    flags += ["--eval_every", "1", "--eval_limit", "4", "--max_steps", "1", "--per_device_train_batch_size", "8"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29511"]
+    result = subprocess.run([*command, "-m", "logitmix.cli", *flags], capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert len((out / "run.jsonl").read_text().splitlines()) == 1
+    rows = [json.loads(line) for line in (out / "evaluations.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["n"]) for row in rows] == [(step, 4) for step in (0, 1) for _ in range(3)]
+
+
+@pytest.mark.parametrize("verb", ["sft", "train", "eval"])
+def test_a_model_that_does_not_exist(verb, tmp_path, capsys):
+    flags = [] if verb == "eval" else ["--use_cpu", "true", "--bf16", "false", "--output_dir", str(tmp_path / "run")]
+    for path in ("no/such/model", str(tmp_path)):
+        message = error_of(capsys, [verb, "--model_name_or_path", path, *flags])
+        assert f"no model at '{path}'" in message or f"there is no tokenizer at '{path}'" in message
+
+
+def test_a_model_without_a_tokenizer(members, tmp_path, capsys):
+    AutoModelForCausalLM.from_pretrained(members[0]).save_pretrained(tmp_path / "bare")
+    message = error_of(capsys, ["eval", "--model_name_or_path", str(tmp_path / "bare"), "--eval_limit", "1"])
+    assert "there is no tokenizer at" in message
+
+
+def test_alpha_without_an_anchor_is_refused(members, tmp_path, capsys):
+    argv = [
+        "train",
+        "--model_name_or_path",
+        members[0],
+        "--output_dir",
+        str(tmp_path / "run"),
+        "--alpha",
+        "0.9",
+        *TINY,
+    ]
+    assert "there is no anchor to mix with" in error_of(capsys, argv)
+
+
+def test_fewer_questions_than_a_step_needs_are_refused(train, capsys):
+    assert "the data set has 2 questions, fewer than the 4" in error_of(capsys, [*train, "--train_limit", "2"])

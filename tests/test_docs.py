@@ -45,6 +45,13 @@ def test_the_mixture_page(folder, capsys):
     assert (folder / "path/to/policy/config.json").exists()
 
 
+def test_the_training_pages_script(folder):
+    (block,) = python_blocks("docs/training.md")
+    smaller = "use_cpu=True, bf16=False, report_to=[], max_steps=1, max_completion_length=24, save_strategy='no'"
+    exec(compile(block.replace('output_dir="run"', f'output_dir="run", {smaller}'), "docs/training.md", "exec"), {})
+    assert (folder / "run/config.json").exists()
+
+
 def test_the_readmes_script_before_and_after(folder):
     """Only the two lines that README shows differ, and both scripts train."""
     task = Arithmetic()

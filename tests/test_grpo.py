@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from members import character_tokenizer, tiny_member
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 from trl import GRPOConfig, GRPOTrainer
 
 from logitmix.generation import default_generation_config, generate_completions, left_pad
@@ -353,3 +353,33 @@ def test_gradient_checkpointing_gives_the_same_step(tmp_path):
     checkpointed = trainer_of(tmp_path / "checkpointed", max_steps=1, gradient_checkpointing=True)
     checkpointed.train()
     assert_same_weights(checkpointed.model, plain.model)
+
+
+def test_a_mixture_keeps_its_alpha_or_takes_the_one_asked_for_and_the_arguments_say_which(tmp_path):
+    kept = trainer_of(tmp_path, mixture(alpha=0.4))
+    assert (kept.args.alpha, kept.args.scheme, kept.model.alpha) == (0.4, "logit", 0.4)
+    asked = trainer_of(tmp_path, mixture(alpha=0.4), alpha=0.2)
+    assert (asked.args.alpha, asked.model.alpha) == (0.2, 0.2)
+    with pytest.raises(ValueError, match="scheme is 'prob', but the mixture was built with 'logit'"):
+        trainer_of(tmp_path, mixture(), scheme="prob")
+
+
+def test_a_mixture_without_the_policy_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="the policy's weight in the mixture is 0"):
+        trainer_of(tmp_path, mixture(alpha=1.0))
+
+
+def test_rollouts_in_small_batches_are_as_many_and_as_long(tmp_path):
+    trainer = trainer_of(tmp_path, rollout_batch_size=5, generation_kwargs={"suppress_tokens": [2]})
+    completions, _ = trainer._generate_single_turn(trainer.processing_class(PROMPTS * 4)["input_ids"], None, {}, 4)
+    assert [len(ids) for ids in completions] == [9] * 12
+
+
+def test_members_given_as_models_with_different_tokenizers_are_refused(tmp_path):
+    members = []
+    for name, characters in (("policy", "abc0123"), ("anchor", "3210cba")):
+        tiny_member().save_pretrained(tmp_path / name)
+        character_tokenizer(characters).save_pretrained(tmp_path / name)
+        members.append(AutoModelForCausalLM.from_pretrained(tmp_path / name))
+    with pytest.raises(ValueError, match="tokenizers differ: token 3"):
+        LogitMixForCausalLM.from_members(*members)

@@ -581,3 +581,9 @@ def test_a_model_wrapped_by_peft_is_refused_as_a_member(pair):
     wrapped = get_peft_model(pair[0], LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="got PeftModel; for an adapter, build the mixture of the plain models"):
         LogitMixForCausalLM.from_members(wrapped, pair[1])
+
+
+def test_alpha_can_be_given_on_loading(tmp_path):
+    LogitMixForCausalLM.from_members(tiny_member(seed=0), tiny_member(seed=1), alpha=0.5).save_pretrained(tmp_path)
+    assert LogitMixForCausalLM.from_pretrained(tmp_path, alpha=0.2).alpha == 0.2
+    assert LogitMixForCausalLM.from_pretrained(tmp_path).alpha == 0.5

@@ -23,9 +23,7 @@ def main(argv: Sequence[str]) -> int:
     )
     task = args.load()
     checked = check(task)
-    table = Table(
-        title=f"{task.name}, template {task.template.name}, seed {args.split_seed}", title_justify="left"
-    )
+    table = Table(title=f"{task.name}, template {task.template.name}, seed {args.split_seed}", title_justify="left")
     table.add_column("", no_wrap=True)
     for column in ("problems", "golds accepted"):
         table.add_column(column, justify="right")

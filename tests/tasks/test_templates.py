@@ -2,7 +2,7 @@
 
 import pytest
 
-from logitmix.tasks import BOXED, BOXED_LINE, R1, Template, load_template
+from logitmix.tasks import BOXED, BOXED_LINE, R1, HendrycksMath, Problem, Template, load_template
 from logitmix.tasks.templates import last_boxed, unbox
 
 
@@ -204,3 +204,13 @@ def test_an_unknown_template_is_answered_by_the_nearest():
         load_template("box")
     with pytest.raises(ValueError, match=r"the template file no\.yml does not exist; the templates are r1, boxed"):
         load_template("no.yml")
+
+
+@pytest.mark.parametrize("rest", [".", ")\n", "", " and more </answer>"])
+def test_what_a_token_holds_after_the_stop_string_does_not_count(rest):
+    """Qwen has a token `>.`, with which generation stops one character late."""
+    task = HendrycksMath.__new__(HendrycksMath)
+    task.template = R1
+    graded = task.grade(f"2 and 2 </think> <answer>4</answer>{rest}", Problem("2+2?", "4"))
+    assert graded.format_ok
+    assert graded.answer_ok
