@@ -13,7 +13,7 @@ from typing import Any
 
 from logitmix.tasks.answers import NAME, Answer, is_words, plain, read
 from logitmix.tasks.formulas import Unreadable
-from logitmix.tasks.relations import as_set, interval, is_point, name_of, oriented, proportional, values_of, variable
+from logitmix.tasks.relations import FLIPPED, as_set, interval, is_point, name_of, oriented, proportional, values_of, variable
 from logitmix.tasks.values import Undefined, context, equal, value
 
 MAX_PARTS = 40
@@ -85,7 +85,8 @@ def _letters(text: str) -> str:
 def _same(prediction: Answer, gold: Answer) -> bool | None:
     if prediction == gold:
         return True
-    if prediction.kind == "relation" or gold.kind == "relation":
+    kinds = {prediction.kind, gold.kind}
+    if "relation" in kinds or ("list" in kinds and kinds & {"tuple", "union"} and _are_inequalities(prediction, gold)):
         return _same_relation(prediction, gold)
     if len(prediction.parts) > MAX_PARTS or len(gold.parts) > MAX_PARTS:
         return None
@@ -138,6 +139,12 @@ def _same_formula(prediction: str, gold: str) -> bool | None:
                 except (Unreadable, Undefined):
                     pass
     return verdict
+
+
+def _are_inequalities(*answers: Answer) -> bool:
+    """Whether the list among them is one of inequalities, which together stand for a set."""
+    parts = [part for answer in answers if answer.kind == "list" for part in answer.parts]
+    return all(part.kind == "relation" and part.text != "=" and part.text in FLIPPED for part in parts)
 
 
 def _infinite(text: str) -> str:
@@ -274,13 +281,13 @@ def _vector(matrix: Answer) -> tuple[Answer, ...] | None:
 
 def _same_relation(prediction: Answer, gold: Answer) -> bool | None:
     left, right = _simplified(prediction), _simplified(gold)
-    if left.kind != "relation" and right.kind != "relation":
-        return _same(left, right)
     sets = as_set(left), as_set(right)
-    if sets[0] is not None and sets[1] is not None and (sets[0] != left or sets[1] != right):
+    if sets[0] is not None and sets[1] is not None and sets != (prediction, gold):
         if variable(left) and variable(right) and variable(left) != variable(right):
             return False
         return _same(sets[0], sets[1])
+    if left.kind != "relation" and right.kind != "relation":
+        return False if (left, right) == (prediction, gold) else _same(left, right)
     if left.kind != right.kind:
         one, other = (left, right) if left.kind == "relation" else (right, left)
         if name_of(one) or is_point(one):

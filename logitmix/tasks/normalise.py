@@ -164,7 +164,7 @@ _WORD = "|".join(
 _POWER = r"(?:\s*\^\s*(?:\{\s*[0-9]\s*\}|[0-9]))?"
 BARE_UNIT = re.compile(
     rf"(?:(?<=[0-9}})])|(?<=\\pi)|(?<=[a-z])(?=\s))\s*(?:(?:square|cubic|sq\.?|cu\.?)\s+)?"
-    rf"({_WORD}|(?<=[0-9}})]\s)(?:m|g|s|h|L|min|in)(?=\s*\^|\s*$)|(?<=[0-9])m(?=\s*\^\s*\{{?[23]))\.?{_POWER}"
+    rf"({_WORD}|(?<=[0-9}})]\s)(?:m|g|s|h|L|min|in)(?=\s*(?:\^|/|per\b|$))|(?<=[0-9])m(?=\s*\^\s*\{{?[23]))\.?{_POWER}"
     rf"(?:\s*(?:/|per)\s*(?:{_WORD}|[a-zA-Z]+){_POWER})?\s*$"
 )
 NOUNS = re.compile(r"(?<=[0-9}])\s+[a-z]{3,}(?:\s+[a-zA-Z]+)*$")
@@ -204,6 +204,9 @@ def normalise(answer: str) -> str:
     text = _trimmed(text)
     text = _units(text)
     text = _tight(text)
+    text = re.sub(r"(?<=[)\]}])U(?=[(\[\\])", r"\\cup", text)
+    if re.fullmatch(r"-?[0-9]{1,3}(?: [0-9]{3})+(?:\.[0-9]+)?", text):
+        return text.replace(" ", "")
     text = re.sub(r"(?<![\w)\]}\\])\+(?=\\infty|[0-9.])", "", text)
     if not re.search(r"[(\[]|\\\{", text):
         text = re.sub(
@@ -261,7 +264,10 @@ def _unit(words: str, power: str) -> str:
     name = re.search(r"(?:square|sq|cubic|cu)\b\.?\s*(\w+)|(\w+)", words)
     digit = re.search(r"\^[\s{]*([0-9])", power)
     exponent = "2" if re.match(r"\s*sq", words) else "3" if re.match(r"\s*cu", words) else digit[1] if digit else ""
-    return f"\\unit{{{UNITS.get((name[1] or name[2]) if name else '', '')}{exponent}}}"
+    known = UNITS.get((name[1] or name[2]) if name else "", "")
+    if re.search(r"(?:/|\bper)\s*h", words) and known in ("mi", "km"):
+        known = {"mi": "mph", "km": "kmph"}[known]
+    return f"\\unit{{{known}{exponent}}}"
 
 
 def _arguments(text: str) -> str:
@@ -297,6 +303,8 @@ def _closes_at_end(text: str) -> bool:
 
 
 def _units(text: str) -> str:
+    if re.search(r"\\?(?:sin|cos|tan|cot|sec|csc)(?![a-z])", text):
+        return text  # the degrees are inside a function: they count
     if text.endswith("^{\\circ}") and len(text) > 8:
         return text.removesuffix("^{\\circ}") + "\\unit{degree}"
     text = re.sub(r"\^\{\\circ\}\s*(?:\\unit\{\w*\}|[CF]\b)$", r"\\unit{degree}", text)
