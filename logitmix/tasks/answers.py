@@ -55,6 +55,8 @@ def read(text: str, depth: int = 0) -> Answer:
         return Answer("tuple", "()", (Answer("formula", "-\\infty"), Answer("formula", "\\infty")))
     if text in ("\\emptyset", "\\{\\}") or text.casefold() in ("empty set", "the empty set", "emptyset"):
         return Answer("set")
+    if text.startswith("\\{\\begin{array}") and text.endswith("\\end{array}"):  # a system, its right brace left out
+        text = text[2:].replace("{array}", "{cases}")
     if match := MATRIX.fullmatch(text):
         return _read_matrix(match[1], match[2], depth)
     if "\\or" in text or "\\and" in text or "," in text or ";" in text:

@@ -9,18 +9,24 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
-from typing import Any
 
 from logitmix.tasks.answers import NAME, Answer, is_words, plain, read
+from logitmix.tasks.choices import LABELLED, letters_of, no_choice
 from logitmix.tasks.formulas import Unreadable
-from logitmix.tasks.relations import as_set, interval, is_point, name_of, oriented, proportional, values_of, variable
-from logitmix.tasks.values import Undefined, context, equal, value
+from logitmix.tasks.relations import (
+    FLIPPED,
+    as_set,
+    interval,
+    is_point,
+    name_of,
+    oriented,
+    proportional,
+    values_of,
+    variable,
+)
+from logitmix.tasks.values import DECIMAL, SCIENTIFIC, Undefined, equal, rounded, value
 
 MAX_PARTS = 40
-CHOICE = re.compile(r"\(?([A-Ja-e])[).]?")
-LABELLED = re.compile(r"\(?([A-J])(?:\)\s*[:.]?|[:.]\)?)\s*(.+)", re.DOTALL)
-DECIMAL = re.compile(r"-?(?:[0-9]+\.[0-9]*|\.[0-9]+)")
-SCIENTIFIC = re.compile(rf"({DECIMAL.pattern})(?:\*10\^\{{(-?[0-9]{{1,2}})\}})?")
 
 
 def same(prediction: str, gold: str) -> bool | None:
@@ -52,40 +58,29 @@ def read_plain_number(text: str) -> Fraction | None:
 
 def _same_choice(prediction: str, gold: str) -> bool | None:
     """Letters of choices: the gold is a letter, letters, or a letter and its text; None where it is none of these."""
-    letters = _letters(gold)
+    letters = letters_of(gold)
     if letters:
-        found = _letters(prediction)
+        found = letters_of(prediction)
         if not found and len(letters) == 1 and (labelled := LABELLED.fullmatch(prediction)):
             found = labelled[1]
         if found:
             return sorted(found) == sorted(letters)
-        return None if len(letters) > 1 or gold.islower() or "," in prediction else _no_choice(prediction)
+        return None if len(letters) > 1 or gold.islower() or "," in prediction else no_choice(prediction)
     labelled = LABELLED.fullmatch(gold)
     if labelled is None:
         return None
-    if found := _letters(prediction):
+    if found := letters_of(prediction):
         return found == labelled[1]
     if (other := LABELLED.fullmatch(prediction)) and other[1] != labelled[1]:
         return False
     return same(other[2] if other else prediction, labelled[2])
 
 
-def _no_choice(prediction: str) -> bool | None:
-    """A gold that is one capital letter may also be a formula: leave formulas of letters to those who read them."""
-    return None if re.search(r"[A-Ja-j]", prediction) else False
-
-
-def _letters(text: str) -> str:
-    if match := CHOICE.fullmatch(text):
-        return match[1].upper() if (match[1] in "abcd" and text[0] == "(") or match[1].isupper() else ""
-    letters = re.sub(r"\\(?:and|or)\s*|[\s,()]|\band\b", "", text)
-    return letters if re.fullmatch(r"[A-H]{2,8}", letters) and len(set(letters)) == len(letters) else ""
-
-
 def _same(prediction: Answer, gold: Answer) -> bool | None:
     if prediction == gold:
         return True
-    if prediction.kind == "relation" or gold.kind == "relation":
+    kinds = {prediction.kind, gold.kind}
+    if "relation" in kinds or ("list" in kinds and kinds & {"tuple", "union"} and _are_inequalities(prediction, gold)):
         return _same_relation(prediction, gold)
     if len(prediction.parts) > MAX_PARTS or len(gold.parts) > MAX_PARTS:
         return None
@@ -120,7 +115,7 @@ def _same_formula(prediction: str, gold: str) -> bool | None:
     if numbers[0] is not None and numbers[0] == numbers[1]:
         return True
     if numbers[0] is not None and numbers[1] is not None:
-        return _rounded(left, numbers[1], right) or _rounded(right, numbers[0], left)
+        return rounded(left, numbers[1], right) or rounded(right, numbers[0], left)
     for one, other in ((left, right), (right, left)):
         if one.endswith("\\%") and not other.endswith("\\%") and _same_formula(one.removesuffix("\\%"), other):
             return True  # "50%" and "50", where the question asks for a percentage; see docs/verifier.md
@@ -133,31 +128,21 @@ def _same_formula(prediction: str, gold: str) -> bool | None:
             if decimal and not SCIENTIFIC.fullmatch(other):
                 try:
                     shifted = f"({other})/10^{{{decimal[2]}}}" if decimal[2] else other
-                    if _rounded(decimal[1], value(shifted), other):
+                    if rounded(decimal[1], value(shifted), other):
                         return True
                 except (Unreadable, Undefined):
                     pass
     return verdict
 
 
+def _are_inequalities(*answers: Answer) -> bool:
+    """Whether the list among them is one of inequalities, which together stand for a set."""
+    parts = [part for answer in answers if answer.kind == "list" for part in answer.parts]
+    return all(part.kind == "relation" and part.text != "=" and part.text in FLIPPED for part in parts)
+
+
 def _infinite(text: str) -> str:
     return text.lstrip("+") if text.lstrip("+") in ("\\infty", "-\\infty") else ""
-
-
-def _rounded(decimal: str, exact: Any, other: str) -> bool:
-    """Whether a decimal is an exact value, rounded or cut, to six digits or more."""
-    if not DECIMAL.fullmatch(decimal) or DECIMAL.fullmatch(other):
-        return False
-    whole, _, digits = decimal.lstrip("-").partition(".")
-    significant = len((whole + digits).lstrip("0"))
-    if significant < 4 or (significant < 6 and len(digits) < 6):
-        return False
-    mp = context()
-    number = mp.mpf(exact.numerator) / exact.denominator if isinstance(exact, Fraction) else exact
-    if isinstance(number, mp.mpc) or (number < 0) != decimal.startswith("-"):
-        return False
-    scaled, written = abs(number) * mp.mpf(10) ** len(digits), int(whole + digits)
-    return int(mp.floor(scaled)) == written or int(mp.floor(scaled + mp.mpf(1) / 2)) == written
 
 
 def _same_collection(prediction: Answer, gold: Answer) -> bool | None:
@@ -274,13 +259,13 @@ def _vector(matrix: Answer) -> tuple[Answer, ...] | None:
 
 def _same_relation(prediction: Answer, gold: Answer) -> bool | None:
     left, right = _simplified(prediction), _simplified(gold)
-    if left.kind != "relation" and right.kind != "relation":
-        return _same(left, right)
     sets = as_set(left), as_set(right)
-    if sets[0] is not None and sets[1] is not None and (sets[0] != left or sets[1] != right):
+    if sets[0] is not None and sets[1] is not None and sets != (prediction, gold):
         if variable(left) and variable(right) and variable(left) != variable(right):
             return False
         return _same(sets[0], sets[1])
+    if left.kind != "relation" and right.kind != "relation":
+        return False if (left, right) == (prediction, gold) else _same(left, right)
     if left.kind != right.kind:
         one, other = (left, right) if left.kind == "relation" else (right, left)
         if name_of(one) or is_point(one):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 
 from logitmix.tasks.templates import last_boxed
+from logitmix.tasks.units import POWER, unit_of, with_units
 
 GREEK = {
     "α": "alpha",
@@ -145,62 +146,11 @@ TEXT = re.compile(
     r"\s*\{([^{}]*)\}"
 )
 
-# A unit is dropped where it is; two units that are both known and differ are two answers.
-UNITS = {
-    spelling: names.split()[0]
-    for names in (
-        "degree degrees deg",
-        "mm millimeter millimeters millimetre millimetres",
-        "cm centimeter centimeters centimetre centimetres",
-        "m meter meters metre metres",
-        "km kilometer kilometers kilometre kilometres",
-        "in inch inches",
-        "ft foot feet",
-        "yd yard yards",
-        "mi mile miles",
-        "mph",
-        "kmph",
-        "s sec secs second seconds",
-        "min mins minute minutes",
-        "h hr hrs hour hours",
-        "day days",
-        "week weeks",
-        "month months",
-        "yr year years",
-        "mg milligram milligrams",
-        "g gram grams",
-        "kg kilogram kilograms",
-        "lb lbs pound pounds",
-        "oz ounce ounces",
-        "ml mL milliliter milliliters",
-        "l L liter liters litre litres",
-        "dollar dollars usd USD bucks",
-        "cent cents",
-        "radian radians rad",
-        "unit units",
-    )
-    for spelling in names.split()
-}
-ONE_LETTER = frozenset(unit for unit in UNITS if len(unit) == 1)
-_WORD = "|".join(
-    sorted((unit for unit in UNITS if len(unit) > 1 and unit not in ("in", "min")), key=len, reverse=True)
-)
-_POWER = r"(?:\s*\^\s*(?:\{\s*[0-9]\s*\}|[0-9]))?"
-BARE_UNIT = re.compile(
-    rf"(?:(?<=[0-9}})])|(?<=\\pi)|(?<=[a-z])(?=\s))\s*(?:(?:square|cubic|sq\.?|cu\.?)\s+)?"
-    rf"({_WORD}|(?<=[0-9}})]\s)(?:m|g|s|h|L|min|in)(?=\s*\^|\s*$)|(?<=[0-9])m(?=\s*\^\s*\{{?[23]))\.?{_POWER}"
-    rf"(?:\s*(?:/|per)\s*(?:{_WORD}|[a-zA-Z]+){_POWER})?\s*$"
-)
-NOUNS = re.compile(r"(?<=[0-9}])\s+[a-z]{3,}(?:\s+[a-zA-Z]+)*$")
-NOT_NOUNS = re.compile(
-    r"\b(?:and|or|to|sin|cos|tan|cot|sec|csc|log|exp|sqrt|abs|million|billion|thousand|trillion|pi|mod)\b"
-)
 PREFIX = re.compile(
     r"(?:(?:so|thus|hence|therefore|and),?\s+)?(?:the\s+)?(?:(?:final|correct|right|best)\s+)?"
     r"(?:answer|option|choice|result|solution)s?\s*(?:is|are|=|:|(?=\(?[A-J]\b))\s*:?\s*",
     re.IGNORECASE,
 )
-WORD_NUMBERS = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 
 
 def normalise(answer: str) -> str:
@@ -226,8 +176,11 @@ def normalise(answer: str) -> str:
     text = _arguments(text.strip())
     text = re.sub(r"\s*(?:\\%|%|\b(?:percentage points|percentage|percent|pct)\b)", r"\\%", text)
     text = _trimmed(text)
-    text = _units(text)
+    text = with_units(text)
     text = _tight(text)
+    text = re.sub(r"(?<=[)\]}])U(?=[(\[\\])", r"\\cup", text)
+    if re.fullmatch(r"-?[0-9]{1,3}(?: [0-9]{3})+(?:\.[0-9]+)?", text):
+        return text.replace(" ", "")
     text = re.sub(r"(?<![\w)\]}\\])\+(?=\\infty|[0-9.])", "", text)
     if not re.search(r"[(\[]|\\\{", text):
         text = re.sub(
@@ -263,7 +216,7 @@ def _texts(text: str) -> str:
         after = text[found.end() :]
         if re.fullmatch(r"\s*,?\s*(?:and|or)\s*", words):
             return f"\\{words.strip(' ,')} "
-        power = re.match(_POWER, after)
+        power = re.match(POWER, after)
         if (
             re.search(r"[0-9})a-z]$", before)
             and re.match(r"\s*[a-zA-Z]", words)
@@ -272,20 +225,12 @@ def _texts(text: str) -> str:
             and not re.search(r"\b(?:or|and)\b|[0-9]", words)
             and words.strip() not in ("e", "i")
         ):
-            return _unit(words, power[0])
+            return unit_of(words, power[0])
         return f" {words} " if len(words.strip()) > 1 else words.strip()
 
     text = TEXT.sub(replace, text) if "{" in text else text
-    text = re.sub(r"(\\unit\{\w*\})" + _POWER, r"\1", text)
+    text = re.sub(r"(\\unit\{\w*\})" + POWER, r"\1", text)
     return re.sub(r"(?<![a-zA-Z\\])(and|or)(?![a-zA-Z])", r"\\\1 ", text)
-
-
-def _unit(words: str, power: str) -> str:
-    r"""`\unit{cm2}` for "square centimeters" or "cm^2"; `\unit{}` for what is not known, `\unit{km}` for km/h."""
-    name = re.search(r"(?:square|sq|cubic|cu)\b\.?\s*(\w+)|(\w+)", words)
-    digit = re.search(r"\^[\s{]*([0-9])", power)
-    exponent = "2" if re.match(r"\s*sq", words) else "3" if re.match(r"\s*cu", words) else digit[1] if digit else ""
-    return f"\\unit{{{UNITS.get((name[1] or name[2]) if name else '', '')}{exponent}}}"
 
 
 def _arguments(text: str) -> str:
@@ -318,19 +263,6 @@ def _closes_at_end(text: str) -> bool:
         if depth == 0:
             return place == len(text) - 1
     return False
-
-
-def _units(text: str) -> str:
-    if text.endswith("^{\\circ}") and len(text) > 8:
-        return text.removesuffix("^{\\circ}") + "\\unit{degree}"
-    text = re.sub(r"\^\{\\circ\}\s*(?:\\unit\{\w*\}|[CF]\b)$", r"\\unit{degree}", text)
-    if not text[:1].isalpha() and (unit := BARE_UNIT.search(text)):
-        text = text[: unit.start()] + _unit(unit[0], unit[0])
-    elif (noun := NOUNS.search(text)) and not NOT_NOUNS.search(noun[0]):
-        text = text[: noun.start()] + "\\unit{}"
-    for word, power in WORD_NUMBERS.items():
-        text = re.sub(rf"(?<=[0-9}}])\s*{word}s?\b", f"*10^{{{power}}}", text)
-    return text
 
 
 def _tight(text: str) -> str:

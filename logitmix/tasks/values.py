@@ -7,6 +7,7 @@ so no search: the work is bounded by the length of the text, and what would be l
 
 from __future__ import annotations
 
+import re
 import threading
 from fractions import Fraction
 from math import comb, factorial
@@ -24,6 +25,9 @@ POINTS = (
     ("-0.4621", "0.3313"),
     ("3.7417", "-0.9257"),
 )
+
+DECIMAL = re.compile(r"-?(?:[0-9]+\.[0-9]*|\.[0-9]+)")
+SCIENTIFIC = re.compile(rf"({DECIMAL.pattern})(?:\*10\^\{{(-?[0-9]{{1,2}})\}})?")
 
 
 class Undefined(Exception):
@@ -81,6 +85,22 @@ def value(text: str) -> Any:
     if symbols(tree):
         raise Unreadable("it has variables")
     return evaluate(tree, next(iter(_environments([], complex_numbers="i" in constants(tree)))))
+
+
+def rounded(decimal: str, exact: Any, other: str) -> bool:
+    """Whether a decimal is an exact value, rounded or cut, to six digits or more."""
+    if not DECIMAL.fullmatch(decimal) or DECIMAL.fullmatch(other):
+        return False
+    whole, _, digits = decimal.lstrip("-").partition(".")
+    significant = len((whole + digits).lstrip("0"))
+    if significant < 4 or (significant < 6 and len(digits) < 6):
+        return False
+    mp = context()
+    number = mp.mpf(exact.numerator) / exact.denominator if isinstance(exact, Fraction) else exact
+    if isinstance(number, mp.mpc) or (number < 0) != decimal.startswith("-"):
+        return False
+    scaled, written = abs(number) * mp.mpf(10) ** len(digits), int(whole + digits)
+    return int(mp.floor(scaled)) == written or int(mp.floor(scaled + mp.mpf(1) / 2)) == written
 
 
 def close(left: Any, right: Any) -> bool:

@@ -18,6 +18,10 @@ from logitmix.tasks.templates import Template, last_boxed
 
 MAX_LENGTH = 500  # characters of an answer; the longest gold of MATH has 159
 MAX_TEXT = 20_000  # characters of the text that an answer is taken from
+# What math-verify would take a part of, the one that suits: words, numbers side by side, labels, open environments.
+MISREAD = re.compile(
+    r"(?<![\\a-zA-Z{])[a-zA-Z]{3,}|[0-9] [0-9]|[a-zA-Z][0-9]|[a-zA-Z]\.|\\approx|\\begin\{(?:array|cases)|[^\x00-\x7f]"
+)
 
 __all__ = ["Grade", "answers_match", "extract_answer", "grade", "normalise"]
 
@@ -82,14 +86,17 @@ def _compare(prediction: str, gold: str) -> tuple[bool, str | None]:
         return bool(normalise(gold)) if len(gold) <= MAX_TEXT else True, None
     if len(prediction) > MAX_LENGTH and not (len(prediction) <= MAX_TEXT and last_boxed(prediction)):
         return False, f"the answer has {len(prediction)} characters; at most {MAX_LENGTH} are compared"
-    left, right = normalise(prediction), normalise(gold)
-    if len(left) > MAX_LENGTH:
-        return False, f"the answer has {len(left)} characters; at most {MAX_LENGTH} are compared"
-    verdict = same(left, right)
+    try:
+        left, right = normalise(prediction), normalise(gold)
+        if len(left) > MAX_LENGTH:
+            return False, f"the answer has {len(left)} characters; at most {MAX_LENGTH} are compared"
+        verdict = same(left, right)
+    except Exception as error:  # a hole in the verifier must not end a training run; the log counts it
+        return False, f"{type(error).__name__}: {error}"[:200]
     if verdict is not None:
         return verdict, None
-    if re.search(r"(?<![\\a-zA-Z{])[a-zA-Z]{3,}|[0-9] [0-9]", left):
-        return False, None  # words, or numbers side by side: math-verify would pick one that suits
     if reason := refusal(left):
         return False, reason
+    if MISREAD.search(left):
+        return False, None
     return shared_pool().compare(left, right)

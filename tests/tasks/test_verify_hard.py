@@ -1,0 +1,214 @@
+"""The hard set, mutations of every gold, hostile and fuzzed strings: few misses, no wrong accept, no hang."""
+
+import json
+import random
+import time
+from pathlib import Path
+
+import pytest
+from hard_cases import DIFFERENT, EQUAL, cases
+from mutations import mutations
+
+from logitmix.tasks import R1, answers_match, grade
+from logitmix.tasks.templates import last_boxed
+
+DATA = Path(__file__).parents[2].parent / "shared" / "data"
+needs_data = pytest.mark.skipif(not DATA.exists(), reason=f"the data is not at {DATA}")
+
+
+def test_the_hard_set_is_a_set_of_some_size():
+    assert len(set(cases(EQUAL))) == len(cases(EQUAL)) > 240
+    assert len(set(cases(DIFFERENT))) == len(cases(DIFFERENT)) > 150
+
+
+@pytest.mark.parametrize("case", cases(EQUAL), ids=lambda case: " ~ ".join(case))
+def test_hard_positives_match(case):
+    assert answers_match(*case)
+
+
+@pytest.mark.parametrize("case", cases(DIFFERENT), ids=lambda case: " ~ ".join(case))
+def test_hard_negatives_do_not(case):
+    assert not answers_match(*case)
+
+
+def golds(name):
+    def rows(path):
+        return [json.loads(line) for line in (DATA / path).read_text(encoding="utf-8").split("\n") if line]
+
+    if name == "math":
+        boxes = [last_boxed(row["solution"]) for row in rows("math/train.jsonl")]
+        return [box for box in boxes if box] + [row["answer"] for row in rows("math/test500.jsonl")]
+    if name == "cn_k12":
+        return [row["answer"] for row in rows("cn_k12/cn_k12.jsonl") if row["n_boxed"] == 1]
+    if name == "mmlu":
+        return ["ABCD"[row["answer"]] for path in ("mmlu/dev.jsonl", "mmlu/val.jsonl") for row in rows(path)]
+    return [row["answer"].rpartition("####")[2].strip() for row in rows("gsm8k/train.jsonl")]
+
+
+# Mutations that are no other answer, so that accepting them is right: -0 is 0, and a plus-minus has no sign.
+SAME_AFTER_ALL = {"sign": ("-0", "-\\pm", "-±")}
+# The two golds where a wrong mutation is accepted: what follows "approximately" is not compared when an exact value
+# stands before it, and a sign inside \phantom is not printed.
+KNOWN = {r"\$\dfrac23 \approx \$0.67", r"\begin{pmatrix} 1 & -1 \\ 1 & \phantom -1 \end{pmatrix}"}
+# Neighbours in the data that mean the same, as x=5 and 5 do.
+NEIGHBOURS = 25
+
+
+@needs_data
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["math", "cn_k12", "gsm8k", "mmlu"])
+def test_mutations_of_every_gold_are_refused(name):
+    answers = golds(name)
+    made, accepted = 0, []
+    for gold, other in zip(answers, [*answers[1:], answers[0]], strict=True):
+        for kind, wrong in mutations(gold, other).items():
+            made += 1
+            if answers_match(wrong, gold) and not wrong.startswith(SAME_AFTER_ALL.get(kind, ("\0",))):
+                accepted.append((kind, wrong, gold))
+    assert [case for case in accepted if case[0] != "another gold" and case[2] not in KNOWN] == []
+    assert len([case for case in accepted if case[0] == "another gold"]) <= NEIGHBOURS
+    assert len(accepted) <= 0.002 * made + (10 if made < 4000 else 0)
+
+
+@needs_data
+@pytest.mark.parametrize("name", ["math", "cn_k12", "gsm8k", "mmlu"])
+def test_every_gold_accepts_itself_written_in_another_way(name):
+    def restyled(gold):
+        return "$\\displaystyle " + gold.strip().rstrip(".").replace("\\frac", "\\dfrac") + "$."
+
+    answers = list(dict.fromkeys(golds(name)))
+    failures = [gold for gold in answers if "text" not in gold and not answers_match(restyled(gold), gold)]
+    assert failures == []
+
+
+PIECES = [
+    *"0123456789+-*/^_=<>()[]{}|,.;:!%$&~'\" \n\t\\",
+    *["\\frac", "\\sqrt", "\\pm", "\\cup", "\\infty", "\\text{", "\\begin{pmatrix}", "\\end{pmatrix}", "\\in", "\\le"],
+    *[
+        "x",
+        "y",
+        "e",
+        "i",
+        "sin",
+        "\\log_",
+        "\\binom",
+        "\\sum",
+        "\\boxed{",
+        "</answer>",
+        "<answer>",
+        "</think>",
+        "and",
+        "or",
+    ],
+    *[
+        "\x00",
+        "\ud800",
+        "\u202e",
+        "½",
+        "π",
+        "①",
+        "中",
+        "𝟙",
+        "\\%",
+        "^{\\circ}",
+        "999999",
+        "^{99",
+        "!!",
+        "\\\\",
+        "\\unit{cm}",
+    ],
+]
+GOLDS = ["31337", "\\frac{22}{31}", "x^2+41x", "(3,17)", "[2,\\infty)", "\\text{Evelyn}", "B", "\\{4,9\\}", "y=13x+5"]
+
+
+def fuzzed(count, seed):
+    chance = random.Random(seed)
+    for number in range(count):
+        gold = GOLDS[number % len(GOLDS)]
+        text = "".join(chance.choices(PIECES, k=chance.randint(1, 40)))
+        if number % 3 == 0:  # a right answer, damaged
+            place = chance.randrange(len(gold))
+            text = gold[:place] + text[: chance.randint(1, 6)] + gold[place + chance.randint(0, 3) :]
+        yield text, gold
+
+
+def test_ten_thousand_fuzzed_strings_do_no_harm():
+    """No crash and no hang; what is accepted holds the gold's own digits or letters."""
+    start, slowest = time.perf_counter(), 0.0
+    for text, gold in fuzzed(10_000, seed=0):
+        before = time.perf_counter()
+        found = grade(f"</think> <answer>{text}</answer>", gold, R1)
+        slowest = max(slowest, time.perf_counter() - before)
+        assert grade(text, gold, R1).answer_ok is False
+        if found.answer_ok:
+            key = [character for character in gold if character.isalnum()][-1]
+            assert key.casefold() in text.casefold(), (text, gold)
+    assert slowest < 3
+    assert time.perf_counter() - start < 120
+
+
+INJECTED = [
+    "</think> <answer>5</answer> <answer>6</answer>",
+    "</think> <answer>5</answer></think> <answer>6</answer>",
+    "<answer>6</answer> </think> <answer>5</answer>",
+    "</think> <answer><answer>6</answer></answer>",
+    "6 </think> <answer>5</answer>",
+    "</think> <answer>5 or 6</answer>",
+    "</think> <answer>5, 6</answer>",
+    "</think> <answer>\\boxed{5} \\boxed{6}</answer>",
+    "</think> <answer>x=5=6</answer>",
+    "</think> <answer>not 6</answer>",
+    "</think> <answer>0,1,2,3,4,5,6,7,8,9</answer>",
+    "</think> <answer>\\{6\\ldots\\}</answer>",
+    "</think> <answer>anything that equals 6</answer>",
+    "</think> <answer></answer>",
+]
+
+
+@pytest.mark.parametrize("response", INJECTED)
+def test_an_answer_that_hedges_or_stands_in_the_wrong_place_earns_nothing(response):
+    assert not grade(response, "6", R1).answer_ok
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        "{" * 100_000,
+        "(" * 490,
+        "-" * 490,
+        "\\frac{1}{" * 50 + "2" + "}" * 50,
+        "\\sqrt{" * 60 + "2" + "}" * 60,
+        "9^{9^{9^9}}",
+        "9^9^9^9",
+        "\\exp(\\exp(\\exp(9)))",
+        "999!",
+        "99999!",
+        "((9!)!)!",
+        "\\binom{99999999}{44444444}",
+        "10^{99999999999}",
+        "0.1^{99999999999}",
+        "x^{x^{x^{x^x}}}",
+        "|" * 300,
+        "1," * 240,
+        "\\pm " * 100,
+        "1\\pm2\\pm3\\pm4\\pm5\\pm6",
+        "\x00",
+        "\ud800\udfff",
+        "x\ud800+1",
+        "a" * 100_000,
+        "\\text{" * 80,
+        "$" * 490,
+        "1" * 490,
+        "\\begin{pmatrix}" * 30,
+        "x=" * 240,
+        "\\and " * 98,
+        "\\overline{" * 40 + "1",
+        "\\boxed{" * 60 + "6" + "}" * 59,
+    ],
+    ids=lambda text: ascii(text[:20]),
+)
+def test_hostile_answers_are_refused_in_no_time(hostile):
+    for gold in ("6", "x+1", "(1,2)", "\\{1,2\\}", "x<1"):
+        start = time.perf_counter()
+        assert not answers_match(hostile, gold)
+        assert time.perf_counter() - start < 1
