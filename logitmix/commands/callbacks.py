@@ -132,7 +132,8 @@ def train_watched(
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     finally:
-        progress.bar.stop()  # else an exception leaves the terminal without a cursor
+        if progress.bar.live.is_started:  # an exception would leave the terminal without a cursor
+            progress.bar.stop()
 
 
 def run_training(
