@@ -28,8 +28,8 @@ from pathlib import Path
 from math_verify import parse, verify
 
 from logitmix.tasks import answers_match
-from logitmix.tasks.pool import Pool
 from logitmix.tasks.templates import last_boxed
+from logitmix.tasks.verify.pool import Pool
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "tasks"))  # the labelled pairs and the mutations live with the tests

@@ -3,7 +3,7 @@
 import pytest
 
 from logitmix.tasks import BOXED_LINE, Arithmetic, Grade
-from logitmix.tasks.pool import TIMED_OUT
+from logitmix.tasks.verify.pool import TIMED_OUT
 from logitmix.training.rewards import TaskReward
 
 

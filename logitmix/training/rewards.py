@@ -8,7 +8,7 @@ from typing import Any
 from datasets import Dataset
 
 from logitmix.tasks import Grade, Problem, Task
-from logitmix.tasks.pool import TIMED_OUT, shared_pool
+from logitmix.tasks.verify.pool import TIMED_OUT, shared_pool
 
 WARN_SHARE = 0.01  # of a batch without a verdict
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from logitmix.tasks.pool import CRASHED, TIMED_OUT, Pool, shared_pool
+from logitmix.tasks.verify.pool import CRASHED, TIMED_OUT, Pool, shared_pool
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def run(code):
 def test_workers_end_with_the_process_and_load_no_torch():
     done = run(
         "from pathlib import Path\n"
-        "from logitmix.tasks.pool import shared_pool\n"
+        "from logitmix.tasks.verify.pool import shared_pool\n"
         "pool = shared_pool(); print(pool.compare('x+1', '1+x'))\n"
         "pid = pool._idle[0].process.pid; print(pid)\n"
         "print('torch' in Path(f'/proc/{pid}/maps').read_text())\n"
@@ -102,7 +102,7 @@ def test_workers_end_with_the_process_and_load_no_torch():
 def test_a_killed_parent_leaves_no_worker_behind():
     done = run(
         "import os\n"
-        "from logitmix.tasks.pool import shared_pool\n"
+        "from logitmix.tasks.verify.pool import shared_pool\n"
         "pool = shared_pool(); pool.compare('x+1', '1+x')\n"
         "print(pool._idle[0].process.pid, flush=True)\n"
         "os.kill(os.getpid(), 9)\n"
@@ -117,7 +117,7 @@ def test_a_killed_parent_leaves_no_worker_behind():
 def test_the_main_script_is_not_run_again_in_a_worker(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        "print('ran')\nfrom logitmix.tasks.pool import shared_pool\nprint(shared_pool().compare('x', 'x+1'))\n"
+        "print('ran')\nfrom logitmix.tasks.verify.pool import shared_pool\nprint(shared_pool().compare('x', 'x+1'))\n"
     )
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
     assert done.stdout.split("\n")[:2] == ["ran", "(False, None)"], done.stderr

@@ -79,7 +79,7 @@ def test_wrong_answers_do_not_match(prediction, gold):
 def test_math_verify_gets_the_gold_first(monkeypatch):
     import math_verify
 
-    from logitmix.tasks import symbolic
+    from logitmix.tasks.verify import symbolic
 
     seen = []
     monkeypatch.setattr(math_verify, "parse", lambda text, **_: text)
@@ -148,7 +148,7 @@ def test_hostile_answers_are_wrong_and_say_why(answer):
 def test_an_exception_in_the_comparison_is_recorded_and_wrong(monkeypatch):
     import math_verify
 
-    from logitmix.tasks import symbolic
+    from logitmix.tasks.verify import symbolic
 
     def explode(*_args, **_kwargs):
         raise RecursionError("too deep")

@@ -10,11 +10,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from logitmix.tasks.compare import same
-from logitmix.tasks.normalise import normalise
-from logitmix.tasks.pool import shared_pool
-from logitmix.tasks.symbolic import refusal
 from logitmix.tasks.templates import Template, last_boxed
+from logitmix.tasks.verify.compare import same
+from logitmix.tasks.verify.normalise import normalise
+from logitmix.tasks.verify.pool import shared_pool
+from logitmix.tasks.verify.symbolic import refusal
 
 MAX_LENGTH = 500  # characters of an answer; the longest gold of MATH has 159
 MAX_TEXT = 20_000  # characters of the text that an answer is taken from

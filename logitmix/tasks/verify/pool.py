@@ -67,7 +67,7 @@ class _Worker:
         package = str(Path(__file__).parents[2])
         paths = [package, *(str(Path(path).resolve()) for path in sys.path)]
         self.process = subprocess.Popen(
-            [sys.executable, "-c", "from logitmix.tasks.symbolic import serve; serve()"],
+            [sys.executable, "-c", "from logitmix.tasks.verify.symbolic import serve; serve()"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)), "OMP_NUM_THREADS": "1"},

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 from logitmix.tasks.templates import last_boxed
-from logitmix.tasks.units import POWER, unit_of, with_units
+from logitmix.tasks.verify.units import POWER, unit_of, with_units
 
 GREEK = {
     "α": "alpha",

@@ -2,9 +2,9 @@ r"""Relations: what x = 5 names, the set that 1 < x < 2 stands for, equations up
 
 from __future__ import annotations
 
-from logitmix.tasks.answers import NAME, Answer
-from logitmix.tasks.formulas import Unreadable, parse, symbols
-from logitmix.tasks.values import Undefined, context, ratio
+from logitmix.tasks.verify.answers import NAME, Answer
+from logitmix.tasks.verify.formulas import Unreadable, parse, symbols
+from logitmix.tasks.verify.values import Undefined, context, ratio
 
 FLIPPED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le", "=": "=", "\\ne": "\\ne"}
 

@@ -1,4 +1,4 @@
-"""What is left for math-verify: answers that `logitmix.tasks.answers` does not read. Runs in a worker of the pool.
+"""What is left for math-verify: answers that `answers.py` does not read. Runs in a worker of the pool.
 
 `refusal` turns away what could keep sympy busy without end, so that a worker is killed in exceptional cases only.
 """

@@ -13,7 +13,7 @@ from fractions import Fraction
 from math import comb, factorial
 from typing import Any
 
-from logitmix.tasks.formulas import Node, Unreadable, constants, parse, symbols
+from logitmix.tasks.verify.formulas import Node, Unreadable, constants, parse, symbols
 
 # Fixed, not drawn: a verdict never depends on chance. No two are related, so no identity holds at them by accident.
 POINTS = (

@@ -10,10 +10,10 @@ import re
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 
-from logitmix.tasks.answers import NAME, Answer, is_words, plain, read
-from logitmix.tasks.choices import LABELLED, letters_of, no_choice
-from logitmix.tasks.formulas import Unreadable
-from logitmix.tasks.relations import (
+from logitmix.tasks.verify.answers import NAME, Answer, is_words, plain, read
+from logitmix.tasks.verify.choices import LABELLED, letters_of, no_choice
+from logitmix.tasks.verify.formulas import Unreadable
+from logitmix.tasks.verify.relations import (
     FLIPPED,
     as_set,
     interval,
@@ -24,7 +24,7 @@ from logitmix.tasks.relations import (
     values_of,
     variable,
 )
-from logitmix.tasks.values import DECIMAL, SCIENTIFIC, Undefined, equal, rounded, value
+from logitmix.tasks.verify.values import DECIMAL, SCIENTIFIC, Undefined, equal, rounded, value
 
 MAX_PARTS = 40
 
