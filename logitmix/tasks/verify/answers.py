@@ -36,6 +36,8 @@ class Answer:
 
 def is_words(text: str) -> bool:
     """Words, not a formula; as a formula they would be products of letters, equal to their anagrams."""
+    if text.casefold() == "no":
+        return True
     return re.fullmatch(r"(?=[A-Za-z])[A-Za-z' .,-]*[A-Za-z]{3,}[A-Za-z' .,-]*", text) is not None and text not in (
         "sin",
         "cos",

@@ -117,7 +117,7 @@ def _same_formula(prediction: str, gold: str) -> bool | None:
     if numbers[0] is not None and numbers[1] is not None:
         return rounded(left, numbers[1], right) or rounded(right, numbers[0], left)
     for one, other in ((left, right), (right, left)):
-        if one.endswith("\\%") and not other.endswith("\\%") and _same_formula(one.removesuffix("\\%"), other):
+        if re.search(r"(?<!\\%)\\%$", one) and not other.endswith("\\%") and _same_formula(one[:-2], other):
             return True  # "50%" and "50", where the question asks for a percentage; see docs/verifier.md
     if "\\infty" in left or "\\infty" in right:
         return _infinite(left) == _infinite(right) if _infinite(left) and _infinite(right) else False
@@ -280,7 +280,7 @@ def _same_relation(prediction: Answer, gold: Answer) -> bool | None:
         names = name_of(left), name_of(right)
         if names[0] and names[0] == names[1]:
             return _same(left.parts[-1], right.parts[-1])
-        if "(" in "".join(names) and all(name == "y" or "(" in name for name in names):
+        if "y" in names and "(" in "".join(names):
             return _same(left.parts[-1], right.parts[-1])  # y and f(x)
         if all(names):
             return proportional(left, right) is True  # y = 2x and x = y/2

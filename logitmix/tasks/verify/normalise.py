@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 from logitmix.tasks.templates import last_boxed
-from logitmix.tasks.verify.units import POWER, unit_of, with_units
+from logitmix.tasks.verify.units import NOT_UNITS, POWER, unit_of, with_units
 
 GREEK = {
     "α": "alpha",
@@ -74,10 +74,13 @@ UNICODE = str.maketrans(
         "⅔": "\\frac{2}{3}",
         "¼": "\\frac{1}{4}",
         "¾": "\\frac{3}{4}",
-        **{sign: f"^{{{digit}}}" for digit, sign in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")},
         **{sign: f"_{{{digit}}}" for digit, sign in enumerate("₀₁₂₃₄₅₆₇₈₉")},
         **{letter: f"\\{name} " for letter, name in GREEK.items()},
     }
+)
+SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
+EMPHASIS = re.compile(
+    r"\\(?:text)?color\s*\{\w+\}|\\(?:mathbf|boldsymbol|bm|underline)\s*\{(-?[0-9.,]+|\(?[A-J]\)?)\}"
 )
 SPACES = re.compile(
     r"(?<!\\)\\(?:[,;:> ]|quad|qquad|enspace|thinspace|medspace|displaystyle|textstyle|scriptstyle|limits"
@@ -158,7 +161,8 @@ def normalise(answer: str) -> str:
 
     Units become `\unit{cm}` at the end of the text they stand in; the words "and" and "or" become `\and` and `\or`.
     """
-    text = _unboxed(answer.strip().translate(UNICODE))
+    text = re.sub("⁻?[⁰¹²³⁴⁵⁶⁷⁸⁹]+", lambda power: f"^{{{power[0].translate(SUPERSCRIPTS)}}}", answer.strip())
+    text = EMPHASIS.sub(lambda found: found[1] or "", _unboxed(text.translate(UNICODE)))
     text = re.sub(r"(?<!\\)\\[\[\]()]|\\?\$|`|^\*\*|\*\*$", "", text.strip())
     text = re.sub(
         r"\\begin\{(?:align|aligned|equation|gather|gathered)\*?\}|\\end\{(?:align|aligned|equation)\*?\}", "", text
@@ -175,6 +179,7 @@ def normalise(answer: str) -> str:
     text = re.sub(r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}", text)
     text = _arguments(text.strip())
     text = re.sub(r"\s*(?:\\%|%|\b(?:percentage points|percentage|percent|pct)\b)", r"\\%", text)
+    text = re.sub(r"(?<![\w.}])([0-9]+(?:\.[0-9]+)?)[eE]\+?(-?[0-9]+)(?![\w.])", r"\1*10^{\2}", text)
     text = _trimmed(text)
     text = with_units(text)
     text = _tight(text)
@@ -222,7 +227,8 @@ def _texts(text: str) -> str:
             and re.match(r"\s*[a-zA-Z]", words)
             and power
             and not after[power.end() :].strip(" .,}])/")
-            and not re.search(r"\b(?:or|and)\b|[0-9]", words)
+            and not NOT_UNITS.search(words)
+            and not re.search(r"[0-9]", words)
             and words.strip() not in ("e", "i")
         ):
             return unit_of(words, power[0])

@@ -50,10 +50,13 @@ BARE_UNIT = re.compile(
     rf"(?:\s*(?:/|per)\s*(?:{_WORD}|[a-zA-Z]+){POWER})?\s*$"
 )
 NOUNS = re.compile(r"(?<=[0-9}])\s+[a-z]{3,}(?:\s+[a-zA-Z]+)*$")
-NOT_NOUNS = re.compile(
-    r"\b(?:and|or|to|sin|cos|tan|cot|sec|csc|log|exp|sqrt|abs|million|billion|thousand|trillion|pi|mod)\b"
+# Words behind a number that change its value: no unit, and nothing that is counted.
+NOT_UNITS = re.compile(
+    r"^\s*(?:squared|cubed|half)\b|\b(?:and|or|to|mod|plus|minus|over|than|if|base|point|factorial|choose|halves|thirds"
+    r"|fifths|tenths|hundredths|thousandths|dozen|hundred|thousand|million|billion|trillion|lakh|crore)\b"
 )
-WORD_NUMBERS = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+NOT_NOUNS = re.compile(rf"{NOT_UNITS.pattern}|\b(?:sin|cos|tan|cot|sec|csc|log|exp|sqrt|abs|pi)\b")
+WORD_NUMBERS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 
 
 def unit_of(words: str, power: str) -> str:

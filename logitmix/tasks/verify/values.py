@@ -111,7 +111,8 @@ def close(left: Any, right: Any) -> bool:
     size = max(abs(left), abs(right))
     # Against an exact 0 only the rounding of the other side is left to see.
     bound = mp.mpf(10) ** -30 if min(abs(left), abs(right)) == 0 else size * mp.mpf(10) ** -25
-    return bool(abs(left - right) <= bound)
+    # An infinite side would make the bound infinite too, and equal to everything.
+    return bool(mp.isfinite(size) and abs(left - right) <= bound)
 
 
 _local = threading.local()
@@ -216,6 +217,8 @@ def _call(name: str, parts: list[Any], complex_numbers: bool) -> Any:
     if name == "abs":
         return abs(first)
     if name in ("max", "min"):
+        if any(isinstance(part, mp.mpc) for part in parts):
+            raise Undefined("complex numbers have no order")
         return (max if name == "max" else min)(parts, key=_number)
     arguments = [_number(part) for part in parts]
     if name in ("exp", "sinh", "cosh", "tanh") and abs(arguments[0]) > 100_000:
@@ -224,6 +227,8 @@ def _call(name: str, parts: list[Any], complex_numbers: bool) -> Any:
         found = mp.log(arguments[0]) / mp.log(arguments[1]) if name == "log" else getattr(mp, name)(arguments[0])
     except (ValueError, ZeroDivisionError) as error:
         raise Undefined(str(error)) from error
+    if not mp.isfinite(found):
+        raise Undefined("infinite")
     if isinstance(found, mp.mpc) and not complex_numbers:
         raise Undefined("not real")
     return found
