@@ -1,6 +1,7 @@
 """The pool: hard kills after the time, replacements, counts, no torch, any thread, no orphan."""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from logitmix.tasks.verify import pool as pool_module
 from logitmix.tasks.verify.pool import CRASHED, TIMED_OUT, Pool, shared_pool
 
 
@@ -121,3 +123,21 @@ def test_the_main_script_is_not_run_again_in_a_worker(tmp_path):
     )
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
     assert done.stdout.split("\n")[:2] == ["ran", "(False, None)"], done.stderr
+
+
+def test_a_child_forked_while_the_lock_is_held_gets_a_pool_of_its_own():
+    parent = pool_module.shared_pool()
+    with pool_module._pool_lock:
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if pool_module.shared_pool() is not parent else 1)
+        for _ in range(200):
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                break
+            time.sleep(0.05)
+        else:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            pytest.fail("the child hangs")
+    assert status == 0

@@ -212,3 +212,67 @@ def test_hostile_answers_are_refused_in_no_time(hostile):
         start = time.perf_counter()
         assert not answers_match(hostile, gold)
         assert time.perf_counter() - start < 1
+
+
+@pytest.mark.parametrize("gold", ["5", r"\frac12", "x^2+1", "1+i", "x>3", r"(\pi, 2)"])
+def test_an_infinite_value_equals_nothing(gold):
+    """`\\ln 0` is -inf in mpmath, and any relative bound around it is infinite."""
+    for infinite in (
+        r"\ln 0",
+        r"-\ln(0)+i",
+        r"\ln(x-x)",
+        r"\frac{1}{\ln 0}",
+        r"\arctan i",
+        r"x>\ln 0",
+        r"(\ln 0, \ln 0)",
+    ):
+        assert not answers_match(infinite, gold)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "gold"),
+    [
+        (r"5\text{ million}", "5"),
+        ("3 squared", "3"),
+        ("2 dozen", "2"),
+        ("2 hundred", "2"),
+        (r"2 \text{ thirds}", "2"),
+        ("5 plus three", "5"),
+        ("12 if n is odd", "12"),
+        ("52 base eight", "52"),
+        (r"500\%\%", "5"),
+        ("f(x)=5", "g(x)=5"),
+        ("no", "on"),
+        ("5 | 6", "5"),
+        ("5 & 6", "5"),
+        (r"5 \\ 6", "5"),
+        ("5 ? 6", "5"),
+        (r"6 \to 5", "5"),
+        (r"6 \implies 5", "5"),
+        (r"5\hspace{1cm}6", "5"),
+        (r"\max(i, 1)", "1"),
+    ],
+)
+def test_what_only_holds_the_answer_is_refused(prediction, gold):
+    assert not answers_match(prediction, gold)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "gold"),
+    [
+        ("no", r"\text{No}"),
+        ("1e5", "100000"),
+        ("2.5E-3", "0.0025"),
+        ("2¹⁰", "1024"),
+        ("10⁻³", "0.001"),
+        (r"\mathbf{42}", "42"),
+        (r"\boldsymbol{(C)}", "C"),
+        (r"\color{red}{42}", "42"),
+        (r"5\text{ million}", "5000000"),
+        (r"5\text{ meters squared}", "5"),
+        ("5 sec", "5"),
+        ("3 times", "3"),
+    ],
+)
+def test_other_spellings_are_accepted(prediction, gold):
+    assert answers_match(prediction, gold)

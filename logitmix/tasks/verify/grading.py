@@ -18,9 +18,12 @@ from logitmix.tasks.verify.symbolic import refusal
 
 MAX_LENGTH = 500  # characters of an answer; the longest gold of MATH has 159
 MAX_TEXT = 20_000  # characters of the text that an answer is taken from
-# What math-verify would take a part of, the one that suits: words, numbers side by side, labels, open environments.
+# What math-verify would take a part of, the one that suits: words, numbers side by side, labels, open environments,
+# two answers with an arrow, a bar or a stray sign between them.
 MISREAD = re.compile(
     r"(?<![\\a-zA-Z{])[a-zA-Z]{3,}|[0-9] [0-9]|[a-zA-Z][0-9]|[a-zA-Z]\.|\\approx|\\begin\{(?:array|cases)|[^\x00-\x7f]"
+    r"|[?@#]|\^$|[0-9]\|+[0-9_]|\\[|&]|^(?!.*\\begin).*(?:&|\\\\)"
+    r"|\\(?:to|implies|iff|(?:[Ll]ong)?(?:[Ll]eft)?[Rr]ightarrow|hspace|underbrace|underset|overset|tag)(?![a-zA-Z])"
 )
 
 __all__ = ["Grade", "answers_match", "extract_answer", "grade", "normalise"]

@@ -120,20 +120,29 @@ class _Worker:
         return line.decode().strip()
 
 
-_pools: dict[int, Pool] = {}
-_pools_lock = threading.Lock()
+_pool: Pool | None = None
+_pool_lock = threading.Lock()
 
 
 def shared_pool() -> Pool:
-    """This process's pool: a forked child must not talk to its parent's workers."""
-    with _pools_lock:
-        if os.getpid() not in _pools:
-            _pools.clear()
-            _pools[os.getpid()] = Pool()
-        return _pools[os.getpid()]
+    """This process's pool."""
+    global _pool
+    with _pool_lock:
+        _pool = _pool or Pool()
+        return _pool
+
+
+def _forget() -> None:
+    """A forked child must not talk to its parent's workers, nor wait for a lock that a thread of its parent held."""
+    global _pool, _pool_lock
+    _pool, _pool_lock = None, threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
 
 
 @atexit.register
 def _close() -> None:
-    if pool := _pools.get(os.getpid()):
-        pool.close()
+    if _pool is not None:
+        _pool.close()

@@ -71,7 +71,7 @@ def unit_of(words: str, power: str) -> str:
 
 
 def with_units(text: str) -> str:
-    if re.search(r"\\?(?:sin|cos|tan|cot|sec|csc)(?![a-z])", text):
+    if re.search(r"\\?(?:sin|cos|tan|cot|csc|sec(?!\.?$))(?![a-z])", text):
         return text  # the degrees are inside a function: they count
     if text.endswith("^{\\circ}") and len(text) > 8:
         return text.removesuffix("^{\\circ}") + "\\unit{degree}"
