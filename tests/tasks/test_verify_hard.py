@@ -276,3 +276,13 @@ def test_what_only_holds_the_answer_is_refused(prediction, gold):
 )
 def test_other_spellings_are_accepted(prediction, gold):
     assert answers_match(prediction, gold)
+
+
+@pytest.mark.parametrize("hedge", ["6 \\boxed{5}", "it is 6, no wait \\boxed{5}", "\\boxed{5} or 6"])
+def test_a_box_beside_another_number_is_no_answer(hedge):
+    assert not answers_match(hedge, "5")
+
+
+@pytest.mark.parametrize("text", ["\\boxed{5}", "$x=\\boxed{5}$.", "The answer is $\\boxed{5}$", "2+3=\\boxed{5}"])
+def test_a_box_that_the_text_leads_up_to_is_the_answer(text):
+    assert answers_match(text, "5")

@@ -195,7 +195,7 @@ def normalise(answer: str) -> str:
 
 
 def _unboxed(text: str) -> str:
-    """What stands in the boxes, if nothing but joining words stands around them; else what stands in the last."""
+    """What stands in the boxes; beside other numbers a box is opened only, and earns nothing for what it holds."""
     if "\\boxed" not in text and "\\fbox" not in text:
         return text
     text = text.replace("\\fbox", "\\boxed")
@@ -204,7 +204,10 @@ def _unboxed(text: str) -> str:
         return text
     around = text[: text.rfind("\\boxed")]
     if not re.search(r"\\boxed", around):
-        return boxed
+        after = text[text.rfind(boxed) + len(boxed) :]
+        # "6, no, \boxed{5}" names two candidates; "2+3=\boxed{5}" comes to one
+        hedged = re.search(r"[0-9]", around + after) and not re.search(r"(?:=|:|\bis)[\s$({]*$", around)
+        return f"{around}{boxed}{after}" if hedged else boxed
     # Several boxes: all of them are the answer, so that no one is paid for naming every candidate.
     boxes = []
     while "\\boxed" in text:

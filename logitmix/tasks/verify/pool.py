@@ -40,7 +40,10 @@ class Pool:
         self._places = threading.BoundedSemaphore(self.size)
 
     def compare(self, prediction: str, gold: str) -> tuple[bool, str | None]:
-        """Whether math-verify takes them for equal, and what kept it from a verdict (then they count as unequal)."""
+        """Whether math-verify takes them for equal, and what kept it from a verdict (then they count as unequal).
+
+        Raises `RuntimeError` where no worker starts: going on with rewards of 0 would ruin a run without a word.
+        """
         with self._places:
             with self._lock:
                 worker = self._idle.pop() if self._idle else None
@@ -64,7 +67,7 @@ class Pool:
 
 class _Worker:
     def __init__(self) -> None:
-        package = str(Path(__file__).parents[2])
+        package = str(Path(__file__).parents[3])
         paths = [package, *(str(Path(path).resolve()) for path in sys.path)]
         self.process = subprocess.Popen(
             [sys.executable, "-c", "from logitmix.tasks.verify.symbolic import serve; serve()"],

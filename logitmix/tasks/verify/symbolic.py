@@ -13,6 +13,7 @@ import sys
 from itertools import accumulate
 
 MEMORY = 4 << 30  # bytes of address space; sympy needs a tenth of it
+ORPHAN_SECONDS = 10  # of processor time that a case may take at the very most
 
 
 def refusal(answer: str) -> str | None:
@@ -77,4 +78,8 @@ def serve() -> None:
     os.dup2(2, 1)  # whatever a library prints must not mix with the replies
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
+        # the pool kills at its own limit; this ends a worker whose parent was killed in the middle of a case
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+        resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime) + ORPHAN_SECONDS, hard))
         print(json.dumps(compare(*json.loads(line))), file=replies, flush=True)
