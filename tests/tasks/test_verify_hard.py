@@ -286,3 +286,15 @@ def test_a_box_beside_another_number_is_no_answer(hedge):
 @pytest.mark.parametrize("text", ["\\boxed{5}", "$x=\\boxed{5}$.", "The answer is $\\boxed{5}$", "2+3=\\boxed{5}"])
 def test_a_box_that_the_text_leads_up_to_is_the_answer(text):
     assert answers_match(text, "5")
+
+
+@pytest.mark.parametrize(
+    "prediction", ["5\\text{x}", "5 \\text{ y}", "5 either six", "5 maybe six", "5 versus six", "5 times two"]
+)
+def test_a_variable_or_a_second_number_in_words_is_no_unit(prediction):
+    assert not answers_match(prediction, "5")
+
+
+@pytest.mark.parametrize("prediction", ["5\\text{ m}", "5\\text{ g}", "5 \\text{ N}", "5 apples", "5\\text{ dogs}"])
+def test_a_unit_or_what_is_counted_is_dropped(prediction):
+    assert answers_match(prediction, "5")

@@ -232,7 +232,7 @@ def _texts(text: str) -> str:
             and not after[power.end() :].strip(" .,}])/")
             and not NOT_UNITS.search(words)
             and not re.search(r"[0-9]", words)
-            and words.strip() not in ("e", "i")
+            and not re.fullmatch(r"\s*(?:[a-fijkn-rt-z]|xyz?|abc?)\s*", words)  # a variable; m, g, s, l, h are units
         ):
             return unit_of(words, power[0])
         return f" {words} " if len(words.strip()) > 1 else words.strip()

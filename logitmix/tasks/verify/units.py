@@ -53,7 +53,8 @@ NOUNS = re.compile(r"(?<=[0-9}])\s+[a-z]{3,}(?:\s+[a-zA-Z]+)*$")
 # Words behind a number that change its value: no unit, and nothing that is counted.
 NOT_UNITS = re.compile(
     r"^\s*(?:squared|cubed|half)\b|\b(?:and|or|to|mod|plus|minus|over|than|if|base|point|factorial|choose|halves|thirds"
-    r"|fifths|tenths|hundredths|thousandths|dozen|hundred|thousand|million|billion|trillion|lakh|crore)\b"
+    r"|fifths|tenths|hundredths|thousandths|dozen|hundred|thousand|million|billion|trillion|lakh|crore"
+    r"|either|neither|maybe|perhaps|versus|vs|through|not|zero|one|two|three|four|five|six|seven|eight|nine|ten)\b"
 )
 NOT_NOUNS = re.compile(rf"{NOT_UNITS.pattern}|\b(?:sin|cos|tan|cot|sec|csc|log|exp|sqrt|abs|pi)\b")
 WORD_NUMBERS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
