@@ -2,14 +2,14 @@
 
 import shlex
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from logitmix.commands.runs import METRICS_FILE, append_jsonl, console, progress_bar
+from logitmix.commands.runs import METRICS_FILE, append_jsonl, console, progress_bar, record_start
 
 
 class ProgressBar(TrainerCallback):
@@ -138,17 +138,22 @@ def train_watched(
 
 def run_training(
     trainer: Trainer,
-    verb: str,
     argv: Sequence[str],
     title: str,
+    arguments: Mapping[str, Any],
+    checkpoint: str | None,
     callbacks: Sequence[TrainerCallback] = (),
-    checkpoint: str | None = None,
 ) -> None:
-    """Train and save the model; on Ctrl-C save a checkpoint, say how to go on, and raise `KeyboardInterrupt`."""
+    """Record the start, train and save the model; on Ctrl-C save a checkpoint, say how to go on, and raise
+    `KeyboardInterrupt`. `arguments["command"]` is the verb that `argv` belongs to.
+    """
+    trainer.accelerator.wait_for_everyone()  # no process may still be looking whether the folder is free
+    if trainer.is_world_process_zero():
+        record_start(trainer.args.output_dir, arguments, checkpoint)
     stop = StopOnInterrupt()
     train_watched(trainer, title, (stop, *callbacks), checkpoint)
     if stop.interrupted:
-        command = ["logitmix", verb, *_without_resume(argv), "--resume_from_checkpoint", "true"]
+        command = ["logitmix", arguments["command"], *_without_resume(argv), "--resume_from_checkpoint", "true"]
         console.print(
             f"Saved step {trainer.state.global_step}. Continue with:\n  {shlex.join(command)}", soft_wrap=True
         )

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from transformers import (
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Qwen2Config,
@@ -101,7 +100,7 @@ def main(argv: Sequence[str]) -> None:
     anchor = load_member(str(folder / "base"))
     sft(anchor, demonstrations, folder / "sft", tokenizer, "2 SFT model", args.sft_steps, 1e-3, args.seed)
 
-    sweep = sweep_alphas(folder, task, problems)
+    sweep = sweep_alphas(folder, tokenizer, task, problems)
     mixing = rl_config(args, folder / "fixed_mixing", anchor=str(folder / "sft"), alpha=args.alpha)
     canonical = rl_config(args, folder / "grpo_kl", beta=0.01, loss_type="grpo")
     final: dict[str, Rates] = {}
@@ -192,9 +191,10 @@ def sft(
     trainer.save_model()
 
 
-def sweep_alphas(folder: Path, task: Arithmetic, problems: list[Problem]) -> list[dict[str, Any]]:
+def sweep_alphas(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, task: Arithmetic, problems: list[Problem]
+) -> list[dict[str, Any]]:
     """Rates of the untrained pair at each alpha, by both schemes: table 4."""
-    tokenizer = AutoTokenizer.from_pretrained(folder / "sft")
     alphas = {f"{alpha:.1f}": alpha for alpha in SWEEP_ALPHAS}
     rows: list[dict[str, Any]] = []
     with progress_bar() as bar:

@@ -6,7 +6,7 @@ from trl import SFTConfig, SFTTrainer
 
 from logitmix.commands.arguments import ModelArguments, TaskArguments, parse
 from logitmix.commands.callbacks import run_training
-from logitmix.commands.runs import console, find_checkpoint, record_start
+from logitmix.commands.runs import console, find_checkpoint
 from logitmix.members import load_member, require_tokenizer
 from logitmix.modeling import LogitMixForCausalLM
 from logitmix.training.sft import sft_dataset
@@ -32,7 +32,5 @@ def main(argv: Sequence[str]) -> None:
         console.print(f"Left out {dropped} of {len(rows)} demonstrations longer than max_length {args.max_length}.")
     args.disable_tqdm = True
     trainer = SFTTrainer(model, args=args, train_dataset=dataset, processing_class=tokenizer)
-    if trainer.is_world_process_zero():
-        record_start(args.output_dir, arguments, checkpoint)
-    run_training(trainer, "sft", argv, f"sft on {task.name}", checkpoint=checkpoint)
+    run_training(trainer, argv, f"sft on {task.name}", arguments, checkpoint)
     console.print(f"The anchor is in {args.output_dir}.")

@@ -9,7 +9,7 @@ from accelerate.utils import gather_object
 
 from logitmix.commands.arguments import ModelArguments, TaskArguments, parse
 from logitmix.commands.callbacks import EverySteps, run_training
-from logitmix.commands.runs import EVALUATIONS_FILE, append_jsonl, console, find_checkpoint, record_start
+from logitmix.commands.runs import EVALUATIONS_FILE, append_jsonl, console, find_checkpoint
 from logitmix.evaluation.decode import greedy_responses, members_of
 from logitmix.evaluation.metrics import rates_by
 from logitmix.generation import require_chat_template
@@ -46,13 +46,11 @@ def main(argv: Sequence[str]) -> None:
         args.stop_strings = list(task.template.stop)
     problems = task.problems("train", task_args.train_limit)
     trainer = build_trainer(task, problems, model_args.model_name_or_path, args)
-    if trainer.is_world_process_zero():
-        record_start(args.output_dir, arguments, checkpoint)
     callbacks = []
     if eval_args.eval_every:
         evaluate = evaluation(trainer, task, task.problems("test", task_args.eval_limit), Path(args.output_dir))
         callbacks.append(EverySteps(eval_args.eval_every, evaluate))
-    run_training(trainer, "train", argv, f"train on {task.name}", callbacks, checkpoint)
+    run_training(trainer, argv, f"train on {task.name}", arguments, checkpoint, callbacks)
     console.print(f"The {'mixture' if 'mixture' in members_of(trainer.model) else 'model'} is in {args.output_dir}.")
 
 
@@ -89,7 +87,7 @@ def evaluation(
             trainer.model, trainer.processing_class, task, mine, names, trainer.max_completion_length
         )
         rows = gather_object([asdict(response) for response in responses])
-        anchor.extend(row for row in rows if row["name"] == "anchor" and "anchor" in names)
+        anchor.extend(row for row in rows if row["name"] == "anchor")
         rates = rates_by([row for row in rows if row["name"] != "anchor"] + anchor, "name")
         if trainer.is_world_process_zero():
             lines = [{"step": step, "name": name} | asdict(r) for name, r in rates.items()]

@@ -19,13 +19,13 @@ import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import FusedCausalLMOutput
 
 from logitmix.generation import end_of_sequence_ids, generate_completions
-from logitmix.members import load_member, require_same_tokenizer
+from logitmix.members import load_member, require_same_tokenizer, require_tokenizer
 from logitmix.mixing import Scheme
 from logitmix.modeling import LogitMixForCausalLM
 
@@ -105,7 +105,7 @@ class LogitMixGRPOTrainer(GRPOTrainer):
         _refuse_unsuitable_options(args, model, kwargs)
         if kwargs.get("processing_class") is None:
             source = model.policy if is_mixture else model
-            kwargs["processing_class"] = (model.tokenizer if is_mixture else None) or AutoTokenizer.from_pretrained(
+            kwargs["processing_class"] = (model.tokenizer if is_mixture else None) or require_tokenizer(
                 source.name_or_path, padding_side="left", truncation_side="left"
             )
         elif is_mixture and model.tokenizer is not None:
@@ -318,8 +318,9 @@ def _score_mixture(model: LogitMixForCausalLM, temperature: float) -> None:
     def forward(
         self: LogitMixForCausalLM, *args: Any, fused_lm_head: bool = False, labels: Tensor | None = None, **kwargs: Any
     ) -> Any:
-        if not fused_lm_head or labels is None:
+        if not fused_lm_head:
             return type(self).forward(self, *args, labels=labels, **kwargs)
+        assert labels is not None
         log_probs, entropy = self.score(kwargs["input_ids"], kwargs["attention_mask"], labels, temperature)
         return FusedCausalLMOutput(log_probs=log_probs, entropy=entropy)
 
