@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from logitmix.configuration import LogitMixConfig as LogitMixConfig
     from logitmix.mixing import mix_logits as mix_logits
     from logitmix.modeling import LogitMixForCausalLM as LogitMixForCausalLM
-    from logitmix.training.grpo import LogitMixGRPOConfig as LogitMixGRPOConfig
+    from logitmix.training.config import LogitMixGRPOConfig as LogitMixGRPOConfig
     from logitmix.training.grpo import LogitMixGRPOTrainer as LogitMixGRPOTrainer
 
 __version__ = version("logitmix")
@@ -19,7 +19,7 @@ __version__ = version("logitmix")
 _HOMES = {
     "LogitMixConfig": "logitmix.modeling",  # not configuration: it must come registered with its model
     "LogitMixForCausalLM": "logitmix.modeling",
-    "LogitMixGRPOConfig": "logitmix.training.grpo",
+    "LogitMixGRPOConfig": "logitmix.training.config",
     "LogitMixGRPOTrainer": "logitmix.training.grpo",
     "mix_logits": "logitmix.mixing",
 }

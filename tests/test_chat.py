@@ -14,7 +14,7 @@ from logitmix.commands.train import build_trainer
 from logitmix.evaluation.decode import greedy_responses
 from logitmix.generation import end_of_sequence_ids, end_of_turn_id, tokenize_prompts
 from logitmix.tasks import load_task
-from logitmix.training.grpo import LogitMixGRPOConfig
+from logitmix.training.config import LogitMixGRPOConfig
 from logitmix.training.sft import sft_dataset
 
 START, END = "<|im_start|>", "<|im_end|>"

@@ -13,7 +13,8 @@ from trl import GRPOConfig, GRPOTrainer
 
 from logitmix.generation import default_generation_config, generate_completions, left_pad
 from logitmix.modeling import LogitMixForCausalLM
-from logitmix.training.grpo import LogitMixGRPOConfig, LogitMixGRPOTrainer, group_factors
+from logitmix.training.config import LogitMixGRPOConfig
+from logitmix.training.grpo import LogitMixGRPOTrainer, group_factors
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import grpo_loop

@@ -46,7 +46,7 @@ from logitmix.modeling import LogitMixForCausalLM
 from logitmix.report import plot_curves, plot_sweep, print_rates, print_sweep
 from logitmix.tasks import Problem
 from logitmix.tasks.arithmetic import Arithmetic
-from logitmix.training.grpo import LogitMixGRPOConfig
+from logitmix.training.config import LogitMixGRPOConfig
 from logitmix.training.sft import sft_dataset
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"

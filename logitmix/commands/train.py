@@ -15,7 +15,8 @@ from logitmix.evaluation.metrics import rates_by
 from logitmix.generation import require_chat_template
 from logitmix.members import require_tokenizer
 from logitmix.tasks import Problem, Task
-from logitmix.training.grpo import LogitMixGRPOConfig, LogitMixGRPOTrainer
+from logitmix.training.config import LogitMixGRPOConfig
+from logitmix.training.grpo import LogitMixGRPOTrainer
 from logitmix.training.rewards import TaskReward, grpo_dataset
 
 

@@ -11,25 +11,27 @@ All else (advantages, buffering, logging, several processes) is TRL's. A model w
 """
 
 import types
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
-from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import FusedCausalLMOutput
 
 from logitmix.generation import end_of_sequence_ids, generate_completions
-from logitmix.members import load_member, require_same_tokenizer, require_tokenizer
-from logitmix.mixing import Scheme
+from logitmix.members import require_same_tokenizer, require_tokenizer
 from logitmix.modeling import LogitMixForCausalLM
-
-GROUP_LOSS = "group"
+from logitmix.training.config import (
+    GROUP_LOSS,
+    LogitMixGRPOConfig,
+    build_model,
+    refuse_unsuitable_options,
+    require_prompts_fit,
+    require_questions,
+)
 
 CARD = """---
 library_name: transformers
@@ -46,38 +48,6 @@ from logitmix import LogitMixForCausalLM
 model = LogitMixForCausalLM.from_pretrained("{folder}")
 ```
 """
-
-
-@dataclass
-class LogitMixGRPOConfig(GRPOConfig):
-    """TRL's `GRPOConfig` and what a mixture adds to it.
-
-    Args:
-        anchor: folder or hub id of the frozen anchor (the SFT model, in the paper). Without one, and with a model
-            that is no mixture, this is TRL's GRPO.
-        alpha: weight of the anchor, 0 <= alpha < 1; 0 is the policy alone. Default 0.5, or the mixture's own where
-            the model is one.
-        scheme: `"logit"` (the default) or `"prob"`; a mixture has its own.
-        loss_type: `"group"` is eq. 6; TRL's own loss types can be chosen instead.
-        stop_strings: texts that end a rollout, beside EOS; they stay in it.
-        rollout_batch_size: rollouts sampled at a time on a device, where the KV cache of all of them does not fit.
-    """
-
-    anchor: str | None = field(default=None, metadata={"help": "Folder or hub id of the frozen anchor."})
-    alpha: float | None = field(
-        default=None, metadata={"help": "Weight of the anchor, default 0.5; 0 is the policy alone."}
-    )
-    scheme: Scheme | None = field(default=None, metadata={"help": "How the members mix, default logit."})
-    loss_type: str = field(
-        default=GROUP_LOSS,
-        metadata={"help": "'group' normalises by the tokens of a question's rollouts (eq. 6); or one of TRL's."},
-    )
-    stop_strings: list[str] | None = field(
-        default=None, metadata={"help": "Texts that end a rollout, beside EOS; they stay in it."}
-    )
-    rollout_batch_size: int | None = field(
-        default=None, metadata={"help": "Rollouts sampled at a time on a device; default all of a generation step."}
-    )
 
 
 class LogitMixGRPOTrainer(GRPOTrainer):
@@ -100,9 +70,9 @@ class LogitMixGRPOTrainer(GRPOTrainer):
         args = LogitMixGRPOConfig() if args is None else args
         if not isinstance(args, LogitMixGRPOConfig):
             raise ValueError(f"args is a {type(args).__name__}; LogitMixGRPOTrainer needs a LogitMixGRPOConfig")
-        model = _build_model(model, args)
+        model = build_model(model, args)
         is_mixture = isinstance(model, LogitMixForCausalLM)
-        _refuse_unsuitable_options(args, model, kwargs)
+        refuse_unsuitable_options(args, model, kwargs)
         if kwargs.get("processing_class") is None:
             source = model.policy if is_mixture else model
             kwargs["processing_class"] = (model.tokenizer if is_mixture else None) or require_tokenizer(
@@ -111,8 +81,8 @@ class LogitMixGRPOTrainer(GRPOTrainer):
         elif is_mixture and model.tokenizer is not None:
             require_same_tokenizer([kwargs["processing_class"], model.tokenizer])
         super().__init__(model, reward_funcs, args, **kwargs)
-        _require_questions(self)
-        _require_prompts_fit(self)
+        require_questions(self)
+        require_prompts_fit(self)
         if is_mixture:
             _score_mixture(model, self.temperature)
         if args.loss_type == GROUP_LOSS:
@@ -209,102 +179,6 @@ def group_factors(lengths_N: Tensor, num_generations: int) -> Tensor:
     tokens_Q = lengths_N.view(-1, num_generations).sum(1).float()
     factors_Q = tokens_Q.sum() / (len(tokens_Q) * tokens_Q.clamp(min=1)) * (tokens_Q > 0)
     return factors_Q.repeat_interleave(num_generations)
-
-
-def _build_model(model: PreTrainedModel | str, args: LogitMixGRPOConfig) -> PreTrainedModel:
-    """The model to train; `args.alpha` and `args.scheme` say afterwards what holds."""
-    if args.alpha is not None and not 0 <= args.alpha < 1:
-        raise ValueError(
-            f"alpha is {args.alpha}; training needs 0 <= alpha < 1, since the policy's gradient has the factor "
-            "1 - alpha"
-        )
-    # TRL's default: float32 weights, under bf16 autocast unless told otherwise
-    init_kwargs = {"dtype": "float32", "trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
-    if args.anchor is not None:
-        if isinstance(model, LogitMixForCausalLM):
-            raise ValueError(
-                f"the model is a mixture with an anchor of its own, and anchor is {args.anchor!r} as well; "
-                "give only one"
-            )
-        alpha, scheme = 0.5 if args.alpha is None else args.alpha, args.scheme or "logit"
-        model = LogitMixForCausalLM.from_members(model, args.anchor, alpha=alpha, scheme=scheme, **init_kwargs)
-    elif isinstance(model, str):
-        model = load_member(model, **init_kwargs)
-    if not isinstance(model, LogitMixForCausalLM):
-        if args.alpha is not None or args.scheme is not None:
-            raise ValueError(
-                f"alpha is {args.alpha} and scheme {args.scheme}, but there is no anchor to mix with; set anchor"
-            )
-        return model
-    args.model_init_kwargs = None  # spent; TRL warns of them beside a model that is already built
-    if args.scheme not in (None, model.config.scheme):
-        raise ValueError(f"scheme is {args.scheme!r}, but the mixture was built with {model.config.scheme!r}")
-    if args.alpha is not None:
-        model.alpha = args.alpha
-    args.scheme = model.config.scheme
-    args.alpha = model.alpha if len(model.config.weights) == 2 else None
-    return model
-
-
-def _refuse_unsuitable_options(args: LogitMixGRPOConfig, model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
-    if is_peft_model(model) and isinstance(model.get_base_model(), LogitMixForCausalLM):
-        raise ValueError("a mixture with a PEFT adapter cannot be trained yet; train the policy's own weights")
-    if args.loss_type == GROUP_LOSS and args.beta != 0:
-        raise ValueError(
-            f"beta is {args.beta} with loss_type 'group', whose objective (eq. 6) has no KL term; "
-            "set beta=0, or loss_type='grpo' for canonical GRPO with KL"
-        )
-    if args.stop_strings and args.mask_truncated_completions:
-        raise ValueError(
-            "mask_truncated_completions would mask every completion that a stop string ended, since TRL takes it for "
-            "truncated; set it to False, or leave out stop_strings"
-        )
-    if not isinstance(model, LogitMixForCausalLM):
-        return
-    for option, reason in {
-        "beta": "the KL term would be to a copy of the mixture; the anchor already holds the policy",
-        "use_liger_kernel": "its fused loss reads one model's hidden states",
-        "cast_lm_head_to_fp32": "a mixture has no single head; its logits are mixed in float32 anyway",
-        "use_vllm": "rollouts of a mixture through vLLM are not built yet",
-        "use_transformers_continuous_batching": "its paged cache does not know members",
-        "sync_ref_model": "there is no reference model beside the anchor",
-    }.items():
-        if getattr(args, option):
-            raise ValueError(f"{option}={getattr(args, option)!r} cannot be used with a mixture: {reason}")
-    if kwargs.get("peft_config") is not None:
-        raise ValueError("peft_config cannot be used with a mixture yet; train the policy's own weights")
-    if model.config.weights[0] <= 0:
-        raise ValueError(
-            f"the policy's weight in the mixture is {model.config.weights[0]}; the gradient has it as a factor, so "
-            "training needs it above 0"
-        )
-
-
-def _require_questions(trainer: GRPOTrainer) -> None:
-    """Raise `ValueError` where a generation step needs more questions than there are: no step would be taken."""
-    needed = trainer.args.generation_batch_size // trainer.num_generations
-    if isinstance(trainer.train_dataset, Dataset) and len(trainer.train_dataset) < needed:
-        raise ValueError(
-            f"the data set has {len(trainer.train_dataset)} questions, fewer than the {needed} of a generation step "
-            f"(generation_batch_size {trainer.args.generation_batch_size} / num_generations "
-            f"{trainer.num_generations}); use smaller batches or more data"
-        )
-
-
-def _require_prompts_fit(trainer: GRPOTrainer) -> None:
-    """Raise `ValueError` before the first step where a prompt and its completion exceed the context."""
-    context = getattr(trainer.model.config.get_text_config(), "max_position_embeddings", None)
-    if context is None or not isinstance(trainer.train_dataset, Dataset):
-        return
-    for start in range(0, len(trainer.train_dataset), 1000):
-        prompts = trainer.train_dataset[start : start + 1000]["prompt"]
-        for offset, ids in enumerate(trainer._tokenize_prompts(prompts)[0]):
-            if len(ids) + trainer.max_completion_length > context:
-                raise ValueError(
-                    f"prompt {start + offset} has {len(ids)} tokens; with max_completion_length "
-                    f"{trainer.max_completion_length} that exceeds the members' context of {context}. "
-                    "Shorten or drop the prompt, or lower max_completion_length"
-                )
 
 
 def _score_mixture(model: LogitMixForCausalLM, temperature: float) -> None:
