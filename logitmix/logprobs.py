@@ -1,9 +1,10 @@
 """Log-probability and entropy of the mixture at given tokens, without keeping the mixture's logits.
 
-Shape legend: K members, B batch, T time, V vocabulary.
+Shape legend: K members, B batch, T time, V vocabulary, D width of a member's hidden states.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,6 +14,24 @@ from logitmix.mixing import Scheme, Weights, check_weights, mix_logits
 
 # Elements of a member's logits that are mixed at a time, 256 MB in float32; at least one whole sequence.
 _CHUNK_ELEMENTS = 1 << 26
+
+
+@dataclass(frozen=True)
+class Head:
+    """How a member turns its last hidden states into logits: `softcap(scale * (h @ weight.T + bias))`.
+
+    `weight` is `[V, D]`, `bias` `[V]` or None, `softcap(z) = cap * tanh(z / cap)`, or nothing where it is None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits `[..., V]` of hidden states `[..., D]`, in their dtype: the reference for the fused loss head."""
+        z = torch.nn.functional.linear(hidden, self.weight, self.bias) * self.scale
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
 
 def log_probs_and_entropy(logits_BTV: Tensor, targets_BT: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
