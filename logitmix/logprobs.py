@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from logitmix.diagnostics import MixtureDiagnostics, mixture_diagnostics
 from logitmix.mixing import Scheme, Weights, check_weights, mix_logits
 
 # Elements of a member's logits that are mixed at a time, 256 MB in float32; at least one whole sequence.
@@ -51,6 +52,7 @@ def mixture_log_probs(
     targets_BT: Tensor,
     scheme: Scheme = "logit",
     temperature: float = 1.0,
+    diagnostics: list[MixtureDiagnostics] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy of the mixture at the targets, both `[B, T]` in float32 (or float64).
 
@@ -58,6 +60,8 @@ def mixture_log_probs(
     *mixed* logits, as it does when `generate` samples from the mixture. `logits` are K tensors `[B, T, V]`.
     The batch is taken in chunks of sequences whose mixture is computed again in the backward pass, so that of the
     vocabulary-sized tensors only the members' own logits outlive the call.
+
+    Where `diagnostics` is a list, the mixture's diagnostics are appended to it, chunk by chunk, without gradients.
     """
     B, T, V = logits[0].shape
     weights = check_weights(weights, len(logits), scheme, batch=B)
@@ -78,5 +82,9 @@ def mixture_log_probs(
             if needs_grad
             else chunk(*arguments)
         )
+        if diagnostics is not None:  # apart from `chunk`, which runs again in the backward pass
+            with torch.no_grad():
+                mixed = mix_logits(chunk_logits, chunk_weights, scheme)
+                diagnostics.append(mixture_diagnostics(chunk_logits, mixed, temperature))
     log_probs, entropies = zip(*results, strict=True)
     return torch.cat(log_probs), torch.cat(entropies)

@@ -28,6 +28,7 @@ from transformers.utils import can_return_tuple
 
 from logitmix.caches import member_caches, require_cached_tokens
 from logitmix.configuration import Alpha, LogitMixConfig, resolve_weights
+from logitmix.diagnostics import MixtureDiagnostics
 from logitmix.logprobs import mixture_log_probs
 from logitmix.members import HoldsMembers, Member, load_tokenizer, open_members
 from logitmix.mixing import Scheme, Weights, mix_logits
@@ -198,7 +199,45 @@ class LogitMixForCausalLM(HoldsMembers, GenerationMixin):
         Entry t is about the token at t + 1. Where the label is -100 both are 0. The temperature divides the mixed
         logits, so these are the log-probabilities of the tokens as `generate(temperature=…)` samples them.
         """
-        weights = self._resolve_weights(alpha, weights)
+        return self._score(input_ids, attention_mask, labels, temperature, self._resolve_weights(alpha, weights))
+
+    def score_and_diagnose(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        temperature: float = 1.0,
+        alpha: Alpha | None = None,
+        weights: Weights | None = None,
+    ) -> tuple[Tensor, Tensor, MixtureDiagnostics]:
+        """What `score` gives, and the mixture's diagnostics at the same places: `[B, T - 1]`, and `kl_K` with K more.
+
+        Raises `ValueError` where a member has weight 0: it is not run, so nothing is known of it.
+        """
+        resolved = self._resolve_weights(alpha, weights)
+        if (resolved == 0).any():
+            raise ValueError(f"weights are {resolved.tolist()}; a member of weight 0 is not run, so not compared with")
+        chunks: list[MixtureDiagnostics] = []
+        log_probs, entropy = self._score(input_ids, attention_mask, labels, temperature, resolved, chunks)
+        ignored = labels[:, 1:] == -100
+        fields = []
+        for parts in zip(*chunks, strict=True):
+            found = torch.cat(parts)
+            padded = found.new_zeros(*ignored.shape, *found.shape[2:])
+            padded[:, ignored.shape[1] - found.shape[1] :] = found
+            padded[ignored] = 0
+            fields.append(padded)
+        return log_probs, entropy, MixtureDiagnostics(*fields)
+
+    def _score(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        temperature: float,
+        weights: Tensor,
+        diagnostics: list[MixtureDiagnostics] | None = None,
+    ) -> tuple[Tensor, Tensor]:
         targets = labels[:, 1:]
         wanted = (targets != -100).any(0).nonzero()
         T = targets.shape[1]
@@ -210,7 +249,7 @@ class LogitMixForCausalLM(HoldsMembers, GenerationMixin):
         )
         targets = targets[:, T - keep :]
         log_probs, entropy = mixture_log_probs(
-            [z[:, :-1] for z in logits], weights, targets.clamp(min=0), self.config.scheme, temperature
+            [z[:, :-1] for z in logits], weights, targets.clamp(min=0), self.config.scheme, temperature, diagnostics
         )
         ignored = targets == -100
         return tuple(nn.functional.pad(x.masked_fill(ignored, 0.0), (T - keep, 0)) for x in (log_probs, entropy))  # type: ignore[return-value]
