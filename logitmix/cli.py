@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         importlib.import_module("logitmix.commands.runs").quiet_libraries()
         return importlib.import_module(VERBS[verb][0]).main(flags) or 0
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         return _fail(str(error))
     except KeyboardInterrupt:
         print("logitmix: interrupted", file=sys.stderr)

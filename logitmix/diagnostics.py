@@ -16,7 +16,7 @@ class MixtureDiagnostics(NamedTuple):
     - `kl_K`, `[..., K]`: `KL(mixture ‖ member k)` in nats, of the distributions at the temperature of sampling;
     - `disagree`, `[...]`: the policy's most probable token is not that of every anchor;
     - `policy_wins`, `[...]`: and the mixture's is the policy's;
-    - `anchor_wins`, `[...]`: and the mixture's is an anchor's, not the policy's. Where neither wins it is a third token.
+    - `anchor_wins`, `[...]`: and the mixture's is an anchor's. Where neither wins, it is a third token.
     """
 
     kl_K: Tensor
@@ -29,7 +29,7 @@ class MixtureDiagnostics(NamedTuple):
 def mixture_diagnostics(logits: Sequence[Tensor], mixed: Tensor, temperature: float = 1.0) -> MixtureDiagnostics:
     """Diagnostics of `mixed = mix_logits(logits, weights, scheme)`, `[..., V]`, beside its members, K times `[..., V]`.
 
-        KL(mixture ‖ member k) = Σ_v softmax(mixed / T)_v · (log softmax(mixed / T)_v - log softmax(z_k / T)_v)
+        KL(mixture ‖ member k) = Σ_v p_v · (log p_v - log softmax(z_k / T)_v)      with p = softmax(mixed / T)
 
     Exact, over the whole vocabulary, in the dtype of `mixed`; infinite where the member rules out a token that the
     mixture does not. A temperature of 1 is the models' own distributions; another compares what would be sampled.

@@ -297,3 +297,9 @@ def test_alpha_without_an_anchor_is_refused(members, tmp_path, capsys):
 
 def test_fewer_questions_than_a_step_needs_are_refused(train, capsys):
     assert "the data set has 2 questions, fewer than the 4" in error_of(capsys, [*train, "--train_limit", "2"])
+
+
+def test_a_run_that_diverges_ends_in_one_sentence_and_leaves_the_batch(train, tmp_path, capsys):
+    message = error_of(capsys, [*train, "--learning_rate", "1e38", "--max_grad_norm", "0", "--max_steps", "3"])
+    assert "stopped, with the weights as they were before it" in message
+    assert list((tmp_path / "run").glob("nonfinite-step-*/rank-0.pt"))

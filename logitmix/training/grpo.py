@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import FusedCausalLMOutput
 
@@ -32,6 +31,7 @@ from logitmix.training.config import (
     require_prompts_fit,
     require_questions,
 )
+from logitmix.training.watched import WatchedGRPOTrainer
 
 CARD = """---
 library_name: transformers
@@ -50,7 +50,7 @@ model = LogitMixForCausalLM.from_pretrained("{folder}")
 """
 
 
-class LogitMixGRPOTrainer(GRPOTrainer):
+class LogitMixGRPOTrainer(WatchedGRPOTrainer):
     """TRL's `GRPOTrainer` for a mixture: same arguments, same dataset, same reward functions.
 
     `model` is the policy (a model, a folder or a hub id) with `args.anchor` set, or a `LogitMixForCausalLM`.
@@ -84,7 +84,7 @@ class LogitMixGRPOTrainer(GRPOTrainer):
         require_questions(self)
         require_prompts_fit(self)
         if is_mixture:
-            _score_mixture(model, self.temperature)
+            _score_mixture(model, self)
         if args.loss_type == GROUP_LOSS:
             # TRL's "dapo" divides by the tokens of the whole batch; with the advantages scaled as
             # `_generate_and_score_completions` does below, that is eq. 6's division by each question's tokens.
@@ -181,12 +181,13 @@ def group_factors(lengths_N: Tensor, num_generations: int) -> Tensor:
     return factors_Q.repeat_interleave(num_generations)
 
 
-def _score_mixture(model: LogitMixForCausalLM, temperature: float) -> None:
+def _score_mixture(model: LogitMixForCausalLM, trainer: LogitMixGRPOTrainer) -> None:
     """Give the model's forward TRL's scoring protocol, answered by the mixture.
 
     TRL asks for log-probabilities with `model(..., labels=labels, fused_lm_head=True)`, a forward that it has put on
     the model itself and that reads `base_model` and `get_output_embeddings()`. This takes that forward's place. It
-    stays a call of the model, so that wrappers (DDP, FSDP) see it.
+    stays a call of the model, so that wrappers (DDP, FSDP) see it. The loss, which has gradients, leaves the
+    mixture's diagnostics with the trainer.
     """
 
     def forward(
@@ -195,7 +196,11 @@ def _score_mixture(model: LogitMixForCausalLM, temperature: float) -> None:
         if not fused_lm_head:
             return type(self).forward(self, *args, labels=labels, **kwargs)
         assert labels is not None
-        log_probs, entropy = self.score(kwargs["input_ids"], kwargs["attention_mask"], labels, temperature)
+        inputs = (kwargs["input_ids"], kwargs["attention_mask"], labels, trainer.temperature)
+        if torch.is_grad_enabled() and all(self.config.weights):
+            log_probs, entropy, trainer.diagnostics = self.score_and_diagnose(*inputs)
+        else:
+            log_probs, entropy = self.score(*inputs, weights=kwargs.get("weights"))
         return FusedCausalLMOutput(log_probs=log_probs, entropy=entropy)
 
     # `generate` checks its arguments against this signature

@@ -1,0 +1,105 @@
+"""What stops a step before it can ruin a run: numbers that are not finite, with the batch saved for inspection.
+
+Shape legend: N completions of all processes, F reward functions.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from trl import GRPOTrainer
+
+WAY_OUT = "Look at the batch, then go on from the last checkpoint with another setting (a lower learning_rate, say)"
+
+
+def broken_parameter(model: nn.Module) -> str | None:
+    """The name of a parameter that holds a value which is not finite, or None. Waits for the device once."""
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.numel()]
+    finite = torch.stack([torch.isfinite(parameter.detach()).all().cpu() for _, parameter in named])
+    return next((name for (name, _), ok in zip(named, finite.tolist(), strict=True) if not ok), None)
+
+
+def require_finite_parameters(model: nn.Module) -> None:
+    """Raise `ValueError` where the model to train holds NaN or infinite values before the first step."""
+    name = broken_parameter(model)
+    if name is not None:
+        raise ValueError(f"the parameter {name} holds values that are not finite; load a sound checkpoint")
+
+
+def broken_reward(rewards_NF: Tensor, weights_F: Tensor, names: Sequence[str]) -> tuple[int, str] | None:
+    """The first completion whose reward is not finite, and which function gave what for it, or None.
+
+    TRL turns a function's None into NaN and leaves it out of the sum: that is no fault while another function gives
+    a number. An infinite reward, or a completion that no function rewards, is one.
+    """
+    weighted_NF = (rewards_NF * weights_F.to(rewards_NF)).cpu()
+    for row, values in enumerate(weighted_NF):
+        if values.isinf().any():
+            f = int(values.isinf().nonzero()[0])
+            return row, f"the reward function {names[f]!r} gave {rewards_NF[row, f].item()}"
+        if values.isnan().all():
+            return row, f"the reward function {' and '.join(map(repr, names))} gave None or NaN"
+    return None
+
+
+def count_broken(values: Tensor, mask: Tensor | None = None) -> Tensor:
+    """How many values are NaN or infinite, of those in the mask, as a number on the device."""
+    broken = ~torch.isfinite(values)
+    return (broken if mask is None else broken & mask).sum()
+
+
+def stop_run(trainer: GRPOTrainer, what: str, content: dict[str, Any], together: bool = True) -> None:
+    """Save `content` under `output_dir/nonfinite-step-N`, a file a process, and raise `FloatingPointError`.
+
+    Called by all processes, or by one with `together=False`. The optimizer has not seen the step.
+    """
+    accelerator = trainer.accelerator
+    step = trainer.state.global_step + 1
+    folder = Path(trainer.args.output_dir) / f"nonfinite-step-{step}"
+    saved = f"The batch is in {folder} (torch.load)"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save({"what": what, "step": step} | content, folder / f"rank-{accelerator.process_index}.pt")
+    except OSError as error:
+        saved = f"The batch could not be saved in {folder} ({error})"
+    if together:
+        accelerator.wait_for_everyone()  # a launcher ends the others as soon as one process fails
+    raise FloatingPointError(
+        f"step {step} stopped, with the weights as they were before it: {what}. {saved}. {WAY_OUT}"
+    )
+
+
+def stop_at_batches(trainer: GRPOTrainer, what: str, batches: Sequence[dict[str, Any]]) -> None:
+    """`stop_run` with the batches as the loss takes them, and their texts."""
+
+    def texts(ids_BT: Tensor, mask_BT: Tensor) -> list[str]:
+        return trainer._tokenizer.batch_decode([ids[mask.bool()] for ids, mask in zip(ids_BT, mask_BT, strict=True)])
+
+    saved = []
+    for batch in batches:
+        tensors = {key: value.cpu() for key, value in batch.items() if isinstance(value, Tensor)}
+        prompts = texts(batch["prompt_ids"], batch["prompt_mask"])
+        completions = texts(batch["completion_ids"], batch["completion_mask"])
+        saved.append(tensors | {"prompts": prompts, "completions": completions})
+    stop_run(trainer, what, {"batches": saved})
+
+
+def require_finite_rewards(
+    trainer: GRPOTrainer, rewards_NF: Tensor, prompts: Sequence[Any], completions: Sequence[Any]
+) -> None:
+    """Stop the run at a reward that is not finite. `rewards_NF` are of all processes, the rest of this one."""
+    broken = broken_reward(rewards_NF, trainer.reward_weights, trainer.reward_func_names)
+    if broken is None:
+        return
+    row, fault = broken
+    what = f"{fault} for completion {row}, {_shortened(gather_object(list(completions))[row])}"
+    content = {"prompts": list(prompts), "completions": list(completions), "rewards": rewards_NF.cpu()}
+    stop_run(trainer, what, content)
+
+
+def _shortened(text: Any, length: int = 60) -> str:
+    text = text if isinstance(text, str) else text[-1]["content"]
+    return repr(text if len(text) <= length else text[:length] + "…")
