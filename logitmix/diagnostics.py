@@ -27,7 +27,7 @@ class MixtureDiagnostics(NamedTuple):
 
 @torch.no_grad()
 def mixture_diagnostics(logits: Sequence[Tensor], mixed: Tensor, temperature: float = 1.0) -> MixtureDiagnostics:
-    """Diagnostics of `mixed = mix_logits(logits, weights, scheme)`, `[..., V]`, beside its members, K times `[..., V]`.
+    """Diagnostics of `mixed = mix_logits(logits, weights, scheme)`, `[..., V]`, beside its K members, `[..., V]` each.
 
         KL(mixture ‖ member k) = Σ_v p_v · (log p_v - log softmax(z_k / T)_v)      with p = softmax(mixed / T)
 
