@@ -1,0 +1,139 @@
+"""Intervals and tests for rates on a few hundred problems. Pure functions.
+
+Closed forms need the standard library alone, so they are written out; the tests hold them against SciPy.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import comb, sqrt
+from statistics import NormalDist
+
+import numpy as np
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value and its interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def wilson_interval(successes: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Wilson's score interval for a rate of `successes` in `n` independent trials, both ends in [0, 1].
+
+    With z the two-sided normal quantile and p = successes / n, the ends are
+    `(p + z²/2n ± z sqrt(p (1 - p) / n + z²/4n²)) / (1 + z²/n)` (Wilson 1927): all rates that a score test at this
+    confidence does not reject. It holds its level for small n and for rates near 0 and 1, where p ± z·se does not.
+
+    >>> wilson_interval(0, 200)
+    (0.0, 0.018845...)
+
+    Raises `ValueError` for n < 1: without a trial there is no rate.
+    """
+    if n < 1 or not 0 <= successes <= n:
+        raise ValueError(f"{successes} of {n} is no rate; an interval needs at least one trial, and 0 <= successes <= n")
+    z = _quantile(confidence)
+    p, spread = successes / n, z * z / n
+    centre = (p + spread / 2) / (1 + spread)
+    half = z * sqrt(p * (1 - p) / n + spread / (4 * n)) / (1 + spread)
+    # at 0 and at n the end is exact; rounding must not push it beyond
+    return (0.0 if successes == 0 else centre - half, 1.0 if successes == n else centre + half)
+
+
+def mcnemar_exact(only_a: int, only_b: int) -> float:
+    """Two-sided p-value of McNemar's exact test that two policies are right equally often on the same problems.
+
+    `only_a` and `only_b` count the problems that one alone has right; those that both or neither have right say
+    nothing about the difference. If the two are equal, each such problem falls to either with probability 1/2, and
+    `p = min(1, 2 P[Binomial(only_a + only_b, 1/2) <= min(only_a, only_b)])` (McNemar 1947; the sum is exact).
+
+    >>> mcnemar_exact(5, 1)
+    0.21875
+    """
+    if only_a < 0 or only_b < 0:
+        raise ValueError(f"counts are {only_a} and {only_b}, but cannot be negative")
+    n = only_a + only_b
+    # integers throughout: a float would overflow at n = 1,024
+    tail = sum(comb(n, k) for k in range(min(only_a, only_b) + 1))
+    return min(1.0, 2 * tail / 2**n)
+
+
+def pass_at_k(n: int, correct: int, k: int) -> float:
+    """Unbiased estimate of the chance that at least one of k samples is right, from n samples of which some are.
+
+    `1 - C(n - correct, k) / C(n, k)` (Chen et al., arXiv 2107.03374, eq. 1): the share of all k-subsets of the n
+    samples that hold a right one. For k = 1 it is correct / n, the avg@n of one problem.
+
+    >>> pass_at_k(n=4, correct=2, k=2)
+    0.833...
+
+    Raises `ValueError` for k outside 1 <= k <= n.
+    """
+    if not 1 <= k <= n:
+        raise ValueError(f"k is {k}, but pass@k of {n} samples needs 1 <= k <= {n}; draw more samples, or lower k")
+    if not 0 <= correct <= n:
+        raise ValueError(f"{correct} of {n} samples are right, which is no count")
+    return 1 - comb(n - correct, k) / comb(n, k)
+
+
+def paired_bootstrap(
+    a: Sequence[Sequence[float]] | np.ndarray,
+    b: Sequence[Sequence[float]] | np.ndarray,
+    confidence: float = CONFIDENCE,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> Estimate:
+    """Mean of `a - b` with a percentile bootstrap interval; both are `[N]` or `[S, N]`.
+
+    Row s holds the scores of seed s on the same N problems, so a and b are paired in both axes. Each resample draws N
+    problems and S seeds with replacement, for a and b alike, and takes the mean of the differences: the interval
+    holds for other problems and other seeds of the same kind. With one row it is over problems alone. With few seeds
+    (3, say) it is too narrow: there is little to draw from.
+
+    Raises `ValueError` where the shapes differ, or there is nothing to draw from.
+    """
+    differences_SN = np.atleast_2d(np.asarray(a, dtype=float)) - _same_shape(a, b)
+    S, N = differences_SN.shape
+    if resamples < 1:
+        raise ValueError(f"resamples is {resamples}, but must be at least 1")
+    chance = np.random.default_rng(seed)
+    # How often a resample holds each seed and each problem; the weights of a mean over the pairs
+    seeds_RS = chance.multinomial(S, np.full(S, 1 / S), size=resamples) / S
+    problems_RN = chance.multinomial(N, np.full(N, 1 / N), size=resamples) / N
+    means_R = ((seeds_RS @ differences_SN) * problems_RN).sum(axis=1)
+    low, high = np.quantile(means_R, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Estimate(float(differences_SN.mean()), float(low), float(high))
+
+
+def difference_from_noise(n: int, disagreement: float, confidence: float = CONFIDENCE) -> float:
+    """The smallest difference of two rates on the same n problems that McNemar's exact test tells from 0.
+
+    `disagreement` is the share of problems that exactly one of the two has right. Of `m = round(n · disagreement)`
+    such problems the least uneven division that the test rejects is looked up; infinite where no division is.
+
+    >>> round(difference_from_noise(200, 0.3), 3)
+    0.09
+    """
+    m = round(n * disagreement)
+    rejected = [only_a - (m - only_a) for only_a in range(m + 1) if mcnemar_exact(only_a, m - only_a) <= 1 - confidence]
+    return min((abs(gap) / n for gap in rejected), default=float("inf"))
+
+
+def _quantile(confidence: float) -> float:
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence is {confidence}, but must lie between 0 and 1, as 0.95")
+    return NormalDist().inv_cdf((1 + confidence) / 2)
+
+
+def _same_shape(a: object, b: object) -> np.ndarray:
+    a_SN, b_SN = np.atleast_2d(np.asarray(a, dtype=float)), np.atleast_2d(np.asarray(b, dtype=float))
+    if a_SN.shape != b_SN.shape or a_SN.size == 0:
+        raise ValueError(
+            f"the scores have shapes {list(a_SN.shape)} and {list(b_SN.shape)}; a paired comparison needs the same "
+            "problems and seeds in both, at least one of each"
+        )
+    return b_SN

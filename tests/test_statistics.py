@@ -1,0 +1,139 @@
+"""Statistics: closed forms, exhaustive counts, and SciPy where it has the same thing."""
+
+import doctest
+import itertools
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import given
+from hypothesis import strategies as st
+
+from logitmix.evaluation import statistics
+from logitmix.evaluation.statistics import (
+    difference_from_noise,
+    mcnemar_exact,
+    paired_bootstrap,
+    pass_at_k,
+    wilson_interval,
+)
+
+counts = st.integers(0, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
+
+
+def test_the_docstrings_examples():
+    failed, tried = doctest.testmod(statistics, optionflags=doctest.ELLIPSIS)
+    assert tried >= 4
+    assert failed == 0
+
+
+@given(counts.filter(lambda c: c[1] > 0), st.sampled_from([0.8, 0.95, 0.99]))
+def test_wilson_is_scipys(count, confidence):
+    expected = scipy.stats.binomtest(*count).proportion_ci(confidence, method="wilson")
+    assert wilson_interval(*count, confidence) == pytest.approx(tuple(expected), abs=1e-12)
+
+
+@given(counts.filter(lambda c: c[1] > 0))
+def test_the_ends_of_wilsons_interval_are_the_rates_that_the_score_test_just_rejects(count):
+    successes, n = count
+    for end in wilson_interval(successes, n):
+        if 0 < end < 1:
+            assert abs(successes / n - end) / math.sqrt(end * (1 - end) / n) == pytest.approx(1.959964, abs=1e-4)
+
+
+@given(st.integers(0, 300), st.integers(0, 300))
+def test_mcnemar_is_scipys_binomial_test(only_a, only_b):
+    n = only_a + only_b
+    expected = scipy.stats.binomtest(only_a, n, 0.5).pvalue if n else 1.0
+    assert mcnemar_exact(only_a, only_b) == pytest.approx(expected, rel=1e-9)
+
+
+def test_mcnemar_counts_all_divisions_of_a_few_problems():
+    """Every way in which n fair coins can fall, those at least as uneven as the one seen."""
+    for n in range(1, 9):
+        for only_a in range(n + 1):
+            uneven = abs(2 * only_a - n)
+            as_uneven = [abs(2 * sum(coins) - n) >= uneven for coins in itertools.product((0, 1), repeat=n)]
+            assert mcnemar_exact(only_a, n - only_a) == pytest.approx(np.mean(as_uneven))
+
+
+def test_mcnemar_of_large_counts_does_not_overflow():
+    assert mcnemar_exact(3000, 3000) == 1.0
+    assert 0 < mcnemar_exact(1000, 800) < 1e-5
+
+
+@given(st.integers(1, 8).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(1, n))))
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample(case):
+    n, correct, k = case
+    subsets = list(itertools.combinations([True] * correct + [False] * (n - correct), k))
+    assert pass_at_k(n, correct, k) == pytest.approx(np.mean([any(subset) for subset in subsets]))
+
+
+def test_pass_at_k_is_unbiased():
+    """Its mean over draws of n samples is 1 - (1 - p)^k."""
+    n, k, p = 10, 4, 0.3
+    expected = sum(math.comb(n, c) * p**c * (1 - p) ** (n - c) * pass_at_k(n, c, k) for c in range(n + 1))
+    assert expected == pytest.approx(1 - (1 - p) ** k)
+
+
+def test_the_bootstrap_over_problems_is_scipys():
+    chance = np.random.default_rng(1)
+    a, b = chance.random(150) < 0.8, chance.random(150) < 0.6
+    ours = paired_bootstrap(a, b)
+    theirs = scipy.stats.bootstrap(
+        (a.astype(float) - b,), np.mean, n_resamples=10_000, method="percentile", random_state=0
+    ).confidence_interval
+    assert ours.value == pytest.approx(a.mean() - b.mean())
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.01)
+
+
+def test_the_bootstrap_draws_seeds_and_problems():
+    """Its spread is that of two independent axes: differences that vary by seed alone keep the seeds' variance."""
+    effects = np.arange(8.0)
+    by_seed = paired_bootstrap(np.repeat(effects[:, None], 50, axis=1), np.zeros((8, 50)))
+    over_eight = paired_bootstrap(effects, np.zeros(8), seed=1)
+    assert (by_seed.low, by_seed.high) == pytest.approx((over_eight.low, over_eight.high), abs=0.15)
+    problems = np.arange(50.0)
+    by_problem = paired_bootstrap(np.repeat(problems[None], 8, axis=0), np.zeros((8, 50)))
+    assert by_problem.high - by_problem.low == pytest.approx(2 * 1.96 * problems.std() / math.sqrt(50), rel=0.05)
+
+
+def test_the_bootstrap_is_the_same_each_time_and_turns_with_its_arguments():
+    a, b = np.random.default_rng(0).random((2, 3, 40))
+    there, back = paired_bootstrap(a, b), paired_bootstrap(b, a)
+    assert there == paired_bootstrap(a, b)
+    assert (there.value, there.low, there.high) == pytest.approx((-back.value, -back.high, -back.low))
+
+
+@pytest.mark.parametrize("n", [50, 200, 500])
+def test_the_smallest_difference_beyond_noise_is_where_mcnemar_turns(n):
+    for share in (0.2, 0.3, 0.5):
+        gap = round(difference_from_noise(n, share) * n)
+        m = round(n * share)
+        assert mcnemar_exact((m + gap) // 2, (m - gap) // 2) <= 0.05
+        assert mcnemar_exact((m + gap) // 2 - 1, (m - gap) // 2 + 1) > 0.05
+
+
+def test_too_few_disagreements_tell_nothing():
+    assert difference_from_noise(5, 1.0) == math.inf
+    assert difference_from_noise(200, 0.0) == math.inf
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: wilson_interval(0, 0), "0 of 0 is no rate"),
+        (lambda: wilson_interval(3, 2), "3 of 2 is no rate"),
+        (lambda: wilson_interval(1, 2, 95), "confidence is 95"),
+        (lambda: mcnemar_exact(-1, 2), "cannot be negative"),
+        (lambda: pass_at_k(4, 1, 5), "draw more samples, or lower k"),
+        (lambda: pass_at_k(4, 5, 1), "5 of 4 samples"),
+        (lambda: paired_bootstrap([1, 0], [1]), r"shapes \[1, 2\] and \[1, 1\]"),
+        (lambda: paired_bootstrap([], []), "at least one of each"),
+        (lambda: paired_bootstrap([1], [1], resamples=0), "resamples is 0"),
+    ],
+)
+def test_wrong_input(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
