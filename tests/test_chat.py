@@ -124,9 +124,9 @@ def test_the_commands_take_the_boxed_template(folders, tmp_path):
     assert log["format_rate"] == 0
     assert main([
         "eval", "--model_name_or_path", str(tmp_path / "run"), *BOXED[:4], "--eval_limit", "2", "--max_new_tokens",
-        "4", "--output_file", str(tmp_path / "responses.jsonl"),
+        "4", "--output_dir", str(tmp_path / "eval"),
     ]) == 0  # fmt: skip
-    rows = [json.loads(line) for line in (tmp_path / "responses.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "eval" / "responses.jsonl").read_text().splitlines()]
     assert [row["name"] for row in rows] == ["policy"] * 2 + ["anchor"] * 2 + ["mixture"] * 2
 
 

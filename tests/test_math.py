@@ -62,11 +62,10 @@ def test_sft_then_two_outer_steps_then_a_third_from_the_checkpoint(base, tmp_pat
     model = LogitMixForCausalLM.from_pretrained(out)
     assert model.alpha == 0.5
     assert (out / "tokenizer.json").exists()
-    responses = tmp_path / "responses.jsonl"
     assert main([
         "eval", "--model_name_or_path", str(out), "--task", "hendrycks_math", "--data", str(MATH), "--eval_limit", "3",
-        "--max_new_tokens", "8", "--output_file", str(responses),
+        "--max_new_tokens", "8", "--output_dir", str(tmp_path / "eval"),
     ]) == 0  # fmt: skip
-    rows = [json.loads(line) for line in responses.read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "eval" / "responses.jsonl").read_text().splitlines()]
     assert [row["name"] for row in rows] == ["policy"] * 3 + ["anchor"] * 3 + ["mixture"] * 3
     assert all(row["prompt"].endswith("Assistant: <think>") for row in rows)

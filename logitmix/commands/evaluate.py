@@ -1,67 +1,60 @@
-"""`logitmix eval`: greedy accuracy of policy, anchor and mixture on the same test problems."""
+"""`logitmix eval`: policy, anchor and mixture on the same test problems, greedy or sampled."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-
-from accelerate import PartialState
+from dataclasses import dataclass, field
 
 from logitmix.commands.arguments import ModelArguments, TaskArguments, parse
-from logitmix.commands.runs import append_jsonl, console, progress_bar
-from logitmix.evaluation.decode import greedy_responses, members_of
-from logitmix.evaluation.metrics import rates_by
-from logitmix.members import load_member, require_tokenizer
-from logitmix.mixing import Scheme
-from logitmix.modeling import LogitMixForCausalLM
-from logitmix.report import print_rates
+from logitmix.commands.mixtures import MixtureArguments, open_model, open_tokenizer
+from logitmix.commands.responses import open_responses
+from logitmix.commands.runs import console
+from logitmix.evaluation.decode import decoder, in_batches, members_of, requests_for
+from logitmix.evaluation.metrics import check_pass_at
+from logitmix.report.tables import print_evaluation
 
 
 @dataclass
-class EvalArguments:
-    """What is mixed, and how it is decoded."""
+class DecodingArguments:
+    """How responses are decoded, and where they go."""
 
-    anchor: str | None = field(default=None, metadata={"help": "Mix the model with this anchor."})
-    alpha: float | None = field(default=None, metadata={"help": "Weight of the anchor; default the checkpoint's."})
-    scheme: Scheme = field(default="logit", metadata={"help": "How --anchor is mixed."})
     max_new_tokens: int | None = field(
         default=None, metadata={"help": "Longest response; default 512 tokens, or what the context leaves."}
     )
     batch_size: int = field(default=64, metadata={"help": "Responses decoded at a time."})
-    output_file: str | None = field(default=None, metadata={"help": "Write every response here, as JSON lines."})
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Write every response here; the same command again goes on where it stopped."}
+    )
+
+
+@dataclass
+class SamplingArguments:
+    """Several samples a problem, for avg@k and pass@k."""
+
+    num_samples: int = field(default=1, metadata={"help": "Responses to each problem; above 1 give a --temperature."})
+    temperature: float = field(default=0.0, metadata={"help": "0 is greedy."})
+    seed: int = field(default=0, metadata={"help": "Seed of the samples."})
 
 
 def main(argv: Sequence[str]) -> None:
-    task_args, model_args, args = parse(
+    task_args, model_args, mixture_args, sampling, args = parse(
         "logitmix eval",
-        "Greedy accuracy of policy, anchor and mixture on the same test problems.",
-        (TaskArguments, ModelArguments, EvalArguments),
+        "Accuracy of policy, anchor and mixture on the same test problems, greedy or sampled.",
+        (TaskArguments, ModelArguments, MixtureArguments, SamplingArguments, DecodingArguments),
         argv,
     )
-    if args.output_file is not None and Path(args.output_file).exists():
-        raise ValueError(f"{args.output_file} exists; choose another --output_file")
+    check_pass_at(sampling.num_samples, sampling.temperature)
     task = task_args.load()
     problems = task.problems("test", task_args.eval_limit)
-    if args.anchor is not None:
-        model = LogitMixForCausalLM.from_members(
-            model_args.model_name_or_path, args.anchor, args.alpha, scheme=args.scheme, **model_args.init_kwargs
-        )
-    else:
-        model = load_member(model_args.model_name_or_path, **model_args.init_kwargs)
-        if args.alpha is not None:
-            if not isinstance(model, LogitMixForCausalLM):
-                raise ValueError(f"alpha is {args.alpha}, but {model_args.model_name_or_path} is no mixture")
-            model.alpha = args.alpha
-    model.to(PartialState().device)
-    tokenizer = require_tokenizer(model_args.model_name_or_path)
-    alphas = members_of(model)
-    with progress_bar() as bar:
-        row = bar.add_task(f"eval on {task.name}", total=len(alphas) * len(problems), info="")
-        responses = greedy_responses(
-            model, tokenizer, task, problems, alphas, args.max_new_tokens, args.batch_size,
-            progress=lambda n: bar.advance(row, n),
-        )  # fmt: skip
-    rows = [asdict(response) for response in responses]
-    if args.output_file is not None:
-        append_jsonl(Path(args.output_file), rows)
-        console.print(f"Responses are in {args.output_file}.")
-    print_rates(f"{task.name}, {len(problems)} test problems, greedy", rates_by(rows, "name"))
+    model = open_model(model_args, mixture_args)
+    tokenizer = open_tokenizer(model_args)
+    decode = decoder(model, tokenizer, task, problems, args.max_new_tokens, sampling.temperature, sampling.seed)
+    batches = in_batches(requests_for(members_of(model), len(problems), sampling.num_samples), args.batch_size)
+    given = [vars(group) for group in (task_args, model_args, mixture_args, sampling, args)]
+    arguments = {"command": "eval"} | {key: value for group in given for key, value in group.items()}
+    responses = open_responses(args.output_dir, arguments)
+    responses.add(f"eval on {task.name}", batches, decode)
+    if responses.path is not None:
+        console.print(f"Responses are in {responses.path}.", soft_wrap=True)
+    how = "greedy"
+    if sampling.temperature > 0:
+        how = f"{sampling.num_samples} samples each at temperature {sampling.temperature:g}"
+    print_evaluation(f"{task.name}, {len(problems)} test problems, {how}", responses.rows)

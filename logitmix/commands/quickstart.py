@@ -43,7 +43,8 @@ from logitmix.evaluation.decode import greedy_responses, members_of
 from logitmix.evaluation.metrics import Rates, rates_by
 from logitmix.members import load_member
 from logitmix.modeling import LogitMixForCausalLM
-from logitmix.report import plot_curves, plot_sweep, print_rates, print_sweep
+from logitmix.report.figures import plot_curves, plot_sweep
+from logitmix.report.tables import print_rates, print_sweep
 from logitmix.tasks import Problem
 from logitmix.tasks.arithmetic import Arithmetic
 from logitmix.training.config import LogitMixGRPOConfig

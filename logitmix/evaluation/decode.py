@@ -1,10 +1,13 @@
-"""Greedy responses to a task's problems, at any weights of the anchor, graded."""
+"""Responses to a task's problems, greedy or sampled, at any weights of the anchor, graded."""
 
+import hashlib
 import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from logitmix.generation import GREEDY, end_of_sequence_ids, generate_completions, tokenize_prompts
@@ -13,19 +16,40 @@ from logitmix.tasks import Problem, Task
 
 MAX_NEW_TOKENS = 512  # the authors' longest response
 
+# Up to so many sequences, one batch at alphas 0, 0.5 and 1 together, which runs both members for all, beats one batch
+# for each alpha; above, it does not. Measured on one CPU core (docs/analysis.md).
+SMALL_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Request:
+    """One response that is wanted: whose, at which weight of the anchor, to which problem, the how manieth sample."""
+
+    name: str
+    alpha: float | None
+    problem: int
+    sample: int = 0
+
+    @property
+    def members(self) -> float | str | None:
+        """Which members it takes: 0.0 the policy, 1.0 the anchor, else both; None for a model that is no mixture."""
+        return self.alpha if self.alpha in (0.0, 1.0, None) else "both"
+
 
 @dataclass(frozen=True)
 class Response:
     """One graded response; a line of an evaluation file.
 
     `name` says who answered (`"policy"`, `"anchor"`, `"mixture"`, …), `alpha` at which weight of the anchor (None: a
-    model that is no mixture). `prompt` is the text that the model was given, a chat as the tokenizer rendered it.
-    `length` counts tokens, `truncated` says that it reached the limit without ending.
+    model that is no mixture), `sample` tells apart several to one problem. `prompt` is the text that the model was
+    given, a chat as the tokenizer rendered it. `length` counts tokens, `truncated` says that it reached the limit
+    without ending.
     """
 
     name: str
     alpha: float | None
     problem: int
+    sample: int
     prompt: str
     response: str
     gold: str
@@ -43,6 +67,88 @@ def members_of(model: PreTrainedModel) -> dict[str, float | None]:
     return {"model": None}
 
 
+Decode = Callable[[Sequence[Sequence[Request]]], Iterator[list[Response]]]
+
+
+def requests_for(alphas: Mapping[str, float | None], num_problems: int, num_samples: int = 1) -> list[Request]:
+    """Every named alpha's samples for every problem, those that run the same members side by side."""
+    requests = [
+        Request(name, alpha, problem, sample)
+        for name, alpha in alphas.items()
+        for problem, sample in itertools.product(range(num_problems), range(num_samples))
+    ]
+    seen: dict[Any, int] = {}
+    return sorted(requests, key=lambda request: seen.setdefault(request.members, len(seen)))
+
+
+def in_batches(requests: Sequence[Request], batch_size: int) -> list[list[Request]]:
+    """Batches of at most `batch_size` that run no member in vain: at alpha 0 and 1 a single one is run.
+
+    So few sequences that a decoding step costs about the same for all as for some (see `SMALL_BATCH`) share one batch.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}, but must be at least 1")
+    if len(requests) <= min(batch_size, SMALL_BATCH):
+        return [list(requests)] if requests else []
+    groups = [list(group) for _, group in itertools.groupby(requests, key=lambda request: request.members)]
+    return [group[start : start + batch_size] for group in groups for start in range(0, len(group), batch_size)]
+
+
+def decoder(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    problems: Sequence[Problem],
+    max_new_tokens: int | None = None,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> Decode:
+    """A function of batches of requests that gives the graded responses to each, one batch after the other.
+
+    Each sequence has its own alpha. Temperature 0 is greedy; above it, a batch's samples depend on the seed and on
+    the batch alone, not on the batches before it. `max_new_tokens` defaults to 512, or less where the longest prompt
+    leaves less of the context.
+
+    Raises `ValueError`, before anything is decoded, for a prompt that leaves no room in the context.
+    """
+    if temperature < 0:
+        raise ValueError(f"temperature is {temperature}, but must be 0 (greedy) or above")
+    prompts = [task.prompt(problem) for problem in problems]
+    prompt_ids = tokenize_prompts(tokenizer, prompts)
+    texts = [p if isinstance(p, str) else tokenizer.decode(ids) for p, ids in zip(prompts, prompt_ids, strict=True)]
+    settings = sampling_at(temperature) | {"max_new_tokens": _new_tokens(model, prompt_ids, max_new_tokens)}
+    ends = end_of_sequence_ids(model, tokenizer)
+
+    def respond(request: Request, ids: list[int]) -> Response:
+        problem = problems[request.problem]
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        grade = task.grade(text, problem)
+        ended = ids[-1] in ends or any(stop in text for stop in task.template.stop)
+        return Response(
+            **asdict(request), prompt=texts[request.problem], response=text, gold=problem.answer,
+            format_ok=grade.format_ok, answer_ok=grade.answer_ok, lenient_ok=grade.lenient_ok,
+            length=len(ids), truncated=not ended,
+        )  # fmt: skip
+
+    def decode(batches: Sequence[Sequence[Request]]) -> Iterator[list[Response]]:
+        for batch in batches:
+            was_training = model.training
+            model.eval()
+            with _seeded(f"{seed}/{batch[0]}") if temperature > 0 else nullcontext():
+                completions = generate_completions(
+                    model,
+                    tokenizer,
+                    [prompt_ids[request.problem] for request in batch],
+                    settings,
+                    task.template.stop,
+                    **_alphas(batch),
+                )
+            model.train(was_training)
+            yield [respond(request, ids) for request, ids in zip(batch, completions, strict=True)]
+
+    return decode
+
+
 def greedy_responses(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -53,46 +159,39 @@ def greedy_responses(
     batch_size: int = 256,
     progress: Any = None,
 ) -> list[Response]:
-    """Each named alpha's greedy response to each problem, in the order of `alphas`, then of `problems`.
+    """Each named alpha's greedy response to each problem; see `decoder`.
 
-    `max_new_tokens` defaults to 512, or less where the longest prompt leaves less of the context.
     `progress` is called with the number of responses after each batch.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}, but must be at least 1")
-    prompts = [task.prompt(problem) for problem in problems]
-    prompt_ids = tokenize_prompts(tokenizer, prompts)
-    texts = [p if isinstance(p, str) else tokenizer.decode(ids) for p, ids in zip(prompts, prompt_ids, strict=True)]
-    max_new_tokens = _new_tokens(model, prompt_ids, max_new_tokens)
-    ends = end_of_sequence_ids(model, tokenizer)
-    was_training = model.training
-    model.eval()
+    batches = in_batches(requests_for(alphas, len(problems)), batch_size)
     responses = []
-    # One alpha a batch, so that at 0 and 1 a single member is run
-    for (name, alpha), start in itertools.product(alphas.items(), range(0, len(problems), batch_size)):
-        batch = range(start, min(start + batch_size, len(problems)))
-        completions = generate_completions(
-            model,
-            tokenizer,
-            [prompt_ids[i] for i in batch],
-            GREEDY | {"max_new_tokens": max_new_tokens},
-            task.template.stop,
-            **({} if alpha is None else {"alpha": alpha}),
-        )
-        for i, ids in zip(batch, completions, strict=True):
-            text = tokenizer.decode(ids, skip_special_tokens=True)
-            grade = task.grade(text, problems[i])
-            ended = ids[-1] in ends or any(stop in text for stop in task.template.stop)
-            responses.append(
-                Response(
-                    name, alpha, i, texts[i], text, problems[i].answer, grade.format_ok, grade.answer_ok,
-                    grade.lenient_ok, len(ids), not ended,
-                )
-            )  # fmt: skip
+    for decoded in decoder(model, tokenizer, task, problems, max_new_tokens)(batches):
+        responses += decoded
         if progress is not None:
-            progress(len(batch))
-    model.train(was_training)
+            progress(len(decoded))
     return responses
+
+
+def sampling_at(temperature: float) -> dict[str, Any]:
+    """Settings that sample from the whole distribution at a temperature, or greedily at 0."""
+    # transformers' own default is the 50 likeliest tokens
+    return {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else dict(GREEDY)
+
+
+def _alphas(batch: Sequence[Request]) -> dict[str, Any]:
+    """The argument of the model's forward: one alpha, or one a sequence; none for a model that is no mixture."""
+    alphas = [request.alpha for request in batch]
+    if None in alphas:
+        return {}
+    return {"alpha": alphas[0] if len(set(alphas)) == 1 else alphas}
+
+
+@contextmanager
+def _seeded(name: str) -> Iterator[None]:
+    """Torch's generators seeded by a name, and afterwards as they were."""
+    with torch.random.fork_rng():
+        torch.manual_seed(int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest()))
+        yield
 
 
 def _new_tokens(model: PreTrainedModel, prompt_ids: list[list[int]], max_new_tokens: int | None) -> int:

@@ -3,12 +3,12 @@
 Closed forms need the standard library alone, so they are written out; the tests hold them against SciPy.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import comb, sqrt
 from statistics import NormalDist
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 CONFIDENCE = 0.95
 
@@ -35,7 +35,7 @@ def wilson_interval(successes: int, n: int, confidence: float = CONFIDENCE) -> t
     Raises `ValueError` for n < 1: without a trial there is no rate.
     """
     if n < 1 or not 0 <= successes <= n:
-        raise ValueError(f"{successes} of {n} is no rate; an interval needs at least one trial, and 0 <= successes <= n")
+        raise ValueError(f"{successes} of {n} is no rate; it needs at least one trial, and 0 <= successes <= n")
     z = _quantile(confidence)
     p, spread = successes / n, z * z / n
     centre = (p + spread / 2) / (1 + spread)
@@ -58,7 +58,10 @@ def mcnemar_exact(only_a: int, only_b: int) -> float:
         raise ValueError(f"counts are {only_a} and {only_b}, but cannot be negative")
     n = only_a + only_b
     # integers throughout: a float would overflow at n = 1,024
-    tail = sum(comb(n, k) for k in range(min(only_a, only_b) + 1))
+    tail = term = 1
+    for k in range(min(only_a, only_b)):
+        term = term * (n - k) // (k + 1)
+        tail += term
     return min(1.0, 2 * tail / 2**n)
 
 
@@ -81,8 +84,8 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
 
 
 def paired_bootstrap(
-    a: Sequence[Sequence[float]] | np.ndarray,
-    b: Sequence[Sequence[float]] | np.ndarray,
+    a: ArrayLike,
+    b: ArrayLike,
     confidence: float = CONFIDENCE,
     resamples: int = 10_000,
     seed: int = 0,
@@ -96,7 +99,8 @@ def paired_bootstrap(
 
     Raises `ValueError` where the shapes differ, or there is nothing to draw from.
     """
-    differences_SN = np.atleast_2d(np.asarray(a, dtype=float)) - _same_shape(a, b)
+    a_SN, b_SN = _scores(a, b)
+    differences_SN = a_SN - b_SN
     S, N = differences_SN.shape
     if resamples < 1:
         raise ValueError(f"resamples is {resamples}, but must be at least 1")
@@ -119,8 +123,10 @@ def difference_from_noise(n: int, disagreement: float, confidence: float = CONFI
     0.09
     """
     m = round(n * disagreement)
-    rejected = [only_a - (m - only_a) for only_a in range(m + 1) if mcnemar_exact(only_a, m - only_a) <= 1 - confidence]
-    return min((abs(gap) / n for gap in rejected), default=float("inf"))
+    for only_a in range((m + 1) // 2, m + 1):
+        if mcnemar_exact(only_a, m - only_a) <= 1 - confidence:
+            return (2 * only_a - m) / n
+    return float("inf")
 
 
 def _quantile(confidence: float) -> float:
@@ -129,11 +135,11 @@ def _quantile(confidence: float) -> float:
     return NormalDist().inv_cdf((1 + confidence) / 2)
 
 
-def _same_shape(a: object, b: object) -> np.ndarray:
-    a_SN, b_SN = np.atleast_2d(np.asarray(a, dtype=float)), np.atleast_2d(np.asarray(b, dtype=float))
+def _scores(a: ArrayLike, b: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    a_SN, b_SN = (np.atleast_2d(np.asarray(scores, dtype=float)) for scores in (a, b))
     if a_SN.shape != b_SN.shape or a_SN.size == 0:
         raise ValueError(
             f"the scores have shapes {list(a_SN.shape)} and {list(b_SN.shape)}; a paired comparison needs the same "
             "problems and seeds in both, at least one of each"
         )
-    return b_SN
+    return a_SN, b_SN

@@ -1,43 +1,12 @@
-"""Tables in the terminal and figures as PNG, from the numbers that evaluation wrote."""
+"""Figures, from the numbers that evaluation wrote."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from logitmix.evaluation.metrics import Rates
-
 # Okabe and Ito's colours, which people of any colour vision can tell apart; markers differ as well
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "x")
-
-
-def print_rates(title: str, rates: Mapping[str, Rates]) -> None:
-    """A row for each name: format-correct, answer-correct (in the format and right), lenient, truncated, length."""
-    table = Table(title=title, title_justify="left")
-    table.add_column("", no_wrap=True)
-    for column in ("format %", "answer %", "lenient %", "cut %", "tokens"):
-        table.add_column(column, justify="right")
-    for name, r in rates.items():
-        shares = [f"{100 * share:.1f}" for share in (r.format, r.answer, r.lenient, r.truncated)]
-        table.add_row(name, *shares, f"{r.mean_length:.1f}")
-    Console().print(table)
-
-
-def print_sweep(title: str, sweep: Sequence[Mapping[str, Any]]) -> None:
-    """Format and answer rates by alpha, a pair of columns a scheme, from rows of `scheme`, `alpha` and rates."""
-    schemes = list(dict.fromkeys(row["scheme"] for row in sweep))
-    table = Table(title=title, title_justify="left")
-    table.add_column("alpha", justify="right")
-    for scheme in schemes:
-        table.add_column(f"{scheme}\nformat %", justify="right")
-        table.add_column(f"{scheme}\nanswer %", justify="right")
-    for alpha in dict.fromkeys(row["alpha"] for row in sweep):
-        cells = [row for scheme in schemes for row in sweep if row["scheme"] == scheme and row["alpha"] == alpha]
-        table.add_row(f"{alpha:.1f}", *(f"{100 * row[key]:.1f}" for row in cells for key in ("format", "answer")))
-    Console().print(table)
 
 
 def plot_curves(curves: Mapping[str, Sequence[tuple[int, float]]], title: str, path: Path) -> None:

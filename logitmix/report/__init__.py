@@ -1,0 +1,1 @@
+"""Tables, figures and pages, from the files that evaluation and training wrote."""

@@ -1,0 +1,72 @@
+"""Tables in the terminal, from the numbers that evaluation wrote."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from logitmix.evaluation.metrics import Rates, estimate, pass_rates, rates
+from logitmix.evaluation.statistics import Estimate
+
+
+def print_rates(title: str, rates: Mapping[str, Rates]) -> None:
+    """A row for each name: format-correct, answer-correct (in the format and right), lenient, truncated, length."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("", no_wrap=True)
+    for column in ("format %", "answer %", "lenient %", "cut %", "tokens"):
+        table.add_column(column, justify="right")
+    for name, r in rates.items():
+        shares = [f"{100 * share:.1f}" for share in (r.format, r.answer, r.lenient, r.truncated)]
+        table.add_row(name, *shares, f"{r.mean_length:.1f}")
+    Console().print(table)
+
+
+def print_sweep(title: str, sweep: Sequence[Mapping[str, Any]]) -> None:
+    """Format and answer rates by alpha, a pair of columns a scheme, from rows of `scheme`, `alpha` and rates."""
+    schemes = list(dict.fromkeys(row["scheme"] for row in sweep))
+    table = Table(title=title, title_justify="left")
+    table.add_column("alpha", justify="right")
+    for scheme in schemes:
+        table.add_column(f"{scheme}\nformat %", justify="right")
+        table.add_column(f"{scheme}\nanswer %", justify="right")
+    for alpha in dict.fromkeys(row["alpha"] for row in sweep):
+        cells = [row for scheme in schemes for row in sweep if row["scheme"] == scheme and row["alpha"] == alpha]
+        table.add_row(f"{alpha:.1f}", *(f"{100 * row[key]:.1f}" for row in cells for key in ("format", "answer")))
+    Console().print(table)
+
+
+def print_evaluation(title: str, responses: Sequence[Mapping[str, Any]]) -> None:
+    """Rates of each name in the responses, with 95 % intervals; of several samples a problem, pass@k below."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for row in responses:
+        groups.setdefault(row["name"], []).append(row)
+    table = Table(title=title, title_justify="left", caption="[ ]: 95 % interval", caption_justify="left")
+    table.add_column("", no_wrap=True)
+    for column in ("format %", "answer %", "lenient %", "cut %", "tokens"):
+        table.add_column(column, justify="right")
+    for name, rows in groups.items():
+        r = rates(rows)
+        cells = [interval(estimate(rows, key)) for key in ("format_ok", "answer_ok")]
+        table.add_row(name, *cells, percent(r.lenient), percent(r.truncated), f"{r.mean_length:.1f}")
+    Console().print(table)
+    passes = {name: pass_rates(rows) for name, rows in groups.items()}
+    ks = list(next(iter(passes.values())))
+    if len(ks) == 1:
+        return
+    table = Table(title=f"pass@k, from {ks[-1]} samples of each problem, %", title_justify="left")
+    table.add_column("", no_wrap=True)
+    for k in ks:
+        table.add_column(f"pass@{k}" if k > 1 else f"pass@1, avg@{ks[-1]}", justify="right")
+    for name, rate_at in passes.items():
+        table.add_row(name, *(percent(rate_at[k]) for k in ks))
+    Console().print(table)
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def interval(estimate: Estimate) -> str:
+    """`81.5 [76, 86]`, in per cent."""
+    return f"{percent(estimate.value)} [{100 * estimate.low:.0f}, {100 * estimate.high:.0f}]"
