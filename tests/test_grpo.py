@@ -198,6 +198,35 @@ def test_the_loss_of_a_batch_taken_in_parts_adds_up_to_the_whole(tmp_path):
     assert total == pytest.approx(expected.item(), abs=1e-6)
 
 
+def test_the_clip_range_may_be_asymmetric(tmp_path):
+    """DAPO's clip-higher, against eq. 6 written out token by token."""
+    low, high = 0.1, 0.5
+    trainer = trainer_of(tmp_path, epsilon=low, epsilon_high=high)
+    inputs, ids, mask = generated(trainer)
+    now, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, inputs["completion_ids"].shape[1])
+    completions = trainer.processing_class.batch_decode(inputs["completion_ids"], skip_special_tokens=True)
+    advantages = grpo_loop.advantages(torch.tensor(count_vowels(completions)).view(3, 4), eps=EPS)
+    questions, clipped = [], {"low": 0, "high": 0}
+    for q in range(3):
+        gains = []
+        for i in range(4):
+            a = advantages[q, i].item()
+            tokens = inputs["completion_mask"][4 * q + i].bool()
+            log_ratios = (now - inputs["old_per_token_logps"])[4 * q + i][tokens]
+            for ratio in log_ratios.exp().tolist():
+                gains.append(min(ratio * a, max(1 - low, min(ratio, 1 + high)) * a))
+                clipped["low"] += ratio < 1 - low and a < 0
+                clipped["high"] += ratio > 1 + high and a > 0
+        questions.append(sum(gains) / len(gains))
+    trainer._metrics["eval"].clear()
+    loss = trainer._compute_loss(trainer.model, inputs).item()
+    assert loss == pytest.approx(-sum(questions) / 3, abs=1e-6)
+    assert min(clipped.values()) > 0
+    total = inputs["completion_mask"].sum().item()
+    for side, count in clipped.items():
+        assert trainer._metrics["eval"][f"clip_ratio/{side}_mean"] == [pytest.approx(count / total)]
+
+
 def test_prob_scheme_gradients_are_those_of_the_mixed_probabilities(tmp_path):
     """The oracle mixes logits only; here the arithmetic mixture written out."""
     trainer = trainer_of(tmp_path, mixture("prob"))

@@ -1,7 +1,7 @@
 """The options of a training run, and what is refused of them before anything is sampled."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 from accelerate.utils import is_peft_model
 from datasets import Dataset
@@ -13,6 +13,7 @@ from logitmix.mixing import Scheme
 from logitmix.modeling import LogitMixForCausalLM
 
 GROUP_LOSS = "group"
+DynamicSampling = Literal["off", "filter", "refill"]
 
 
 @dataclass
@@ -28,6 +29,10 @@ class LogitMixGRPOConfig(GRPOConfig):
         loss_type: `"group"` is eq. 6; TRL's own loss types can be chosen instead.
         stop_strings: texts that end a rollout, beside EOS; they stay in it.
         rollout_batch_size: rollouts sampled at a time on a device, where the KV cache of all of them does not fit.
+        dynamic_sampling: what happens to questions whose rollouts all earn the same (DAPO, arXiv 2503.14476): `"off"`,
+            as in the paper, they count in eq. 6's mean over questions; `"filter"`, they leave it; `"refill"`, further
+            questions are sampled in their place.
+        max_refills: how often a step may sample further questions.
     """
 
     anchor: str | None = field(default=None, metadata={"help": "Folder or hub id of the frozen anchor."})
@@ -44,6 +49,13 @@ class LogitMixGRPOConfig(GRPOConfig):
     )
     rollout_batch_size: int | None = field(
         default=None, metadata={"help": "Rollouts sampled at a time on a device; default all of a generation step."}
+    )
+    dynamic_sampling: DynamicSampling = field(
+        default="off",
+        metadata={"help": "Questions without reward spread: 'off' keeps them, 'filter' drops, 'refill' replaces."},
+    )
+    max_refills: int = field(
+        default=3, metadata={"help": "How often a step may sample further questions, with 'refill'."}
     )
 
 
@@ -95,6 +107,7 @@ def refuse_unsuitable_options(args: LogitMixGRPOConfig, model: PreTrainedModel, 
             "mask_truncated_completions would mask every completion that a stop string ended, since TRL takes it for "
             "truncated; set it to False, or leave out stop_strings"
         )
+    refuse_unsuitable_sampling(args)
     if not isinstance(model, LogitMixForCausalLM):
         return
     for option, reason in {
@@ -116,8 +129,37 @@ def refuse_unsuitable_options(args: LogitMixGRPOConfig, model: PreTrainedModel, 
         )
 
 
+def refuse_unsuitable_sampling(args: LogitMixGRPOConfig) -> None:
+    if args.dynamic_sampling not in get_args(DynamicSampling):
+        raise ValueError(
+            f"dynamic_sampling is {args.dynamic_sampling!r}; it must be one of "
+            f"{', '.join(map(repr, get_args(DynamicSampling)))}"
+        )
+    if args.dynamic_sampling == "off":
+        return
+    if args.loss_type != GROUP_LOSS:
+        raise ValueError(
+            f"dynamic_sampling is {args.dynamic_sampling!r} with loss_type {args.loss_type!r}, which has no mean over "
+            "questions that one could leave; set loss_type='group', or dynamic_sampling='off'"
+        )
+    if args.dynamic_sampling == "refill":
+        if args.max_refills < 1:
+            raise ValueError(f"max_refills is {args.max_refills}; it must be at least 1, or dynamic_sampling 'filter'")
+        if args.scale_rewards == "batch" or args.multi_objective_aggregation != "sum_then_normalize":
+            raise ValueError(
+                "dynamic_sampling='refill' puts groups of several samplings together, whose advantages must not "
+                "depend on the rest of their batch; set scale_rewards to 'group' or 'none', and multi_objective_aggregation "
+                "to 'sum_then_normalize'"
+            )
+
+
 def require_questions(trainer: GRPOTrainer) -> None:
     """Raise `ValueError` where a generation step needs more questions than there are: no step would be taken."""
+    if trainer.args.dynamic_sampling == "refill" and not isinstance(trainer.train_dataset, Dataset):
+        raise ValueError(
+            f"dynamic_sampling='refill' draws questions from anywhere in the data set, which a "
+            f"{type(trainer.train_dataset).__name__} cannot give; use a Dataset, or 'filter'"
+        )
     needed = trainer.args.generation_batch_size // trainer.num_generations
     if isinstance(trainer.train_dataset, Dataset) and len(trainer.train_dataset) < needed:
         raise ValueError(

@@ -31,6 +31,7 @@ from logitmix.training.config import (
     require_prompts_fit,
     require_questions,
 )
+from logitmix.training.sampling import QuestionStream, has_spread, refill
 from logitmix.training.watched import WatchedGRPOTrainer
 
 CARD = """---
@@ -85,6 +86,8 @@ class LogitMixGRPOTrainer(WatchedGRPOTrainer):
         require_prompts_fit(self)
         if is_mixture:
             _score_mixture(model, self)
+        if args.dynamic_sampling == "refill":
+            self.refill_questions = QuestionStream(len(self.train_dataset), args.seed)
         if args.loss_type == GROUP_LOSS:
             # TRL's "dapo" divides by the tokens of the whole batch; with the advantages scaled as
             # `_generate_and_score_completions` does below, that is eq. 6's division by each question's tokens.
@@ -155,18 +158,30 @@ class LogitMixGRPOTrainer(WatchedGRPOTrainer):
         metrics["completions/max_terminated_length"][-1] = ended_N.max().item()
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        output = super()._generate_and_score_completions(inputs)
+        sample = super()._generate_and_score_completions
+        output = sample(inputs)
+        kept_Q = None
+        if self.model.training:
+            spread_Q = has_spread(self._rewards_NF, self.reward_weights, self.num_generations)
+            self._metrics["train"]["groups/without_spread"].append(1 - spread_Q.float().mean().item())
+            if self.args.dynamic_sampling == "refill":
+                output, spread_Q = refill(
+                    self, output, lambda: self._rewards_NF, sample, self.refill_questions, self.args.max_refills
+                )
+            if self.args.dynamic_sampling != "off":
+                kept_Q = spread_Q
+                self._metrics["train"]["groups/kept"].append(kept_Q.float().mean().item())
         if self.args.loss_type == GROUP_LOSS:
             num_generations = self.num_generations if self.model.training else self.num_generations_eval
             mask = output["completion_mask"] * output.get("tool_mask", 1)
             lengths = self.accelerator.gather(mask.sum(1))
-            factors = group_factors(lengths, num_generations)
+            factors = group_factors(lengths, num_generations, kept_Q)
             start = self.accelerator.process_index * len(mask)
             output["advantages"] = output["advantages"] * factors[start : start + len(mask)]
         return output
 
 
-def group_factors(lengths_N: Tensor, num_generations: int) -> Tensor:
+def group_factors(lengths_N: Tensor, num_generations: int, kept_Q: Tensor | None = None) -> Tensor:
     """Factors `[N]` on the advantages that turn a mean over all tokens into eq. 6's mean over questions.
 
     `lengths_N` are the completion lengths of N = Q·G rollouts, a question's G beside each other. A rollout of
@@ -174,10 +189,12 @@ def group_factors(lengths_N: Tensor, num_generations: int) -> Tensor:
 
         1/Σtokens · Σ_q Σ_{i∈q,t} min(ρA, clip(ρ)A) · factor_q  =  1/Q · Σ_q 1/tokens_q · Σ_{i∈q,t} min(ρA, clip(ρ)A)
 
-    A question without any token has nothing to weigh and gets 0.
+    A question without any token has nothing to weigh and gets 0. Where `kept_Q` is given, the mean is over the
+    questions kept: Q is their number, and the others get 0.
     """
     tokens_Q = lengths_N.view(-1, num_generations).sum(1).float()
-    factors_Q = tokens_Q.sum() / (len(tokens_Q) * tokens_Q.clamp(min=1)) * (tokens_Q > 0)
+    kept_Q = torch.ones_like(tokens_Q) if kept_Q is None else kept_Q.to(tokens_Q)
+    factors_Q = kept_Q * tokens_Q.sum() / (kept_Q.sum().clamp(min=1) * tokens_Q.clamp(min=1)) * (tokens_Q > 0)
     return factors_Q.repeat_interleave(num_generations)
 
 
