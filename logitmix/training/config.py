@@ -144,7 +144,7 @@ def refuse_unsuitable_sampling(args: LogitMixGRPOConfig) -> None:
         )
     if args.dynamic_sampling == "refill":
         if args.max_refills < 1:
-            raise ValueError(f"max_refills is {args.max_refills}; it must be at least 1, or dynamic_sampling 'filter'")
+            raise ValueError(f"max_refills is {args.max_refills}; it must be at least 1")
         if args.scale_rewards == "batch" or args.multi_objective_aggregation != "sum_then_normalize":
             raise ValueError(
                 "dynamic_sampling='refill' puts groups of several samplings together, whose advantages must not "
