@@ -12,7 +12,8 @@ VERBS = {
     "sft": ("logitmix.commands.sft", "make an anchor from a task's demonstrations"),
     "train": ("logitmix.commands.train", "GRPO of the mixture of a policy and a frozen anchor"),
     "check-task": ("logitmix.commands.check_task", "a task's splits, and whether its golds accept themselves"),
-    "eval": ("logitmix.commands.evaluate", "greedy accuracy of policy, anchor and mixture on the same problems"),
+    "eval": ("logitmix.commands.evaluate", "accuracy of policy, anchor and mixture on the same problems"),
+    "complement": ("logitmix.commands.complement", "what two policies get right, together and alone"),
 }
 
 USAGE = "usage: logitmix VERB [flags]      (logitmix VERB --help for its flags)\n\n" + "".join(

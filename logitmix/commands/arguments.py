@@ -59,11 +59,10 @@ class TaskArguments(DataArguments):
     eval_limit: int = field(default=200, metadata={"help": "Evaluate on the first so many test problems."})
 
 
-@dataclass
-class ModelArguments:
-    """Which checkpoint, and how it is loaded."""
+@dataclass(kw_only=True)
+class LoadingArguments:
+    """How a checkpoint is loaded."""
 
-    model_name_or_path: str = field(metadata={"help": "Folder or hub id of the model (of the policy, in training)."})
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = field(
         default="float32", metadata={"help": "Dtype of the weights; auto is the checkpoint's own."}
     )
@@ -73,6 +72,13 @@ class ModelArguments:
     def init_kwargs(self) -> dict[str, Any]:
         """Arguments for `from_pretrained`."""
         return {"dtype": self.dtype, "attn_implementation": self.attn_implementation}
+
+
+@dataclass(kw_only=True)
+class ModelArguments(LoadingArguments):
+    """Which checkpoint, and how it is loaded."""
+
+    model_name_or_path: str = field(metadata={"help": "Folder or hub id of the model (of the policy, in training)."})
 
 
 class _Parser(TrlParser):

@@ -6,6 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from logitmix.evaluation.complement import Complement
 from logitmix.evaluation.metrics import Rates, estimate, pass_rates, rates
 from logitmix.evaluation.statistics import Estimate
 
@@ -61,6 +62,52 @@ def print_evaluation(title: str, responses: Sequence[Mapping[str, Any]]) -> None
     for name, rate_at in passes.items():
         table.add_row(name, *(percent(rate_at[k]) for k in ks))
     Console().print(table)
+
+
+def print_complement(c: Complement, name_a: str, name_b: str) -> None:
+    """Tables 1 to 3: rates and their differences, who has what right, and whether the difference is beyond noise."""
+    table = Table(title=f"A and B on the same {c.n} problems", title_justify="left")
+    table.add_column("", no_wrap=True)
+    for column in ("format %", "answer %", "lenient %"):
+        table.add_column(column, justify="right")
+    columns = (c.format, c.answer, c.lenient)
+    table.add_row("A", *(interval(column.a) for column in columns))
+    table.add_row("B", *(interval(column.b) for column in columns))
+    table.add_row("B - A", *(interval(column.b_minus_a) for column in columns))
+    table.add_row("p, McNemar's exact", *(p_value(column.p_value) for column in columns))
+    console = Console()
+    console.print(table)
+    table = Table(title="Problems by who has them right, in the format", title_justify="left")
+    for column in ("", "B right", "B wrong"):
+        table.add_column(column, justify="right")
+    table.add_row("A right", str(c.both), str(c.only_a))
+    table.add_row("A wrong", str(c.only_b), str(c.neither))
+    console.print(table)
+    for name, source in (("A", name_a), ("B", name_b)):
+        console.print(f"{name}: {source}", soft_wrap=True, markup=False, highlight=False)
+    for line in complement_notes(c):
+        console.print(line, soft_wrap=True, highlight=False)
+
+
+def complement_notes(c: Complement) -> list[str]:
+    """What the tables say in words, computed."""
+    gap, p = 100 * c.answer.b_minus_a.value, c.answer.p_value
+    verdict = "beyond noise" if p < 0.05 else "within noise"
+    smallest = (
+        f"differences below {100 * c.noise:.1f} points are within noise"
+        if c.noise <= 1
+        else "they disagree too rarely for any difference to be beyond noise"
+    )
+    return [
+        f"One alone is right on {c.only_a + c.only_b} problems, {interval(c.disagreement)} %; at least one of the two "
+        f"on {interval(c.either)} %.",
+        f"The answer rates differ by {gap:+.1f} points (B - A), {verdict}: with {c.n} problems and this disagreement, "
+        f"{smallest} (95 %).",
+    ]
+
+
+def p_value(p: float) -> str:
+    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
 
 
 def percent(share: float) -> str:

@@ -1,0 +1,127 @@
+"""How two policies complement each other on the same problems: tables 1 to 3 of arXiv 2605.20555. Pure functions."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from logitmix.evaluation.statistics import (
+    CONFIDENCE,
+    Estimate,
+    difference_from_noise,
+    mcnemar_exact,
+    paired_bootstrap,
+    wilson_interval,
+)
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The rates of policies a and b on the same problems, and b - a with its interval and McNemar's exact p-value."""
+
+    a: Estimate
+    b: Estimate
+    b_minus_a: Estimate
+    p_value: float
+
+
+@dataclass(frozen=True)
+class Complement:
+    """Tables 1 to 3 for policies a and b on n problems.
+
+    `answer` is right in the format, `lenient` right wherever it stands. `both`, `only_a`, `only_b` and `neither` count
+    problems by who has them answer-correct. `disagreement` is the share that exactly one has, `either` that at least
+    one has: what a perfect choice between the two would reach. `noise` is the smallest difference of the answer rates
+    that McNemar's exact test tells from 0 with so many problems and so much disagreement.
+    """
+
+    n: int
+    format: Difference
+    answer: Difference
+    lenient: Difference
+    both: int
+    only_a: int
+    only_b: int
+    neither: int
+    disagreement: Estimate
+    either: Estimate
+    noise: float
+
+
+def complement(a: Rows, b: Rows, name_a: str = "a", name_b: str = "b") -> Complement:
+    """Compare the responses of two policies to the same problems, one a problem.
+
+    Raises `ValueError` for other problems in a than in b, several samples of one, and too few problems to tell any
+    difference from noise.
+    """
+    pairs = paired(a, b, name_a, name_b)
+    n = len(pairs)
+    if mcnemar_exact(n, 0) > 1 - CONFIDENCE:
+        raise ValueError(
+            f"with {n} problems no difference can be told from noise, not even {n} to 0 (McNemar's exact test: "
+            f"p = {mcnemar_exact(n, 0):.2g}); raise eval_limit, the paper has 200"
+        )
+    formats, answers, lenient = (
+        [(bool(x[key]), bool(y[key])) for x, y in pairs] for key in ("format_ok", "answer_ok", "lenient_ok")
+    )
+    both, only_a, only_b = (answers.count(pair) for pair in ((True, True), (True, False), (False, True)))
+    return Complement(
+        n=n,
+        format=_difference(formats),
+        answer=_difference(answers),
+        lenient=_difference(lenient),
+        both=both,
+        only_a=only_a,
+        only_b=only_b,
+        neither=n - both - only_a - only_b,
+        disagreement=_rate(only_a + only_b, n),
+        either=_rate(both + only_a + only_b, n),
+        noise=difference_from_noise(n, (only_a + only_b) / n),
+    )
+
+
+def paired(a: Rows, b: Rows, name_a: str, name_b: str) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """The rows of both, problem by problem. Raises `ValueError` where they are not about the same problems."""
+    by_problem = []
+    for name, rows in ((name_a, a), (name_b, b)):
+        problems = {row["problem"]: row for row in rows}
+        if len(problems) < len(rows):
+            raise ValueError(
+                f"{name} holds several samples of one problem; a paired comparison needs one response each, so "
+                "evaluate greedily"
+            )
+        by_problem.append(problems)
+    first, second = by_problem
+    if first.keys() != second.keys():
+        raise ValueError(
+            f"different problem sets: {name_a} holds {_described(first)}, {name_b} {_described(second)}; evaluate "
+            "both with the same --eval_limit, to the end"
+        )
+    for i in first:
+        for key in ("prompt", "gold"):
+            if first[i][key] != second[i][key]:
+                raise ValueError(
+                    f"different problem sets: the {key} of problem {i} is {first[i][key][:80]!r} in {name_a} and "
+                    f"{second[i][key][:80]!r} in {name_b}; evaluate both with the same --task, --data, --split_seed "
+                    "and --template"
+                )
+    return [(first[i], second[i]) for i in first]
+
+
+def _described(problems: Mapping[int, Any]) -> str:
+    return f"{len(problems)} problems ({min(problems)} to {max(problems)})" if problems else "none"
+
+
+def _difference(pairs: Sequence[tuple[bool, bool]]) -> Difference:
+    a, b = ([float(pair[i]) for pair in pairs] for i in (0, 1))
+    return Difference(
+        a=_rate(int(sum(a)), len(a)),
+        b=_rate(int(sum(b)), len(b)),
+        b_minus_a=paired_bootstrap(b, a),
+        p_value=mcnemar_exact(pairs.count((True, False)), pairs.count((False, True))),
+    )
+
+
+def _rate(successes: int, n: int) -> Estimate:
+    return Estimate(successes / n, *wilson_interval(successes, n))
