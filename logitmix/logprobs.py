@@ -31,7 +31,11 @@ class Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits `[..., V]` of hidden states `[..., D]`, in their dtype: the reference for the fused loss head."""
-        z = torch.nn.functional.linear(hidden, self.weight, self.bias) * self.scale
+        return self.of_raw(torch.nn.functional.linear(hidden, self.weight, self.bias))
+
+    def of_raw(self, z: Tensor) -> Tensor:
+        """Logits from the products `h @ weight.T + bias`."""
+        z = z if self.scale == 1.0 else z * self.scale
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
 
