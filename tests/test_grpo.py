@@ -364,7 +364,9 @@ def test_a_model_without_an_anchor_trains_as_trl_does(tmp_path):
     ("options", "message"),
     [
         ({"beta": 0.1}, "no KL term"),
-        ({"beta": 0.1, "loss_type": "grpo"}, "beta=0.1 cannot be used with a mixture"),
+        ({"beta": 0.1, "loss_type": "grpo"}, "does not say which anchor its KL is to: kl_to='anchor' is the"),
+        ({"kl_to": "anchor"}, "beta is 0 and there is no KL"),
+        ({"beta": 0.1, "loss_type": "grpo", "kl_to": "start"}, "kl_to is 'start'; it must be 'anchor'"),
         ({"cast_lm_head_to_fp32": True}, "cast_lm_head_to_fp32"),
         ({"use_transformers_continuous_batching": True}, "continuous_batching"),
         ({"stop_strings": ["e"], "mask_truncated_completions": True}, "mask_truncated_completions"),
@@ -375,6 +377,45 @@ def test_a_model_without_an_anchor_trains_as_trl_does(tmp_path):
 def test_options_that_would_not_train_the_mixture_are_refused(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         trainer_of(tmp_path, **options)
+
+
+def test_kl_to_the_anchor_is_that_of_the_anchor_alone(tmp_path):
+    """`loss(beta) - loss(0)` is beta times the mean of TRL's estimate `e^d - d - 1`, d = log anchor - log mixture."""
+    temperature, beta = 0.7, 0.3
+    options = {"loss_type": "grpo", "temperature": temperature, "use_bias_correction_kl": False}
+    trainer = trainer_of(tmp_path, beta=beta, kl_to="anchor", **options)
+    assert (trainer.beta, trainer.args.beta) == (beta, beta)
+    inputs, ids, mask = generated(trainer)
+    length = inputs["completion_ids"].shape[1]
+    position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        logits = trainer.model.anchor_0(ids, attention_mask=mask, position_ids=position_ids).logits
+    anchor = (
+        (logits[:, -length - 1 : -1] / temperature)
+        .log_softmax(-1)
+        .gather(-1, inputs["completion_ids"][..., None])[..., 0]
+    )
+    tokens = inputs["completion_mask"].bool()
+    torch.testing.assert_close(inputs["ref_per_token_logps"][tokens], anchor[tokens], atol=1e-5, rtol=1e-5)
+
+    now, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, length)
+    d = anchor - now
+    estimate = ((d.exp() - d - 1) * tokens).sum(1) / tokens.sum(1)
+    with_kl = trainer._compute_loss(trainer.model, inputs)
+    trainer.beta = 0.0
+    without = trainer._compute_loss(trainer.model, inputs)
+    assert (with_kl - without).item() == pytest.approx(beta * estimate.mean().item(), rel=1e-4)
+
+
+def test_a_run_with_kl_to_the_anchor_logs_the_kl(tmp_path):
+    trainer = trainer_of(tmp_path, beta=0.1, kl_to="anchor", loss_type="grpo")
+    trainer.train()
+    assert trainer.state.log_history[0]["kl"] > 0
+
+
+def test_kl_to_an_anchor_needs_one(tmp_path):
+    with pytest.raises(ValueError, match="the model has no anchors"):
+        trainer_of(tmp_path, tiny_member(), beta=0.1, kl_to="anchor", loss_type="grpo")
 
 
 def test_gradient_checkpointing_gives_the_same_step(tmp_path):

@@ -33,6 +33,8 @@ class LogitMixGRPOConfig(GRPOConfig):
             as in the paper, they count in eq. 6's mean over questions; `"filter"`, they leave it; `"refill"`, further
             questions are sampled in their place.
         max_refills: how often a step may sample further questions.
+        kl_to: `"anchor"` says that the KL of `beta > 0` is to the frozen anchor, `beta · KL(mixture ‖ anchor)`; with a
+            mixture it has to be said, since TRL's own reference is another model.
     """
 
     anchor: str | None = field(default=None, metadata={"help": "Folder or hub id of the frozen anchor."})
@@ -56,6 +58,9 @@ class LogitMixGRPOConfig(GRPOConfig):
     )
     max_refills: int = field(
         default=3, metadata={"help": "How often a step may sample further questions, with 'refill'."}
+    )
+    kl_to: Literal["anchor"] | None = field(
+        default=None, metadata={"help": "'anchor': with a mixture, the model that the KL of --beta is to."}
     )
 
 
@@ -108,10 +113,10 @@ def refuse_unsuitable_options(args: LogitMixGRPOConfig, model: PreTrainedModel, 
             "truncated; set it to False, or leave out stop_strings"
         )
     refuse_unsuitable_sampling(args)
+    refuse_unclear_kl(args, model)
     if not isinstance(model, LogitMixForCausalLM):
         return
     for option, reason in {
-        "beta": "the KL term would be to a copy of the mixture; the anchor already holds the policy",
         "use_liger_kernel": "its fused loss reads one model's hidden states",
         "cast_lm_head_to_fp32": "a mixture has no single head; its logits are mixed in float32 anyway",
         "use_vllm": "rollouts of a mixture through vLLM are not built yet",
@@ -126,6 +131,25 @@ def refuse_unsuitable_options(args: LogitMixGRPOConfig, model: PreTrainedModel, 
         raise ValueError(
             f"the policy's weight in the mixture is {model.config.weights[0]}; the gradient has it as a factor, so "
             "training needs it above 0"
+        )
+
+
+def refuse_unclear_kl(args: LogitMixGRPOConfig, model: PreTrainedModel) -> None:
+    is_mixture = isinstance(model, LogitMixForCausalLM)
+    if args.kl_to not in (None, "anchor"):
+        raise ValueError(f"kl_to is {args.kl_to!r}; it must be 'anchor', or left out")
+    if args.kl_to is not None and args.beta == 0:
+        raise ValueError(f"kl_to is {args.kl_to!r}, but beta is 0 and there is no KL; set beta, or leave out kl_to")
+    if args.kl_to is not None and not (is_mixture and len(model.anchors) == 1):
+        raise ValueError(
+            f"kl_to is {args.kl_to!r}, and the model has {len(model.anchors) if is_mixture else 'no'} anchors; it "
+            "takes a mixture with one. Without an anchor the KL of beta is to a copy of the model at the start"
+        )
+    if is_mixture and args.beta != 0 and args.kl_to is None:
+        raise ValueError(
+            f"beta={args.beta} with a mixture does not say which anchor its KL is to: kl_to='anchor' is the frozen "
+            "anchor; TRL's own reference, a copy of the model at the start, would be the mixture as it was then, and "
+            "is not kept. Set kl_to='anchor', or beta=0 as in the paper, where the anchor already holds the policy"
         )
 
 
@@ -148,8 +172,8 @@ def refuse_unsuitable_sampling(args: LogitMixGRPOConfig) -> None:
         if args.scale_rewards == "batch" or args.multi_objective_aggregation != "sum_then_normalize":
             raise ValueError(
                 "dynamic_sampling='refill' puts groups of several samplings together, whose advantages must not "
-                "depend on the rest of their batch; set scale_rewards to 'group' or 'none', and multi_objective_aggregation "
-                "to 'sum_then_normalize'"
+                "depend on the rest of their batch; set scale_rewards to 'group' or 'none', and "
+                "multi_objective_aggregation to 'sum_then_normalize'"
             )
 
 

@@ -81,7 +81,13 @@ class LogitMixGRPOTrainer(WatchedGRPOTrainer):
             )
         elif is_mixture and model.tokenizer is not None:
             require_same_tokenizer([kwargs["processing_class"], model.tokenizer])
+        beta = args.beta
+        if is_mixture:
+            args.beta = 0.0  # else TRL would load a reference model; the anchor is there already
         super().__init__(model, reward_funcs, args, **kwargs)
+        if is_mixture and beta != 0:
+            args.beta = self.beta = beta
+            self.ref_model = self._score_anchor
         require_questions(self)
         require_prompts_fit(self)
         if is_mixture:
@@ -96,6 +102,11 @@ class LogitMixGRPOTrainer(WatchedGRPOTrainer):
         self.eos_token_ids = end_of_sequence_ids(self.model, self._tokenizer)
         if not self.use_vllm:
             self.generation_kwargs["eos_token_id"] = self.eos_token_ids
+
+    def _score_anchor(self, **inputs: Any) -> FusedCausalLMOutput:
+        """The anchor's log-probabilities, for `kl_to="anchor"`: the mixture's, at weight 1 of the anchor."""
+        scores: FusedCausalLMOutput = self.model(**inputs, weights=[0.0, 1.0])
+        return scores
 
     def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> tuple[list[list[int]], None]:
         """Rollouts from the mixture, under the trainer's sampling settings and no checkpoint's."""
