@@ -1,6 +1,7 @@
 """The command line: what it makes, and how it answers wrong input."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from logitmix.cli import main
 from logitmix.commands.quickstart import character_tokenizer, tiny_model
+from logitmix.commands.train import hold_out
 from logitmix.modeling import LogitMixForCausalLM
 from logitmix.tasks import Arithmetic
 
@@ -251,6 +253,32 @@ def test_the_model_card_says_how_to_load_the_mixture(run_of_two_steps):
     card = (folder / "README.md").read_text()
     assert "None" not in card
     assert "LogitMixForCausalLM.from_pretrained" in card
+
+
+@pytest.mark.parametrize("source", ["held_out", "train"])
+def test_an_adaptive_alpha_from_the_command_line(train, tmp_path, source):
+    flags = ["--alpha_controller", "adaptive", "--validation_size", "6", "--adaptive_offset", "1"]
+    assert main([*train, *flags, "--validation_source", source, "--max_steps", "2"]) == 0
+    logs = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    rows = [log for log in logs if "validation/s3" in log]
+    assert [row["alpha"] for row in rows] == [0.5, pytest.approx(1 / (1 + math.exp(-rows[0]["validation/s3"])))]
+    assert all(row["time/validation"] > 0 for row in rows)
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config["weights"][1] == pytest.approx(1 / (1 + math.exp(-rows[1]["validation/s3"])))
+
+
+def test_held_out_problems_come_after_the_training_problems():
+    task = Arithmetic()
+    problems, validation = hold_out(task, 10, 4)
+    assert problems == task.problems("train", 10)
+    assert problems + validation == task.problems("train", 14)
+    everything = task.problems("train")
+    problems, validation = hold_out(task, None, 4)
+    assert problems == everything[:-4]
+    assert validation == everything[-4:]
+    assert hold_out(task, None, 0) == (everything, [])
+    with pytest.raises(ValueError, match=f"validation_size is {len(everything)}, but arithmetic has"):
+        hold_out(task, None, len(everything))
 
 
 @pytest.mark.slow

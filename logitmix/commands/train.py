@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from accelerate.utils import gather_object
 
@@ -15,6 +15,7 @@ from logitmix.evaluation.metrics import rates_by
 from logitmix.generation import require_chat_template
 from logitmix.members import require_tokenizer
 from logitmix.tasks import Problem, Task
+from logitmix.training.alpha import VALIDATING
 from logitmix.training.config import LogitMixGRPOConfig
 from logitmix.training.grpo import LogitMixGRPOTrainer
 from logitmix.training.rewards import TaskReward, grpo_dataset
@@ -22,10 +23,17 @@ from logitmix.training.rewards import TaskReward, grpo_dataset
 
 @dataclass
 class EvaluationArguments:
-    """Greedy evaluation on test problems while training runs."""
+    """Greedy evaluation on test problems while training runs, and validation for the weight."""
 
     eval_every: int | None = field(
         default=None, metadata={"help": "Optimizer steps between greedy evaluations on test problems."}
+    )
+    validation_source: Literal["held_out", "train"] = field(
+        default="held_out",
+        metadata={
+            "help": "Where an alpha_controller that validates takes its questions: the last of the train split, which "
+            "are not trained on; or fresh training questions at each step, not trained on in that pass."
+        },
     )
 
 
@@ -45,8 +53,10 @@ def main(argv: Sequence[str]) -> None:
     args.disable_tqdm = True
     if args.stop_strings is None and task.template.stop:
         args.stop_strings = list(task.template.stop)
-    problems = task.problems("train", task_args.train_limit)
-    trainer = build_trainer(task, problems, model_args.model_name_or_path, args)
+    held_out = eval_args.validation_source == "held_out" and args.alpha_controller in VALIDATING
+    size = args.validation_size if held_out else 0
+    problems, validation_problems = hold_out(task, task_args.train_limit, size)
+    trainer = build_trainer(task, problems, model_args.model_name_or_path, args, validation_problems)
     callbacks = []
     if eval_args.eval_every:
         evaluate = evaluation(trainer, task, task.problems("test", task_args.eval_limit), Path(args.output_dir))
@@ -55,8 +65,26 @@ def main(argv: Sequence[str]) -> None:
     console.print(f"The {'mixture' if 'mixture' in members_of(trainer.model) else 'model'} is in {args.output_dir}.")
 
 
+def hold_out(task: Task, limit: int | None, size: int) -> tuple[list[Problem], list[Problem]]:
+    """The first `limit` training problems (None: all but the others), and `size` that come after them.
+
+    Raises `ValueError` where the train split has no more than `size`.
+    """
+    problems = task.problems("train", None if limit is None else limit + size)
+    if len(problems) <= size:
+        raise ValueError(
+            f"validation_size is {size}, but {task.name} has {len(problems)} training problems, so that none would be "
+            "left to train on; lower validation_size"
+        )
+    return problems[: len(problems) - size], problems[len(problems) - size :]
+
+
 def build_trainer(
-    task: Task, problems: Sequence[Problem], model_name_or_path: str, args: LogitMixGRPOConfig
+    task: Task,
+    problems: Sequence[Problem],
+    model_name_or_path: str,
+    args: LogitMixGRPOConfig,
+    validation_problems: Sequence[Problem] = (),
 ) -> LogitMixGRPOTrainer:
     """The trainer of one arm on a task's problems, rewarded as the paper does."""
     tokenizer = require_tokenizer(model_name_or_path, padding_side="left", truncation_side="left")
@@ -67,6 +95,7 @@ def build_trainer(
         reward_funcs=TaskReward(task),
         args=args,
         train_dataset=grpo_dataset(task, problems),
+        validation_dataset=grpo_dataset(task, validation_problems) if validation_problems else None,
         processing_class=tokenizer,
     )
 

@@ -11,6 +11,7 @@ from trl import GRPOConfig, GRPOTrainer
 from logitmix.members import load_member
 from logitmix.mixing import Scheme
 from logitmix.modeling import LogitMixForCausalLM
+from logitmix.training.alpha import Controller
 
 GROUP_LOSS = "group"
 DynamicSampling = Literal["off", "filter", "refill"]
@@ -26,6 +27,14 @@ class LogitMixGRPOConfig(GRPOConfig):
         alpha: weight of the anchor, 0 <= alpha < 1; 0 is the policy alone. Default 0.5, or the mixture's own where
             the model is one.
         scheme: `"logit"` (the default) or `"prob"`; a mixture has its own.
+        alpha_controller: how alpha goes on from `alpha`, generation by generation: `"fixed"` (Algorithm 1),
+            `"adaptive"` (Algorithm 2, eq. 9), `"validation_weighted"` (the authors' later variant), `"linear"` or
+            `"cosine"` to `alpha_end`, or `"piecewise"` through `alpha_points`.
+        alpha_end: alpha at the end of the run.
+        alpha_points: `STEP:ALPHA`, optimizer steps; alpha goes on straight lines from `alpha` at step 0.
+        validation_size: questions that `"adaptive"` and `"validation_weighted"` ask after each generation.
+        adaptive_offset: c_o of eq. 9, in questions: the net gain at which alpha is 0.5.
+        adaptive_scale: c_d of eq. 9, in questions: the larger, the less alpha follows the gain.
         loss_type: `"group"` is eq. 6; TRL's own loss types can be chosen instead.
         stop_strings: texts that end a rollout, beside EOS; they stay in it.
         rollout_batch_size: rollouts sampled at a time on a device, where the KV cache of all of them does not fit.
@@ -42,6 +51,22 @@ class LogitMixGRPOConfig(GRPOConfig):
         default=None, metadata={"help": "Weight of the anchor, default 0.5; 0 is the policy alone."}
     )
     scheme: Scheme | None = field(default=None, metadata={"help": "How the members mix, default logit."})
+    alpha_controller: Controller = field(default="fixed", metadata={"help": "How alpha goes on over the run."})
+    alpha_end: float | None = field(
+        default=None, metadata={"help": "alpha at the end of the run, for the controllers linear and cosine."}
+    )
+    alpha_points: list[str] | None = field(
+        default=None, metadata={"help": "STEP:ALPHA ..., for the controller piecewise; lines from --alpha at step 0."}
+    )
+    validation_size: int = field(
+        default=100, metadata={"help": "Validation questions of the controllers adaptive and validation_weighted."}
+    )
+    adaptive_offset: float = field(
+        default=25.0, metadata={"help": "c_o of eq. 9, in questions: the net gain at which alpha is 0.5."}
+    )
+    adaptive_scale: float = field(
+        default=35.0, metadata={"help": "c_d of eq. 9, in questions: the larger, the less alpha follows the gain."}
+    )
     loss_type: str = field(
         default=GROUP_LOSS,
         metadata={"help": "'group' normalises by the tokens of a question's rollouts (eq. 6); or one of TRL's."},
@@ -193,17 +218,17 @@ def require_questions(trainer: GRPOTrainer) -> None:
         )
 
 
-def require_prompts_fit(trainer: GRPOTrainer) -> None:
+def require_prompts_fit(trainer: GRPOTrainer, dataset: Any, name: str = "prompt") -> None:
     """Raise `ValueError` before the first step where a prompt and its completion exceed the context."""
     context = getattr(trainer.model.config.get_text_config(), "max_position_embeddings", None)
-    if context is None or not isinstance(trainer.train_dataset, Dataset):
+    if context is None or not isinstance(dataset, Dataset):
         return
-    for start in range(0, len(trainer.train_dataset), 1000):
-        prompts = trainer.train_dataset[start : start + 1000]["prompt"]
+    for start in range(0, len(dataset), 1000):
+        prompts = dataset[start : start + 1000]["prompt"]
         for offset, ids in enumerate(trainer._tokenize_prompts(prompts)[0]):
             if len(ids) + trainer.max_completion_length > context:
                 raise ValueError(
-                    f"prompt {start + offset} has {len(ids)} tokens; with max_completion_length "
+                    f"{name} {start + offset} has {len(ids)} tokens; with max_completion_length "
                     f"{trainer.max_completion_length} that exceeds the members' context of {context}. "
                     "Shorten or drop the prompt, or lower max_completion_length"
                 )

@@ -11,11 +11,14 @@ All else (advantages, buffering, logging, several processes) is TRL's. A model w
 """
 
 import types
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
+from torch.utils.data import Sampler
 from transformers import PreTrainedModel
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import FusedCausalLMOutput
@@ -32,7 +35,9 @@ from logitmix.training.config import (
     require_questions,
 )
 from logitmix.training.sampling import QuestionStream, has_spread, refill
+from logitmix.training.validation import FreshQuestions, validation_questions
 from logitmix.training.watched import WatchedGRPOTrainer
+from logitmix.training.weight_control import AlphaControl, refuse_unsuitable_control
 
 CARD = """---
 library_name: transformers
@@ -55,6 +60,8 @@ class LogitMixGRPOTrainer(WatchedGRPOTrainer):
     """TRL's `GRPOTrainer` for a mixture: same arguments, same dataset, same reward functions.
 
     `model` is the policy (a model, a folder or a hub id) with `args.anchor` set, or a `LogitMixForCausalLM`.
+    `validation_dataset` are held-out questions for an `args.alpha_controller` that validates, with the columns of
+    `train_dataset`; without it these are training questions, which are left out of training in their pass.
 
     Raises `ValueError` for options under which TRL would score or sample something else than the mixture.
     """
@@ -66,6 +73,7 @@ class LogitMixGRPOTrainer(WatchedGRPOTrainer):
         model: PreTrainedModel | str,
         reward_funcs: Any = None,
         args: LogitMixGRPOConfig | None = None,
+        validation_dataset: Dataset | None = None,
         **kwargs: Any,
     ) -> None:
         args = LogitMixGRPOConfig() if args is None else args
@@ -74,6 +82,7 @@ class LogitMixGRPOTrainer(WatchedGRPOTrainer):
         model = build_model(model, args)
         is_mixture = isinstance(model, LogitMixForCausalLM)
         refuse_unsuitable_options(args, model, kwargs)
+        refuse_unsuitable_control(args, model, validation_dataset, kwargs)
         if kwargs.get("processing_class") is None:
             source = model.policy if is_mixture else model
             kwargs["processing_class"] = (model.tokenizer if is_mixture else None) or require_tokenizer(
@@ -89,11 +98,15 @@ class LogitMixGRPOTrainer(WatchedGRPOTrainer):
             args.beta = self.beta = beta
             self.ref_model = self._score_anchor
         require_questions(self)
-        require_prompts_fit(self)
+        require_prompts_fit(self, self.train_dataset)
+        require_prompts_fit(self, validation_dataset, "validation prompt")
+        self.validation_questions = validation_questions(self, validation_dataset)
         if is_mixture:
             _score_mixture(model, self)
         if args.dynamic_sampling == "refill":
             self.refill_questions = QuestionStream(len(self.train_dataset), args.seed)
+        if args.alpha_controller != "fixed":
+            self.add_callback(AlphaControl(self, self.validation_questions))
         if args.loss_type == GROUP_LOSS:
             # TRL's "dapo" divides by the tokens of the whole batch; with the advantages scaled as
             # `_generate_and_score_completions` does below, that is eq. 6's division by each question's tokens.
@@ -112,6 +125,13 @@ class LogitMixGRPOTrainer(WatchedGRPOTrainer):
         """Rollouts from the mixture, under the trainer's sampling settings and no checkpoint's."""
         if self.use_vllm or self.use_transformers_continuous_batching:
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        return self.decode(prompt_ids, self.generation_kwargs), None
+
+    def decode(
+        self, prompt_ids: Sequence[Sequence[int]], settings: dict[str, Any], alphas: Sequence[float] | None = None
+    ) -> list[list[int]]:
+        """Completions of the model in training, `rollout_batch_size` at a time; `alphas` are one a prompt."""
+        completion_ids = []
         with (
             unwrap_model_for_generation(
                 self.model_wrapped,
@@ -122,15 +142,18 @@ class LogitMixGRPOTrainer(WatchedGRPOTrainer):
             self._dist.summon_full_params(self.model_wrapped, recurse=False),
         ):
             size = self.args.rollout_batch_size or len(prompt_ids)
-            batches = [prompt_ids[start : start + size] for start in range(0, len(prompt_ids), size)]
-            completion_ids = [
-                ids
-                for batch in batches
-                for ids in generate_completions(
-                    model, self._tokenizer, batch, self.generation_kwargs, self.stop_strings
+            for start in range(0, len(prompt_ids), size):
+                batch = prompt_ids[start : start + size]
+                alpha = {} if alphas is None else {"alpha": alphas[start : start + size]}
+                completion_ids += generate_completions(
+                    model, self._tokenizer, batch, settings, self.stop_strings, **alpha
                 )
-            ]
-        return completion_ids, None
+        return completion_ids
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
+        if isinstance(self.validation_questions, FreshQuestions):
+            return self.validation_questions
+        return super()._get_train_sampler(dataset)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The mixture's own card; TRL's names the one base model that a mixture does not have."""

@@ -67,6 +67,8 @@ class WatchedGRPOTrainer(GRPOTrainer):
             seconds["update"] = seconds["step"] - seconds["inputs"] + seconds["optimizer"]
             for phase in ("rollouts", "rewards", "scoring", "update"):
                 metrics[f"time/{phase}"] = [seconds[phase] / steps]
+            if "validation" in seconds:
+                metrics["time/validation"] = [seconds["validation"] / steps]
             for phase, tokens in self._tokens.items():
                 if tokens:
                     metrics[f"tokens_per_second/{phase}"] = [tokens / seconds[phase]]
