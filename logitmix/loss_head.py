@@ -16,7 +16,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from logitmix.head_passes import Coefficients, Job, run_passes
+from logitmix.diagnostics import MixtureDiagnostics
+from logitmix.head_general import run_general
+from logitmix.head_job import Coefficients, Gradients, Job
+from logitmix.head_linear import run_linear
 from logitmix.logprobs import Head
 from logitmix.mixing import Scheme, Weights, check_weights
 
@@ -33,6 +36,8 @@ def fused_log_probs(
     temperature: float = 1.0,
     vocab_size: int | None = None,
     coefficients: Coefficients | None = None,
+    diagnostics: list[MixtureDiagnostics] | None = None,
+    check: bool = True,
     chunk: int | None = None,
     tile: int | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -55,6 +60,9 @@ def fused_log_probs(
         vocab_size: rows of the heads that take part, where some have rows of padding; default the smallest head's.
         coefficients: the loss's derivative by each log-prob, where it is known beforehand. Used only if the loss does
             have it in the end: a wrong one costs time, not correctness.
+        diagnostics: a list, to which the mixture's diagnostics are appended, chunk by chunk. Needs weights that are
+            all other than 0.
+        check: look at the values of targets and hidden states first, for which a device is waited for.
         chunk: tokens of a chunk; by default as many as fit a fixed budget of memory.
         tile: vocabulary rows of one matrix product.
 
@@ -69,12 +77,21 @@ def fused_log_probs(
         raise ValueError(f"temperature is {temperature}; it must be above 0")
     active = (weights.view(-1, len(hidden)) != 0).any(0).nonzero().flatten().tolist()
     active = active or [0]  # all weights 0: the uniform distribution
-    _require_fitting(hidden, heads, active, targets_N, vocab_size)
+    _require_fitting(hidden, heads, targets_N)
+    if check:
+        _require_valid(hidden, active, targets_N, vocab_size)
+    if diagnostics is not None and not weights.all():
+        raise ValueError(
+            f"weights are {weights.tolist()}; a member of weight 0 does not take part, so is not compared"
+        )
     if len(targets_N) == 0:  # a graph without values, so that a batch without tokens can be trained on
         nothing = torch.stack([h.sum(-1, dtype=torch.float32) for h in hidden]).sum(0)
         return nothing, nothing.detach()
     heads = [heads[k] for k in active]
-    job = Job(heads, weights[..., active], targets_N, scheme, temperature, vocab_size, coefficients, chunk, tile)
+    job = Job(
+        heads, weights[..., active], targets_N, scheme, temperature, vocab_size, coefficients, chunk, tile,
+        diagnostics, _half_dtype(hidden[active[0]]),
+    )  # fmt: skip
     tensors = [*(hidden[k] for k in active), *(head.weight for head in heads), *(head.bias for head in heads)]
     if not torch.is_grad_enabled():  # which the function below could not see
         tensors = [tensor if tensor is None else tensor.detach() for tensor in tensors]
@@ -118,7 +135,7 @@ class _FusedLogProbs(torch.autograd.Function):
         ctx.is_taken = not of_heads or job.coefficients is not None
         now = wants if ctx.is_taken else [False] * len(wants)
         log_probs, entropy, gradients = run_passes(replace(job, coefficients=remembered), tensors, now)
-        ctx.job, ctx.wants, ctx.gradients = replace(job, coefficients=None), wants, gradients
+        ctx.job, ctx.wants, ctx.gradients = replace(job, coefficients=None, diagnostics=None), wants, gradients
         ctx.used = torch.cat(used) if used else None
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
@@ -165,9 +182,14 @@ def _common_factor(grad_N: Tensor, used_N: Tensor) -> float | None:
     return found if is_close else None
 
 
-def _require_fitting(
-    hidden: Sequence[Tensor], heads: Sequence[Head], active: list[int], targets_N: Tensor, vocab_size: int
-) -> None:
+def _half_dtype(hidden: Tensor) -> torch.dtype | None:
+    """What a linear layer would multiply `hidden` in here, where that is of half precision."""
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    return dtype if dtype in (torch.bfloat16, torch.float16) else None
+
+
+def _require_fitting(hidden: Sequence[Tensor], heads: Sequence[Head], targets_N: Tensor) -> None:
     N = len(targets_N)
     if len(heads) != len(hidden):
         raise ValueError(f"there are hidden states of {len(hidden)} members and {len(heads)} heads")
@@ -177,6 +199,9 @@ def _require_fitting(
                 f"the hidden states of member {k} have shape {list(h.shape)}; {N} targets and a head of width "
                 f"{head.weight.shape[1]} need [{N}, {head.weight.shape[1]}]"
             )
+
+
+def _require_valid(hidden: Sequence[Tensor], active: list[int], targets_N: Tensor, vocab_size: int) -> None:
     outside_N = (targets_N < 0) | (targets_N >= vocab_size)
     broken_KN = torch.stack([~torch.isfinite(hidden[k].detach()).all(-1) for k in active])
     if not (broken_KN.any() | outside_N.any()):  # the one look at values in the whole call
@@ -189,6 +214,43 @@ def _require_fitting(
         )
     k, i = broken_KN.nonzero()[0].tolist()
     raise ValueError(
-        f"the hidden states of member {active[k]} hold a value that is not finite at token {i} of {N}; its weights "
-        "have diverged, or its dtype is too narrow for it"
+        f"the hidden states of member {active[k]} hold a value that is not finite at token {i} of {len(targets_N)}; "
+        "its weights have diverged, or its dtype is too narrow for it"
     )
+
+
+def run_passes(
+    job: Job,
+    tensors: Sequence[Tensor | None],
+    wants: Sequence[bool],
+    grad_scores: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Gradients]:
+    """Log-probs `[N]`, entropies `[N]` and the gradients that `wants` names.
+
+    `tensors` are K hidden states, K head weights and K biases, `wants` one truth value for each. The heads' gradients
+    are of `sum(coefficients * log_probs)`, the coefficients taken as constants. With `grad_scores`, the loss's
+    derivatives by log-probs and entropies, all gradients are of the loss itself.
+    """
+    K, N = len(job.heads), len(job.targets_N)
+    hidden: list[Tensor] = list(tensors[:K])  # type: ignore[arg-type]
+    job = replace(
+        job,
+        heads=[
+            replace(head, weight=weight, bias=bias)  # type: ignore[arg-type]
+            for head, weight, bias in zip(job.heads, tensors[K : 2 * K], tensors[2 * K :], strict=True)
+        ],
+    )
+    dtype = torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+    zeros = [
+        torch.zeros_like(t, dtype=dtype) if t is not None and want else None
+        for t, want in zip(tensors, wants, strict=True)
+    ]
+    gradients = Gradients(zeros[:K], zeros[K : 2 * K], zeros[2 * K :])
+    scores = torch.empty(2, N, dtype=dtype, device=job.targets_N.device)
+    is_linear = job.scheme == "logit" and all(head.softcap is None for head in job.heads)
+    with torch.no_grad(), torch.autocast(scores.device.type, enabled=False):
+        if is_linear and grad_scores is None:
+            run_linear(job, hidden, scores, gradients)
+        else:
+            run_general(job, hidden, scores, gradients, grad_scores)
+    return scores[0], scores[1], gradients

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from logitmix import head_passes, loss_head
+from logitmix import head_linear, loss_head
+from logitmix.diagnostics import mixture_diagnostics
 from logitmix.logprobs import Head, log_probs_and_entropy
 from logitmix.loss_head import clipped_coefficients, fused_log_probs
 from logitmix.mixing import SCHEMES, mix_logits
@@ -265,17 +266,57 @@ def test_members_of_one_head(scheme, trained, bias):
 
 def test_members_of_one_head_share_its_matrix_products(monkeypatch):
     products = []
-    original = head_passes._add_product
+    original = head_linear.add_product
 
-    def counted(out, a, b, **kwargs):
+    def counted(out, a, b, *args, **kwargs):
         products.append((tuple(a.shape), tuple(b.shape)))
-        return original(out, a, b, **kwargs)
+        return original(out, a, b, *args, **kwargs)
 
-    monkeypatch.setattr(head_passes, "_add_product", counted)
+    monkeypatch.setattr(head_linear, "add_product", counted)
     hidden, heads, targets = random_problem(1)
     head = Head(heads[0].weight.detach())
     fused_log_probs([hidden[0], hidden[0].detach()], [head, head], [0.3, 0.7], targets)
     assert products == [((N, 5), (5, V)), ((N, V), (V, 5))]
+
+
+# --- diagnostics -----------------------------------------------------------------------------------------------------
+
+
+@both_schemes
+@pytest.mark.parametrize("weights", [[0.7, 0.3], [0.2, 0.5, 0.3]], ids=str)
+@pytest.mark.parametrize("features", [{}, {"bias": True, "scale": 0.4}, {"softcap": 2.0}], ids=str)
+def test_diagnostics_are_those_of_whole_logits(scheme, weights, features):
+    hidden, heads, targets = random_problem(len(weights), rows=(0, 2, 1), **features)
+    logits = [head.logits(h)[:, :V] for h, head in zip(hidden, heads, strict=True)]
+    expected = mixture_diagnostics(logits, mix_logits(logits, weights, scheme), 0.8)
+    found = []
+    scores = fused_log_probs(
+        hidden, heads, weights, targets, scheme, 0.8, coefficients=known(), diagnostics=found, chunk=3, tile=4
+    )
+    for parts, e in zip(zip(*found, strict=True), expected, strict=True):
+        torch.testing.assert_close(torch.cat(parts), e)
+    tensors = leaves(hidden, heads)
+    plain_scores = plain(hidden, heads, weights, targets, scheme, 0.8, V)
+    torch.testing.assert_close(gradients(scores, tensors), gradients(plain_scores, tensors))
+
+
+def test_diagnostics_are_taken_once_also_where_the_backward_pass_computes_again():
+    hidden, heads, targets = random_problem(2)
+    found = []
+    scores = fused_log_probs(hidden, heads, [0.5, 0.5], targets, diagnostics=found)
+    gradients(scores, leaves(hidden, heads))
+    assert len(found) == 1
+
+
+def test_diagnostics_of_members_with_one_head():
+    hidden, heads, targets = random_problem(1)
+    hidden = [hidden[0], (hidden[0].detach() + 1).requires_grad_()]
+    heads = heads * 2
+    found, alone = [], plain(hidden, heads, [0.3, 0.7], targets)
+    scores = fused_log_probs(hidden, heads, [0.3, 0.7], targets, diagnostics=found, coefficients=known())
+    logits = [head.logits(h) for h, head in zip(hidden, heads, strict=True)]
+    torch.testing.assert_close(tuple(found[0]), tuple(mixture_diagnostics(logits, mix_logits(logits, [0.3, 0.7]))))
+    torch.testing.assert_close(gradients(scores, leaves(hidden, heads)), gradients(alone, leaves(hidden, heads)))
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
@@ -445,5 +486,7 @@ def test_what_does_not_fit_is_refused():
         fused_log_probs(hidden, heads, [0.5, 0.5], targets, temperature=0)
     with pytest.raises(ValueError, match=r"of member 0 have shape \[7, 3\]; 7 targets and a head of width 5 need"):
         fused_log_probs(hidden[::-1], heads, [0.5, 0.5], targets)
+    with pytest.raises(ValueError, match="a member of weight 0 does not take part"):
+        fused_log_probs(hidden, heads, [1.0, 0.0], targets, diagnostics=[])
     with pytest.raises(ValueError, match="hidden states of 1 members and 2 heads"):
         fused_log_probs(hidden[:1], heads, [1.0], targets)

@@ -1,0 +1,89 @@
+"""What the passes of the fused loss head share: the job, its cuts into chunks and tiles, its matrix products.
+
+Shape legend: K members, N tokens, n tokens of a chunk, V vocabulary, v of a tile, D width of a member's hidden states.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from logitmix.diagnostics import MixtureDiagnostics
+from logitmix.logprobs import Head
+from logitmix.mixing import Scheme
+
+Coefficients = Callable[[Tensor, slice], Tensor]
+"""From the log-probs `[n]` of a chunk, and where its tokens stand among all N: the loss's derivative by them, `[n]`,
+up to one factor common to all tokens (an accumulation's, or a loss scaler's)."""
+
+# Bytes of a chunk's logits. On a CPU, reading the heads again for each chunk costs little from here on.
+_CHUNK_BYTES = {"cpu": 76_000_000, "cuda": 1_000_000_000}
+# Vocabulary rows of a tile: on a CPU it stays in the cache, on a device fewer and larger operations count.
+_TILE = {"cpu": 2048, "cuda": 1 << 15}
+_MAX_CHUNK = {"cpu": 512, "cuda": 8192}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a call of `fused_log_probs` is about, beside the tensors that gradients may reach."""
+
+    heads: list[Head]
+    weights: Tensor  # [K] or [N, K], float64 on the CPU
+    targets_N: Tensor
+    scheme: Scheme
+    temperature: float
+    vocab_size: int
+    coefficients: Coefficients | None = None
+    chunk: int | None = None
+    tile: int | None = None
+    diagnostics: list[MixtureDiagnostics] | None = None  # one a chunk is appended
+    half: torch.dtype | None = None  # in which a CUDA device multiplies
+
+    def chunks(self, columns: int) -> Iterator[slice]:
+        """Slices of tokens, few enough that `columns` values a token stay within the budget."""
+        N, device = len(self.targets_N), self.targets_N.device.type
+        budget = _CHUNK_BYTES.get(device, _CHUNK_BYTES["cuda"])
+        size = self.chunk or max(1, min(_MAX_CHUNK.get(device, _MAX_CHUNK["cuda"]), budget // (4 * columns)))
+        yield from (slice(start, min(start + size, N)) for start in range(0, N, size))
+
+    @property
+    def tile_width(self) -> int:
+        device = self.targets_N.device.type
+        return min(self.tile or _TILE.get(device, _TILE["cuda"]), self.vocab_size)
+
+    @property
+    def tiles(self) -> list[slice]:
+        V, width = self.vocab_size, self.tile_width
+        return [slice(start, min(start + width, V)) for start in range(0, V, width)]
+
+    def weights_of(self, k: int, tokens: slice, like: Tensor) -> Tensor:
+        """Weights `[n, 1]` of member k."""
+        weights = self.weights[..., k]
+        weights = weights[tokens] if weights.dim() else weights.expand(tokens.stop - tokens.start)
+        return weights.to(like).unsqueeze(-1)
+
+
+@dataclass
+class Gradients:
+    """Of the log-probs by the hidden states, a row a token; of the loss by head weights and biases, up to a factor.
+
+    None where it is not asked for.
+    """
+
+    hidden: list[Tensor | None]
+    weight: list[Tensor | None]
+    bias: list[Tensor | None]
+
+    @property
+    def of_heads(self) -> bool:
+        return any(gradient is not None for gradient in (*self.weight, *self.bias))
+
+
+def add_product(out: Tensor, a: Tensor, b: Tensor, half: torch.dtype | None = None, overwrite: bool = False) -> None:
+    """`out += a @ b` (or `=`), added up in the dtype of `out`; a CUDA device multiplies in `half` if given."""
+    beta = 0 if overwrite else 1
+    if half is not None and out.is_cuda:
+        torch.addmm(out, a.to(half), b.to(half), beta=beta, out_dtype=out.dtype, out=out)
+    else:  # a CPU in half precision would round the sums as well
+        out.addmm_(a.to(out.dtype), b.to(out.dtype), beta=beta)
