@@ -31,6 +31,9 @@ class LogitMixConfig(PreTrainedConfig):
         members: names of the members, the policy first.
         weights: one weight a member, the defaults of a forward pass that is given none.
         scheme: `"logit"` (geometric mixture, eq. 1 of arXiv 2605.20555) or `"prob"` (arithmetic).
+        adapters: what the policy's model has of adapters, by member: the configuration of the member's LoRA adapter,
+            or `"off"` for an anchor that is the policy's model without one. An anchor named here is no model of its
+            own: it shares the policy's, and has no configuration of its own.
         use_cache: whether a forward pass that does not say keeps the keys and values.
         format_version: version of the checkpoint's layout.
     """
@@ -41,6 +44,7 @@ class LogitMixConfig(PreTrainedConfig):
     members: list[str] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
     scheme: Scheme = "logit"
+    adapters: dict[str, Any] = field(default_factory=dict)
     use_cache: bool = True
     format_version: int = FORMAT_VERSION
     bos_token_id: int | None = None
@@ -57,32 +61,41 @@ class LogitMixConfig(PreTrainedConfig):
                 f"the checkpoint has format version {self.format_version}, this logitmix reads up to "
                 f"{FORMAT_VERSION}; install a newer logitmix"
             )
-        missing = [name for name in self.members if name not in kwargs]
+        missing = [name for name in self.model_names if name not in kwargs]
         if missing:
             raise ValueError(f"the configuration of member {missing[0]!r} is missing; it has {sorted(kwargs)}")
-        for name in self.members:
+        for name in self.model_names:
             config = kwargs.pop(name)
             setattr(self, name, config if isinstance(config, PreTrainedConfig) else _config_from_dict(config))
         self.set_weights(self.weights)
         # Asked for none, each member keeps its own: transformers would overwrite it with the mixture's, None
         for key in ("attn_implementation", "experts_implementation"):
             if kwargs.get(key) is None:
-                kwargs[key] = {name: getattr(getattr(self, name), f"_{key}") for name in self.members}
+                kwargs[key] = {name: getattr(getattr(self, name), f"_{key}") for name in self.model_names}
         super().__post_init__(**kwargs)
 
     @classmethod
     def from_member_configs(
-        cls, configs: list[PreTrainedConfig], weights: Any = None, scheme: Scheme = "logit", **kwargs: Any
+        cls,
+        configs: list[PreTrainedConfig],
+        weights: Any = None,
+        scheme: Scheme = "logit",
+        adapters: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> "LogitMixConfig":
-        """Configuration of the mixture of `configs`, the policy's first; `weights` default to alpha = 0.5 (K = 2)."""
-        names = member_names(len(configs))
+        """Configuration of the mixture of `configs`, the policy's first; `weights` default to alpha = 0.5 (K = 2).
+
+        The configuration of an anchor that shares the policy's model (`adapters=`) is not looked at.
+        """
+        names, adapters = member_names(len(configs)), adapters or {}
         policy = configs[0].get_text_config(decoder=True)
         special_tokens = {key: getattr(policy, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         return cls(
             members=names,
             weights=resolve_weights(None, weights, len(configs), scheme).tolist(),
             scheme=scheme,
-            **dict(zip(names, configs, strict=True)),
+            **{name: c for name, c in zip(names, configs, strict=True) if name == "policy" or name not in adapters},
+            adapters=adapters,
             **(special_tokens | kwargs),
         )
 
@@ -96,15 +109,24 @@ class LogitMixConfig(PreTrainedConfig):
             )
         self.weights = checked.tolist()
 
+    def model_of(self, member: str) -> str:
+        """The name of the model that runs the member: its own, or `"policy"` where it shares the policy's."""
+        return "policy" if member in self.adapters else member
+
+    @property
+    def model_names(self) -> list[str]:
+        """The members that are models of their own: the submodules of the mixture, and what has a configuration."""
+        return [name for name in self.members if self.model_of(name) == name]
+
     @property
     def member_configs(self) -> list[PreTrainedConfig]:
-        """The members' configurations, in the order of `weights`."""
-        return [getattr(self, name) for name in self.members]
+        """The configurations of the models that run the members, in the order of `weights`."""
+        return [getattr(self, self.model_of(name)) for name in self.members]
 
     @property
     def sub_configs(self) -> dict[str, type[PreTrainedConfig]]:  # type: ignore[override]
         """A property, not transformers' class attribute: the number of members belongs to the instance."""
-        return {name: type(getattr(self, name)) for name in self.members if hasattr(self, name)}
+        return {name: type(getattr(self, name)) for name in self.model_names if hasattr(self, name)}
 
     @property
     def _text_configs(self) -> list[PreTrainedConfig]:

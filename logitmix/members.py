@@ -1,13 +1,17 @@
 """The members of a mixture: opened, held against each other, and the anchors kept frozen."""
 
+import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Self, TypeAlias
 
+from peft import LoraConfig, PeftConfig
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from logitmix.configuration import LogitMixConfig
+from logitmix.adapters import OFF, Adapters, add_adapter, merge_adapter, read_adapter_config, require_supported
+from logitmix.configuration import LogitMixConfig, member_names
 
 Member: TypeAlias = PreTrainedModel | str | os.PathLike[str]
 
@@ -15,26 +19,44 @@ Member: TypeAlias = PreTrainedModel | str | os.PathLike[str]
 class HoldsMembers(PreTrainedModel):
     """What a model of a trainable policy and frozen anchors does otherwise than a single model.
 
-    Its submodules are named by `config.members`, the policy first.
+    Its submodules are named by `config.model_names`, the policy first. An anchor that is not among them shares the
+    policy's model: it is that model with another adapter, or none.
     """
 
     config: LogitMixConfig
     policy: PreTrainedModel
+    adapters: Adapters | None
     tokenizer: PreTrainedTokenizerBase | None
 
     @property
     def members(self) -> list[PreTrainedModel]:
-        """The policy, then the anchors, in the order of the weights."""
-        return [getattr(self, name) for name in self.config.members]
+        """The models that run the policy and the anchors, in the order of the weights."""
+        return [getattr(self, self.config.model_of(name)) for name in self.config.members]
 
     @property
     def anchors(self) -> list[PreTrainedModel]:
-        return self.members[1:]
+        """The anchors that are models of their own."""
+        return [getattr(self, name) for name in self.config.model_names[1:]]
+
+    @contextmanager
+    def running(self, name: str) -> Iterator[PreTrainedModel]:
+        """The model that is the member `name` for as long as the context lasts.
+
+        After it the policy's model is the policy, also for a backward pass that computes activations again.
+        """
+        model: PreTrainedModel = getattr(self, self.config.model_of(name))
+        if self.adapters is None or name not in self.config.adapters or name == "policy":
+            yield model
+        else:
+            with self.adapters.running(name, then="policy"):
+                yield model
 
     def _freeze_anchors(self) -> None:
         for anchor in self.anchors:
             anchor.requires_grad_(False)
             anchor.eval()
+        if self.adapters is not None:
+            self.adapters.train_only("policy")
 
     def train(self, mode: bool = True) -> Self:
         """Training mode for the policy; the anchors stay in evaluation mode (no dropout, no checkpointing)."""
@@ -44,8 +66,11 @@ class HoldsMembers(PreTrainedModel):
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
-        """Gradients for the policy; the anchors stay frozen."""
-        self.policy.requires_grad_(requires_grad)
+        """Gradients for the policy (where it has an adapter, for that alone); the anchors stay frozen."""
+        if self.adapters is not None:
+            self.adapters.train_only("policy", requires_grad)
+        else:
+            self.policy.requires_grad_(requires_grad)
         return self
 
     def get_input_embeddings(self) -> nn.Module:
@@ -64,40 +89,101 @@ class HoldsMembers(PreTrainedModel):
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Save the mixture: its two configurations, every member's weights, and the tokenizer if it is known."""
-        if any(getattr(member, "_hf_peft_config_loaded", False) for member in self.members):
-            # transformers would write the adapter's layers under names that it does not find again
-            raise ValueError("a member has an adapter of PEFT; merge it, or save it with model.policy.save_pretrained")
+        for model in self.members:
+            unknown = set(getattr(model, "peft_config", {})) - set(self.config.adapters)
+            if unknown:
+                # transformers would write the adapter's layers under names that it does not find again
+                raise ValueError(
+                    f"a member has an adapter {sorted(unknown)[0]!r} of PEFT that the mixture does not know; merge it, "
+                    "or build the mixture with from_members(…, peft_config=…)"
+                )
         super().save_pretrained(save_directory, *args, **kwargs)
         if self.tokenizer is not None and kwargs.get("is_main_process", True):
             self.tokenizer.save_pretrained(save_directory)
 
 
 def open_members(
-    sources: Sequence[Member], **kwargs: Any
-) -> tuple[list[PreTrainedModel], PreTrainedTokenizerBase | None]:
-    """The members, loaded where they are folders or hub ids, and the one tokenizer of those that have it beside them.
+    sources: Sequence[Member], peft_config: PeftConfig | None = None, **kwargs: Any
+) -> tuple[list[PreTrainedModel], dict[str, Any], PreTrainedTokenizerBase | None]:
+    """The members, loaded where they are folders or hub ids, their adapters, and their one tokenizer.
 
-    Raises `ValueError` for a member that does not exist or is given twice, and for tokenizers that differ.
+    With an adapter for the policy (a new one, or the policy is a folder of one) the anchors share its model where
+    they can: those that are adapters on the same base, and the base itself. The adapters are as in `LogitMixConfig`.
+
+    Raises `ValueError` for a member that does not exist or is given twice, for tokenizers that differ, and for
+    adapters that do not fit or do nothing.
     """
-    for i, source in enumerate(sources):
-        if not isinstance(source, (PreTrainedModel, str, os.PathLike)):
-            raise ValueError(
-                f"a member is a model of transformers, a folder or a hub id, got {type(source).__name__}; for an "
-                "adapter, build the mixture of the plain models, then get_peft_model(mixture, LoraConfig("
-                r"target_modules=r'policy\..*_proj', …))"
-            )
-        if isinstance(source, PreTrainedModel) and any(source is other for other in sources[:i]):
-            raise ValueError(
-                "the same model object is given twice; freezing the anchor would freeze the policy with it. "
-                "Load it twice, or pass copy.deepcopy(model) as the anchor"
-            )
+    _require_distinct(sources, peft_config)
     # The tokenizers first: they are small, and what they rule out need not be loaded.
     paths = [source.name_or_path if isinstance(source, PreTrainedModel) else str(source) for source in sources]
     tokenizers = [load_tokenizer(path) for path in paths if path]
     tokenizer = require_same_tokenizer([t for t in tokenizers if t is not None])
-    members = [
-        source if isinstance(source, PreTrainedModel) else load_member(str(source), **kwargs) for source in sources
-    ]
+
+    trained = [None if isinstance(source, PreTrainedModel) else read_adapter_config(str(source)) for source in sources]
+    if peft_config is not None:
+        require_supported(peft_config)
+        if trained[0] is not None:
+            raise ValueError(
+                f"the policy {paths[0]!r} is an adapter already, and peft_config asks for a new one; leave out "
+                "peft_config to go on with that one, or merge it into its base"
+            )
+    base = paths[0] if trained[0] is None else str(trained[0].base_model_name_or_path)
+    if isinstance(sources[0], PreTrainedModel):
+        policy = sources[0]
+    else:
+        policy = load_member(base, **kwargs) if trained[0] is None else load_base(trained[0], paths[0], **kwargs)
+    with_adapter = peft_config is not None or trained[0] is not None
+    if with_adapter and getattr(policy, "peft_config", None):
+        raise ValueError("the policy has an adapter of PEFT already; merge it, or give the plain model")
+
+    members, adapters = [policy], {}
+    for name, source, path, config in zip(
+        member_names(len(sources))[1:], sources[1:], paths[1:], trained[1:], strict=True
+    ):
+        if with_adapter and config is not None and _same(str(config.base_model_name_or_path), base):
+            adapters[name] = add_adapter(policy, name, config, path)
+        elif with_adapter and _is_base(source, sources[0], base):
+            adapters[name] = OFF
+        if name in adapters:
+            members.append(policy)
+        else:
+            members.append(source if isinstance(source, PreTrainedModel) else load_member(path, **kwargs))
+    if with_adapter:
+        folder = None if trained[0] is None else paths[0]
+        adapters["policy"] = add_adapter(policy, "policy", trained[0] or copy.deepcopy(peft_config), folder)
+    for name, path in zip(member_names(len(sources))[1:], paths[1:], strict=True):
+        if adapters.get(name, OFF) != OFF:
+            Adapters(policy, list(adapters)).require_effect(name, path)
+    _require_mixable(members, tokenizer)
+    return members, adapters, tokenizer
+
+
+def _is_base(anchor: Member, policy: Member, base: str) -> bool:
+    """Whether the anchor is the policy's model without its adapter.
+
+    A model in memory is so only as the same object: its weights may no longer be those of the folder it came from.
+    """
+    if isinstance(anchor, PreTrainedModel) or isinstance(policy, PreTrainedModel):
+        return anchor is policy
+    return _same(str(anchor), base)
+
+
+def _require_distinct(sources: Sequence[Member], peft_config: PeftConfig | None) -> None:
+    for i, source in enumerate(sources):
+        if not isinstance(source, (PreTrainedModel, str, os.PathLike)):
+            raise ValueError(
+                f"a member is a model of transformers, a folder or a hub id, got {type(source).__name__}; for an "
+                "adapter on the policy give the plain model and peft_config=LoraConfig(…), for a trained one its folder"
+            )
+        is_base = peft_config is not None and source is sources[0]
+        if isinstance(source, PreTrainedModel) and any(source is other for other in sources[:i]) and not is_base:
+            raise ValueError(
+                "the same model object is given twice; freezing the anchor would freeze the policy with it. "
+                "Load it twice, or pass copy.deepcopy(model) as the anchor"
+            )
+
+
+def _require_mixable(members: Sequence[PreTrainedModel], tokenizer: PreTrainedTokenizerBase | None) -> None:
     for member in members:
         if isinstance(member.config, LogitMixConfig):
             raise ValueError(
@@ -110,11 +196,21 @@ def open_members(
             f"the tokenizer has {len(tokenizer)} tokens, but a member has logits for only {vocab_size}; "
             "the members' vocabularies may differ in padding rows alone"
         )
-    return members, tokenizer
+
+
+def _same(source: str, other: str) -> bool:
+    """Whether two folders or hub ids are the same place."""
+    return source == other or os.path.isdir(source) and os.path.realpath(source) == os.path.realpath(other)
 
 
 def load_member(source: str, **kwargs: Any) -> PreTrainedModel:
-    """`AutoModelForCausalLM.from_pretrained(source)`, or a `ValueError` of one sentence."""
+    """`AutoModelForCausalLM.from_pretrained(source)`, or a `ValueError` of one sentence.
+
+    An adapter's folder gives its base with the adapter merged into it.
+    """
+    adapter = read_adapter_config(source)
+    if adapter is not None:
+        return merge_adapter(load_base(adapter, source, **kwargs), source)
     if os.path.isdir(source) and not os.path.exists(os.path.join(source, "config.json")):
         raise ValueError(f"no model at {source!r}: the folder has no config.json")
     try:
@@ -126,8 +222,22 @@ def load_member(source: str, **kwargs: Any) -> PreTrainedModel:
         ) from error
 
 
+def load_base(adapter: LoraConfig, source: str, **kwargs: Any) -> PreTrainedModel:
+    """The model on which the adapter at `source` was made."""
+    try:
+        return load_member(str(adapter.base_model_name_or_path), **kwargs)
+    except ValueError as error:
+        raise ValueError(
+            f"the adapter {source!r} was made on {adapter.base_model_name_or_path!r}, which is not there; correct "
+            f"base_model_name_or_path in its adapter_config.json ({error})"
+        ) from error
+
+
 def load_tokenizer(source: str, **kwargs: Any) -> PreTrainedTokenizerBase | None:
-    """The tokenizer beside a checkpoint, or None where it has none."""
+    """The tokenizer beside a checkpoint (beside its base, where an adapter has none), or None where there is none."""
+    adapter = read_adapter_config(source)
+    if adapter is not None and not os.path.exists(os.path.join(source, "tokenizer_config.json")):
+        return load_tokenizer(str(adapter.base_model_name_or_path), **kwargs)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
     except (OSError, ValueError, TypeError):  # what transformers raises for a folder without tokenizer files

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -26,6 +27,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
+from logitmix.adapters import ADAPTER_WEIGHTS, OFF, Adapters, add_adapter, from_record
 from logitmix.caches import member_caches, require_cached_tokens
 from logitmix.configuration import Alpha, LogitMixConfig, resolve_weights
 from logitmix.diagnostics import MixtureDiagnostics
@@ -71,9 +73,15 @@ class LogitMixForCausalLM(HoldsMembers, GenerationMixin):
                 )
                 for member_config in config.member_configs
             ]
+            for name, record in config.adapters.items():
+                if record != OFF:
+                    add_adapter(members[0], name, from_record(record))
         for name, member in zip(config.members, members, strict=True):
-            self.add_module(name, member)
-            setattr(config, name, member.config)
+            if name in config.model_names:
+                self.add_module(name, member)
+                setattr(config, name, member.config)
+        self.adapters = Adapters(self.policy, config.members) if config.adapters else None
+        self._keep_in_fp32_modules_strict = set(ADAPTER_WEIGHTS if config.adapters else [])
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self._cache_layers = config.cache_layers  # read at every decoded token; transformers takes its time to count
         self.post_init()
@@ -87,27 +95,32 @@ class LogitMixForCausalLM(HoldsMembers, GenerationMixin):
         alpha: float | None = None,
         weights: Sequence[float] | None = None,
         scheme: Scheme = "logit",
+        peft_config: LoraConfig | None = None,
         **kwargs: Any,
     ) -> "LogitMixForCausalLM":
-        """The mixture of `policy` and `anchors` (models, folders or hub ids).
+        """The mixture of `policy` and `anchors` (models, folders or hub ids; folders or hub ids of LoRA adapters).
 
         Args:
             alpha: weight of the anchor, with one anchor; 0 is the policy alone. Default 0.5, the paper's.
             weights: one number a member, the policy's first; instead of `alpha`.
             scheme: `"logit"` or `"prob"`.
+            peft_config: give the policy a new LoRA adapter, which then is all of it that trains. An anchor that is
+                an adapter on the same base, or that base itself, then shares the policy's weights; so it does where
+                the policy is given as an adapter. Any other anchor is a model of its own.
             kwargs: for `AutoModelForCausalLM.from_pretrained` of the members given as folders or ids (`dtype=`, …).
 
         Members given as folders or ids must share one tokenizer, which the mixture keeps and saves.
 
-        Raises `ValueError` for a member that does not exist, tokenizers that differ, or weights that do not fit.
+        Raises `ValueError` for a member that does not exist, tokenizers that differ, weights or adapters that do not
+        fit, or an anchor's adapter that changes nothing.
         """
         sources = [policy, *(anchors if isinstance(anchors, (list, tuple)) else [anchors])]
         if len(sources) < 2:
             raise ValueError("a mixture needs at least one anchor, got none")
         resolved = resolve_weights(alpha, weights, len(sources), scheme)
-        members, tokenizer = open_members(sources, **kwargs)
+        members, adapters, tokenizer = open_members(sources, peft_config, **kwargs)
         config = LogitMixConfig.from_member_configs(
-            [member.config for member in members], resolved, scheme, dtype=members[0].dtype
+            [member.config for member in members], resolved, scheme, adapters, dtype=members[0].dtype
         )
         model = cls(config, members)
         model.tokenizer = tokenizer
@@ -293,8 +306,8 @@ class LogitMixForCausalLM(HoldsMembers, GenerationMixin):
 
         outputs: dict[str, Any] = {}
         for name in running:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and name == "policy"):
-                outputs[name] = getattr(self, name)(
+            with self.running(name) as model, torch.set_grad_enabled(torch.is_grad_enabled() and name == "policy"):
+                outputs[name] = model(
                     input_ids=input_ids,
                     attention_mask=attention_mask,
                     position_ids=position_ids,

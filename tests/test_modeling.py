@@ -573,13 +573,13 @@ def test_an_adapter_of_the_policy_trains_merges_and_saves(model, tmp_path):
 
 def test_an_adapter_inside_a_member_is_not_lost_on_saving(model, pair, tmp_path):
     model.policy.add_adapter(LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match="a member has an adapter of PEFT; merge it"):
+    with pytest.raises(ValueError, match="adapter 'default' of PEFT that the mixture does not know; merge it"):
         model.save_pretrained(tmp_path)
 
 
 def test_a_model_wrapped_by_peft_is_refused_as_a_member(pair):
     wrapped = get_peft_model(pair[0], LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match="got PeftModel; for an adapter, build the mixture of the plain models"):
+    with pytest.raises(ValueError, match=r"got PeftModel; for an adapter on the policy give the plain model and peft_config="):
         LogitMixForCausalLM.from_members(wrapped, pair[1])
 
 
