@@ -23,15 +23,15 @@ _PREFIX = "base_model.model."  # of the names in an adapter's file
 # Loaded in float32 beside a base in half precision, as PEFT creates and trains them
 ADAPTER_WEIGHTS = ["lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"]
 # Ways to start an adapter that take a part out of the base's weights, which other members and exports rely on
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "eva")
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _UNTRIED = (
     *("alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "velora_config"),
-    *("use_bdlora", "use_qalora", "megatron_config"),
+    *("use_bdlora", "use_qalora", "megatron_config", "target_parameters"),
 )
 _PROBE_TOKENS = 8
 
 
-def read_adapter_config(source: str | os.PathLike[str], revision: str | None = None) -> LoraConfig | None:
+def read_adapter_config(source: str) -> LoraConfig | None:
     """The configuration of the adapter at a folder or hub id, None where there is a model or nothing.
 
     Raises `ValueError` for an adapter that a mixture cannot hold.
@@ -39,26 +39,30 @@ def read_adapter_config(source: str | os.PathLike[str], revision: str | None = N
     if os.path.isdir(source) and os.path.exists(os.path.join(source, "config.json")):
         return None
     try:
-        found = find_adapter_config_file(str(source), revision=revision)
+        found = find_adapter_config_file(source)
     except (OSError, ValueError):
         return None
     if found is None:
         return None
-    config = PeftConfig.from_pretrained(str(source), revision=revision)
-    require_supported(config, f"the adapter {str(source)!r}")
+    config = PeftConfig.from_pretrained(source)
+    require_supported(config, f"the adapter {source!r}")
     if not config.base_model_name_or_path:
-        raise ValueError(f"the adapter {str(source)!r} does not say which model it was made on (base_model_name_or_path)")
+        raise ValueError(f"the adapter {source!r} does not say which model it was made on (base_model_name_or_path)")
     return config
 
 
 def require_supported(config: PeftConfig, what: str = "peft_config") -> None:
     """Raise `ValueError` for an adapter that would change what the members share, or is no LoRA."""
+    if not isinstance(config, PeftConfig):
+        raise ValueError(f"{what} is a {type(config).__name__}; give a LoraConfig of PEFT")
     if config.peft_type != PeftType.LORA:
         raise ValueError(f"{what} is of type {config.peft_type}; members of a mixture can be LoRA adapters only")
     start = config.init_lora_weights
     variant = next((name for name in _UNTRIED if getattr(config, name, None)), None)
     if variant is not None:
-        raise ValueError(f"{what} has {variant} set, a variant of LoRA with which mixtures are not tested; leave it out")
+        raise ValueError(
+            f"{what} has {variant} set, a variant of LoRA with which mixtures are not tested; leave it out"
+        )
     for reason in (
         f"bias={config.bias!r} trains the base's own biases" if config.bias != "none" else None,
         "layer_replication changes the base's layers" if config.layer_replication else None,
@@ -71,9 +75,22 @@ def require_supported(config: PeftConfig, what: str = "peft_config") -> None:
             raise ValueError(f"{what} cannot be a member of a mixture: {reason}, and members share the base")
 
 
-def add_adapter(
-    model: PreTrainedModel, name: str, config: LoraConfig, source: str | None = None
-) -> dict[str, Any]:
+def adapter_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    """The layers of the model that hold adapters, and their paths."""
+    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    return [(path, module) for path, module in model.named_modules() if isinstance(module, kinds)]
+
+
+def adapter_parameters(layer: Any) -> list[nn.Parameter]:
+    """The parameters of all adapters of a layer; the base's are the others."""
+    return [parameter for adapters in _adapter_dicts(layer) for parameter in adapters.parameters()]
+
+
+def _adapter_dicts(layer: Any) -> list[Any]:
+    return [getattr(layer, attribute) for attribute in layer.adapter_layer_names]
+
+
+def add_adapter(model: PreTrainedModel, name: str, config: LoraConfig, source: str | None = None) -> dict[str, Any]:
     """Give the model an adapter under `name`, untrained or with the weights at `source`; returns its record.
 
     Its weights are float32 where the model's are of half precision, as in PEFT.
@@ -86,15 +103,18 @@ def add_adapter(
         inject_adapter_in_model(config, model, name)
     except ValueError as error:
         raise ValueError(f"the adapter of {name} does not fit {_name(model)}: {error}") from error
-    for layer in _layers(model):
-        for attribute in layer.adapter_layer_names:
-            for module in getattr(layer, attribute).modules():
+    for _, layer in adapter_layers(model):
+        for adapters in _adapter_dicts(layer):
+            for module in adapters.modules():
                 module._is_hf_initialized = True  # or the mixture's `post_init` would draw these weights anew
     model._hf_peft_config_loaded = True  # what transformers goes by, in save_pretrained for instance
     cast_adapter_dtype(model, name)
     if source is not None:
         weights = {key.removeprefix(_PREFIX): value for key, value in load_peft_weights(source, device="cpu").items()}
-        loaded = set_peft_model_state_dict(model, weights, adapter_name=name)
+        try:
+            loaded = set_peft_model_state_dict(model, weights, adapter_name=name)
+        except RuntimeError as error:
+            raise ValueError(f"the adapter {source!r} does not fit {_name(model)}: {error}") from error
         missing = [key for key in loaded.missing_keys if f".{name}." in key or key.endswith(f".{name}")]
         if missing or loaded.unexpected_keys:
             raise ValueError(
@@ -118,9 +138,13 @@ class Adapters:
 
     def __init__(self, model: PreTrainedModel, names: Sequence[str]) -> None:
         self.model = model
-        self._layers = _layers(model)
+        self._layers = [layer for _, layer in adapter_layers(model)]
+        # A layer of LoRA passes over an adapter that it does not have; a copy of a module (modules_to_save) does not.
         self._active = {
-            name: [[name] if name in layer._get_available_adapters() else [] for layer in self._layers]
+            name: [
+                [name] if isinstance(layer, BaseTunerLayer) or name in layer._get_available_adapters() else []
+                for layer in self._layers
+            ]
             for name in [*names, OFF]
         }
 
@@ -136,7 +160,7 @@ class Adapters:
         """Gradients for the adapter of the member `name`, for no other weight of the model; it becomes active."""
         self.model.requires_grad_(False)
         for layer in self._layers:
-            for adapters in (getattr(layer, attribute) for attribute in layer.adapter_layer_names):
+            for adapters in _adapter_dicts(layer):
                 if name in adapters:
                     adapters[name].requires_grad_(requires_grad)
         self.activate(name)
@@ -185,16 +209,13 @@ def _name(model: PreTrainedModel) -> str:
     return repr(model.name_or_path) if model.name_or_path else f"the {type(model).__name__}"
 
 
-def _layers(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
-
-
 def _require_untied(model: PreTrainedModel, config: LoraConfig) -> None:
     if not model.config.get_text_config(decoder=True).tie_word_embeddings:
         return
     names = {id(module): path for path, module in model.named_modules()}
     ends = {
-        names[id(module)].rpartition(".")[2] for module in (model.get_input_embeddings(), model.get_output_embeddings())
+        names[id(module)].rpartition(".")[2]
+        for module in (model.get_input_embeddings(), model.get_output_embeddings())
     }
     targets = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules or []
     touched = ends & {target.rpartition(".")[2] for target in [*targets, *(config.modules_to_save or [])]}

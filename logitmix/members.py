@@ -1,105 +1,17 @@
-"""The members of a mixture: opened, held against each other, and the anchors kept frozen."""
+"""The members of a mixture, opened and held against each other."""
 
 import copy
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Self, TypeAlias
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 from peft import LoraConfig, PeftConfig
-from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from logitmix.adapters import OFF, Adapters, add_adapter, merge_adapter, read_adapter_config, require_supported
 from logitmix.configuration import LogitMixConfig, member_names
 
 Member: TypeAlias = PreTrainedModel | str | os.PathLike[str]
-
-
-class HoldsMembers(PreTrainedModel):
-    """What a model of a trainable policy and frozen anchors does otherwise than a single model.
-
-    Its submodules are named by `config.model_names`, the policy first. An anchor that is not among them shares the
-    policy's model: it is that model with another adapter, or none.
-    """
-
-    config: LogitMixConfig
-    policy: PreTrainedModel
-    adapters: Adapters | None
-    tokenizer: PreTrainedTokenizerBase | None
-
-    @property
-    def members(self) -> list[PreTrainedModel]:
-        """The models that run the policy and the anchors, in the order of the weights."""
-        return [getattr(self, self.config.model_of(name)) for name in self.config.members]
-
-    @property
-    def anchors(self) -> list[PreTrainedModel]:
-        """The anchors that are models of their own."""
-        return [getattr(self, name) for name in self.config.model_names[1:]]
-
-    @contextmanager
-    def running(self, name: str) -> Iterator[PreTrainedModel]:
-        """The model that is the member `name` for as long as the context lasts.
-
-        After it the policy's model is the policy, also for a backward pass that computes activations again.
-        """
-        model: PreTrainedModel = getattr(self, self.config.model_of(name))
-        if self.adapters is None or name not in self.config.adapters or name == "policy":
-            yield model
-        else:
-            with self.adapters.running(name, then="policy"):
-                yield model
-
-    def _freeze_anchors(self) -> None:
-        for anchor in self.anchors:
-            anchor.requires_grad_(False)
-            anchor.eval()
-        if self.adapters is not None:
-            self.adapters.train_only("policy")
-
-    def train(self, mode: bool = True) -> Self:
-        """Training mode for the policy; the anchors stay in evaluation mode (no dropout, no checkpointing)."""
-        super().train(mode)
-        for anchor in self.anchors:
-            anchor.eval()
-        return self
-
-    def requires_grad_(self, requires_grad: bool = True) -> Self:
-        """Gradients for the policy (where it has an adapter, for that alone); the anchors stay frozen."""
-        if self.adapters is not None:
-            self.adapters.train_only("policy", requires_grad)
-        else:
-            self.policy.requires_grad_(requires_grad)
-        return self
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The policy's embeddings; those of the anchors stay as they are."""
-        embeddings: nn.Module = self.policy.get_input_embeddings()
-        return embeddings
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.policy.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> None:
-        """None: no single matrix maps a hidden state to the mixture's logits."""
-
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
-        raise ValueError("a mixture cannot resize its vocabulary; resize every member, then build the mixture")
-
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Save the mixture: its two configurations, every member's weights, and the tokenizer if it is known."""
-        for model in self.members:
-            unknown = set(getattr(model, "peft_config", {})) - set(self.config.adapters)
-            if unknown:
-                # transformers would write the adapter's layers under names that it does not find again
-                raise ValueError(
-                    f"a member has an adapter {sorted(unknown)[0]!r} of PEFT that the mixture does not know; merge it, "
-                    "or build the mixture with from_members(…, peft_config=…)"
-                )
-        super().save_pretrained(save_directory, *args, **kwargs)
-        if self.tokenizer is not None and kwargs.get("is_main_process", True):
-            self.tokenizer.save_pretrained(save_directory)
 
 
 def open_members(
@@ -136,7 +48,8 @@ def open_members(
     if with_adapter and getattr(policy, "peft_config", None):
         raise ValueError("the policy has an adapter of PEFT already; merge it, or give the plain model")
 
-    members, adapters = [policy], {}
+    members = [policy]
+    adapters: dict[str, Any] = {}
     for name, source, path, config in zip(
         member_names(len(sources))[1:], sources[1:], paths[1:], trained[1:], strict=True
     ):
@@ -172,8 +85,9 @@ def _require_distinct(sources: Sequence[Member], peft_config: PeftConfig | None)
     for i, source in enumerate(sources):
         if not isinstance(source, (PreTrainedModel, str, os.PathLike)):
             raise ValueError(
-                f"a member is a model of transformers, a folder or a hub id, got {type(source).__name__}; for an "
-                "adapter on the policy give the plain model and peft_config=LoraConfig(…), for a trained one its folder"
+                f"a member is a model of transformers, a folder or a hub id, got {type(source).__name__}; for a "
+                "new adapter on the policy give the plain model and peft_config=LoraConfig(…), for a trained one its "
+                "folder"
             )
         is_base = peft_config is not None and source is sources[0]
         if isinstance(source, PreTrainedModel) and any(source is other for other in sources[:i]) and not is_base:
@@ -200,7 +114,7 @@ def _require_mixable(members: Sequence[PreTrainedModel], tokenizer: PreTrainedTo
 
 def _same(source: str, other: str) -> bool:
     """Whether two folders or hub ids are the same place."""
-    return source == other or os.path.isdir(source) and os.path.realpath(source) == os.path.realpath(other)
+    return source == other or (os.path.isdir(source) and os.path.realpath(source) == os.path.realpath(other))
 
 
 def load_member(source: str, **kwargs: Any) -> PreTrainedModel:

@@ -3,9 +3,7 @@
 Shape legend: K members, B batch, T time, V vocabulary.
 
 `LogitMixForCausalLM` holds the policy and its frozen anchors as submodules (`policy`, `anchor_0`, …), runs them on
-the same tokens and returns their mixed logits. One KV cache serves all members: each sees its own run of layers.
-Members run through their own forward, so whatever an architecture does to its logits (soft-capping, scaling,
-biases) happens before the mixing.
+the same tokens and returns their mixed logits. Members that are adapters of one base share the policy's submodule.
 """
 
 import copy
@@ -13,7 +11,6 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import (
@@ -23,16 +20,16 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from logitmix.adapters import ADAPTER_WEIGHTS, OFF, Adapters, add_adapter, from_record
-from logitmix.caches import member_caches, require_cached_tokens
+from logitmix.composite import HoldsMembers, concatenate
 from logitmix.configuration import Alpha, LogitMixConfig, resolve_weights
 from logitmix.diagnostics import MixtureDiagnostics
 from logitmix.logprobs import mixture_log_probs
-from logitmix.members import HoldsMembers, Member, load_tokenizer, open_members
+from logitmix.members import Member, load_tokenizer, open_members
 from logitmix.mixing import Scheme, Weights, mix_logits
 
 
@@ -182,7 +179,7 @@ class LogitMixForCausalLM(HoldsMembers, GenerationMixin):
         """
         weights = self._resolve_weights(alpha, weights)
         # HF's convention for a label of -100 and the shift by one hold, since the loss is of the mixed logits
-        logits, past_key_values, outputs = self._member_logits(
+        logits, weights, past_key_values, outputs = self._logits_and_weights(
             weights, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
             logits_to_keep, **kwargs,
         )  # fmt: skip
@@ -194,8 +191,8 @@ class LogitMixForCausalLM(HoldsMembers, GenerationMixin):
             loss=loss,
             logits=mixed,
             past_key_values=past_key_values,
-            hidden_states=_concatenate(outputs, "hidden_states"),
-            attentions=_concatenate(outputs, "attentions"),
+            hidden_states=concatenate(outputs, "hidden_states"),
+            attentions=concatenate(outputs, "attentions"),
         )
 
     def score(
@@ -257,7 +254,7 @@ class LogitMixForCausalLM(HoldsMembers, GenerationMixin):
         keep = T - int(wanted[0]) if len(wanted) else 1
         # As `generate` numbers them: a member with absolute positions must not see the left padding
         position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-        logits, _, _ = self._member_logits(
+        logits, weights, _, _ = self._logits_and_weights(
             weights, input_ids, attention_mask, position_ids, use_cache=False, logits_to_keep=keep + 1
         )
         targets = targets[:, T - keep :]
@@ -270,56 +267,6 @@ class LogitMixForCausalLM(HoldsMembers, GenerationMixin):
     def _resolve_weights(self, alpha: Alpha | None, weights: Weights | None) -> Tensor:
         default = self.config.weights
         return resolve_weights(alpha, weights, len(default), self.config.scheme, default)
-
-    def _member_logits(
-        self,
-        weights: Tensor,
-        input_ids: Tensor | None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        **kwargs: Any,
-    ) -> tuple[list[Tensor], Cache | None, list[Any]]:
-        """Each member's logits over the shared vocabulary; for a member of weight 0 the first active one's.
-
-        (Those are not looked at by `mix_logits`, which leaves out members of weight 0.)
-        """
-        if input_ids is None or inputs_embeds is not None:
-            raise ValueError("a mixture takes input_ids, not inputs_embeds: each member embeds tokens on its own")
-        if weights.dim() == 2 and len(weights) != len(input_ids):
-            raise ValueError(f"weights have {len(weights)} rows for a batch of {len(input_ids)} sequences")
-        active = (weights.reshape(-1, weights.shape[-1]) != 0).any(0).tolist()
-        if not any(active):
-            active[0] = True  # all weights 0: the uniform distribution still needs a shape
-        use_cache = self.config.use_cache if use_cache is None else use_cache
-        if self.training and self.policy.is_gradient_checkpointing:
-            use_cache = False
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        caches = dict(zip(self.config.members, member_caches(past_key_values, self._cache_layers), strict=True))
-        running = [name for name, is_active in zip(self.config.members, active, strict=True) if is_active]
-        if past_key_values is not None and not torch.compiler.is_compiling():
-            require_cached_tokens({name: caches[name] for name in running}, input_ids, attention_mask)
-
-        outputs: dict[str, Any] = {}
-        for name in running:
-            with self.running(name) as model, torch.set_grad_enabled(torch.is_grad_enabled() and name == "policy"):
-                outputs[name] = model(
-                    input_ids=input_ids,
-                    attention_mask=attention_mask,
-                    position_ids=position_ids,
-                    past_key_values=caches[name],
-                    use_cache=use_cache,
-                    logits_to_keep=logits_to_keep,
-                    return_dict=True,
-                    **kwargs,
-                )
-        logits = {name: output.logits[..., : self.config.vocab_size] for name, output in outputs.items()}
-        filler = logits[running[0]]
-        return [logits.get(name, filler) for name in self.config.members], past_key_values, list(outputs.values())
 
     # --- generation -------------------------------------------------------------------------------------------
 
@@ -341,12 +288,6 @@ class LogitMixForCausalLM(HoldsMembers, GenerationMixin):
     def create_masks_for_generate(attention_mask: Tensor | None, **kwargs: Any) -> Tensor | None:
         """Keep the 2D mask: each member builds the masks of its own layers (`generate` calls this by name)."""
         return attention_mask
-
-
-def _concatenate(outputs: list[Any], field: str) -> tuple[Tensor, ...] | None:
-    fields = [getattr(output, field, None) for output in outputs]
-    present = [values for values in fields if values is not None]
-    return tuple(x for values in present for x in values) if len(present) == len(outputs) else None
 
 
 AutoConfig.register(LogitMixConfig.model_type, LogitMixConfig)

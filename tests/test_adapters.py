@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from members import PAD, character_tokenizer, tiny_member
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 
 from logitmix.modeling import LogitMixForCausalLM
 
@@ -26,7 +27,9 @@ def logits(model, **kwargs):
 
 
 def lora(**kwargs):
-    return LoraConfig(**{"r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"} | kwargs)
+    return LoraConfig(
+        **{"r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"} | kwargs
+    )
 
 
 def save_adapter(path, base, seed, **kwargs):
@@ -110,6 +113,7 @@ def test_the_base_is_held_once_where_it_can_be(kind, held, folders):
     size = sum(p.numel() for p in reference(folders["base"]).parameters())
     adapters = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
     assert sum(p.numel() for p in model.parameters()) == held * size + adapters
+    assert model.weight_bytes() == (4 * (held * size + adapters), 4 * (2 - held) * size)
     assert len(model.anchors) == held - 1
     assert len(model.members) == 2
 
@@ -163,9 +167,7 @@ def test_three_members_of_one_base_beside_one_of_another(folders):
         weights=[0.4, 0.3, 0.2, 0.1],
     )
     sources = ("policy adapter", "base", "anchor adapter", "sft")
-    expected = sum(
-        w * logits(reference(folders[name])) for w, name in zip([0.4, 0.3, 0.2, 0.1], sources, strict=True)
-    )
+    expected = sum(w * logits(reference(folders[name])) for w, name in zip([0.4, 0.3, 0.2, 0.1], sources, strict=True))
     torch.testing.assert_close(logits(model), expected)
     assert [len(model.anchors), model.config.num_hidden_layers] == [1, 8]
 
@@ -319,6 +321,105 @@ def test_a_deep_copy_shares_nothing(folders):
     assert torch.equal(logits(model), before)
 
 
+# --- one head product -----------------------------------------------------------------------------------------------
+
+
+def head_calls(model):
+    """The list that grows by a shape with each product with the policy's head."""
+    calls = []
+    model.policy.get_output_embeddings().register_forward_hook(lambda module, args, output: calls.append(output.shape))
+    return calls
+
+
+def shared_head_pair(architecture, weights, **kwargs):
+    """In float64, with the base anchor."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = getattr(transformers, f"{architecture}Config")(**SMALL | kwargs)
+        member = AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
+        with torch.no_grad():
+            for name, parameter in member.named_parameters():
+                if name.endswith("bias"):
+                    parameter.normal_()
+        adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        model = LogitMixForCausalLM.from_members(member, member, weights=weights, peft_config=adapter)
+    model(**INPUT)  # the head is measured once
+    return model
+
+
+SMALL = {
+    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "initializer_range": 0.3, "pad_token_id": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("weights", [[0.7, 0.3], [1.5, -0.25], torch.tensor([[0.7, 0.3], [1.0, 0.0]])], ids=str)
+@pytest.mark.parametrize(
+    ("architecture", "kwargs", "products"),
+    [
+        ("Qwen2", {}, 1),
+        ("Qwen2", {"tie_word_embeddings": True}, 1),
+        ("Phi", {}, 1),  # a bias
+        ("Granite", {"logits_scaling": 8.0}, 1),
+        ("Cohere", {"logit_scale": 0.0625}, 1),
+        ("Gemma2", {"final_logit_softcapping": 5.0, "head_dim": 16}, 2),  # not linear
+        ("Gemma2", {"final_logit_softcapping": None, "head_dim": 16}, 1),
+    ],
+)
+def test_a_shared_head_multiplies_once_and_gives_the_mixture_of_the_logits(architecture, kwargs, products, weights):
+    model = shared_head_pair(architecture, [0.5, 0.5], **kwargs)
+    calls = head_calls(model)
+    actual = logits(model, weights=weights)
+    assert len(calls) == products
+    members = [logits(model, weights=one) for one in ([1.0, 0.0], [0.0, 1.0])]
+    rows = torch.as_tensor(weights, dtype=torch.float64).expand(2, 2)
+    expected = sum(rows[:, k, None, None] * members[k] for k in (0, 1))
+    assert actual.dtype == torch.float64
+    torch.testing.assert_close(actual, expected, atol=1e-12, rtol=1e-12)
+    assert (members[0] - members[1]).abs().max() > 0.01
+
+
+def test_a_shared_head_multiplies_only_the_positions_that_are_kept(folders):
+    model = mixture("two adapters", folders)
+    full = logits(model)
+    calls = head_calls(model)
+    torch.testing.assert_close(logits(model, logits_to_keep=2), full[:, -2:])
+    torch.testing.assert_close(logits(model, logits_to_keep=torch.tensor([1, 3])), full[:, [1, 3]])
+    model.generate(**INPUT, max_new_tokens=3, do_sample=False, alpha=0.4)
+    assert [shape[1] for shape in calls] == [2, 2, 1, 1, 1]
+
+
+def test_heads_that_are_not_the_same_or_not_mixed_in_the_logits_multiply_each(folders, tmp_path):
+    with_head = save_adapter(tmp_path / "head", folders["base"], 3, target_modules=["q_proj", "lm_head"])
+    for model in (
+        mixture("two adapters", folders, scheme="prob"),
+        LogitMixForCausalLM.from_members(folders["policy adapter"], with_head),
+        LogitMixForCausalLM.from_members(with_head, folders["base"]),
+    ):
+        before = logits(model)
+        calls = head_calls(model)
+        assert torch.equal(logits(model), before)
+        assert len(calls) == 2
+    one = mixture("full anchor", folders)
+    calls = head_calls(one)
+    logits(one)
+    assert len(calls) == 1, "the anchor has a head of its own"
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_score_with_a_shared_head_is_of_the_distribution_that_forward_gives(folders, temperature):
+    model = mixture("two adapters", folders)
+    calls = head_calls(model)
+    log_probs, entropy = model.score(**INPUT, labels=INPUT["input_ids"], temperature=temperature)
+    assert len(calls) == 2, "the product, and the head measured"
+    assert log_probs.requires_grad
+    expected = (model(**INPUT).logits[:, :-1] / temperature).log_softmax(-1)
+    picked = expected.gather(-1, INPUT["input_ids"][:, 1:, None]).squeeze(-1)
+    real = INPUT["attention_mask"][:, :-1] == 1
+    torch.testing.assert_close(log_probs[real], picked[real])
+    torch.testing.assert_close(entropy[real], -(expected.exp() * expected).sum(-1)[real])
+
+
 # --- saving ---------------------------------------------------------------------------------------------------------
 
 
@@ -374,6 +475,71 @@ def test_a_checkpoint_without_adapters_from_before_them_still_loads(tmp_path):
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
 
 
+# --- exports --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("merge", [False, True])
+def test_an_exported_member_loads_in_transformers_alone(kind, merge, folders, tmp_path):
+    mixture(kind, folders).save_pretrained(tmp_path / "mixture")
+    model = LogitMixForCausalLM.from_pretrained(tmp_path / "mixture")
+    before = copy.deepcopy(model.state_dict())
+    for name, alpha in (("policy", 0.0), ("anchor_0", 1.0)):
+        folder = tmp_path / name
+        model.export_member(name, folder, merge=merge)
+        is_adapter = (folder / "adapter_config.json").exists()
+        assert is_adapter == (not merge and model.config.adapters.get(name, "off") != "off")
+        assert is_adapter != (folder / "config.json").exists()
+        exported = AutoModelForCausalLM.from_pretrained(folder)
+        torch.testing.assert_close(logits(exported), logits(model, alpha=alpha), atol=1e-5, rtol=1e-5)
+        assert AutoTokenizer.from_pretrained(folder).get_vocab() == character_tokenizer().get_vocab()
+        if is_adapter:
+            torch.testing.assert_close(logits(reference(folder)), logits(model, alpha=alpha), atol=1e-5, rtol=1e-5)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_of_lora_export(variant, folders, tmp_path):
+    """(transformers 5.19 loses the magnitudes of an unmerged DoRA adapter; PEFT reads it.)"""
+    first = save_adapter(tmp_path / "first", folders["base"], 3, **VARIANTS[variant])
+    model = LogitMixForCausalLM.from_members(folders["anchor adapter"], first)
+    for name, alpha in (("policy", 0.0), ("anchor_0", 1.0)):
+        for merge in (False, True):
+            folder = tmp_path / f"{name}_{merge}"
+            model.export_member(name, folder, merge=merge)
+            torch.testing.assert_close(logits(reference(folder)), logits(model, alpha=alpha), atol=1e-5, rtol=1e-5)
+
+
+def test_an_exported_policy_is_an_anchor_of_the_next_run(folders, tmp_path):
+    model = mixture("two adapters", folders)
+    model.export_member("policy", tmp_path / "policy")
+    following = LogitMixForCausalLM.from_members(folders["base"], tmp_path / "policy", peft_config=lora())
+    assert len(following.anchors) == 0
+    torch.testing.assert_close(logits(following, alpha=1.0), logits(model, alpha=0.0))
+
+
+def test_save_pretrained_of_the_policy_is_its_adapter(folders, tmp_path):
+    model = mixture("two adapters", folders)
+    model.policy.save_pretrained(tmp_path / "policy")
+    torch.testing.assert_close(logits(reference(tmp_path / "policy")), logits(model, alpha=0.0))
+
+
+def test_members_without_adapters_export_too(tmp_path):
+    model = LogitMixForCausalLM.from_members(tiny_member("qwen2", 0), tiny_member("llama", 1))
+    for name, alpha in (("policy", 0.0), ("anchor_0", 1.0)):
+        model.export_member(name, tmp_path / name)
+        assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / name)), logits(model, alpha=alpha))
+
+
+def test_exports_that_cannot_be_are_refused(tmp_path):
+    member = tiny_member("qwen2", 0)
+    model = LogitMixForCausalLM.from_members(member, member, peft_config=lora())
+    with pytest.raises(ValueError, match="there is no member 'anchor_1'; the members are policy, anchor_0"):
+        model.export_member("anchor_1", tmp_path)
+    with pytest.raises(ValueError, match=r"model that was given from memory.*export it merged"):
+        model.export_member("policy", tmp_path)
+
+
 # --- bad input ------------------------------------------------------------------------------------------------------
 
 
@@ -393,6 +559,8 @@ def test_an_anchors_adapter_that_changes_nothing_is_refused(folders, tmp_path):
         (LoraConfig(trainable_token_indices=[1, 2]), "trainable_token_indices changes the base's embeddings"),
         (LoraConfig(alora_invocation_tokens=[1], task_type="CAUSAL_LM"), "alora_invocation_tokens set"),
         (IA3Config(target_modules=["k_proj"], feedforward_modules=[]), "of type .*IA3.*can be LoRA adapters only"),
+        (LoraConfig(target_parameters=["mlp.down_proj.weight"]), "target_parameters set"),
+        ({"r": 8}, "peft_config is a dict; give a LoraConfig"),
         (LoraConfig(target_modules=["no_such_layer"]), "adapter of policy does not fit.*no_such_layer"),
     ],
 )
@@ -417,9 +585,9 @@ def test_a_policy_that_is_an_adapter_takes_no_new_one(folders):
 
 
 def test_an_adapter_of_another_shape_or_of_a_missing_base_is_refused(folders, tmp_path):
-    config = json.loads(open(folders["anchor adapter"] + "/adapter_config.json").read())
-    tiny_member("qwen2", 0, num_hidden_layers=1).save_pretrained(tmp_path / "small")
     path = tmp_path / "anchor_adapter" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    tiny_member("qwen2", 0, num_hidden_layers=1).save_pretrained(tmp_path / "small")
     path.write_text(json.dumps(config | {"base_model_name_or_path": str(tmp_path / "small")}))
     with pytest.raises(ValueError, match=r"anchor_adapter' does not fit '.*small': 0 .* missing and 4 have no place"):
         LogitMixForCausalLM.from_members(tmp_path / "small", folders["anchor adapter"], peft_config=lora())

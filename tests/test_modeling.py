@@ -579,7 +579,7 @@ def test_an_adapter_inside_a_member_is_not_lost_on_saving(model, pair, tmp_path)
 
 def test_a_model_wrapped_by_peft_is_refused_as_a_member(pair):
     wrapped = get_peft_model(pair[0], LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match=r"got PeftModel; for an adapter on the policy give the plain model and peft_config="):
+    with pytest.raises(ValueError, match=r"got PeftModel; for a new adapter on the policy give the plain model"):
         LogitMixForCausalLM.from_members(wrapped, pair[1])
 
 
