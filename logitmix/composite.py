@@ -138,12 +138,14 @@ class HoldsMembers(PreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        one_head: bool = True,
         **kwargs: Any,
     ) -> tuple[list[Tensor], Tensor, Cache | None, list[Any]]:
         """What `mix_logits` is to mix and with which weights, the cache, and the outputs of the members that ran.
 
         These are each member's logits over the shared vocabulary (for a member of weight 0, which `mix_logits` leaves
-        out, the first active one's), or the mixture's own with weight 1 where one head product gives them.
+        out, the first active one's), or the mixture's own with weight 1 where one head product gives them
+        and `one_head` allows it.
         """
         if input_ids is None or inputs_embeds is not None:
             raise ValueError("a mixture takes input_ids, not inputs_embeds: each member embeds tokens on its own")
@@ -169,7 +171,7 @@ class HoldsMembers(PreTrainedModel):
             "use_cache": use_cache,
             "return_dict": True,
         } | kwargs
-        shared_head = self._shared_head(running)
+        shared_head = self._shared_head(running) if one_head else None
         outputs: dict[str, Any] = {}
         for name in running:
             with self.running(name) as model, torch.set_grad_enabled(torch.is_grad_enabled() and name == "policy"):

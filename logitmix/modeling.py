@@ -11,6 +11,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import (
@@ -254,8 +255,10 @@ class LogitMixForCausalLM(HoldsMembers, GenerationMixin):
         keep = T - int(wanted[0]) if len(wanted) else 1
         # As `generate` numbers them: a member with absolute positions must not see the left padding
         position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+        # Never by one head product: the diagnostics need each member's logits, and the ratio of two scores, of which
+        # one was diagnosed, must not differ from 1 by the rounding of another order of operations.
         logits, weights, _, _ = self._logits_and_weights(
-            weights, input_ids, attention_mask, position_ids, use_cache=False, logits_to_keep=keep + 1
+            weights, input_ids, attention_mask, position_ids, use_cache=False, logits_to_keep=keep + 1, one_head=False
         )
         targets = targets[:, T - keep :]
         log_probs, entropy = mixture_log_probs(
