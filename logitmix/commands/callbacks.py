@@ -7,9 +7,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from accelerate import PartialState
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from logitmix.commands.runs import METRICS_FILE, append_jsonl, console, progress_bar, record_start
+from logitmix.training.sharding import whole_state_dict
 
 
 class ProgressBar(TrainerCallback):
@@ -158,7 +160,9 @@ def run_training(
             f"Saved step {trainer.state.global_step}. Continue with:\n  {shlex.join(command)}", soft_wrap=True
         )
         raise KeyboardInterrupt
-    trainer.save_model()
+    with whole_state_dict(trainer.accelerator):
+        trainer.save_model()
+    PartialState().destroy_process_group()  # or a process that is done first may be taken for one that died
 
 
 def _without_resume(argv: Sequence[str]) -> list[str]:

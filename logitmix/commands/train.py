@@ -113,9 +113,10 @@ def evaluation(
 
     def evaluate(step: int) -> None:
         names = {name: alpha for name, alpha in members_of(trainer.model).items() if name != "anchor" or not anchor}
-        responses = greedy_responses(
-            trainer.model, trainer.processing_class, task, mine, names, trainer.max_completion_length
-        )
+        with trainer.generation_model() as model:
+            responses = greedy_responses(
+                model, trainer.processing_class, task, mine, names, trainer.max_completion_length
+            )
         rows = gather_object([asdict(response) for response in responses])
         anchor.extend(row for row in rows if row["name"] == "anchor")
         rates = rates_by([row for row in rows if row["name"] != "anchor"] + anchor, "name")

@@ -20,7 +20,6 @@ from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel
-from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import FusedCausalLMOutput
 
 from logitmix.generation import end_of_sequence_ids, generate_completions
@@ -35,6 +34,7 @@ from logitmix.training.config import (
     require_questions,
 )
 from logitmix.training.sampling import QuestionStream, has_spread, refill
+from logitmix.training.sharding import ShardableGRPOTrainer
 from logitmix.training.validation import FreshQuestions, validation_questions
 from logitmix.training.watched import WatchedGRPOTrainer
 from logitmix.training.weight_control import AlphaControl, refuse_unsuitable_control
@@ -56,7 +56,7 @@ model = LogitMixForCausalLM.from_pretrained("{folder}")
 """
 
 
-class LogitMixGRPOTrainer(WatchedGRPOTrainer):
+class LogitMixGRPOTrainer(ShardableGRPOTrainer, WatchedGRPOTrainer):
     """TRL's `GRPOTrainer` for a mixture: same arguments, same dataset, same reward functions.
 
     `model` is the policy (a model, a folder or a hub id) with `args.anchor` set, or a `LogitMixForCausalLM`.
@@ -132,15 +132,7 @@ class LogitMixGRPOTrainer(WatchedGRPOTrainer):
     ) -> list[list[int]]:
         """Completions of the model in training, `rollout_batch_size` at a time; `alphas` are one a prompt."""
         completion_ids = []
-        with (
-            unwrap_model_for_generation(
-                self.model_wrapped,
-                self.accelerator,
-                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
-                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
-            ) as model,
-            self._dist.summon_full_params(self.model_wrapped, recurse=False),
-        ):
+        with self.generation_model() as model:
             size = self.args.rollout_batch_size or len(prompt_ids)
             for start in range(0, len(prompt_ids), size):
                 batch = prompt_ids[start : start + size]
