@@ -10,14 +10,19 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from trl import GRPOTrainer
 
 WAY_OUT = "Look at the batch, then go on from the last checkpoint with another setting (a lower learning_rate, say)"
 
 
 def broken_parameter(model: nn.Module) -> str | None:
-    """The name of a parameter that holds a value which is not finite, or None. Waits for the device once."""
-    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.numel()]
+    """The name of a parameter that holds a value which is not finite, or None. Waits for the device once.
+
+    Of sharded parameters this process's part is looked at, so that one process may ask alone.
+    """
+    local = [(name, p.to_local() if isinstance(p, DTensor) else p) for name, p in model.named_parameters()]
+    named = [(name, parameter) for name, parameter in local if parameter.numel()]
     finite = torch.stack([torch.isfinite(parameter.detach()).all().cpu() for _, parameter in named])
     return next((name for (name, _), ok in zip(named, finite.tolist(), strict=True) if not ok), None)
 

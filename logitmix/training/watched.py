@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from trl import GRPOTrainer
 
 from logitmix.diagnostics import MixtureDiagnostics
@@ -179,6 +180,8 @@ class WatchedGRPOTrainer(GRPOTrainer):
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
         if norm is not None and self.accelerator.scaler is None:  # fp16's scaler skips such steps itself
             broken = guards.count_broken(torch.as_tensor(norm, device=self.accelerator.device).detach())
             if self.accelerator.gather(broken[None]).any():
