@@ -8,9 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import FullyShardedDataParallelPlugin
+from accelerate import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 from transformers import AutoModelForCausalLM
-from two_processes import BATCHES, RECIPES, VARIANTS, trainer_of
+from two_processes import BATCHES, RECIPES, VARIANTS, mixture, trainer_of
 
 from logitmix.training.sharding import check_fsdp
 
@@ -113,6 +115,14 @@ def test_the_frozen_anchor_is_sharded_as_the_policy_is(records):
         assert all(share == pytest.approx(0.5, abs=0.05) for share in shares.values()), shares
 
 
+def test_gradients_stay_sharded_from_one_micro_batch_to_the_next(records):
+    for record in records:
+        kept = record["sharded, accumulated"]["kept sharded"]
+        assert kept
+        assert all(kept)
+        assert not any(record["accumulated"]["kept sharded"])
+
+
 @pytest.mark.parametrize("kind", ["SHARDED_STATE_DICT", "FULL_STATE_DICT"])
 def test_a_sharded_run_goes_on_from_its_checkpoint_and_is_saved_whole(records, folder, kind):
     saved = AutoModelForCausalLM.from_pretrained(folder / kind)
@@ -139,3 +149,19 @@ def test_the_first_version_of_fsdp_is_refused():
     plugin = FullyShardedDataParallelPlugin(fsdp_version=1)
     with pytest.raises(ValueError, match="fsdp_version is 1; a mixture is sharded by FSDP2 only"):
         check_fsdp(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)))
+
+
+def test_the_mixture_names_its_members_layers():
+    """accelerate reads them: TRANSFORMER_BASED_WRAP makes each a unit."""
+    assert mixture()._no_split_modules == {"Qwen2DecoderLayer", "LlamaDecoderLayer"}
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero3"])
+def test_the_configurations_are_accelerates(name):
+    config = load_config_from_file(str(RECIPES / f"{name}.yaml"))
+    assert (config.num_machines, config.num_processes, config.mixed_precision) == (1, 8, "bf16")
+    kinds = {"ddp": DistributedType.MULTI_GPU, "fsdp2": DistributedType.FSDP, "zero3": DistributedType.DEEPSPEED}
+    assert config.distributed_type == kinds[name]
+    # accelerate passes over keys of these that it does not know
+    known = {option.lstrip("-") for action in launch_command_parser()._actions for option in action.option_strings}
+    assert known >= config.fsdp_config.keys() | config.deepspeed_config.keys()

@@ -12,6 +12,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import prepare_multi_gpu_env
 from datasets import Dataset
 from members import character_tokenizer, tiny_member
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from logitmix.generation import generate_completions
@@ -90,10 +91,14 @@ class RecordingTrainer(LogitMixGRPOTrainer):
 
 
 class Gradients(TrainerCallback):
-    """The gradients of each update, whole."""
+    """The gradients of each update, whole, and which of those that a micro-batch leaves to the next are shards."""
 
     def __init__(self):
-        self.updates = []
+        self.updates, self.kept_sharded = [], []
+
+    def on_substep_end(self, args, state, control, model=None, **kwargs):
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        self.kept_sharded += [isinstance(p.grad, DTensor) for p in trainable]
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         self.updates.append({name: whole(p.grad) for name, p in named_parameters(model) if p.grad is not None})
@@ -154,6 +159,7 @@ def trained(trainer, **kwargs):
         "taken": trainer.taken,
         "losses": [log["loss"] for log in trainer.state.log_history if "loss" in log],
         "gradients": gradients.updates,
+        "kept sharded": gradients.kept_sharded,
         "weights": {name: whole(p) for name, p in named_parameters(trainer.model)},
     }
 

@@ -34,6 +34,10 @@ class ShardableGRPOTrainer(GRPOTrainer):
         super().__init__(*args, **kwargs)
         if isinstance(self.model, LogitMixForCausalLM):
             check_fsdp(self.accelerator)
+        if self.is_fsdp_enabled:
+            # Else the gradients of all but the last micro-batch of an update would be kept whole on every process
+            asked = self.args.accelerator_config.gradient_accumulation_kwargs or {}
+            self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = asked.get("sync_each_batch", True)
 
     @contextmanager
     def generation_model(self) -> Iterator[PreTrainedModel]:
