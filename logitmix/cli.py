@@ -11,6 +11,7 @@ VERBS = {
     "quickstart": ("logitmix.commands.quickstart", "from nothing to a report, on a laptop's CPU, without downloads"),
     "sft": ("logitmix.commands.sft", "make an anchor from a task's demonstrations"),
     "train": ("logitmix.commands.train", "GRPO of the mixture of a policy and a frozen anchor"),
+    "export": ("logitmix.commands.export", "one member of a mixture as a checkpoint of its own"),
     "check-task": ("logitmix.commands.check_task", "a task's splits, and whether its golds accept themselves"),
     "eval": ("logitmix.commands.evaluate", "accuracy of policy, anchor and mixture on the same problems"),
     "complement": ("logitmix.commands.complement", "what two policies get right, together and alone"),

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicCache
 
-from logitmix.adapters import Adapters, adapter_layers, adapter_parameters
+from logitmix.adapters import OFF, Adapters, adapter_layers, adapter_parameters
 from logitmix.caches import member_caches, require_cached_tokens
 from logitmix.configuration import LogitMixConfig
 from logitmix.export import export_member
@@ -113,6 +113,14 @@ class HoldsMembers(PreTrainedModel):
         super().save_pretrained(save_directory, *args, **kwargs)
         if self.tokenizer is not None and kwargs.get("is_main_process", True):
             self.tokenizer.save_pretrained(save_directory)
+
+    def describe_members(self) -> list[str]:
+        """A name of each member for people: its model's folder or hub id, and what adapter it has."""
+        names = []
+        for name, model in zip(self.config.members, self.members, strict=True):
+            record, base = self.config.adapters.get(name), model.name_or_path or type(model).__name__
+            names.append(base if record in (None, OFF) else f"a LoRA adapter on {base}")
+        return names
 
     def weight_bytes(self) -> tuple[int, int]:
         """Bytes that the weights take, and bytes that they would take more were every member a model of its own."""

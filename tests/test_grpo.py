@@ -34,7 +34,14 @@ def mixture(scheme="logit", alpha=0.4, anchor="llama", policy="qwen2"):
 
 
 def trainer_of(
-    tmp_path, model=None, reward=count_vowels, prompts=PROMPTS, rows=None, trainer=LogitMixGRPOTrainer, **kwargs
+    tmp_path,
+    model=None,
+    reward=count_vowels,
+    prompts=PROMPTS,
+    rows=None,
+    trainer=LogitMixGRPOTrainer,
+    peft_config=None,
+    **kwargs,
 ):
     arguments = {
         "per_device_train_batch_size": 12,
@@ -57,6 +64,7 @@ def trainer_of(
         args=config,
         train_dataset=Dataset.from_dict({"prompt": prompts * 8}),
         processing_class=character_tokenizer(),
+        peft_config=peft_config,
     )
     result.current_gradient_accumulation_steps = config.gradient_accumulation_steps
     return result

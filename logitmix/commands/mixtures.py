@@ -56,8 +56,8 @@ def open_mixture(model_args: ModelArguments, args: MixtureArguments) -> LogitMix
         )
     if len(model.members) != 2:
         raise ValueError(
-            f"{model_args.model_name_or_path} has {len(model.anchors)} anchors, but alpha weighs one; give the policy "
-            "and one of them with --anchor"
+            f"{model_args.model_name_or_path} has {len(model.members) - 1} anchors, but alpha weighs one; give the "
+            "policy and one of them with --anchor"
         )
     return model
 

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 from trl import SFTConfig, SFTTrainer
 
+from logitmix.adapters import read_adapter_config
+from logitmix.commands.adapters import AdapterArguments
 from logitmix.commands.arguments import ModelArguments, TaskArguments, parse
 from logitmix.commands.callbacks import run_training
 from logitmix.commands.runs import console, find_checkpoint
@@ -13,16 +15,22 @@ from logitmix.training.sft import sft_dataset
 
 
 def main(argv: Sequence[str]) -> None:
-    task_args, model_args, args = parse(
+    task_args, model_args, adapter_args, args = parse(
         "logitmix sft",
         "Make an anchor from a task's demonstrations.",
-        (TaskArguments, ModelArguments, SFTConfig),
+        (TaskArguments, ModelArguments, AdapterArguments, SFTConfig),
         argv,
     )
-    arguments = {"command": "sft"} | vars(task_args) | vars(model_args) | args.to_dict()
+    peft_config = adapter_args.peft_config
+    arguments = {"command": "sft"} | vars(task_args) | vars(model_args) | vars(adapter_args) | args.to_dict()
     checkpoint = find_checkpoint(args.output_dir, arguments, args.resume_from_checkpoint)
     task = task_args.load()
     rows = task.demonstrations(task_args.train_limit)
+    if peft_config is not None and read_adapter_config(model_args.model_name_or_path) is not None:
+        raise ValueError(
+            f"{model_args.model_name_or_path} is an adapter already, and --use_peft asks for a new one; merge it "
+            "first, with logitmix export --merge"
+        )
     model = load_member(model_args.model_name_or_path, **model_args.init_kwargs)
     if isinstance(model, LogitMixForCausalLM):
         raise ValueError(f"{model_args.model_name_or_path} is a mixture; SFT makes an anchor from a single model")
@@ -31,6 +39,6 @@ def main(argv: Sequence[str]) -> None:
     if dropped:
         console.print(f"Left out {dropped} of {len(rows)} demonstrations longer than max_length {args.max_length}.")
     args.disable_tqdm = True
-    trainer = SFTTrainer(model, args=args, train_dataset=dataset, processing_class=tokenizer)
+    trainer = SFTTrainer(model, args=args, train_dataset=dataset, processing_class=tokenizer, peft_config=peft_config)
     run_training(trainer, argv, f"sft on {task.name}", arguments, checkpoint)
     console.print(f"The anchor is in {args.output_dir}.")

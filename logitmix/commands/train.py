@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from accelerate.utils import gather_object
+from peft import PeftConfig
 
+from logitmix.commands.adapters import AdapterArguments, say_what_is_shared
 from logitmix.commands.arguments import ModelArguments, TaskArguments, parse
 from logitmix.commands.callbacks import EverySteps, run_training
 from logitmix.commands.runs import EVALUATIONS_FILE, append_jsonl, console, find_checkpoint
@@ -38,15 +40,17 @@ class EvaluationArguments:
 
 
 def main(argv: Sequence[str]) -> None:
-    task_args, model_args, eval_args, args = parse(
+    task_args, model_args, adapter_args, eval_args, args = parse(
         "logitmix train",
         "GRPO of the mixture of a policy (--model_name_or_path) and a frozen anchor (--anchor).",
-        (TaskArguments, ModelArguments, EvaluationArguments, LogitMixGRPOConfig),
+        (TaskArguments, ModelArguments, AdapterArguments, EvaluationArguments, LogitMixGRPOConfig),
         argv,
     )
     if args.eval_strategy != "no":
         raise ValueError("eval_strategy evaluates by sampling, in TRL; for greedy evaluations use --eval_every STEPS")
-    arguments = {"command": "train"} | vars(task_args) | vars(model_args) | vars(eval_args) | args.to_dict()
+    peft_config = adapter_args.peft_config
+    arguments = {"command": "train"} | vars(task_args) | vars(model_args) | vars(adapter_args) | vars(eval_args)
+    arguments |= args.to_dict()
     checkpoint = find_checkpoint(args.output_dir, arguments, args.resume_from_checkpoint)
     task = task_args.load()
     args.model_init_kwargs = model_args.init_kwargs | (args.model_init_kwargs or {})
@@ -56,7 +60,8 @@ def main(argv: Sequence[str]) -> None:
     held_out = eval_args.validation_source == "held_out" and args.alpha_controller in VALIDATING
     size = args.validation_size if held_out else 0
     problems, validation_problems = hold_out(task, task_args.train_limit, size)
-    trainer = build_trainer(task, problems, model_args.model_name_or_path, args, validation_problems)
+    trainer = build_trainer(task, problems, model_args.model_name_or_path, args, validation_problems, peft_config)
+    say_what_is_shared(trainer.model)
     callbacks = []
     if eval_args.eval_every:
         evaluate = evaluation(trainer, task, task.problems("test", task_args.eval_limit), Path(args.output_dir))
@@ -85,6 +90,7 @@ def build_trainer(
     model_name_or_path: str,
     args: LogitMixGRPOConfig,
     validation_problems: Sequence[Problem] = (),
+    peft_config: PeftConfig | None = None,
 ) -> LogitMixGRPOTrainer:
     """The trainer of one arm on a task's problems, rewarded as the paper does."""
     tokenizer = require_tokenizer(model_name_or_path, padding_side="left", truncation_side="left")
@@ -97,6 +103,7 @@ def build_trainer(
         train_dataset=grpo_dataset(task, problems),
         validation_dataset=grpo_dataset(task, validation_problems) if validation_problems else None,
         processing_class=tokenizer,
+        peft_config=peft_config,
     )
 
 

@@ -5,9 +5,11 @@ from typing import Any, Literal, get_args
 
 from accelerate.utils import is_peft_model
 from datasets import Dataset
+from peft import PeftConfig
 from transformers import PreTrainedModel
 from trl import GRPOConfig, GRPOTrainer
 
+from logitmix.adapters import read_adapter_config
 from logitmix.members import load_member
 from logitmix.mixing import Scheme
 from logitmix.modeling import LogitMixForCausalLM
@@ -89,8 +91,13 @@ class LogitMixGRPOConfig(GRPOConfig):
     )
 
 
-def build_model(model: PreTrainedModel | str, args: LogitMixGRPOConfig) -> PreTrainedModel:
-    """The model to train; `args.alpha` and `args.scheme` say afterwards what holds."""
+def build_model(
+    model: PreTrainedModel | str, args: LogitMixGRPOConfig, peft_config: PeftConfig | None = None
+) -> PreTrainedModel:
+    """The model to train; `args.alpha` and `args.scheme` say afterwards what holds.
+
+    A mixture has the adapter of `peft_config` already; any other model is left to TRL to adapt.
+    """
     if args.alpha is not None and not 0 <= args.alpha < 1:
         raise ValueError(
             f"alpha is {args.alpha}; training needs 0 <= alpha < 1, since the policy's gradient has the factor "
@@ -105,9 +112,21 @@ def build_model(model: PreTrainedModel | str, args: LogitMixGRPOConfig) -> PreTr
                 "give only one"
             )
         alpha, scheme = 0.5 if args.alpha is None else args.alpha, args.scheme or "logit"
-        model = LogitMixForCausalLM.from_members(model, args.anchor, alpha=alpha, scheme=scheme, **init_kwargs)
+        model = LogitMixForCausalLM.from_members(
+            model, args.anchor, alpha=alpha, scheme=scheme, peft_config=peft_config, **init_kwargs
+        )
     elif isinstance(model, str):
+        if peft_config is not None and read_adapter_config(model) is not None:
+            raise ValueError(
+                f"the model {model!r} is an adapter already, and peft_config asks for a new one; merge it first, with "
+                "logitmix export --merge"
+            )
         model = load_member(model, **init_kwargs)
+    elif isinstance(model, LogitMixForCausalLM) and peft_config is not None:
+        raise ValueError(
+            "the model is a mixture already; give its members' names and args.anchor with peft_config, or build it "
+            "with LogitMixForCausalLM.from_members(…, peft_config=…)"
+        )
     if not isinstance(model, LogitMixForCausalLM):
         if args.alpha is not None or args.scheme is not None:
             raise ValueError(
@@ -126,7 +145,10 @@ def build_model(model: PreTrainedModel | str, args: LogitMixGRPOConfig) -> PreTr
 
 def refuse_unsuitable_options(args: LogitMixGRPOConfig, model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
     if is_peft_model(model) and isinstance(model.get_base_model(), LogitMixForCausalLM):
-        raise ValueError("a mixture with a PEFT adapter cannot be trained yet; train the policy's own weights")
+        raise ValueError(
+            "the model is a mixture that PEFT has wrapped; TRL would not see it. Build it with "
+            "LogitMixForCausalLM.from_members(…, peft_config=…) instead of get_peft_model"
+        )
     if args.loss_type == GROUP_LOSS and args.beta != 0:
         raise ValueError(
             f"beta is {args.beta} with loss_type 'group', whose objective (eq. 6) has no KL term; "
@@ -150,8 +172,6 @@ def refuse_unsuitable_options(args: LogitMixGRPOConfig, model: PreTrainedModel, 
     }.items():
         if getattr(args, option):
             raise ValueError(f"{option}={getattr(args, option)!r} cannot be used with a mixture: {reason}")
-    if kwargs.get("peft_config") is not None:
-        raise ValueError("peft_config cannot be used with a mixture yet; train the policy's own weights")
     if model.config.weights[0] <= 0:
         raise ValueError(
             f"the policy's weight in the mixture is {model.config.weights[0]}; the gradient has it as a factor, so "
@@ -165,9 +185,9 @@ def refuse_unclear_kl(args: LogitMixGRPOConfig, model: PreTrainedModel) -> None:
         raise ValueError(f"kl_to is {args.kl_to!r}; it must be 'anchor', or left out")
     if args.kl_to is not None and args.beta == 0:
         raise ValueError(f"kl_to is {args.kl_to!r}, but beta is 0 and there is no KL; set beta, or leave out kl_to")
-    if args.kl_to is not None and not (is_mixture and len(model.anchors) == 1):
+    if args.kl_to is not None and not (is_mixture and len(model.members) == 2):
         raise ValueError(
-            f"kl_to is {args.kl_to!r}, and the model has {len(model.anchors) if is_mixture else 'no'} anchors; it "
+            f"kl_to is {args.kl_to!r}, and the model has {len(model.members) - 1 if is_mixture else 'no'} anchors; it "
             "takes a mixture with one. Without an anchor the KL of beta is to a copy of the model at the start"
         )
     if is_mixture and args.beta != 0 and args.kl_to is None:

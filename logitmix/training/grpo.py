@@ -60,6 +60,8 @@ class LogitMixGRPOTrainer(ShardableGRPOTrainer, WatchedGRPOTrainer):
     """TRL's `GRPOTrainer` for a mixture: same arguments, same dataset, same reward functions.
 
     `model` is the policy (a model, a folder or a hub id) with `args.anchor` set, or a `LogitMixForCausalLM`.
+    `peft_config` gives the policy a LoRA adapter, as in TRL; [`LogitMixForCausalLM.from_members`] says which anchors
+    then share its weights.
     `validation_dataset` are held-out questions for an `args.alpha_controller` that validates, with the columns of
     `train_dataset`; without it these are training questions, which are left out of training in their pass.
 
@@ -79,8 +81,10 @@ class LogitMixGRPOTrainer(ShardableGRPOTrainer, WatchedGRPOTrainer):
         args = LogitMixGRPOConfig() if args is None else args
         if not isinstance(args, LogitMixGRPOConfig):
             raise ValueError(f"args is a {type(args).__name__}; LogitMixGRPOTrainer needs a LogitMixGRPOConfig")
-        model = build_model(model, args)
+        model = build_model(model, args, kwargs.get("peft_config"))
         is_mixture = isinstance(model, LogitMixForCausalLM)
+        if is_mixture:
+            kwargs.pop("peft_config", None)  # its policy has the adapter; TRL would wrap the mixture
         refuse_unsuitable_options(args, model, kwargs)
         refuse_unsuitable_control(args, model, validation_dataset, kwargs)
         if kwargs.get("processing_class") is None:
@@ -152,7 +156,7 @@ class LogitMixGRPOTrainer(ShardableGRPOTrainer, WatchedGRPOTrainer):
         if not isinstance(self.model, LogitMixForCausalLM):
             super().create_model_card(*args, **kwargs)
         elif self.is_world_process_zero():
-            members = [member.name_or_path or type(member).__name__ for member in self.model.members]
+            members = self.model.describe_members()
             folder = Path(self.args.output_dir)
             (folder / "README.md").write_text(
                 CARD.format(folder=folder.name, members=members, config=self.model.config)
