@@ -52,6 +52,16 @@ def test_the_training_pages_script(folder):
     assert (folder / "run/config.json").exists()
 
 
+def test_the_adapters_page(folder):
+    training, use = python_blocks("docs/adapters.md")
+    smaller = "use_cpu=True, bf16=False, report_to=[], max_steps=1, max_completion_length=24, save_strategy='no'"
+    exec(compile(training.replace('output_dir="run"', f'output_dir="run", {smaller}'), "docs/adapters.md", "exec"), {})
+    assert "anchor_0" in json.loads((folder / "run/config.json").read_text())["adapters"]
+    exec(compile(use, "docs/adapters.md", "exec"), {})
+    assert (folder / "path/to/adapter/adapter_config.json").exists()
+    assert (folder / "path/to/merged/config.json").exists()
+
+
 def test_the_readmes_script_before_and_after(folder):
     """Only the two lines that README shows differ, and both scripts train."""
     task = Arithmetic()
