@@ -2,7 +2,11 @@
 
 import copy
 import math
+import os
 import re
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import torch
@@ -147,3 +151,39 @@ def test_a_batch_that_cannot_be_saved_still_stops_the_step(tmp_path):
     trainer = trainer_of(tmp_path, **OFF_POLICY)
     (tmp_path / "nonfinite-step-2").write_text("in the way")
     assert "The batch could not be saved in" in stopped(trainer, 1, break_anchor)
+
+
+TWO_PROCESSES = """
+    import sys
+    from pathlib import Path
+    import torch
+    from test_guards import INF, OFF_POLICY, stopped
+    from test_grpo import trainer_of
+    trainer = trainer_of(Path(sys.argv[1]), per_device_train_batch_size=6, ddp_backend="gloo", **OFF_POLICY)
+
+    def break_advantages_of_one_process(trainer):
+        if trainer.accelerator.process_index == 1:
+            trainer._buffered_inputs[0]["advantages"][3] = INF
+
+    message = stopped(trainer, 1, break_advantages_of_one_process)
+    assert "the loss is not finite. The batch" in message
+    print("stopped", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_processes_stop_together_and_each_saves_its_batch(tmp_path):
+    script = tmp_path / "two.py"
+    script.write_text(textwrap.dedent(TWO_PROCESSES))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29519"]
+    result = subprocess.run(
+        [*command, str(script), str(tmp_path / "run")], capture_output=True, text=True, timeout=240,
+        env=os.environ | {"PYTHONPATH": ":".join(sys.path)},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("stopped") == 2
+    advantages = [
+        torch.load(tmp_path / "run" / "nonfinite-step-2" / f"rank-{rank}.pt")["batches"][0]["advantages"]
+        for rank in (0, 1)
+    ]
+    assert [a.isinf().any().item() for a in advantages] == [False, True]
