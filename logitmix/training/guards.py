@@ -40,14 +40,16 @@ def broken_reward(rewards_NF: Tensor, weights_F: Tensor, names: Sequence[str]) -
     TRL turns a function's None into NaN and leaves it out of the sum: that is no fault while another function gives
     a number. An infinite reward, or a completion that no function rewards, is one.
     """
-    weighted_NF = (rewards_NF * weights_F.to(rewards_NF)).cpu()
-    for row, values in enumerate(weighted_NF):
-        if values.isinf().any():
-            f = int(values.isinf().nonzero()[0])
-            return row, f"the reward function {names[f]!r} gave {rewards_NF[row, f].item()}"
-        if values.isnan().all():
-            return row, f"the reward function {' and '.join(map(repr, names))} gave None or NaN"
-    return None
+    weighted_NF = rewards_NF * weights_F.to(rewards_NF)
+    broken_N = weighted_NF.isinf().any(1) | weighted_NF.isnan().all(1)
+    if not broken_N.any():
+        return None
+    row = int(broken_N.nonzero()[0])
+    infinite_F = weighted_NF[row].isinf()
+    if infinite_F.any():
+        f = int(infinite_F.nonzero()[0])
+        return row, f"the reward function {names[f]!r} gave {rewards_NF[row, f].item()}"
+    return row, f"the reward function {' and '.join(map(repr, names))} gave None or NaN"
 
 
 def count_broken(values: Tensor, mask: Tensor | None = None) -> Tensor:
