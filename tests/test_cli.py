@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -246,6 +247,21 @@ def test_an_earlier_checkpoint_takes_its_steps_again(run_of_two_steps):
     assert [row["step"] for row in rows] == [step for step in range(4) for _ in range(3)]
     anchors = [{k: v for k, v in row.items() if k != "step"} for row in rows if row["name"] == "anchor"]
     assert all(row == anchors[0] for row in anchors), "the anchor is frozen"
+
+
+def test_what_the_documentation_lists_is_logged(train, tmp_path):
+    assert main([*train, "--dynamic_sampling", "filter", "--max_steps", "1"]) == 0
+    log = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    page = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
+    table = page.split("## What is logged each step")[1].split("\n## ")[0]
+    names = []
+    for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE):
+        for name in re.findall(r"`(.*?)`", row):
+            prefix = names[-1].rsplit("/", 1)[0] if names else ""
+            names.append(name.replace("…", prefix).replace("<function>", "task_reward"))
+    missing = {"time/validation"}  # without a controller that validates
+    assert len(names) > 25
+    assert set(names) - set(log) == missing
 
 
 def test_the_model_card_says_how_to_load_the_mixture(run_of_two_steps):

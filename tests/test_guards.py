@@ -175,7 +175,7 @@ TWO_PROCESSES = """
 def test_processes_stop_together_and_each_saves_its_batch(tmp_path):
     script = tmp_path / "two.py"
     script.write_text(textwrap.dedent(TWO_PROCESSES))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29519"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     result = subprocess.run(
         [*command, str(script), str(tmp_path / "run")], capture_output=True, text=True, timeout=240,
         env=os.environ | {"PYTHONPATH": ":".join(sys.path)},

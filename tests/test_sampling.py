@@ -221,7 +221,7 @@ TWO_PROCESSES = """
 def test_two_processes_refill_as_one(tmp_path):
     script = tmp_path / "two.py"
     script.write_text(textwrap.dedent(TWO_PROCESSES))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     result = subprocess.run(
         [*command, str(script), str(tmp_path / "run")], capture_output=True, text=True, timeout=240,
         env=os.environ | {"PYTHONPATH": ":".join(sys.path)},

@@ -1,5 +1,9 @@
 """What the trainer logs of a step, against the same numbers computed apart."""
 
+import os
+import subprocess
+import sys
+import textwrap
 import time
 
 import pytest
@@ -124,3 +128,52 @@ def test_a_clock_counts_a_phase_that_failed_too():
     with pytest.raises(ZeroDivisionError):
         fail()
     assert clock.seconds["rollouts"] >= 0.01
+
+
+TWO_PROCESSES = """
+    import sys
+    from pathlib import Path
+    import pytest, torch
+    from test_grpo import generated, trainer_of
+    from test_watched import means_over_tokens
+    trainer = trainer_of(Path(sys.argv[1]), ddp_backend="gloo")
+    rank = trainer.accelerator.process_index
+    inputs, ids, mask = generated(trainer)
+    if rank == 1:
+        inputs["completion_mask"][:, 3:] = 0  # fewer tokens: a mean over processes is no mean over tokens
+    trainer._metrics["train"].clear()
+    trainer.model.train()
+    trainer._compute_loss(trainer.model, inputs)
+    parts = [None, None]
+    torch.distributed.all_gather_object(parts, means_over_tokens(trainer, inputs, ids, mask))
+    assert parts[0] != parts[1]
+    tokens = sum(count for count, _ in parts)
+    for name in parts[0][1]:
+        expected = sum(count * means[name] for count, means in parts) / tokens
+        assert trainer._metrics["train"][name] == [pytest.approx(expected, rel=1e-4)], name
+    print("agreed", flush=True)
+"""
+
+
+def means_over_tokens(trainer, inputs, ids, mask):
+    """The number of a process's tokens, and the means over them."""
+    tokens = inputs["completion_mask"].bool()
+    policy, anchor = member_logits(trainer, ids, mask, inputs["completion_ids"].shape[1])
+    log_mixture = (0.6 * policy + 0.4 * anchor).log_softmax(-1)
+    kl = (log_mixture.exp() * (log_mixture - anchor.log_softmax(-1))).sum(-1)
+    disagree = (policy.argmax(-1) != anchor.argmax(-1)).double()
+    means = {"mixture/kl_anchor": kl, "mixture/disagreement": disagree}
+    return tokens.sum().item(), {name: x[tokens].mean().item() for name, x in means.items()}
+
+
+@pytest.mark.slow
+def test_two_processes_log_means_over_the_tokens_of_both(tmp_path):
+    script = tmp_path / "two.py"
+    script.write_text(textwrap.dedent(TWO_PROCESSES))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    result = subprocess.run(
+        [*command, str(script), str(tmp_path / "run")], capture_output=True, text=True, timeout=240,
+        env=os.environ | {"PYTHONPATH": ":".join(sys.path)},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("agreed") == 2
