@@ -19,12 +19,13 @@ WAY_OUT = "Look at the batch, then go on from the last checkpoint with another s
 def broken_parameter(model: nn.Module) -> str | None:
     """The name of a parameter that holds a value which is not finite, or None. Waits for the device once.
 
-    Of sharded parameters this process's part is looked at, so that one process may ask alone.
+    Of sharded parameters this process's part is looked at, so that one process may ask alone; 8-bit ones are not.
     """
     local = [(name, p.to_local() if isinstance(p, DTensor) else p) for name, p in model.named_parameters()]
-    named = [(name, parameter) for name, parameter in local if parameter.numel()]
-    finite = torch.stack([torch.isfinite(parameter.detach()).all().cpu() for _, parameter in named])
-    return next((name for (name, _), ok in zip(named, finite.tolist(), strict=True) if not ok), None)
+    named = [(name, p.detach()) for name, p in local if p.numel() and p.is_floating_point() and p.element_size() > 1]
+    finite = [torch.isfinite(parameter).all() for _, parameter in named]
+    together = torch.stack([flag.to(finite[0].device) for flag in finite]).tolist()
+    return next((name for (name, _), ok in zip(named, together, strict=True) if not ok), None)
 
 
 def require_finite_parameters(model: nn.Module) -> None:
