@@ -13,7 +13,7 @@ import torch
 from test_grpo import PROMPTS, count_vowels, mixture, trainer_of
 from transformers import TrainerCallback
 
-from logitmix.training.guards import broken_reward
+from logitmix.training.guards import broken_parameter, broken_reward
 
 NAN, INF = math.nan, math.inf
 
@@ -135,6 +135,12 @@ def test_logits_that_are_not_finite_while_sampling_stop_the_step(tmp_path):
     message = stopped(trainer_of(tmp_path), 1, break_anchor)
     assert "a logit was not finite while sampling (the parameter anchor_0." in message
     assert torch.load(tmp_path / "nonfinite-step-2" / "rank-0.pt")["prompts"]
+
+
+def test_parameters_that_are_elsewhere_are_not_looked_at():
+    assert broken_parameter(torch.nn.Linear(0, 3, bias=False)) is None
+    eight_bit = torch.nn.Linear(2, 3, dtype=torch.float8_e4m3fn, device="meta")
+    assert broken_parameter(eight_bit) is None
 
 
 @pytest.mark.parametrize("member", ["policy", "anchor_0"])

@@ -23,6 +23,8 @@ def broken_parameter(model: nn.Module) -> str | None:
     """
     local = [(name, p.to_local() if isinstance(p, DTensor) else p) for name, p in model.named_parameters()]
     named = [(name, p.detach()) for name, p in local if p.numel() and p.is_floating_point() and p.element_size() > 1]
+    if not named:  # ZeRO-3 keeps them elsewhere
+        return None
     finite = [torch.isfinite(parameter).all() for _, parameter in named]
     together = torch.stack([flag.to(finite[0].device) for flag in finite]).tolist()
     return next((name for (name, _), ok in zip(named, together, strict=True) if not ok), None)
