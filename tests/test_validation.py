@@ -386,6 +386,7 @@ def two_anchors():
         ),
         ("adaptive", {"adaptive_scale": 0}, "adaptive_scale is 0, but must be above 0"),
         ("adaptive", {"adaptive_scale": -35}, "adaptive_scale is -35"),
+        ("adaptive", {"adaptive_offset": float("nan")}, "adaptive_offset nan"),
         ("adaptive", {"adaptive_scale": 0.1}, "alpha can reach 1, where the policy has no gradient"),
         ("adaptive", {"alpha_end": 0.1}, "'adaptive' and alpha_end is 0.1; alpha_end goes with linear and cosine"),
         ("linear", {}, "'linear' and alpha_end is None; alpha_end goes with linear and cosine, which need it"),

@@ -157,7 +157,7 @@ def _refuse_scale(args: LogitMixGRPOConfig) -> None:
     if not args.adaptive_scale > 0:
         raise ValueError(f"adaptive_scale is {args.adaptive_scale}, but must be above 0: alpha rises with the gain")
     n = args.validation_size
-    if adaptive(Counts(n, 0, n, 0, n), args.adaptive_offset, args.adaptive_scale) >= 1:
+    if not adaptive(Counts(n, 0, n, 0, n), args.adaptive_offset, args.adaptive_scale) < 1:
         raise ValueError(
             f"with adaptive_scale {args.adaptive_scale}, adaptive_offset {args.adaptive_offset} and validation_size "
             f"{n} alpha can reach 1, where the policy has no gradient; raise adaptive_scale"
