@@ -138,7 +138,7 @@ def test_logits_that_are_not_finite_while_sampling_stop_the_step(tmp_path):
 
 
 def test_parameters_that_are_elsewhere_are_not_looked_at():
-    assert broken_parameter(torch.nn.Linear(0, 3, bias=False)) is None
+    assert broken_parameter(torch.nn.ParameterList([torch.empty(0)])) is None
     eight_bit = torch.nn.Linear(2, 3, dtype=torch.float8_e4m3fn, device="meta")
     assert broken_parameter(eight_bit) is None
 
