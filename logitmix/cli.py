@@ -14,6 +14,7 @@ VERBS = {
     "export": ("logitmix.commands.export", "one member of a mixture as a checkpoint of its own"),
     "check-task": ("logitmix.commands.check_task", "a task's splits, and whether its golds accept themselves"),
     "eval": ("logitmix.commands.evaluate", "accuracy of policy, anchor and mixture on the same problems"),
+    "sweep": ("logitmix.commands.sweep", "a pair at every alpha, mixed in logits, probabilities and weights"),
     "complement": ("logitmix.commands.complement", "what two policies get right, together and alone"),
 }
 

@@ -20,23 +20,33 @@ def plot_curves(curves: Mapping[str, Sequence[tuple[int, float]]], title: str, p
     _save(figure, axes, path)
 
 
-def plot_sweep(sweep: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
-    """Format rate and answer rate, in per cent, against alpha, side by side: one line a scheme."""
+def plot_sweep(
+    sweep: Sequence[Mapping[str, Any]], title: str, path: Path, members: tuple[str, str] = ("base", "SFT")
+) -> None:
+    """Format rate and answer rate, in per cent, against alpha, side by side: one line a scheme.
+
+    Rows that have them (`format_low`, `format_high`, …) show their intervals as bands.
+    """
     panels = {"format": "format-correct (%)", "answer": "answer-correct (%)"}
-    figure, axes = _figure(title, "alpha (0: base alone, 1: SFT alone)", list(panels.values()))
+    figure, axes = _figure(title, f"alpha (0: {members[0]} alone, 1: {members[1]} alone)", list(panels.values()))
     for i, scheme in enumerate(dict.fromkeys(row["scheme"] for row in sweep)):
         rows = [row for row in sweep if row["scheme"] == scheme]
+        alphas = [row["alpha"] for row in rows]
         for panel, key in zip(axes, panels, strict=True):
             panel.plot(
-                [row["alpha"] for row in rows],
+                alphas,
                 [100 * row[key] for row in rows],
                 color=COLORS[i],
                 # where two schemes coincide, the first shows around the second
-                linewidth=3 - 1.8 * i,
+                linewidth=3 if i == 0 else 1.2,
+                linestyle="--" if i == 2 else "-",
                 marker=MARKERS[i],
-                markersize=7 - 3 * i,
-                label=f"scheme {scheme}",
+                markersize=7 if i == 0 else 4,
+                label=f"scheme {scheme}" if scheme != "merge" else "weights merged",
             )
+            if f"{key}_low" in rows[0]:
+                low, high = ([100 * row[f"{key}_{end}"] for row in rows] for end in ("low", "high"))
+                panel.fill_between(alphas, low, high, color=COLORS[i], alpha=0.12, linewidth=0)
     _save(figure, axes[0], path)
 
 
@@ -65,5 +75,5 @@ def _save(figure: Any, axes: Any, path: Path) -> None:
 
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150)  # the suffix says whether PNG or SVG
     pyplot.close(figure)

@@ -9,6 +9,7 @@ from rich.table import Table
 from logitmix.evaluation.complement import Complement
 from logitmix.evaluation.metrics import Rates, estimate, pass_rates, rates
 from logitmix.evaluation.statistics import Estimate
+from logitmix.evaluation.sweep import Choice
 
 
 def print_rates(title: str, rates: Mapping[str, Rates]) -> None:
@@ -104,6 +105,38 @@ def complement_notes(c: Complement) -> list[str]:
         f"The answer rates differ by {gap:+.1f} points (B - A), {verdict}: with {c.n} problems and this disagreement, "
         f"{smallest} (95 %).",
     ]
+
+
+def print_sweep_intervals(title: str, sweep: Sequence[Mapping[str, Any]]) -> None:
+    """Table 4: answer rates by alpha, a column a scheme, with their intervals; then format rates in the same way."""
+    schemes = list(dict.fromkeys(row["scheme"] for row in sweep))
+    console = Console()
+    for key in ("answer", "format"):
+        table = Table(title=f"{title}: {key} %", title_justify="left")
+        table.add_column("alpha", justify="right")
+        for scheme in schemes:
+            table.add_column(scheme, justify="right")
+        for alpha in sorted({row["alpha"] for row in sweep}):
+            cells = {row["scheme"]: row for row in sweep if row["alpha"] == alpha}
+            estimates = [
+                Estimate(row[key], row[f"{key}_low"], row[f"{key}_high"]) for row in map(cells.get, schemes) if row
+            ]
+            table.add_row(f"{alpha:g}", *map(interval, estimates))
+        console.print(table)
+
+
+def print_choices(choices: Sequence[Choice]) -> None:
+    """The best alpha of each mix, chosen on one half of the problems and reported on the other."""
+    table = Table(title="Best alpha by answer %, chosen on every second problem", title_justify="left")
+    for column in ("", "alpha", "chosen on", "on the others", "policy", "anchor", "p"):
+        table.add_column(column, justify="right")
+    for c in choices:
+        members = (percent(member.value) for member in (c.policy, c.anchor))
+        chosen, reported = percent(c.chosen_on.value), interval(c.reported_on)
+        table.add_row(c.mix, f"{c.alpha:g}", chosen, reported, *members, p_value(c.p_value))
+    console = Console()
+    console.print(table)
+    console.print("Members and p (McNemar's exact test against the better member): on the others.", highlight=False)
 
 
 def p_value(p: float) -> str:
