@@ -101,7 +101,7 @@ def measure(folder: Path, args: argparse.Namespace) -> str:
 
     def ratio(way: str) -> str:
         ratios = [many / other for many, other in zip(seconds["many"], seconds[way], strict=False)]
-        return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        return f"{statistics.median(ratios):.3g} ({min(ratios):.3g} to {max(ratios):.3g})"
 
     ways = {
         "many": "eleven alphas, 0 to 1, in one batch",
@@ -119,8 +119,8 @@ def measure(folder: Path, args: argparse.Namespace) -> str:
         "|---|---|---|",
         *(f"| {what} | {statistics.median(seconds[way]):.2f} | {ratio(way)} |" for way, what in ways.items()),
         "",
-        "Medians over the rounds, the processes in the first alone; the last column is the ratio within a round, median and "
-        "range.",
+        "Medians over the rounds, the processes in the first alone; the last column is the ratio within a round, "
+        "median and range.",
         "",
         f"{date.today()}, {platform.machine()}, Python {platform.python_version()}, torch {version('torch')}, "
         f"transformers {version('transformers')}.",

@@ -15,6 +15,7 @@ VERBS = {
     "check-task": ("logitmix.commands.check_task", "a task's splits, and whether its golds accept themselves"),
     "eval": ("logitmix.commands.evaluate", "accuracy of policy, anchor and mixture on the same problems"),
     "sweep": ("logitmix.commands.sweep", "a pair at every alpha, mixed in logits, probabilities and weights"),
+    "inspect": ("logitmix.commands.inspect", "a response token by token, and which member carried each"),
     "complement": ("logitmix.commands.complement", "what two policies get right, together and alone"),
 }
 

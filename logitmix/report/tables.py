@@ -5,11 +5,16 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from logitmix.evaluation.complement import Complement
+from logitmix.evaluation.inspection import NAMES, Inspection
 from logitmix.evaluation.metrics import Rates, estimate, pass_rates, rates
 from logitmix.evaluation.statistics import Estimate
 from logitmix.evaluation.sweep import Choice
+from logitmix.report.pages import visible
+
+CARRIER_STYLES = {"both": "", "policy": "blue", "anchor": "yellow", "neither": "magenta"}
 
 
 def print_rates(title: str, rates: Mapping[str, Rates]) -> None:
@@ -137,6 +142,29 @@ def print_choices(choices: Sequence[Choice]) -> None:
     console = Console()
     console.print(table)
     console.print("Members and p (McNemar's exact test against the better member): on the others.", highlight=False)
+
+
+def print_inspection(inspection: Inspection) -> None:
+    """A row for each token of the mixture's response, then what each writes alone."""
+    table = Table(
+        title=f"The mixture at alpha {inspection.alpha:g}, scheme {inspection.scheme}: probability of each token, %",
+        title_justify="left",
+    )
+    for column in ("token", *NAMES, "policy's first", "anchor's first", "carried by"):
+        table.add_column(column, justify="right" if column in NAMES else "left")
+    for token in inspection.tokens:
+        probabilities = (percent(token.probabilities[name]) for name in NAMES)
+        # Text, not str: what a model writes may look like markup
+        firsts = (Text(visible(token.top[name][0].text)) for name in ("policy", "anchor"))
+        style = CARRIER_STYLES[token.carried_by]
+        table.add_row(Text(visible(token.text), style), *probabilities, *firsts, Text(token.carried_by, style))
+    console = Console()
+    console.print(table)
+    for name in NAMES:
+        console.print(Text(f"{name} alone:" if name != "mixture" else "mixture:", "bold"))
+        console.print(Text(inspection.responses[name]), soft_wrap=True)
+    counts = ", ".join(f"{name} {count}" for name, count in inspection.carried().items())
+    console.print(f"Tokens carried by: {counts}.", highlight=False)
 
 
 def p_value(p: float) -> str:
