@@ -105,6 +105,12 @@ def test_the_tasks_page_names_every_task_and_template():
     assert [name for name in (*TASKS, *TEMPLATES) if f"| `{name}`" not in page] == []
 
 
+def test_the_figures_of_the_scaling_page_are_what_its_script_prints(capsys):
+    (script,), (shown,) = python_blocks("docs/scaling.md"), blocks("docs/scaling.md", "text")
+    exec(compile(script, "docs/scaling.md", "exec"), {})
+    assert capsys.readouterr().out == shown
+
+
 def test_every_local_link_leads_somewhere():
     for page in [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
