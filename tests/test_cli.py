@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from logitmix.cli import main
 from logitmix.commands.quickstart import character_tokenizer, tiny_model
+from logitmix.commands.runs import read_jsonl
 from logitmix.commands.train import hold_out
 from logitmix.modeling import LogitMixForCausalLM
 from logitmix.tasks import Arithmetic
@@ -226,9 +227,18 @@ def test_resuming_with_other_arguments_is_refused(run_of_two_steps, capsys):
     assert "was started with alpha None, now 0.8; resume it with the same" in error_of(capsys, resume)
 
 
-def test_resuming_where_no_steps_are_left_is_refused(run_of_two_steps, capsys):
-    resume = [*run_of_two_steps, "--resume_from_checkpoint", "true", "--max_steps", "2"]
-    assert "is at step 2 and max_steps is 2; raise --max_steps" in error_of(capsys, resume)
+def test_resuming_where_no_steps_are_left_writes_the_model_again(run_of_two_steps):
+    folder = Path(run_of_two_steps[run_of_two_steps.index("--output_dir") + 1])
+    before = [(folder / name).read_bytes() for name in ("model.safetensors", "evaluations.jsonl", "completions.jsonl")]
+    (folder / "model.safetensors").unlink()
+    assert main([*run_of_two_steps, "--resume_from_checkpoint", "true", "--max_steps", "2"]) == 0
+    after = [(folder / name).read_bytes() for name in ("model.safetensors", "evaluations.jsonl", "completions.jsonl")]
+    assert after == before
+
+
+def test_resuming_past_the_last_step_is_refused(run_of_two_steps, capsys):
+    resume = [*run_of_two_steps, "--resume_from_checkpoint", "true", "--max_steps", "1"]
+    assert "is at step 2 and max_steps is 1; raise --max_steps" in error_of(capsys, resume)
 
 
 def test_resuming_another_runs_checkpoint_is_refused(run_of_two_steps, tmp_path, capsys):
@@ -241,12 +251,44 @@ def test_an_earlier_checkpoint_takes_its_steps_again(run_of_two_steps):
     folder = Path(run_of_two_steps[run_of_two_steps.index("--output_dir") + 1])
     checkpoint = str(folder / "checkpoint-1")
     assert main([*run_of_two_steps, "--max_steps", "3", "--resume_from_checkpoint", checkpoint]) == 0
-    logs = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert len(list(folder.glob("abandoned-*/checkpoint-2"))) == 1, "of steps that were taken again"
+    logs = read_jsonl(folder / "metrics.jsonl")
     assert [log["step"] for log in logs if "reward" in log] == [1, 2, 3]
-    rows = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
+    assert [log["step"] for log in logs if "train_runtime" in log] == [3]
+    rows = read_jsonl(folder / "evaluations.jsonl")
     assert [row["step"] for row in rows] == [step for step in range(4) for _ in range(3)]
     anchors = [{k: v for k, v in row.items() if k != "step"} for row in rows if row["name"] == "anchor"]
     assert all(row == anchors[0] for row in anchors), "the anchor is frozen"
+    completions = read_jsonl(folder / "completions.jsonl")
+    assert [row["step"] for row in completions] == [step for step in (1, 2, 3) for _ in range(16)]
+
+
+def test_a_runs_folder_holds_what_made_it(run_of_two_steps):
+    folder = Path(run_of_two_steps[run_of_two_steps.index("--output_dir") + 1])
+    start = read_jsonl(folder / "run.jsonl")[0]
+    assert start["arguments"]["seed"] == 42
+    assert (start["arguments"]["alpha"], start["resolved"]["alpha"]) == (None, 0.5)
+    assert start["data"]["train"]["rows"] == 64
+    assert start["versions"]["trl"].startswith("1.16")
+    rows = read_jsonl(folder / "completions.jsonl")[:4]
+    assert len({row["prompt"] for row in rows}) == 1, "a question's completions stand beside each other"
+    rewards = [row["task_reward"] for row in rows]
+    assert sum(row["advantage"] for row in rows) == pytest.approx(0, abs=1e-5)
+    assert [row["advantage"] > 0 for row in rows] == [reward > sum(rewards) / 4 for reward in rewards]
+
+
+def test_resuming_on_other_data_is_refused(members, tmp_path, capsys):
+    rows = [{"question": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(40)]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    base, sft = members
+    flags = ["train", "--model_name_or_path", base, "--anchor", sft, "--output_dir", str(tmp_path / "run"), *TINY[:-4]]
+    flags += ["--task", "jsonl", "--data", str(data), "--template", "boxed_line", "--max_steps", "2"]
+    assert main([*flags, "--save_steps", "1"]) == 0
+    data.write_text(data.read_text().replace("What is 7 +", "What is 7 plus"))
+    message = error_of(capsys, [*flags, "--resume_from_checkpoint", "true"])
+    assert "was started on" in message
+    assert "resume it on the same data" in message
 
 
 def test_what_the_documentation_lists_is_logged(train, tmp_path):

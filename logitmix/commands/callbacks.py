@@ -1,16 +1,29 @@
-"""What every training command adds to TRL's trainers: progress, metrics, evaluations, a graceful Ctrl-C."""
+"""What every training command adds to TRL's trainers: progress, files of the run, evaluations, a graceful stop."""
 
 import shlex
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from trl import GRPOTrainer
 
-from logitmix.commands.runs import METRICS_FILE, append_jsonl, console, progress_bar, record_start
+from logitmix.commands.provenance import fingerprint
+from logitmix.commands.runs import (
+    COMPLETIONS_FILE,
+    METRICS_FILE,
+    append_jsonl,
+    console,
+    progress_bar,
+    record_start,
+    require_same_data,
+    rewind,
+)
+from logitmix.training.checkpoints import explained_write_errors
 from logitmix.training.sharding import whole_state_dict
 
 
@@ -74,34 +87,83 @@ class MetricsFile(TrainerCallback):
             append_jsonl(Path(args.output_dir or ".") / METRICS_FILE, [{"step": state.global_step} | logs])
 
 
-class StopOnInterrupt(TrainerCallback):
-    """The first Ctrl-C finishes the step under way and saves a checkpoint; the second stops at once."""
+class CompletionsFile(TrainerCallback):
+    """The first `count` completions of every generation as lines of `completions.jsonl`, with their rewards.
 
-    def __init__(self) -> None:
-        self.interrupted = False
-        self._previous: Any = signal.default_int_handler
+    `step` is the optimizer step that they were sampled for; `advantage` is eq. 4's.
+    """
+
+    def __init__(self, trainer: GRPOTrainer, count: int) -> None:
+        self.trainer, self.count = trainer, count
+        self._tokens_seen = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._previous = signal.signal(signal.SIGINT, self._interrupt)
+        self._tokens_seen = state.num_input_tokens_seen
 
-    def _interrupt(self, signum: int, frame: FrameType | None) -> None:
-        self.interrupted = True
-        signal.signal(signal.SIGINT, self._previous)
-        console.print("Interrupted: finishing this step, then saving. Ctrl-C again stops at once, without saving.")
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._write(args, state, state.global_step + 1)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.interrupted:
+        self._write(args, state, state.global_step)
+
+    def _write(self, args: TrainingArguments, state: TrainerState, step: int) -> None:
+        if state.num_input_tokens_seen == self._tokens_seen:  # the trainer adds to it at every generation
+            return
+        self._tokens_seen = state.num_input_tokens_seen
+        logs = self.trainer._logs
+        columns = {"prompt": logs["prompt"], "completion": logs["completion"]} | logs["rewards"]
+        columns |= {"advantage": logs["advantages"]}
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        if state.is_world_process_zero:
+            lines = [{"step": step} | row for row in rows[: self.count]]
+            append_jsonl(Path(args.output_dir or ".") / COMPLETIONS_FILE, lines)
+
+
+class StopOnSignal(TrainerCallback):
+    """The first Ctrl-C, or the SIGTERM of a cluster, finishes the step under way and saves a checkpoint; the second
+    stops at once. Where one of several processes is told, all stop at the same step.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.stopped = False
+        self._previous: dict[int, Any] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._previous = {number: signal.signal(number, self._stop) for number in self.SIGNALS}
+
+    def _stop(self, signum: int, frame: FrameType | None) -> None:
+        self.stopped = True
+        self._restore()
+        console.print(
+            f"{signal.Signals(signum).name}: finishing this step, then saving. Another one stops at once, unsaved."
+        )
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.stopped = any(gather_object([self.stopped]))
+        if self.stopped:
             control.should_save = True
             control.should_training_stop = True
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        signal.signal(signal.SIGINT, self._previous)
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
 
 class EverySteps(TrainerCallback):
@@ -145,22 +207,37 @@ def run_training(
     arguments: Mapping[str, Any],
     checkpoint: str | None,
     callbacks: Sequence[TrainerCallback] = (),
+    data: Mapping[str, Iterable[Any]] | None = None,
 ) -> None:
-    """Record the start, train and save the model; on Ctrl-C save a checkpoint, say how to go on, and raise
-    `KeyboardInterrupt`. `arguments["command"]` is the verb that `argv` belongs to.
+    """Record the start, train and save the model; on Ctrl-C or SIGTERM save a checkpoint, say how to go on, and raise
+    `KeyboardInterrupt`. `arguments["command"]` is the verb that `argv` belongs to; `data` are the rows trained and
+    evaluated on, by name.
     """
+    output_dir = trainer.args.output_dir
+    fingerprints = {name: fingerprint(rows) for name, rows in (data or {}).items()}
+    if checkpoint is not None:
+        require_same_data(output_dir, fingerprints)
     trainer.accelerator.wait_for_everyone()  # no process may still be looking whether the folder is free
     if trainer.is_world_process_zero():
-        record_start(trainer.args.output_dir, arguments, checkpoint)
-    stop = StopOnInterrupt()
+        resolved = {key: value for key, value in trainer.args.to_dict().items() if arguments.get(key) != value}
+        passed_over = rewind(output_dir, checkpoint)
+        record_start(
+            output_dir,
+            arguments,
+            resumed_from=checkpoint,
+            passed_over=passed_over,
+            resolved=resolved,
+            data=fingerprints,
+        )
+    stop = StopOnSignal()
     train_watched(trainer, title, (stop, *callbacks), checkpoint)
-    if stop.interrupted:
+    if stop.stopped:
         command = ["logitmix", arguments["command"], *_without_resume(argv), "--resume_from_checkpoint", "true"]
         console.print(
             f"Saved step {trainer.state.global_step}. Continue with:\n  {shlex.join(command)}", soft_wrap=True
         )
         raise KeyboardInterrupt
-    with whole_state_dict(trainer.accelerator):
+    with explained_write_errors(Path(output_dir), "the model"), whole_state_dict(trainer.accelerator):
         trainer.save_model()
     PartialState().destroy_process_group()  # or a process that is done first may be taken for one that died
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from logitmix.adapters import read_adapter_config
 from logitmix.commands.adapters import AdapterArguments
@@ -11,7 +11,7 @@ from logitmix.commands.callbacks import run_training
 from logitmix.commands.runs import console, find_checkpoint
 from logitmix.members import load_member, require_tokenizer
 from logitmix.modeling import LogitMixForCausalLM
-from logitmix.training.sft import sft_dataset
+from logitmix.training.sft import ResumableSFTTrainer, sft_dataset
 
 
 def main(argv: Sequence[str]) -> None:
@@ -39,6 +39,8 @@ def main(argv: Sequence[str]) -> None:
     if dropped:
         console.print(f"Left out {dropped} of {len(rows)} demonstrations longer than max_length {args.max_length}.")
     args.disable_tqdm = True
-    trainer = SFTTrainer(model, args=args, train_dataset=dataset, processing_class=tokenizer, peft_config=peft_config)
-    run_training(trainer, argv, f"sft on {task.name}", arguments, checkpoint)
+    trainer = ResumableSFTTrainer(
+        model, args=args, train_dataset=dataset, processing_class=tokenizer, peft_config=peft_config
+    )
+    run_training(trainer, argv, f"sft on {task.name}", arguments, checkpoint, data={"train": rows})
     console.print(f"The anchor is in {args.output_dir}.")

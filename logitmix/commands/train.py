@@ -7,10 +7,11 @@ from typing import Any, Literal
 
 from accelerate.utils import gather_object
 from peft import PeftConfig
+from transformers import TrainerCallback
 
 from logitmix.commands.adapters import AdapterArguments, say_what_is_shared
 from logitmix.commands.arguments import ModelArguments, TaskArguments, parse
-from logitmix.commands.callbacks import EverySteps, run_training
+from logitmix.commands.callbacks import CompletionsFile, EverySteps, run_training
 from logitmix.commands.runs import EVALUATIONS_FILE, append_jsonl, console, find_checkpoint
 from logitmix.evaluation.decode import greedy_responses, members_of
 from logitmix.evaluation.metrics import rates_by
@@ -25,7 +26,7 @@ from logitmix.training.rewards import TaskReward, grpo_dataset
 
 @dataclass
 class EvaluationArguments:
-    """Greedy evaluation on test problems while training runs, and validation for the weight."""
+    """What is evaluated and written down while training runs, and validation for the weight."""
 
     eval_every: int | None = field(
         default=None, metadata={"help": "Optimizer steps between greedy evaluations on test problems."}
@@ -36,6 +37,9 @@ class EvaluationArguments:
             "help": "Where an alpha_controller that validates takes its questions: the last of the train split, which "
             "are not trained on; or fresh training questions at each step, not trained on in that pass."
         },
+    )
+    num_completions_to_save: int = field(
+        default=64, metadata={"help": "Of every generation, so many go to completions.jsonl with rewards; 0: none."}
     )
 
 
@@ -62,11 +66,13 @@ def main(argv: Sequence[str]) -> None:
     problems, validation_problems = hold_out(task, task_args.train_limit, size)
     trainer = build_trainer(task, problems, model_args.model_name_or_path, args, validation_problems, peft_config)
     say_what_is_shared(trainer.model)
-    callbacks = []
+    data = {"train": problems, "validation": validation_problems}
+    callbacks: list[TrainerCallback] = [CompletionsFile(trainer, eval_args.num_completions_to_save)]
     if eval_args.eval_every:
-        evaluate = evaluation(trainer, task, task.problems("test", task_args.eval_limit), Path(args.output_dir))
+        data["test"] = task.problems("test", task_args.eval_limit)
+        evaluate = evaluation(trainer, task, data["test"], Path(args.output_dir))
         callbacks.append(EverySteps(eval_args.eval_every, evaluate))
-    run_training(trainer, argv, f"train on {task.name}", arguments, checkpoint, callbacks)
+    run_training(trainer, argv, f"train on {task.name}", arguments, checkpoint, callbacks, data)
     console.print(f"The {'mixture' if 'mixture' in members_of(trainer.model) else 'model'} is in {args.output_dir}.")
 
 

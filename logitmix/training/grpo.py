@@ -33,6 +33,7 @@ from logitmix.training.config import (
     require_prompts_fit,
     require_questions,
 )
+from logitmix.training.resume import ResumableGRPO
 from logitmix.training.sampling import QuestionStream, has_spread, refill
 from logitmix.training.sharding import ShardableGRPOTrainer
 from logitmix.training.validation import FreshQuestions, validation_questions
@@ -56,7 +57,7 @@ model = LogitMixForCausalLM.from_pretrained("{folder}")
 """
 
 
-class LogitMixGRPOTrainer(ShardableGRPOTrainer, WatchedGRPOTrainer):
+class LogitMixGRPOTrainer(ResumableGRPO, ShardableGRPOTrainer, WatchedGRPOTrainer):
     """TRL's `GRPOTrainer` for a mixture: same arguments, same dataset, same reward functions.
 
     `model` is the policy (a model, a folder or a hub id) with `args.anchor` set, or a `LogitMixForCausalLM`.
@@ -150,6 +151,15 @@ class LogitMixGRPOTrainer(ShardableGRPOTrainer, WatchedGRPOTrainer):
         if isinstance(self.validation_questions, FreshQuestions):
             return self.validation_questions
         return super()._get_train_sampler(dataset)
+
+    def _progress(self) -> dict[str, Any]:
+        refills = self.refill_questions.state_dict() if self.args.dynamic_sampling == "refill" else None
+        return super()._progress() | {"refills": refills}
+
+    def _restore(self, progress: dict[str, Any]) -> None:
+        super()._restore(progress)
+        if progress["refills"] is not None:
+            self.refill_questions.load_state_dict(progress["refills"])
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The mixture's own card; TRL's names the one base model that a mixture does not have."""

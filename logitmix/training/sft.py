@@ -1,12 +1,18 @@
-"""The rows that make an anchor: demonstrations, none of which is cut."""
+"""What makes an anchor: demonstrations, none of which is cut, and TRL's trainer, which a kill does not harm."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
+from trl import SFTTrainer
 
 from logitmix.generation import require_chat_template
+from logitmix.training.resume import Resumable
+
+
+class ResumableSFTTrainer(Resumable, SFTTrainer):
+    """TRL's `SFTTrainer`; resumed from a checkpoint it goes on as if it had never been stopped."""
 
 
 def sft_dataset(

@@ -63,8 +63,12 @@ class WatchedGRPOTrainer(GRPOTrainer):
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        metrics = self._metrics["train"]
+        for name, extreme in (("ratio/min", min), ("ratio/max", max)):
+            if metrics.get(name):
+                metrics[name] = [extreme(metrics[name])]
         if self.model.training and self.clock.steps:
-            metrics, seconds, steps = self._metrics["train"], self.clock.seconds, self.clock.steps
+            seconds, steps = self.clock.seconds, self.clock.steps
             seconds["update"] = seconds["step"] - seconds["inputs"] + seconds["optimizer"]
             for phase in ("rollouts", "rewards", "scoring", "update"):
                 metrics[f"time/{phase}"] = [seconds[phase] / steps]
@@ -74,8 +78,6 @@ class WatchedGRPOTrainer(GRPOTrainer):
                 if tokens:
                     metrics[f"tokens_per_second/{phase}"] = [tokens / seconds[phase]]
                 self._tokens[phase] = 0.0
-            for name, extreme in (("ratio/min", min), ("ratio/max", max)):
-                metrics[name] = [extreme(metrics[name])] if metrics[name] else []
             self.clock.reset()
         super().log(logs, start_time)
 

@@ -1,0 +1,220 @@
+"""Kill a training run at random moments, resume it, and hold the result against the run that was never killed.
+
+    python benchmarks/kill_and_resume.py [--kills 20] [--seed 0] [--output benchmarks/results/kill_and_resume.md]
+
+Each trial starts the same run of `logitmix train` (a tiny mixture, on a CPU, in float32), ends its process with
+SIGKILL at a moment drawn uniformly between the first rollout and the end, resumes it with `--resume_from_checkpoint
+true`, and compares what both leave: weights, configuration (alpha), completions and evaluations byte by byte, the
+metrics in every value but times.
+
+A server process imports everything once and forks a process a run, so that a start costs no import.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import re
+import resource
+import shlex
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from logitmix.tasks import Arithmetic, Grade
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["logitmix.commands.train", "logitmix.commands.quickstart"])
+
+# Two epochs. A generation serves four micro-batches twice, so four updates; checkpoints fall between them, and logs
+# fall between checkpoints. One checkpoint is kept.
+FLAGS = shlex.split("""
+    --task kill_and_resume.EasyArithmetic --use_cpu true --bf16 false --gradient_checkpointing false --report_to none
+    --per_device_train_batch_size 8 --num_generations 4 --max_completion_length 16
+    --steps_per_generation 4 --gradient_accumulation_steps 2 --num_iterations 2
+    --train_limit 8 --max_steps 8 --learning_rate 1e-3 --logging_steps 3
+    --save_steps 1 --save_total_limit 1 --eval_every 2 --eval_limit 2
+    --alpha 0.4 --alpha_controller adaptive --validation_size 8 --adaptive_offset 1 --adaptive_scale 4
+    --dynamic_sampling refill
+""")
+COMPARED = ("model.safetensors", "config.json", "completions.jsonl", "evaluations.jsonl")
+TIMES = re.compile(r"step_time|train_runtime|.*_per_second(/.*)?|time/.*")
+
+
+class EasyArithmetic(Arithmetic):
+    """Rewards what untrained members write by chance, so that every step has a gradient."""
+
+    def grade(self, response: Any, problem: Any) -> Grade:
+        right = sum(character.isdigit() for character in response) >= 4
+        return Grade(format_ok=True, answer_ok=right, lenient_ok=right, answer=response, error=None)
+
+
+def make_members(folder: Path) -> list[str]:
+    """A policy and an anchor with weights from seeds, as flags of `logitmix train`."""
+    from logitmix.commands.quickstart import character_tokenizer, tiny_model
+
+    tokenizer = character_tokenizer(Arithmetic.alphabet)
+    for seed, name in enumerate(("policy", "anchor")):
+        torch.manual_seed(seed)
+        tiny_model(len(tokenizer)).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return ["--model_name_or_path", str(folder / "policy"), "--anchor", str(folder / "anchor")]
+
+
+class Run:
+    """A command in a process of its own, which notes what it is doing in memory that both can see.
+
+    `die_at` ends it from within, when Python is about to do that audit event ("open", "os.rename", …) to a path that
+    ends so. `file_size` is the most bytes that it can write to a file: there is no more room beyond.
+    """
+
+    def __init__(
+        self, argv: Sequence[str], log: Path, die_at: tuple[str, str] | None = None, file_size: int | None = None
+    ) -> None:
+        self._phase = FORKS.RawArray("c", 64)
+        self.log = log
+        arguments = (list(argv), str(log), self._phase, die_at, file_size)
+        self.process = FORKS.Process(target=_command, args=arguments)
+        self.process.start()
+
+    @property
+    def phase(self) -> str:
+        return self._phase.value.decode()
+
+    def until_first_rollout(self) -> None:
+        while not self.phase:
+            if not self.process.is_alive():
+                raise RuntimeError(self.log.read_text())
+            time.sleep(0.001)
+
+    def signal(self, number: int) -> None:
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
+
+    def wait(self) -> int:
+        self.process.join()
+        assert self.process.exitcode is not None
+        return self.process.exitcode
+
+
+def _command(argv: list[str], log: str, phase: Any, die_at: tuple[str, str] | None, file_size: int | None) -> None:
+    with open(log, "ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    if file_size is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
+    torch.set_num_threads(1)
+    from transformers import Trainer
+    from trl import GRPOTrainer
+
+    from logitmix.cli import main
+
+    for owner, method, name in (
+        (GRPOTrainer, "_generate_and_score_completions", "rollouts"),
+        (Trainer, "training_step", "update"),
+        (Trainer, "_save_checkpoint", "checkpoint"),
+    ):
+        setattr(owner, method, _noting(getattr(owner, method), name, phase))
+    if die_at is not None:
+        sys.addaudithook(lambda event, args: _die_at(die_at, event, args))
+    sys.exit(main(argv))
+
+
+def _noting(method: Callable[..., Any], name: str, phase: Any) -> Callable[..., Any]:
+    """The method, while which the phase is `name at step N`."""
+
+    def noting(self: Any, *args: Any, **kwargs: Any) -> Any:
+        before, phase.value = phase.value, f"{name}, after step {self.state.global_step}".encode()
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            phase.value = before
+
+    return noting
+
+
+def _die_at(die_at: tuple[str, str], event: str, args: tuple[Any, ...]) -> None:
+    if event == die_at[0] and str(args[0]).endswith(die_at[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def differences(folder: Path, reference: Path, compared: Sequence[str] = COMPARED) -> list[str]:
+    """The files in which two runs differ, and the keys of the metrics."""
+    found = [name for name in compared if (folder / name).read_bytes() != (reference / name).read_bytes()]
+    rows, expected = (metrics(path / "metrics.jsonl") for path in (folder, reference))
+    if len(rows) != len(expected):
+        found.append(f"metrics.jsonl has {len(rows)} lines, not {len(expected)}")
+    for row, other in zip(rows, expected, strict=False):
+        keys = [key for key in row.keys() | other.keys() if row.get(key) != other.get(key)]
+        found += [f"metrics.jsonl: {key} at step {row['step']}" for key in sorted(keys)]
+    return found
+
+
+def metrics(path: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{key: value for key, value in row.items() if not TIMES.fullmatch(key)} for row in rows]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Kill a run at random moments, resume it, compare.")
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    chance = random.Random(args.seed)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    with tempfile.TemporaryDirectory() as name:
+        lines = list(trials(Path(name), args.kills, chance))
+    print("\n".join(lines))
+    if args.output:
+        args.output.write_text("\n".join(lines) + "\n")
+
+
+def trials(folder: Path, kills: int, chance: random.Random):
+    """The lines of the report."""
+    command = ["train", *make_members(folder), *FLAGS, "--output_dir"]
+    reference = folder / "reference"
+    run = Run([*command, str(reference)], folder / "log.txt")
+    before_first = time.monotonic()
+    run.until_first_rollout()
+    first = time.monotonic()
+    if run.wait():
+        raise SystemExit((folder / "log.txt").read_text())
+    last = time.monotonic()
+    yield "# Kill and resume"
+    yield ""
+    yield f"{date.today()}, printed by `python benchmarks/kill_and_resume.py --kills {kills}`. A run: 8 steps in"
+    yield f"{last - first:.1f} s from its first rollout on, {first - before_first:.1f} s before."
+    yield ""
+    yield "| kill | seconds after the first rollout | while | resumed from | differs in |"
+    yield "|---|---|---|---|---|"
+    same = 0
+    for number in range(1, kills + 1):
+        out = folder / f"run-{number}"
+        run = Run([*command, str(out)], folder / "log.txt")
+        run.until_first_rollout()
+        delay = chance.uniform(0, last - first)
+        time.sleep(delay)
+        run.signal(signal.SIGKILL)
+        run.wait()
+        phase = run.phase or "between the phases"
+        assert Run([*command, str(out), "--resume_from_checkpoint", "true"], folder / "log.txt").wait() == 0, out
+        starts = [json.loads(line) for line in (out / "run.jsonl").read_text().splitlines()]
+        found = differences(out, reference)
+        same += not found
+        source = Path(starts[-1]["resumed_from"] or "step 0").name
+        yield f"| {number} | {delay:.2f} | {phase} | {source} | {', '.join(found) or 'nothing'} |"
+    yield ""
+    yield f"**{same} of {kills} resumed runs equal the run that was never killed, bit for bit.**"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""What made a run: versions, machine, git commit, and a fingerprint of the data."""
+
+import hashlib
+import json
+import platform
+import subprocess
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, is_dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+PACKAGES = (
+    *("logitmix", "torch", "transformers", "trl", "accelerate", "peft", "datasets", "tokenizers", "safetensors"),
+    *("numpy", "math-verify"),
+)
+
+
+def provenance() -> dict[str, Any]:
+    """Versions of Python and packages, platform and devices, and the git commit of the folder one works in."""
+    return {
+        "versions": {name: version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "git": git_commit(),
+    }
+
+
+def git_commit() -> dict[str, Any] | None:
+    """`commit` of the project around the working directory, and whether its files differ from it (`dirty`).
+
+    None outside of a git repository, and where git cannot be asked.
+    """
+    commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
+    return None if commit is None or changes is None else {"commit": commit, "dirty": bool(changes)}
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        result = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() if result.returncode == 0 else None
+
+
+def fingerprint(rows: Iterable[Any]) -> dict[str, Any]:
+    """How many rows (mappings or dataclasses), and the SHA-256 of them as JSON lines: equal for equal data, in equal
+    order, in every process.
+    """
+    digest, count = hashlib.sha256(), 0
+    for row in rows:
+        fields: Mapping[str, Any] = asdict(row) if is_dataclass(row) and not isinstance(row, type) else row
+        digest.update(json.dumps(fields, sort_keys=True, default=str).encode() + b"\n")
+        count += 1
+    return {"rows": count, "sha256": digest.hexdigest()}
