@@ -11,6 +11,7 @@ A server process imports everything once and forks a process a run, so that a st
 """
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -18,6 +19,7 @@ import random
 import re
 import resource
 import shlex
+import shutil
 import signal
 import sys
 import tempfile
@@ -96,8 +98,10 @@ class Run:
             time.sleep(0.001)
 
     def signal(self, number: int) -> None:
+        """Send a signal; a process that has ended does not get it."""
         assert self.process.pid is not None
-        os.kill(self.process.pid, number)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.process.pid, number)
 
     def wait(self) -> int:
         self.process.join()
@@ -199,12 +203,16 @@ def trials(folder: Path, kills: int, chance: random.Random):
     same = 0
     for number in range(1, kills + 1):
         out = folder / f"run-{number}"
-        run = Run([*command, str(out)], folder / "log.txt")
-        run.until_first_rollout()
-        delay = chance.uniform(0, last - first)
-        time.sleep(delay)
-        run.signal(signal.SIGKILL)
-        run.wait()
+        status = 0
+        while status == 0:  # a moment drawn near the end may come after it
+            shutil.rmtree(out, ignore_errors=True)
+            run = Run([*command, str(out)], folder / "log.txt")
+            run.until_first_rollout()
+            delay = chance.uniform(0, last - first)
+            time.sleep(delay)
+            run.signal(signal.SIGKILL)
+            status = run.wait()
+        assert status == -signal.SIGKILL, (folder / "log.txt").read_text()
         phase = run.phase or "between the phases"
         assert Run([*command, str(out), "--resume_from_checkpoint", "true"], folder / "log.txt").wait() == 0, out
         starts = [json.loads(line) for line in (out / "run.jsonl").read_text().splitlines()]
