@@ -62,7 +62,7 @@ OFF_POLICY = {"num_iterations": 2, "steps_per_generation": 1, "max_steps": 4}  #
 
 
 def test_logits_that_are_not_finite_stop_the_step_and_their_member_is_named(tmp_path):
-    trainer = trainer_of(tmp_path, **OFF_POLICY)
+    trainer = trainer_of(tmp_path, anchor_states="recompute", **OFF_POLICY)
     message = stopped(trainer, 1, break_anchor)
     assert "step 2 stopped, with the weights as they were before it" in message
     assert "the log-probability is not finite (nor are the logits of the anchor)" in message
@@ -154,7 +154,7 @@ def test_a_model_that_is_broken_from_the_start_is_refused(tmp_path, member):
 
 
 def test_a_batch_that_cannot_be_saved_still_stops_the_step(tmp_path):
-    trainer = trainer_of(tmp_path, **OFF_POLICY)
+    trainer = trainer_of(tmp_path, anchor_states="recompute", **OFF_POLICY)
     (tmp_path / "nonfinite-step-2").write_text("in the way")
     assert "The batch could not be saved in" in stopped(trainer, 1, break_anchor)
 

@@ -54,13 +54,14 @@ def test_the_mixtures_diagnostics_are_means_over_the_completions_tokens(tmp_path
     assert found["alpha"] == 0.4
 
 
-def test_scoring_the_old_policy_diagnoses_nothing(tmp_path):
-    trainer = trainer_of(tmp_path, steps_per_generation=2, per_device_train_batch_size=4, num_iterations=2)
-    calls = []
-    score_and_diagnose = type(trainer.model).score_and_diagnose
-    trainer.model.score_and_diagnose = lambda *args: calls.append(1) or score_and_diagnose(trainer.model, *args)
-    trainer._generate_and_score_completions([{"prompt": "ab="}] * 8)
-    assert not calls
+@pytest.mark.parametrize("loss_head", ["fused", "reference"])
+def test_scoring_the_old_policy_diagnoses_nothing(tmp_path, loss_head):
+    options = {"steps_per_generation": 2, "per_device_train_batch_size": 4, "num_iterations": 2}
+    trainer = trainer_of(tmp_path, loss_head=loss_head, **options)
+    inputs = trainer._generate_and_score_completions([{"prompt": "ab="}] * 8)
+    assert trainer.diagnostics is None
+    trainer._compute_loss(trainer.model, inputs)
+    assert trainer.diagnostics is not None
 
 
 def test_every_step_logs_what_it_did_and_cost(tmp_path):

@@ -16,6 +16,8 @@ from logitmix.modeling import LogitMixForCausalLM
 from logitmix.training.alpha import Controller
 
 GROUP_LOSS = "group"
+LossHead = Literal["fused", "reference"]
+StatesOfAnchors = Literal["keep", "offload", "recompute"]
 DynamicSampling = Literal["off", "filter", "refill"]
 
 
@@ -46,6 +48,10 @@ class LogitMixGRPOConfig(GRPOConfig):
         max_refills: how often a step may sample further questions.
         kl_to: `"anchor"` says that the KL of `beta > 0` is to the frozen anchor, `beta · KL(mixture ‖ anchor)`; with a
             mixture it has to be said, since TRL's own reference is another model.
+        loss_head: `"fused"` never holds the logits of all tokens; `"reference"` mixes the members' own logits, for
+            members whose output head the fused one does not know.
+        anchor_states: the anchors' last hidden states, where scoring has computed them: `"keep"` them for the updates,
+            `"offload"` them to the host's memory until then, or `"recompute"` them. With `loss_head="fused"`.
     """
 
     anchor: str | None = field(default=None, metadata={"help": "Folder or hub id of the frozen anchor."})
@@ -88,6 +94,14 @@ class LogitMixGRPOConfig(GRPOConfig):
     )
     kl_to: Literal["anchor"] | None = field(
         default=None, metadata={"help": "'anchor': with a mixture, the model that the KL of --beta is to."}
+    )
+    loss_head: LossHead = field(
+        default="fused",
+        metadata={"help": "'fused' never holds the logits of all tokens; 'reference' mixes the members' own logits."},
+    )
+    anchor_states: StatesOfAnchors = field(
+        default="keep",
+        metadata={"help": "The anchors' hidden states: 'keep' from scoring, 'offload' to the host, or 'recompute'."},
     )
 
 
@@ -159,6 +173,9 @@ def refuse_unsuitable_options(args: LogitMixGRPOConfig, model: PreTrainedModel, 
             "mask_truncated_completions would mask every completion that a stop string ended, since TRL takes it for "
             "truncated; set it to False, or leave out stop_strings"
         )
+    for name, choices in (("loss_head", get_args(LossHead)), ("anchor_states", get_args(StatesOfAnchors))):
+        if getattr(args, name) not in choices:
+            raise ValueError(f"{name} is {getattr(args, name)!r}; it must be one of {', '.join(map(repr, choices))}")
     refuse_unsuitable_sampling(args)
     refuse_unclear_kl(args, model)
     if not isinstance(model, LogitMixForCausalLM):

@@ -10,8 +10,8 @@ It departs from canonical GRPO in four things (Gan & Zhu, arXiv 2605.20555, eq. 
 All else (advantages, buffering, logging, several processes) is TRL's. A model without an anchor trains as TRL would.
 """
 
-import types
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from logitmix.training.config import (
 )
 from logitmix.training.resume import ResumableGRPO
 from logitmix.training.sampling import QuestionStream, has_spread, refill
+from logitmix.training.scoring import MixtureScoring
 from logitmix.training.sharding import ShardableGRPOTrainer
 from logitmix.training.validation import FreshQuestions, validation_questions
 from logitmix.training.watched import WatchedGRPOTrainer
@@ -106,8 +107,7 @@ class LogitMixGRPOTrainer(ResumableGRPO, ShardableGRPOTrainer, WatchedGRPOTraine
         require_prompts_fit(self, self.train_dataset)
         require_prompts_fit(self, validation_dataset, "validation prompt")
         self.validation_questions = validation_questions(self, validation_dataset)
-        if is_mixture:
-            _score_mixture(model, self)
+        self.scoring = MixtureScoring(model, self) if is_mixture else None
         if args.dynamic_sampling == "refill":
             self.refill_questions = QuestionStream(len(self.train_dataset), args.seed)
         if args.alpha_controller != "fixed":
@@ -197,9 +197,13 @@ class LogitMixGRPOTrainer(ResumableGRPO, ShardableGRPOTrainer, WatchedGRPOTraine
         metrics["completions/min_terminated_length"][-1] = ended_N.min().item()
         metrics["completions/max_terminated_length"][-1] = ended_N.max().item()
 
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        with nullcontext() if self.scoring is None else self.scoring.loss_of(inputs):
+            return super()._compute_loss(model, inputs)
+
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         sample = super()._generate_and_score_completions
-        output = sample(inputs)
+        output = sample(inputs) if self.scoring is None else self.scoring.sampled(sample, inputs)
         kept_Q = None
         if self.model.training:
             spread_Q = has_spread(self._rewards_NF, self.reward_weights, self.num_generations)
@@ -236,33 +240,6 @@ def group_factors(lengths_N: Tensor, num_generations: int, kept_Q: Tensor | None
     kept_Q = torch.ones_like(tokens_Q) if kept_Q is None else kept_Q.to(tokens_Q)
     factors_Q = kept_Q * tokens_Q.sum() / (kept_Q.sum().clamp(min=1) * tokens_Q.clamp(min=1)) * (tokens_Q > 0)
     return factors_Q.repeat_interleave(num_generations)
-
-
-def _score_mixture(model: LogitMixForCausalLM, trainer: LogitMixGRPOTrainer) -> None:
-    """Give the model's forward TRL's scoring protocol, answered by the mixture.
-
-    TRL asks for log-probabilities with `model(..., labels=labels, fused_lm_head=True)`, a forward that it has put on
-    the model itself and that reads `base_model` and `get_output_embeddings()`. This takes that forward's place. It
-    stays a call of the model, so that wrappers (DDP, FSDP) see it. The loss, which has gradients, leaves the
-    mixture's diagnostics with the trainer.
-    """
-
-    def forward(
-        self: LogitMixForCausalLM, *args: Any, fused_lm_head: bool = False, labels: Tensor | None = None, **kwargs: Any
-    ) -> Any:
-        if not fused_lm_head:
-            return type(self).forward(self, *args, labels=labels, **kwargs)
-        assert labels is not None
-        inputs = (kwargs["input_ids"], kwargs["attention_mask"], labels, trainer.temperature)
-        if torch.is_grad_enabled() and all(self.config.weights):
-            log_probs, entropy, trainer.diagnostics = self.score_and_diagnose(*inputs)
-        else:
-            log_probs, entropy = self.score(*inputs, weights=kwargs.get("weights"))
-        return FusedCausalLMOutput(log_probs=log_probs, entropy=entropy)
-
-    # `generate` checks its arguments against this signature
-    forward.__wrapped__ = type(model).forward  # type: ignore[attr-defined]
-    model.forward = types.MethodType(forward, model)
 
 
 def _text(completion: Any) -> str:
