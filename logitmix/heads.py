@@ -8,6 +8,7 @@ do. So nothing is read from a name: `measure_head` runs the member once, puts kn
 output, and looks at what comes out as logits. What it cannot explain it refuses.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,9 +37,44 @@ def last_hidden_states(member: PreTrainedModel, **inputs: Any) -> Tensor:
 
 
 def read_head(member: PreTrainedModel, form: HeadForm) -> Head:
-    """The member's head as it is now. Read it at every step: wrappers (FSDP, DeepSpeed) replace its parameters."""
+    """The member's head as it is now. Wrappers (FSDP, DeepSpeed) replace its parameters: see `inside_heads`."""
     head = member.get_output_embeddings()
     return Head(head.weight, getattr(head, "bias", None), form.scale, form.softcap)
+
+
+def inside_heads(
+    heads: Sequence[nn.Module], hidden: Sequence[Tensor], then: Callable[[list[Tensor]], tuple[Tensor, ...]]
+) -> tuple[Tensor, ...]:
+    """`then(hidden)`, run inside the forward of each of the heads, `hidden` being their inputs.
+
+    A wrapper that shards parameters has them whole there, and knows by a module's inputs and outputs when they are
+    needed in the backward pass.
+    """
+    received = list(hidden)
+
+    def enter(modules: list[nn.Module]) -> tuple[Tensor, ...]:
+        if not modules:
+            return then(received)
+        module, *rest = modules
+        places = [k for k, head in enumerate(heads) if head is module]
+
+        def forward(*inputs: Tensor) -> tuple[Tensor, ...]:
+            for k, states in zip(places, inputs, strict=True):
+                received[k] = states
+            return enter(rest)
+
+        own = vars(module).get("forward")
+        module.forward = forward
+        try:
+            outputs: tuple[Tensor, ...] = module(*(hidden[k] for k in places))
+        finally:
+            if own is None:
+                del module.forward
+            else:
+                module.forward = own
+        return outputs
+
+    return enter(list(dict.fromkeys(heads)))
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from torch import Tensor
 from logitmix.configuration import resolve_weights
 from logitmix.diagnostics import MixtureDiagnostics
 from logitmix.head_job import Coefficients
-from logitmix.heads import HeadForm, last_hidden_states, measure_head, read_head
+from logitmix.heads import HeadForm, inside_heads, last_hidden_states, measure_head, read_head
 from logitmix.loss_head import fused_log_probs
 from logitmix.mixing import Weights
 from logitmix.modeling import LogitMixForCausalLM
@@ -76,22 +76,27 @@ class FusedScorer:
             for name in names
         ]
         models = [config.model_of(name) for name in names]
+        members = [getattr(self.model, model) for model in models]
         weights_K = resolved[..., places]
         if weights_K.dim() == 2:  # a row a sequence; the loss head takes a row a token
             weights_K = weights_K.repeat_interleave(scored_BT.sum(1).cpu(), dim=0)
         chunks: list[MixtureDiagnostics] = []
-        log_probs_N, entropy_N = fused_log_probs(
-            hidden,
-            [read_head(getattr(self.model, model), self._forms[model]) for model in models],
-            weights_K,
-            targets_BT[scored_BT],
-            config.scheme,
-            temperature,
-            config.vocab_size,
-            coefficients,
-            diagnostics=chunks if diagnose else None,
-            check=False,  # a guard of the trainer looks at the outcome
-        )
+
+        def of_hidden(hidden: list[Tensor]) -> tuple[Tensor, Tensor]:
+            return fused_log_probs(
+                hidden,
+                [read_head(member, self._forms[model]) for member, model in zip(members, models, strict=True)],
+                weights_K,
+                targets_BT[scored_BT],
+                config.scheme,
+                temperature,
+                config.vocab_size,
+                coefficients,
+                diagnostics=chunks if diagnose else None,
+                check=False,  # a guard of the trainer looks at the outcome
+            )
+
+        log_probs_N, entropy_N = inside_heads([m.get_output_embeddings() for m in members], hidden, of_hidden)
         kept = None
         if keep_anchor_states:
             kept = _by_sequence(

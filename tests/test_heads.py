@@ -6,7 +6,7 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from logitmix.heads import HeadForm, last_hidden_states, measure_head, read_head
+from logitmix.heads import HeadForm, inside_heads, last_hidden_states, measure_head, read_head
 from tests.members import tiny_member
 
 SMALL = {
@@ -175,3 +175,40 @@ def test_a_head_that_is_not_called_is_refused():
 
 def test_a_bare_decoder_is_refused():
     refused(transformers.Qwen2Model(tiny_member("qwen2").config), "without one matrix of weights")
+
+
+# --- inside the heads' forwards --------------------------------------------------------------------------------------
+
+
+def test_what_runs_inside_heads_sees_what_their_hooks_do_and_each_head_is_called_once():
+    first, second = nn.Linear(3, 5), nn.Linear(3, 5)
+    calls = []
+    for name, head in (("first", first), ("second", second)):
+        head.register_forward_pre_hook(lambda module, inputs, name=name: calls.append(name) or (*inputs,))
+    first.register_forward_pre_hook(lambda module, inputs: tuple(x + 1 for x in inputs))  # as FSDP2 wraps inputs
+    first.register_forward_hook(lambda module, inputs, outputs: (*outputs, torch.ones(())))
+    hidden = [torch.zeros(2, 3), torch.full((2, 3), 5.0), torch.full((2, 3), 7.0)]
+
+    def then(states):
+        calls.append("then")
+        return tuple(state.mean() for state in states)
+
+    found = inside_heads([first, second, first], hidden, then)
+    assert [x.item() for x in found] == [1.0, 5.0, 8.0, 1.0]
+    assert calls == ["first", "second", "then"]
+
+
+def test_heads_are_as_before_also_after_an_error():
+    head = nn.Linear(3, 5)
+    own = head.forward = lambda hidden: hidden * 2  # somebody else's, which stays
+
+    def fail(states):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        inside_heads([head], [torch.ones(2, 3)], fail)
+    assert head.forward is own
+    plain = nn.Linear(3, 5)
+    with pytest.raises(ZeroDivisionError):
+        inside_heads([plain], [torch.ones(2, 3)], fail)
+    assert "forward" not in vars(plain)

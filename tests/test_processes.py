@@ -61,6 +61,8 @@ def alone(folder, records, batch, tied=False):
         window = slice(step * micro_batches, (step + 1) * micro_batches)
         taken = [row for record in records for rows_of in record["taken"][window] for row in rows_of]
         part = {k: v[taken] if isinstance(v, torch.Tensor) and v.dim() else v for k, v in inputs.items()}
+        if "anchor_states" in inputs:
+            part["anchor_states"] = [inputs["anchor_states"][row] for row in taken]
         loss = trainer._compute_loss(trainer.model, part)
         optimizer.zero_grad()
         loss.backward()
