@@ -8,6 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from members import character_tokenizer, tiny_member
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM, GenerationConfig
 from trl import GRPOConfig, GRPOTrainer
 
@@ -462,3 +463,25 @@ def test_members_given_as_models_with_different_tokenizers_are_refused(tmp_path)
         members.append(AutoModelForCausalLM.from_pretrained(tmp_path / name))
     with pytest.raises(ValueError, match="tokenizers differ: token 3"):
         LogitMixForCausalLM.from_members(*members)
+
+
+def test_the_seed_decides_how_a_new_adapter_starts(tmp_path):
+    for name, seed in (("base", 0), ("sft", 1)):
+        tiny_member(seed=seed).save_pretrained(tmp_path / name)
+        character_tokenizer().save_pretrained(tmp_path / name)
+    starts = []
+    for state, seed in ((1, 0), (2, 0), (2, 3)):
+        torch.manual_seed(state)
+        trainer = LogitMixGRPOTrainer(
+            str(tmp_path / "base"),
+            reward_funcs=count_vowels,
+            args=LogitMixGRPOConfig(
+                str(tmp_path / "out"), anchor=str(tmp_path / "sft"), seed=seed, max_completion_length=9, use_cpu=True,
+                bf16=False, report_to=[],
+            ),
+            train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
+            peft_config=LoraConfig(r=4, target_modules=["q_proj"]),
+        )  # fmt: skip
+        starts.append(torch.cat([p.flatten() for name, p in trainer.model.named_parameters() if "lora_A" in name]))
+    assert torch.equal(starts[0], starts[1])
+    assert not torch.equal(starts[1], starts[2])

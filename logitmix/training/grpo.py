@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import set_seed
 from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import Sampler
@@ -83,6 +84,7 @@ class LogitMixGRPOTrainer(ResumableGRPO, ShardableGRPOTrainer, WatchedGRPOTraine
         args = LogitMixGRPOConfig() if args is None else args
         if not isinstance(args, LogitMixGRPOConfig):
             raise ValueError(f"args is a {type(args).__name__}; LogitMixGRPOTrainer needs a LogitMixGRPOConfig")
+        set_seed(args.seed)  # an adapter's start is drawn: by the seed, as in TRL, and the same on every process
         model = build_model(model, args, kwargs.get("peft_config"))
         is_mixture = isinstance(model, LogitMixForCausalLM)
         if is_mixture:

@@ -148,7 +148,8 @@ class Resumable(Trainer):
             return
         path = self._progress_file(checkpoint)
         if os.path.exists(path):
-            self._restore(torch.load(path, map_location=self.args.device, weights_only=True))
+            # by type: of several processes on a CPU each has a device "cpu:0" that torch.load does not know
+            self._restore(torch.load(path, map_location=self.args.device.type, weights_only=True))
         else:
             logger.warning(f"{path} does not exist, so the run goes on from {checkpoint}, but not exactly as before.")
 
