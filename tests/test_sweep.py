@@ -50,6 +50,12 @@ def test_models_of_other_shapes_are_not_merged():
         merge_weights(tiny_member("qwen2"), tiny_member("llama"))
 
 
+def test_members_that_share_a_model_are_not_merged():
+    member = tiny_member()
+    with pytest.raises(ValueError, match="share one model with adapters"):
+        merge_weights(member, member)
+
+
 def responses(name: str, alpha: float, answers: list[bool]) -> list[dict]:
     same = {"name": name, "alpha": alpha, "sample": 0, "lenient_ok": True, "length": 3, "truncated": False}
     return [same | {"problem": i, "format_ok": True, "answer_ok": ok} for i, ok in enumerate(answers)]

@@ -54,7 +54,8 @@ def open_mixture(model_args: ModelArguments, args: MixtureArguments) -> LogitMix
             f"{model_args.model_name_or_path} is no mixture; give its anchor with --anchor, or the checkpoint of a "
             "mixture, as logitmix train saves it"
         )
-    if len(model.members) != 2:
+    num_anchors = len(model.config.members) - 1
+    if num_anchors != 1:
         raise ValueError(
             f"{model_args.model_name_or_path} has {len(model.members) - 1} anchors, but alpha weighs one; give the "
             "policy and one of them with --anchor"

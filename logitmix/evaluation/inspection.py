@@ -106,10 +106,11 @@ def _tokens(
 ) -> tuple[InspectedToken, ...]:
     text = torch.tensor([prompt_ids + ids], device=model.device)
     V = model.config.vocab_size
-    members = [
-        member(text, attention_mask=torch.ones_like(text), logits_to_keep=len(ids) + 1).logits[0, :-1, :V]
-        for member in model.members
-    ]
+    members = []
+    for name in model.config.members:
+        with model.running(name) as member:
+            output = member(text, attention_mask=torch.ones_like(text), logits_to_keep=len(ids) + 1)
+            members.append(output.logits[0, :-1, :V])
     tokens: list[InspectedToken] = []
     for start in range(0, len(ids), _ROWS):
         logits = [logits_TV[start : start + _ROWS] for logits_TV in members]

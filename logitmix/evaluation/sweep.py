@@ -39,6 +39,11 @@ def merge_weights(policy: PreTrainedModel, anchor: PreTrainedModel) -> PreTraine
 
     Raises `ValueError` for models whose weights differ in name or shape.
     """
+    if policy is anchor:
+        raise ValueError(
+            "policy and anchor share one model with adapters, whose weights cannot be merged as they are; leave the "
+            "merge out, with --mixes logit prob"
+        )
     shapes = [{name: tuple(weight.shape) for name, weight in m.named_parameters()} for m in (policy, anchor)]
     if shapes[0] != shapes[1]:
         differ = min(name for name in shapes[0] | shapes[1] if shapes[0].get(name) != shapes[1].get(name))
