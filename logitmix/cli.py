@@ -16,6 +16,7 @@ VERBS = {
     "eval": ("logitmix.commands.evaluate", "accuracy of policy, anchor and mixture on the same problems"),
     "sweep": ("logitmix.commands.sweep", "a pair at every alpha, mixed in logits, probabilities and weights"),
     "inspect": ("logitmix.commands.inspect", "a response token by token, and which member carried each"),
+    "report": ("logitmix.commands.report", "curves of any number of training runs: figures, a page, a table"),
     "complement": ("logitmix.commands.complement", "what two policies get right, together and alone"),
 }
 

@@ -93,8 +93,7 @@ def main(argv: Sequence[str]) -> None:
         folder = responses.path.parent
         lines = {"rates": table, "choices": [asdict(choice) for choice in choices]}
         (folder / SWEEP_FILE).write_text(json.dumps(lines, indent=2) + "\n")
-        for suffix in ("png", "svg"):
-            plot_sweep(table, title, folder / f"sweep.{suffix}", members=("policy", "anchor"))
+        plot_sweep(table, title, folder / "sweep.png", folder / "sweep.svg", members=("policy", "anchor"))
         console.print(f"{SWEEP_FILE}, sweep.png, sweep.svg and every response are in {folder}.", soft_wrap=True)
 
 

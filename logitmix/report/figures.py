@@ -4,9 +4,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from logitmix.report.runs import Line, Panel
+
 # Okabe and Ito's colours, which people of any colour vision can tell apart; markers differ as well
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "x")
+LINES = ("-", "--", ":")
 
 
 def plot_curves(curves: Mapping[str, Sequence[tuple[int, float]]], title: str, path: Path) -> None:
@@ -20,8 +23,29 @@ def plot_curves(curves: Mapping[str, Sequence[tuple[int, float]]], title: str, p
     _save(figure, axes, path)
 
 
+def plot_panel(panel: Panel, lines: Sequence[Line], *paths: Path) -> None:
+    """A quantity against the outer step: a line an arm, the mean over its seeds, in a band from lowest to highest."""
+    figure, (axes,) = _figure(panel.title, "outer step (one sampling of rollouts)", [panel.axis], panel.limits)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    for line in lines:
+        curve, color = line.curve, COLORS[line.arm % len(COLORS)]
+        axes.plot(
+            curve.steps,
+            curve.mean,
+            label=_literal(line.label),
+            color=color,
+            linestyle=LINES[(line.variant + line.arm // len(COLORS)) % len(LINES)],
+            marker=MARKERS[line.arm % len(MARKERS)],
+            markersize=4,
+            markevery=max(1, len(curve.steps) // 12),
+        )
+        if curve.seeds > 1:
+            axes.fill_between(curve.steps, curve.low, curve.high, color=color, alpha=0.15, linewidth=0)
+    _save(figure, axes, *paths)
+
+
 def plot_sweep(
-    sweep: Sequence[Mapping[str, Any]], title: str, path: Path, members: tuple[str, str] = ("base", "SFT")
+    sweep: Sequence[Mapping[str, Any]], title: str, *paths: Path, members: tuple[str, str] = ("base", "SFT")
 ) -> None:
     """Format rate and answer rate, in per cent, against alpha, side by side: one line a scheme.
 
@@ -47,10 +71,10 @@ def plot_sweep(
             if f"{key}_low" in rows[0]:
                 low, high = ([100 * row[f"{key}_{end}"] for row in rows] for end in ("low", "high"))
                 panel.fill_between(alphas, low, high, color=COLORS[i], alpha=0.12, linewidth=0)
-    _save(figure, axes[0], path)
+    _save(figure, axes[0], *paths)
 
 
-def _figure(title: str, x: str, ys: Sequence[str]) -> tuple[Any, Any]:
+def _figure(title: str, x: str, ys: Sequence[str], limits: tuple[float, float] | None = (-2, 102)) -> tuple[Any, Any]:
     """A figure with a panel for each y."""
     import matplotlib
 
@@ -64,16 +88,27 @@ def _figure(title: str, x: str, ys: Sequence[str]) -> tuple[Any, Any]:
     for axes, y in zip(panels, ys, strict=True):
         axes.set_xlabel(x)
         axes.set_ylabel(y)
-        axes.set_ylim(-2, 102)
+        if limits is not None:
+            axes.set_ylim(*limits)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     return figure, panels
 
 
-def _save(figure: Any, axes: Any, path: Path) -> None:
+def _literal(label: str) -> str:
+    """A label as it is: matplotlib would read `$` as mathematics, and leave out what begins with `_`."""
+    return label.replace("$", r"\$") if not label.startswith("_") else f" {label}".replace("$", r"\$")
+
+
+def _save(figure: Any, axes: Any, *paths: Path) -> None:
+    """Write the figure, with its legend below it, to files whose suffix says whether PNG or SVG."""
     from matplotlib import pyplot
 
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-    figure.savefig(path, dpi=150)  # the suffix says whether PNG or SVG
+    with pyplot.rc_context(
+        {"svg.fonttype": "none", "svg.hashsalt": "logitmix"}
+    ):  # text stays text; the same each time
+        for path in paths:
+            figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
     pyplot.close(figure)

@@ -1,6 +1,6 @@
 """Pages: one HTML file each that asks nothing of the network. Jinja escapes whatever a model or a user wrote."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -29,6 +29,13 @@ def inspection_page(inspection: Inspection, question: str, policy: str, anchor: 
         legend=LEGEND,
         carried=inspection.carried(),
     )
+
+
+def report_page(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], svgs: Mapping[str, str]) -> str:
+    """The page of a report: a table, and the figures as they were written, by name."""
+    # a drawing of matplotlib's, which escapes its labels; its prolog is for a file of its own
+    figures = {name: Markup(svg[svg.index("<svg") :]) for name, svg in svgs.items()}
+    return _render("report.html", title=title, columns=columns, rows=rows, figures=figures)
 
 
 def visible(text: str) -> str:

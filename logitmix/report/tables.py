@@ -167,6 +167,16 @@ def print_inspection(inspection: Inspection) -> None:
     console.print(f"Tokens carried by: {counts}.", highlight=False)
 
 
+def print_rows(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table of cells that are text already; the first column is a name."""
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left")
+    for row in rows:  # an interval on a line of its own, or it would be broken anywhere
+        table.add_row(*(Text(cell.replace(" [", "\n[").replace("] ", "]\n")) for cell in row))
+    Console().print(table)
+
+
 def p_value(p: float) -> str:
     return f"{p:.3f}" if p >= 0.001 else "< 0.001"
 
