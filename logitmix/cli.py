@@ -13,6 +13,7 @@ VERBS = {
     "train": ("logitmix.commands.train", "GRPO of the mixture of a policy and a frozen anchor"),
     "export": ("logitmix.commands.export", "one member of a mixture as a checkpoint of its own"),
     "check-task": ("logitmix.commands.check_task", "a task's splits, and whether its golds accept themselves"),
+    "recipes": ("logitmix.commands.recipes", "the names of the settings at hand: every run of the paper"),
     "eval": ("logitmix.commands.evaluate", "accuracy of policy, anchor and mixture on the same problems"),
     "sweep": ("logitmix.commands.sweep", "a pair at every alpha, mixed in logits, probabilities and weights"),
     "inspect": ("logitmix.commands.inspect", "a response token by token, and which member carried each"),

@@ -9,7 +9,7 @@ import torch
 from trl import SFTConfig, SFTTrainer
 
 from logitmix.cli import main
-from logitmix.commands.quickstart import EOS, PAD, character_tokenizer, tiny_model
+from logitmix.commands.tiny import EOS, PAD, character_tokenizer, tiny_model
 from logitmix.commands.train import build_trainer
 from logitmix.evaluation.decode import greedy_responses
 from logitmix.generation import end_of_sequence_ids, end_of_turn_id, tokenize_prompts

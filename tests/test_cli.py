@@ -15,8 +15,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from logitmix.cli import main
-from logitmix.commands.quickstart import character_tokenizer, tiny_model
+from logitmix.commands.quickstart import TITLES
 from logitmix.commands.runs import read_jsonl
+from logitmix.commands.tiny import character_tokenizer, tiny_model
 from logitmix.commands.train import hold_out
 from logitmix.modeling import LogitMixForCausalLM
 from logitmix.tasks import Arithmetic
@@ -74,6 +75,24 @@ def test_the_quickstart_runs_from_nothing_to_a_report(tmp_path, capsys):
     assert isinstance(mixture, LogitMixForCausalLM)
     assert main(["eval", "--model_name_or_path", str(folder / "fixed_mixing"), "--eval_limit", "4"]) == 0
     assert main(["quickstart", "--output_dir", str(folder)]) == 2, "it holds a run already"
+
+
+@pytest.mark.slow
+def test_the_quickstart_takes_every_arm_to_the_report(tmp_path, capsys):
+    folder = tmp_path / "quickstart"
+    sizes = ["--base_steps", "12", "--sft_steps", "6", "--rl_steps", "2", "--questions", "4", "--eval_limit", "8"]
+    assert main(["quickstart", "--output_dir", str(folder), "--arms", "all", "--eval_every", "1", *sizes]) == 0
+    capsys.readouterr()
+    rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    reported = {row["name"].split(":")[0] for row in rows if row["what"] == "final"}
+    assert set(TITLES.values()) < reported
+    starts = {arm: json.loads((folder / arm / "config.json").read_text())["model_type"] for arm in TITLES}
+    assert starts == {arm: "qwen2" if arm.startswith("grpo") else "logitmix" for arm in TITLES}
+
+
+def test_an_arm_that_does_not_exist_is_answered_with_the_nearest(capsys, tmp_path):
+    message = error_of(capsys, ["quickstart", "--arms", "fixed_mix", "--output_dir", str(tmp_path / "q")])
+    assert "there is no arm 'fixed_mix'; did you mean 'fixed_mixing'?" in message
 
 
 def test_sft_makes_a_checkpoint_that_plain_transformers_loads(members, tmp_path):
@@ -340,17 +359,20 @@ def test_held_out_problems_come_after_the_training_problems():
 
 
 @pytest.mark.slow
-def test_two_processes_train_and_evaluate_as_one_run(members, tmp_path):
+@pytest.mark.parametrize("eval_limit", [4, 1])
+def test_two_processes_train_and_evaluate_as_one_run(members, tmp_path, eval_limit):
+    """Also where there are fewer problems to evaluate on than processes."""
     base, sft = members
     out = tmp_path / "two"
     flags = ["train", "--model_name_or_path", base, "--anchor", sft, "--output_dir", str(out), *TINY]
-    flags += ["--eval_every", "1", "--eval_limit", "4", "--max_steps", "1", "--per_device_train_batch_size", "8"]
+    flags += ["--eval_every", "1", "--eval_limit", str(eval_limit), "--max_steps", "1"]
+    flags += ["--per_device_train_batch_size", "8"]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29511"]
     result = subprocess.run([*command, "-m", "logitmix.cli", *flags], capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr[-3000:]
     assert len((out / "run.jsonl").read_text().splitlines()) == 1
     rows = [json.loads(line) for line in (out / "evaluations.jsonl").read_text().splitlines()]
-    assert [(row["step"], row["n"]) for row in rows] == [(step, 4) for step in (0, 1) for _ in range(3)]
+    assert [(row["step"], row["n"]) for row in rows] == [(step, eval_limit) for step in (0, 1) for _ in range(3)]
 
 
 @pytest.mark.parametrize("verb", ["sft", "train", "eval"])

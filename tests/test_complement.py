@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from logitmix.cli import main
-from logitmix.commands.quickstart import character_tokenizer, tiny_model
+from logitmix.commands.tiny import character_tokenizer, tiny_model
 from logitmix.evaluation.complement import complement
 from logitmix.report.tables import complement_notes
 from logitmix.tasks import Arithmetic

@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 
 from logitmix.cli import main
-from logitmix.commands.quickstart import character_tokenizer, tiny_model
+from logitmix.commands.tiny import character_tokenizer, tiny_model
 from logitmix.tasks import TASKS, Arithmetic
 from logitmix.tasks.templates import TEMPLATES
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from logitmix.cli import main
-from logitmix.commands.quickstart import character_tokenizer, tiny_model
 from logitmix.commands.responses import Responses, open_responses
+from logitmix.commands.tiny import character_tokenizer, tiny_model
 from logitmix.evaluation.decode import SMALL_BATCH, decoder, in_batches, members_of, requests_for, sampling_at
 from logitmix.evaluation.metrics import estimate, pass_rates
 from logitmix.generation import generate_completions

@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.skipif(not (MATH.exists() and TOKENIZER.exists()), reason=f"needs {MATH} and {TOKENIZER}"),
 ]
 
-# What makes the recipes small enough for a CPU; all else is as the files have it
+# What makes the recipes small enough for a CPU; all else is as they have it
 SMALL = ["--dtype", "float32", "--bf16", "false", "--use_cpu", "true", "--report_to", "none", "--logging_steps", "1"]
 
 
@@ -39,11 +39,11 @@ def base(tmp_path_factory) -> str:
 def test_sft_then_two_outer_steps_then_a_third_from_the_checkpoint(base, tmp_path):
     sft, out = str(tmp_path / "sft"), tmp_path / "mixing"
     assert main([
-        "sft", "--config", str(ROOT / "recipes" / "math_sft.yaml"), "--data", str(MATH), "--model_name_or_path", base,
+        "sft", "--recipe", "math/3b/sft", "--data", str(MATH), "--model_name_or_path", base,
         "--output_dir", sft, "--train_limit", "24", "--max_length", "256", "--save_strategy", "no", *SMALL,
     ]) == 0  # fmt: skip
     train = [
-        "train", "--config", str(ROOT / "recipes" / "math_fixed_mixing.yaml"), "--data", str(MATH),
+        "train", "--recipe", "math/3b/fixed_mixing", "--data", str(MATH),
         "--model_name_or_path", base, "--anchor", sft, "--output_dir", str(out), "--train_limit", "64",
         "--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "16", "--steps_per_generation", "16",
         "--max_completion_length", "16", "--save_steps", "1", "--eval_every", "2", "--eval_limit", "4", *SMALL,

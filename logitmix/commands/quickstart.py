@@ -3,7 +3,8 @@
 1. A small Qwen2 learns arithmetic from worked solutions that reason well and rarely keep the format: the base.
 2. Demonstrations that keep the format and leap over the steps turn a copy of it into the anchor: the SFT model.
 3. The untrained pair is mixed at every alpha, by both schemes (the paper's table 4).
-4. Two arms train with the same rollouts: the mixture from the base, and GRPO with a KL penalty from the SFT model.
+4. Arms train with the same rollouts: by default the mixture from the base, and GRPO with a KL penalty from the SFT
+   model; with `--arms all` every arm of the paper. They are the recipes of the cell `arithmetic/tiny`.
 5. One table, two figures, and every number as JSON lines.
 """
 
@@ -12,19 +13,12 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen2Tokenizer,
-    set_seed,
-)
-from transformers.convert_slow_tokenizer import bytes_to_unicode
-from trl import SFTConfig, SFTTrainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from trl import SFTTrainer
 
 from logitmix.commands.arguments import parse
 from logitmix.commands.callbacks import EverySteps, train_watched
@@ -38,30 +32,34 @@ from logitmix.commands.runs import (
     read_jsonl,
     record_start,
 )
-from logitmix.commands.train import build_trainer, evaluation
+from logitmix.commands.sft import parse_sft
+from logitmix.commands.tiny import character_tokenizer, tiny_model
+from logitmix.commands.train import build_trainer, evaluation, hold_out, parse_train
 from logitmix.evaluation.decode import greedy_responses, members_of
 from logitmix.evaluation.metrics import Rates, rates_by
 from logitmix.members import load_member
 from logitmix.modeling import LogitMixForCausalLM
+from logitmix.recipes import load_recipe
 from logitmix.report.figures import plot_curves, plot_sweep
 from logitmix.report.tables import print_rates, print_sweep
 from logitmix.tasks import Problem
 from logitmix.tasks.arithmetic import Arithmetic
+from logitmix.training.alpha import VALIDATING
 from logitmix.training.config import LogitMixGRPOConfig
 from logitmix.training.sft import sft_dataset
 
-EOS, PAD = "<|endoftext|>", "<|pad|>"
 SWEEP_ALPHAS = [i / 10 for i in range(11)]
 CORPUS_SIZE = 20_000
 MAX_NEW_TOKENS = 48
-# On a CPU and for a tiny model: float32 throughout, nothing recomputed, nothing saved on the way
-QUIET: dict[str, Any] = {
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "save_strategy": "no",
-    "report_to": [],
-    "disable_tqdm": True,
+CELL = "arithmetic/tiny"
+# What an arm is called in the table and in the figure
+TITLES = {
+    "fixed_mixing": "fixed mixing",
+    "adaptive_mixing": "adaptive mixing",
+    "prob_mixing": "probability mixing",
+    "base_anchor": "base anchor",
+    "grpo_kl": "GRPO+KL",
+    "grpo": "GRPO beta 0",
 }
 
 
@@ -70,6 +68,10 @@ class QuickstartArguments:
     """Sizes of the quickstart; the defaults take a few minutes on 2 cores."""
 
     output_dir: str | None = field(default=None, metadata={"help": "Default runs/quickstart-<time>."})
+    arms: list[str] = field(
+        default_factory=lambda: ["fixed_mixing", "grpo_kl"],
+        metadata={"help": f"Arms to train, or all: {', '.join(TITLES)}."},
+    )
     seed: int = field(default=0, metadata={"help": "Seed of the data, the models and the rollouts."})
     alpha: float = field(default=0.5, metadata={"help": "Weight of the anchor in training."})
     base_steps: int = field(default=600, metadata={"help": "Steps of 64 solutions that make the base model."})
@@ -77,7 +79,7 @@ class QuickstartArguments:
     rl_steps: int = field(default=40, metadata={"help": "Training steps of each arm."})
     questions: int = field(default=32, metadata={"help": "Questions a training step."})
     num_generations: int = field(default=8, metadata={"help": "Rollouts a question."})
-    rl_learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of both arms."})
+    rl_learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of every arm."})
     eval_limit: int = field(default=200, metadata={"help": "Test problems of every evaluation."})
     eval_every: int = field(default=4, metadata={"help": "Training steps between evaluations."})
 
@@ -87,7 +89,7 @@ def main(argv: Sequence[str]) -> None:
     started = time.monotonic()
     folder = Path(args.output_dir or f"runs/quickstart-{datetime.now():%Y%m%d-%H%M%S}")
     arguments = {"command": "quickstart"} | vars(args)
-    check_sizes(args)
+    check_arguments(args)
     find_checkpoint(str(folder), arguments, resume=None)
     record_start(str(folder), arguments)
     task = Arithmetic(seed=args.seed)
@@ -102,14 +104,9 @@ def main(argv: Sequence[str]) -> None:
     sft(anchor, demonstrations, folder / "sft", tokenizer, "2 SFT model", args.sft_steps, 1e-3, args.seed)
 
     sweep = sweep_alphas(folder, tokenizer, task, problems)
-    mixing = rl_config(args, folder / "fixed_mixing", anchor=str(folder / "sft"), alpha=args.alpha)
-    canonical = rl_config(args, folder / "grpo_kl", beta=0.01, loss_type="grpo")
     final: dict[str, Rates] = {}
-    for title, start, config in (
-        ("4 fixed mixing", "base", mixing),
-        ("4 GRPO+KL", "sft", canonical),
-    ):
-        final |= train_arm(title, task, problems, str(folder / start), config, args)
+    for arm in arms_of(args):
+        final |= train_arm(arm, task, problems, folder, args)
 
     report(folder, args, sweep, final)
     console.print(
@@ -118,49 +115,21 @@ def main(argv: Sequence[str]) -> None:
     )
 
 
-def check_sizes(args: QuickstartArguments) -> None:
+def check_arguments(args: QuickstartArguments) -> None:
     """Refuse what would only fail minutes later."""
     for name, value in vars(args).items():
         if isinstance(value, int) and name != "seed" and value < 1:
             raise ValueError(f"{name} is {value}, but must be at least 1")
     if not 0 <= args.alpha < 1:
         raise ValueError(f"alpha is {args.alpha}; training needs 0 <= alpha < 1")
+    for arm in arms_of(args):
+        if arm not in TITLES:
+            nearest = get_close_matches(arm, TITLES, n=1, cutoff=0.0)[0]
+            raise ValueError(f"there is no arm {arm!r}; did you mean {nearest!r}? The arms are {', '.join(TITLES)}")
 
 
-def character_tokenizer(alphabet: str) -> Qwen2Tokenizer:
-    """A tokenizer with one token a character of the (ASCII) alphabet, EOS and padding.
-
-    A Qwen2 tokenizer without merges, since `AutoTokenizer` loads that class beside a Qwen2 model whatever was saved.
-    """
-    symbols = bytes_to_unicode()
-    tokens = [EOS, PAD, *(symbols[ord(character)] for character in alphabet)]
-    return Qwen2Tokenizer(
-        vocab={token: i for i, token in enumerate(tokens)},
-        merges=[],
-        eos_token=EOS,
-        unk_token=EOS,
-        pad_token=PAD,
-        padding_side="left",
-    )
-
-
-def tiny_model(vocab_size: int) -> Qwen2ForCausalLM:
-    """A Qwen2 of about 0.3 million parameters."""
-    return Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=vocab_size,
-            hidden_size=96,
-            intermediate_size=192,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            max_position_embeddings=256,
-            tie_word_embeddings=True,
-            initializer_range=0.06,  # at transformers' 0.02 so small a model learns half as fast
-            eos_token_id=0,
-            pad_token_id=1,
-        )
-    )
+def arms_of(args: QuickstartArguments) -> list[str]:
+    return list(TITLES) if args.arms == ["all"] else list(dict.fromkeys(args.arms))
 
 
 def sft(
@@ -174,18 +143,9 @@ def sft(
     seed: int,
 ) -> None:
     """TRL's SFT on 64 rows a step, saved into the folder."""
-    args = SFTConfig(
-        output_dir=str(folder),
-        per_device_train_batch_size=64,
-        max_steps=steps,
-        learning_rate=learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.1,  # of all
-        adam_beta2=0.95,
-        seed=seed,
-        logging_steps=10,
-        **QUIET,
-    )
+    flags = {"output_dir": folder, "max_steps": steps, "learning_rate": learning_rate, "seed": seed}
+    *_, args = parse_sft(["--recipe", f"{CELL}/sft", *as_flags(flags)])
+    args.disable_tqdm = True
     dataset, _ = sft_dataset(rows, tokenizer, args.max_length)
     trainer = SFTTrainer(model, args=args, train_dataset=dataset, processing_class=tokenizer)
     train_watched(trainer, title)
@@ -208,42 +168,46 @@ def sweep_alphas(
     return rows
 
 
-def rl_config(args: QuickstartArguments, folder: Path, **arm: Any) -> LogitMixGRPOConfig:
-    """One update a step on all of its rollouts; the arms differ in `arm` alone."""
-    return LogitMixGRPOConfig(
-        output_dir=str(folder),
-        per_device_train_batch_size=args.questions * args.num_generations,
-        num_generations=args.num_generations,
-        max_steps=args.rl_steps,
-        max_completion_length=MAX_NEW_TOKENS,
-        learning_rate=args.rl_learning_rate,
-        lr_scheduler_type="constant",
-        seed=args.seed,
-        logging_steps=1,
-        **QUIET,
-        **arm,
-    )
+def arm_config(arm: str, folder: Path, args: QuickstartArguments) -> tuple[str, LogitMixGRPOConfig]:
+    """The model that an arm starts from and its configuration: the recipe's, with this run's models and sizes."""
+    recipe, stage = load_recipe(f"{CELL}/{arm}").values, load_recipe(f"{CELL}/sft").values
+    made = {stage["model_name_or_path"].value: folder / "base", stage["output_dir"].value: folder / "sft"}
+    models = {key: recipe[key].value for key in ("model_name_or_path", "anchor") if key in recipe}
+    flags: dict[str, Any] = {key: made[path] for key, path in models.items() if path in made}
+    flags |= {
+        "output_dir": folder / arm,
+        "per_device_train_batch_size": args.questions * args.num_generations,
+        "num_generations": args.num_generations,
+        "max_steps": args.rl_steps,
+        "learning_rate": args.rl_learning_rate,
+        "seed": args.seed,
+    }
+    if "alpha" in recipe:
+        flags["alpha"] = args.alpha
+    _, _, model_args, *_, config = parse_train(["--recipe", f"{CELL}/{arm}", *as_flags(flags)])
+    config.disable_tqdm = True
+    return model_args.model_name_or_path, config
+
+
+def as_flags(values: Mapping[str, Any]) -> list[str]:
+    return [string for key, value in values.items() for string in (f"--{key}", str(value))]
 
 
 def train_arm(
-    title: str,
-    task: Arithmetic,
-    problems: list[Problem],
-    start: str,
-    config: LogitMixGRPOConfig,
-    args: QuickstartArguments,
+    arm: str, task: Arithmetic, problems: list[Problem], folder: Path, args: QuickstartArguments
 ) -> dict[str, Rates]:
     """Train one arm, evaluating as it goes; the final rates of its members."""
-    questions = task.problems("train", args.rl_steps * args.questions)
-    trainer = build_trainer(task, questions, start, config)
-    folder = Path(config.output_dir)
-    train_watched(trainer, title, [EverySteps(args.eval_every, evaluation(trainer, task, problems, folder))])
+    start, config = arm_config(arm, folder, args)
+    size = config.validation_size if config.alpha_controller in VALIDATING else 0
+    questions, validation = hold_out(task, args.rl_steps * args.questions, size)
+    trainer = build_trainer(task, questions, start, config, validation)
+    evaluate = EverySteps(args.eval_every, evaluation(trainer, task, problems, folder / arm))
+    train_watched(trainer, f"4 {TITLES[arm]}", [evaluate])
     trainer.save_model()
     names = members_of(trainer.model)
     rows = graded(trainer.model, trainer.processing_class, task, problems, names)
-    append_jsonl(folder / RESPONSES_FILE, rows)
-    name = title.removeprefix("4 ")
-    return {name if m == "model" else f"{name}: {m}": r for m, r in rates_by(rows, "name").items()}
+    append_jsonl(folder / arm / RESPONSES_FILE, rows)
+    return {TITLES[arm] if m == "model" else f"{TITLES[arm]}: {m}": r for m, r in rates_by(rows, "name").items()}
 
 
 def graded(
@@ -279,18 +243,31 @@ def report(folder: Path, args: QuickstartArguments, sweep: list[dict[str, Any]],
         f"Before and after {args.rl_steps} steps, {rollouts} rollouts an arm, {args.eval_limit} test problems", rates
     )
     plot_sweep(sweep, "Mixing the untrained base with its SFT model", folder / "sweep.png")
-    curves = {}
-    for label, run, name in (
-        (f"fixed mixing, alpha {args.alpha:g}: mixture", "fixed_mixing", "mixture"),
-        ("fixed mixing: policy alone", "fixed_mixing", "policy"),
-        ("GRPO+KL, beta 0.01", "grpo_kl", "model"),
-        ("SFT (the anchor)", "fixed_mixing", "anchor"),
-    ):
-        points = [row for row in read_jsonl(folder / run / EVALUATIONS_FILE) if row["name"] == name]
-        curves[label] = [(row["step"], row["answer"]) for row in points]
-    plot_curves(curves, "Training from the same pair, with the same rollouts", folder / "curves.png")
+    plot_curves(
+        curves(folder, args, rates["SFT (anchor)"].answer),
+        "Training from the same pair, with the same rollouts",
+        folder / "curves.png",
+    )
     with (folder / "results.jsonl").open("w") as file:
         for row in sweep:
             file.write(json.dumps({"what": "sweep", "seed": args.seed} | row) + "\n")
         for label, r in rates.items():
             file.write(json.dumps({"what": "final", "seed": args.seed, "name": label} | asdict(r)) + "\n")
+
+
+def curves(folder: Path, args: QuickstartArguments, sft: float) -> dict[str, list[tuple[int, float]]]:
+    """Answer rate by step: of each arm what it trains (a mixture, or the model), and of the SFT model."""
+    labels = {
+        "fixed_mixing": f"fixed mixing, alpha {args.alpha:g}: mixture",
+        "grpo_kl": "GRPO+KL, beta 0.01",
+    }
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for arm in arms_of(args):
+        points: dict[str, list[tuple[int, float]]] = {}
+        for row in read_jsonl(folder / arm / EVALUATIONS_FILE):
+            points.setdefault(row["name"], []).append((row["step"], row["answer"]))
+        lines[labels.get(arm, TITLES[arm])] = points["mixture" if "mixture" in points else "model"]
+        if arm == "fixed_mixing":
+            lines["fixed mixing: policy alone"] = points["policy"]
+    steps = [step for step, _ in next(iter(lines.values()))]
+    return lines | {"SFT (the anchor)": [(step, sft) for step in steps]}

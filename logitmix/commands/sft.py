@@ -6,23 +6,35 @@ from trl import SFTConfig
 
 from logitmix.adapters import read_adapter_config
 from logitmix.commands.adapters import AdapterArguments
-from logitmix.commands.arguments import ModelArguments, TaskArguments, parse
+from logitmix.commands.arguments import ModelArguments, RecipeArguments, TaskArguments, parse
 from logitmix.commands.callbacks import run_training
+from logitmix.commands.dry_run import dry_run_sft
 from logitmix.commands.runs import console, find_checkpoint
 from logitmix.members import load_member, require_tokenizer
 from logitmix.modeling import LogitMixForCausalLM
 from logitmix.training.sft import ResumableSFTTrainer, sft_dataset
 
 
-def main(argv: Sequence[str]) -> None:
-    task_args, model_args, adapter_args, args = parse(
+def parse_sft(
+    argv: Sequence[str],
+) -> tuple[RecipeArguments, TaskArguments, ModelArguments, AdapterArguments, SFTConfig]:
+    """What the flags, a config file and a recipe ask for."""
+    return parse(  # type: ignore[return-value]
         "logitmix sft",
         "Make an anchor from a task's demonstrations.",
-        (TaskArguments, ModelArguments, AdapterArguments, SFTConfig),
+        (RecipeArguments, TaskArguments, ModelArguments, AdapterArguments, SFTConfig),
         argv,
     )
+
+
+def main(argv: Sequence[str]) -> None:
+    recipe_args, task_args, model_args, adapter_args, args = parse_sft(argv)
+    if recipe_args.dry_run:
+        dry_run_sft(recipe_args, task_args, model_args, adapter_args, args)
+        return
     peft_config = adapter_args.peft_config
-    arguments = {"command": "sft"} | vars(task_args) | vars(model_args) | vars(adapter_args) | args.to_dict()
+    arguments = {"command": "sft", "recipe": recipe_args.recipe}
+    arguments |= vars(task_args) | vars(model_args) | vars(adapter_args) | args.to_dict()
     checkpoint = find_checkpoint(args.output_dir, arguments, args.resume_from_checkpoint)
     task = task_args.load()
     rows = task.demonstrations(task_args.train_limit)

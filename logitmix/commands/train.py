@@ -1,19 +1,21 @@
 """`logitmix train`: GRPO of the mixture of a policy and a frozen anchor (or of a model alone, without `--anchor`)."""
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from accelerate.utils import gather_object
 from peft import PeftConfig
 from transformers import TrainerCallback
 
 from logitmix.commands.adapters import AdapterArguments, say_what_is_shared
-from logitmix.commands.arguments import ModelArguments, TaskArguments, parse
+from logitmix.commands.arguments import EvaluationArguments, ModelArguments, RecipeArguments, TaskArguments, parse
 from logitmix.commands.callbacks import CompletionsFile, EverySteps, run_training
+from logitmix.commands.dry_run import dry_run_train
 from logitmix.commands.runs import EVALUATIONS_FILE, append_jsonl, console, find_checkpoint
-from logitmix.evaluation.decode import greedy_responses, members_of
+from logitmix.evaluation.decode import BATCH_SIZE, greedy_responses, members_of
 from logitmix.evaluation.metrics import rates_by
 from logitmix.generation import require_chat_template
 from logitmix.members import require_tokenizer
@@ -24,37 +26,28 @@ from logitmix.training.grpo import LogitMixGRPOTrainer
 from logitmix.training.rewards import TaskReward, grpo_dataset
 
 
-@dataclass
-class EvaluationArguments:
-    """What is evaluated and written down while training runs, and validation for the weight."""
-
-    eval_every: int | None = field(
-        default=None, metadata={"help": "Optimizer steps between greedy evaluations on test problems."}
-    )
-    validation_source: Literal["held_out", "train"] = field(
-        default="held_out",
-        metadata={
-            "help": "Where an alpha_controller that validates takes its questions: the last of the train split, which "
-            "are not trained on; or fresh training questions at each step, not trained on in that pass."
-        },
-    )
-    num_completions_to_save: int = field(
-        default=64, metadata={"help": "Of every generation, so many go to completions.jsonl with rewards; 0: none."}
+def parse_train(
+    argv: Sequence[str],
+) -> tuple[RecipeArguments, TaskArguments, ModelArguments, AdapterArguments, EvaluationArguments, LogitMixGRPOConfig]:
+    """What the flags, a config file and a recipe ask for."""
+    return parse(  # type: ignore[return-value]
+        "logitmix train",
+        "GRPO of the mixture of a policy (--model_name_or_path) and a frozen anchor (--anchor).",
+        (RecipeArguments, TaskArguments, ModelArguments, AdapterArguments, EvaluationArguments, LogitMixGRPOConfig),
+        argv,
     )
 
 
 def main(argv: Sequence[str]) -> None:
-    task_args, model_args, adapter_args, eval_args, args = parse(
-        "logitmix train",
-        "GRPO of the mixture of a policy (--model_name_or_path) and a frozen anchor (--anchor).",
-        (TaskArguments, ModelArguments, AdapterArguments, EvaluationArguments, LogitMixGRPOConfig),
-        argv,
-    )
+    recipe_args, task_args, model_args, adapter_args, eval_args, args = parse_train(argv)
     if args.eval_strategy != "no":
         raise ValueError("eval_strategy evaluates by sampling, in TRL; for greedy evaluations use --eval_every STEPS")
+    if recipe_args.dry_run:
+        dry_run_train(recipe_args, task_args, model_args, adapter_args, eval_args, args)
+        return
     peft_config = adapter_args.peft_config
-    arguments = {"command": "train"} | vars(task_args) | vars(model_args) | vars(adapter_args) | vars(eval_args)
-    arguments |= args.to_dict()
+    arguments = {"command": "train", "recipe": recipe_args.recipe}
+    arguments |= vars(task_args) | vars(model_args) | vars(adapter_args) | vars(eval_args) | args.to_dict()
     checkpoint = find_checkpoint(args.output_dir, arguments, args.resume_from_checkpoint)
     task = task_args.load()
     args.model_init_kwargs = model_args.init_kwargs | (args.model_init_kwargs or {})
@@ -118,19 +111,23 @@ def evaluation(
 ) -> Callable[[int], None]:
     """A function of the step that evaluates policy, anchor and mixture and appends their rates to the run's file.
 
-    Processes share the problems. The anchor is frozen, so it is decoded once.
+    A model without an anchor is evaluated by the same protocol. Processes share the problems; each decodes equally
+    many, since sharded weights are gathered in step, and what is decoded twice counts once. The anchor is frozen, so
+    it is decoded once.
     """
-    accelerator = trainer.accelerator
-    mine = problems[accelerator.process_index :: accelerator.num_processes]
+    rank, processes = trainer.accelerator.process_index, trainer.accelerator.num_processes
+    share = math.ceil(len(problems) / processes)
+    mine = [problems[(rank + i * processes) % len(problems)] for i in range(share)]
+    batch_size = trainer.args.rollout_batch_size or BATCH_SIZE
     anchor: list[dict[str, Any]] = []
 
     def evaluate(step: int) -> None:
         names = {name: alpha for name, alpha in members_of(trainer.model).items() if name != "anchor" or not anchor}
         with trainer.generation_model() as model:
             responses = greedy_responses(
-                model, trainer.processing_class, task, mine, names, trainer.max_completion_length
+                model, trainer.processing_class, task, mine, names, trainer.max_completion_length, batch_size
             )
-        rows = gather_object([asdict(response) for response in responses])
+        rows = gather_object([asdict(r) for r in responses if rank + r.problem * processes < len(problems)])
         anchor.extend(row for row in rows if row["name"] == "anchor")
         rates = rates_by([row for row in rows if row["name"] != "anchor"] + anchor, "name")
         if trainer.is_world_process_zero():

@@ -15,6 +15,7 @@ from logitmix.modeling import LogitMixForCausalLM
 from logitmix.tasks import Problem, Task
 
 MAX_NEW_TOKENS = 512  # the authors' longest response
+BATCH_SIZE = 256
 
 # Up to so many sequences, one batch at alphas 0, 0.5 and 1 together, which runs both members for all, beats one batch
 # for each alpha; above, it does not. Measured on one CPU core (docs/analysis.md).
@@ -156,7 +157,7 @@ def greedy_responses(
     problems: Sequence[Problem],
     alphas: Mapping[str, float | None],
     max_new_tokens: int | None = None,
-    batch_size: int = 256,
+    batch_size: int = BATCH_SIZE,
     progress: Any = None,
 ) -> list[Response]:
     """Each named alpha's greedy response to each problem; see `decoder`.

@@ -17,9 +17,8 @@ def plot_curves(curves: Mapping[str, Sequence[tuple[int, float]]], title: str, p
     figure, (axes,) = _figure(title, "training step", ["answer-correct on test problems, greedy (%)"])
     for i, (name, points) in enumerate(curves.items()):
         steps, values = zip(*points, strict=True)
-        axes.plot(
-            steps, [100 * v for v in values], label=name, color=COLORS[i % 6], marker=MARKERS[i % 6], markersize=4
-        )
+        style = {"color": COLORS[i % 6], "marker": MARKERS[i % 6], "linestyle": "-" if i < 6 else "--"}
+        axes.plot(steps, [100 * v for v in values], label=name, markersize=4, **style)
     _save(figure, axes, path)
 
 
