@@ -91,6 +91,13 @@ def test_a_model_in_memory_does_not_share_the_folder_that_it_came_from(folders):
     torch.testing.assert_close(logits(model, alpha=1.0), logits(reference(folders["base"])))
 
 
+def test_a_model_in_memory_shares_its_weights_with_an_adapter_on_the_folder_that_it_came_from(folders):
+    policy = reference(folders["base"])
+    model = LogitMixForCausalLM.from_members(policy, folders["anchor adapter"], peft_config=lora())
+    assert model.anchors == []
+    torch.testing.assert_close(logits(model, alpha=1.0), logits(reference(folders["anchor adapter"])))
+
+
 def test_an_adapter_beside_a_policy_of_full_weights_is_merged_into_a_model_of_its_own(folders):
     model = LogitMixForCausalLM.from_members(folders["base"], folders["anchor adapter"])
     assert model.config.adapters == {}

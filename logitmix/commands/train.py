@@ -58,7 +58,8 @@ def main(argv: Sequence[str]) -> None:
     size = args.validation_size if held_out else 0
     problems, validation_problems = hold_out(task, task_args.train_limit, size)
     trainer = build_trainer(task, problems, model_args.model_name_or_path, args, validation_problems, peft_config)
-    say_what_is_shared(trainer.model)
+    if trainer.is_world_process_zero():
+        say_what_is_shared(trainer.model)
     data = {"train": problems, "validation": validation_problems}
     callbacks: list[TrainerCallback] = [CompletionsFile(trainer, eval_args.num_completions_to_save)]
     if eval_args.eval_every:
