@@ -39,12 +39,12 @@ def records(folder):
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 
-def alone(folder, records, batch, tied=False):
+def alone(folder, records, batch, **members):
     """One process on the two processes' rollouts: losses, gradients of each update and the weights at the end."""
     updates = batch.get("steps_per_generation", 1) // batch.get("gradient_accumulation_steps", 1) or 1
     micro_batches = batch.get("gradient_accumulation_steps", 1)
     rows = 2 * batch["per_device_train_batch_size"] * micro_batches
-    trainer = trainer_of(folder, tied=tied, per_device_train_batch_size=rows, steps_per_generation=updates)
+    trainer = trainer_of(folder, **members, per_device_train_batch_size=rows, steps_per_generation=updates)
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1
     parameters = dict(trainer.model.named_parameters())
@@ -74,19 +74,20 @@ def alone(folder, records, batch, tied=False):
     return losses, gradients, advantages, {name: p.detach() for name, p in parameters.items()}
 
 
-TRAININGS = {name: (name, batch, False) for name, batch in BATCHES.items()}
-TRAININGS |= {f"sharded, {name}": (f"sharded, {name}", batch, False) for name, batch in BATCHES.items()}
+MEMBERS = {"tied", "adapters"}  # arguments that make other members
+TRAININGS = {name: (name, batch, {}) for name, batch in BATCHES.items()}
+TRAININGS |= {f"sharded, {name}": (f"sharded, {name}", batch, {}) for name, batch in BATCHES.items()}
 TRAININGS |= {
-    f"sharded, {name}": (f"sharded, {name}", BATCHES["one update"], variant.get("tied", False))
+    f"sharded, {name}": (f"sharded, {name}", BATCHES["one update"], {k: variant[k] for k in MEMBERS & variant.keys()})
     for name, variant in VARIANTS.items()
 }
 
 
 @pytest.mark.parametrize("name", TRAININGS)
 def test_losses_gradients_and_weights_are_those_of_one_process(records, tmp_path, name):
-    key, batch, tied = TRAININGS[name]
+    key, batch, members = TRAININGS[name]
     ours = [record[key] for record in records]
-    losses, gradients, advantages, weights = alone(tmp_path, ours, batch, tied)
+    losses, gradients, advantages, weights = alone(tmp_path, ours, batch, **members)
     for generation, expected in enumerate(advantages):
         both = torch.cat([record["generations"][generation][1] for record in ours])
         torch.testing.assert_close(both, expected, atol=1e-6, rtol=1e-5)

@@ -12,6 +12,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import prepare_multi_gpu_env
 from datasets import Dataset
 from members import character_tokenizer, tiny_member
+from peft import LoraConfig
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
@@ -39,6 +40,7 @@ VARIANTS = {
     "gradient checkpointing": {"gradient_checkpointing": True},
     "gathering for every token": {"ds3_gather_for_generation": False},
     "members from folders": {"from_folders": True},
+    "adapters on one base": {"adapters": True},
 }
 
 
@@ -53,7 +55,12 @@ def members(tied=False):
     )
 
 
-def mixture(tied=False):
+def mixture(tied=False, adapters=False):
+    if adapters:
+        base, _ = members()
+        torch.manual_seed(5)
+        peft_config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+        return LogitMixForCausalLM.from_members(base, base, alpha=ALPHA, peft_config=peft_config)
     return LogitMixForCausalLM.from_members(*members(tied), alpha=ALPHA)
 
 
@@ -112,7 +119,7 @@ def whole(tensor):
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
 
 
-def trainer_of(folder, prompts=PROMPTS, sharded=False, tied=False, from_folders=False, **kwargs):
+def trainer_of(folder, prompts=PROMPTS, sharded=False, tied=False, adapters=False, from_folders=False, **kwargs):
     arguments = {
         "num_generations": GENERATIONS,
         "max_completion_length": 9,
@@ -138,7 +145,7 @@ def trainer_of(folder, prompts=PROMPTS, sharded=False, tied=False, from_folders=
             save_members(folder)
         PartialState().wait_for_everyone()
     else:
-        model = mixture(tied)
+        model = mixture(tied, adapters)
     return RecordingTrainer(
         model,
         reward_funcs=count_vowels,
