@@ -6,6 +6,7 @@ adapter is the active one, or none.
 
 import json
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -100,7 +101,9 @@ def add_adapter(model: PreTrainedModel, name: str, config: LoraConfig, source: s
     config.base_model_name_or_path = config.base_model_name_or_path or model.name_or_path or None
     _require_untied(model, config)
     try:
-        inject_adapter_in_model(config, model, name)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are meant
+            inject_adapter_in_model(config, model, name)
     except ValueError as error:
         raise ValueError(f"the adapter of {name} does not fit {_name(model)}: {error}") from error
     for _, layer in adapter_layers(model):

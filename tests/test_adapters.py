@@ -107,6 +107,7 @@ def test_an_adapter_beside_a_policy_of_full_weights_is_merged_into_a_model_of_it
     assert all(p.requires_grad for p in model.policy.parameters())
 
 
+@pytest.mark.filterwarnings("error:Already found")
 def test_three_members_of_one_base_beside_one_of_another(folders):
     model = LogitMixForCausalLM.from_members(
         folders["policy adapter"],
