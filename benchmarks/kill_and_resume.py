@@ -3,15 +3,18 @@
     python benchmarks/kill_and_resume.py [--kills 20] [--seed 0] [--output benchmarks/results/kill_and_resume.md]
 
 Each trial starts the same run of `logitmix train` (a tiny mixture, on a CPU, in float32), ends its process with
-SIGKILL at a moment drawn uniformly between the first rollout and the end, resumes it with `--resume_from_checkpoint
-true`, and compares what both leave: weights, configuration (alpha), completions and evaluations byte by byte, the
-metrics in every value but times.
+SIGKILL, resumes it with `--resume_from_checkpoint true`, and compares what both leave: weights, configuration (alpha),
+completions and evaluations byte by byte, the metrics in every value but times.
+
+Every other moment is drawn uniformly between the first evaluation and the end; the others lie within rollouts,
+updates, checkpoints, validations and evaluations in turn, of these one at random, up to 20 ms after it begins.
 
 A server process imports everything once and forks a process a run, so that a start costs no import.
 """
 
 import argparse
 import contextlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -47,6 +50,8 @@ FLAGS = shlex.split("""
     --alpha 0.4 --alpha_controller adaptive --validation_size 8 --adaptive_offset 1 --adaptive_scale 4
     --dynamic_sampling refill
 """)
+# How often each happens in the run
+PHASES = {"rollouts": 2, "update": 16, "checkpoint": 8, "validation": 2, "evaluation": 5}
 COMPARED = ("model.safetensors", "config.json", "completions.jsonl", "evaluations.jsonl")
 TIMES = re.compile(r"step_time|train_runtime|.*_per_second(/.*)?|time/.*")
 
@@ -91,11 +96,16 @@ class Run:
     def phase(self) -> str:
         return self._phase.value.decode()
 
-    def until_first_rollout(self) -> None:
+    def until(self, phase: str) -> None:
+        """Wait for a phase, or the end."""
+        while self.phase != phase and self.process.is_alive():
+            time.sleep(0.0005)
+
+    def until_begun(self) -> None:
         while not self.phase:
             if not self.process.is_alive():
                 raise RuntimeError(self.log.read_text())
-            time.sleep(0.001)
+            time.sleep(0.0005)
 
     def signal(self, number: int) -> None:
         """Send a signal; a process that has ended does not get it."""
@@ -120,11 +130,15 @@ def _command(argv: list[str], log: str, phase: Any, die_at: tuple[str, str] | No
     from trl import GRPOTrainer
 
     from logitmix.cli import main
+    from logitmix.commands import train
+    from logitmix.training import weight_control
 
     for owner, method, name in (
         (GRPOTrainer, "_generate_and_score_completions", "rollouts"),
         (Trainer, "training_step", "update"),
         (Trainer, "_save_checkpoint", "checkpoint"),
+        (weight_control, "validate", "validation"),
+        (train, "greedy_responses", "evaluation"),
     ):
         setattr(owner, method, _noting(getattr(owner, method), name, phase))
     if die_at is not None:
@@ -132,13 +146,14 @@ def _command(argv: list[str], log: str, phase: Any, die_at: tuple[str, str] | No
     sys.exit(main(argv))
 
 
-def _noting(method: Callable[..., Any], name: str, phase: Any) -> Callable[..., Any]:
-    """The method, while which the phase is `name at step N`."""
+def _noting(function: Callable[..., Any], name: str, phase: Any) -> Callable[..., Any]:
+    """The function, which says by `phase` when it runs: its name, and the how-manyeth time it is called."""
+    calls = itertools.count(1)
 
-    def noting(self: Any, *args: Any, **kwargs: Any) -> Any:
-        before, phase.value = phase.value, f"{name}, after step {self.state.global_step}".encode()
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        before, phase.value = phase.value, f"{name} {next(calls)}".encode()
         try:
-            return method(self, *args, **kwargs)
+            return function(*args, **kwargs)
         finally:
             phase.value = before
 
@@ -188,7 +203,7 @@ def trials(folder: Path, kills: int, chance: random.Random):
     reference = folder / "reference"
     run = Run([*command, str(reference)], folder / "log.txt")
     before_first = time.monotonic()
-    run.until_first_rollout()
+    run.until_begun()
     first = time.monotonic()
     if run.wait():
         raise SystemExit((folder / "log.txt").read_text())
@@ -196,10 +211,11 @@ def trials(folder: Path, kills: int, chance: random.Random):
     yield "# Kill and resume"
     yield ""
     yield f"{date.today()}, printed by `python benchmarks/kill_and_resume.py --kills {kills}`. A run: 8 steps in"
-    yield f"{last - first:.1f} s from its first rollout on, {first - before_first:.1f} s before."
+    yield f"{last - first:.1f} s from its first evaluation on, {first - before_first:.1f} s before. An update is a"
+    yield "micro-batch; phases are counted in the process that was killed."
     yield ""
-    yield "| kill | seconds after the first rollout | while | resumed from | differs in |"
-    yield "|---|---|---|---|---|"
+    yield "| kill | during | resumed from | differs in |"
+    yield "|---|---|---|---|"
     same = 0
     for number in range(1, kills + 1):
         out = folder / f"run-{number}"
@@ -207,19 +223,22 @@ def trials(folder: Path, kills: int, chance: random.Random):
         while status == 0:  # a moment drawn near the end may come after it
             shutil.rmtree(out, ignore_errors=True)
             run = Run([*command, str(out)], folder / "log.txt")
-            run.until_first_rollout()
-            delay = chance.uniform(0, last - first)
-            time.sleep(delay)
+            run.until_begun()
+            if number % 2:
+                time.sleep(chance.uniform(0, last - first))
+            else:
+                name = list(PHASES)[number // 2 % len(PHASES)]
+                run.until(f"{name} {chance.randint(1, PHASES[name])}")
+                time.sleep(chance.uniform(0, 0.02))
             run.signal(signal.SIGKILL)
             status = run.wait()
         assert status == -signal.SIGKILL, (folder / "log.txt").read_text()
-        phase = run.phase or "between the phases"
         assert Run([*command, str(out), "--resume_from_checkpoint", "true"], folder / "log.txt").wait() == 0, out
         starts = [json.loads(line) for line in (out / "run.jsonl").read_text().splitlines()]
         found = differences(out, reference)
         same += not found
         source = Path(starts[-1]["resumed_from"] or "step 0").name
-        yield f"| {number} | {delay:.2f} | {phase} | {source} | {', '.join(found) or 'nothing'} |"
+        yield f"| {number} | {run.phase or 'what is between'} | {source} | {', '.join(found) or 'nothing'} |"
     yield ""
     yield f"**{same} of {kills} resumed runs equal the run that was never killed, bit for bit.**"
 

@@ -78,12 +78,12 @@ def run(train, tmp_path) -> Killable:
 @pytest.mark.slow
 def test_a_run_killed_at_random_moments_and_resumed_equals_the_run_never_killed(run, never_killed):
     chance = random.Random(0)
-    for flags in ((), RESUME, RESUME):
+    for flags, phase, last in (((), "update", 6), (RESUME, "checkpoint", 2), (RESUME, "update", 3)):
         process = run.start(*flags)
-        process.until_first_rollout()
-        time.sleep(chance.uniform(0, 1.5))
+        process.until(f"{phase} {chance.randint(1, last)}")
+        time.sleep(chance.uniform(0, 0.02))
         process.signal(signal.SIGKILL)
-        process.wait()
+        assert process.wait() == -signal.SIGKILL, run.log.read_text()
     run.finish(*RESUME)
     assert not differences(run.folder, never_killed)
 
@@ -134,7 +134,7 @@ def test_a_run_killed_before_its_first_checkpoint_or_after_its_last_step(run, ne
 @pytest.mark.slow
 def test_sigterm_saves_a_checkpoint_and_stops(run, never_killed):
     process = run.start()
-    process.until_first_rollout()
+    process.until_begun()
     process.signal(signal.SIGTERM)
     assert process.wait() == 130
     assert run.checkpoints
@@ -216,6 +216,25 @@ def test_a_resumed_sft_equals_the_one_never_killed(train, tmp_path):
     killed.die(*RESUME, die_at=("open", "killed/config.json"))
     killed.finish(*RESUME)
     assert not differences(killed.folder, whole.folder, compared=("model.safetensors", "config.json"))
+
+
+@pytest.mark.slow
+def test_two_processes_resume_as_one_run(train, tmp_path):
+    """From a checkpoint in the midst of a generation's updates, in a folder that has moved."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29533", "-m"]
+    flags = [*train, "--per_device_train_batch_size", "4", "--save_total_limit", "8"]
+    path = os.pathsep.join([str(Path(kill_and_resume.__file__).parent), os.environ.get("PYTHONPATH", "")])
+
+    def finish(folder: Path, *more: str) -> None:
+        command = [*launch, "logitmix.cli", *flags, "--output_dir", str(folder), *more]
+        environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+        result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+        assert result.returncode == 0, result.stderr[-3000:]
+
+    finish(tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    finish(tmp_path / "again", "--resume_from_checkpoint", str(tmp_path / "again" / "checkpoint-5"))
+    assert not differences(tmp_path / "again", tmp_path / "whole")
 
 
 def test_an_epochs_order_depends_on_its_number_alone():

@@ -33,7 +33,15 @@ RESPONSES_FILE = "responses.jsonl"
 HELD = (RUN_FILE, "checkpoint-*", "config.json", "*.safetensors", "*.bin")
 # What may differ between a run and its resumption: how far it goes, and what is written on the way
 MAY_CHANGE = {
-    *("max_steps", "num_train_epochs", "resume_from_checkpoint", "disable_tqdm", "report_to", "run_name"),
+    *(
+        "output_dir",
+        "max_steps",
+        "num_train_epochs",
+        "resume_from_checkpoint",
+        "disable_tqdm",
+        "report_to",
+        "run_name",
+    ),
     *("logging_dir", "logging_steps", "logging_strategy", "logging_first_step", "log_level", "log_completions"),
     *("save_steps", "save_strategy", "save_total_limit", "eval_every", "eval_limit", "dataloader_num_workers"),
     *("num_completions_to_save", "num_completions_to_print", "log_unique_prompts"),
