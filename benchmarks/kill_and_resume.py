@@ -66,7 +66,7 @@ class EasyArithmetic(Arithmetic):
 
 def make_members(folder: Path) -> list[str]:
     """A policy and an anchor with weights from seeds, as flags of `logitmix train`."""
-    from logitmix.commands.quickstart import character_tokenizer, tiny_model
+    from logitmix.commands.tiny import character_tokenizer, tiny_model
 
     tokenizer = character_tokenizer(Arithmetic.alphabet)
     for seed, name in enumerate(("policy", "anchor")):

@@ -23,7 +23,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from logitmix import LogitMixForCausalLM
-from logitmix.commands.quickstart import character_tokenizer
+from logitmix.commands.tiny import character_tokenizer
 from logitmix.generation import GREEDY, generate_completions
 from logitmix.tasks import Arithmetic
 

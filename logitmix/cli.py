@@ -19,6 +19,7 @@ VERBS = {
     "inspect": ("logitmix.commands.inspect", "a response token by token, and which member carried each"),
     "report": ("logitmix.commands.report", "curves of any number of training runs: figures, a page, a table"),
     "complement": ("logitmix.commands.complement", "what two policies get right, together and alone"),
+    "lm-eval": ("logitmix.commands.harness", "lm-evaluation-harness, with mixtures among its --model hf"),
 }
 
 USAGE = "usage: logitmix VERB [flags]      (logitmix VERB --help for its flags)\n\n" + "".join(

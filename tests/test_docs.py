@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from datasets import Dataset
 
 from logitmix.cli import main
 from logitmix.commands.tiny import character_tokenizer, tiny_model
+from logitmix.modeling import LogitMixForCausalLM
 from logitmix.tasks import TASKS, Arithmetic
 from logitmix.tasks.templates import TEMPLATES
 
@@ -76,6 +78,39 @@ def test_the_readmes_script_before_and_after(folder):
             compile(block.replace('output_dir="run"', f'output_dir="run", {smaller}'), "README.md", "exec"), namespace
         )
         assert namespace["trainer"].state.global_step == 1
+
+
+def test_the_commands_of_the_analysis_page(tmp_path, monkeypatch, capsys):
+    """As they stand there, on models of random weights in the places of the quickstart's, few problems each."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer = character_tokenizer(Arithmetic.alphabet)
+    for seed, name in enumerate(("base", "sft")):
+        torch.manual_seed(seed)
+        tiny_model(len(tokenizer)).save_pretrained(f"runs/quickstart/{name}")
+        tokenizer.save_pretrained(f"runs/quickstart/{name}")
+    mixture = LogitMixForCausalLM.from_members("runs/quickstart/base", "runs/quickstart/sft")
+    mixture.save_pretrained("runs/quickstart/fixed_mixing")
+    run = {"step": 0, "name": "mixture", "n": 6, "answer": 0.5, "format": 0.5}
+    for folder in ("runs/quickstart/fixed_mixing", "runs/fixed-0", "runs/fixed-1", "runs/a-7"):
+        Path(folder).mkdir(exist_ok=True)
+        Path(folder, "evaluations.jsonl").write_text(json.dumps(run) + "\n")
+    small = ["--eval_limit", "6", "--max_new_tokens", "4"]
+    other = ["eval", "--model_name_or_path", "runs/quickstart/base", "--output_dir", "runs/other-eval", *small]
+    assert main(other) == 0
+    commands = [
+        shlex.split(line, comments=True) for block in blocks("docs/analysis.md", "bash") for line in block.splitlines()
+    ]
+    seen = set()
+    for program, verb, *flags in commands:
+        assert program == "logitmix"
+        if verb == "lm-eval":  # tests/test_harness.py
+            continue
+        limits = {"inspect": small[2:], "report": []}.get(verb, small)
+        assert main([verb, *flags, *limits]) == 0, (verb, flags, capsys.readouterr().err)
+        seen.add(verb)
+    assert seen == {"eval", "complement", "sweep", "inspect", "report"}
+    assert Path("inspect.html").exists()
+    assert Path("report/report.html").exists()
 
 
 def test_the_tasks_pages_task_and_template(tmp_path, monkeypatch, capsys):

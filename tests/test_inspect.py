@@ -9,8 +9,8 @@ from browser import Parsed, assert_self_contained, page_in_chromium
 from members import character_tokenizer, tiny_member
 
 from logitmix.cli import main
-from logitmix.commands.quickstart import character_tokenizer as quickstart_tokenizer
-from logitmix.commands.quickstart import tiny_model
+from logitmix.commands.tiny import character_tokenizer as quickstart_tokenizer
+from logitmix.commands.tiny import tiny_model
 from logitmix.evaluation.inspection import NAMES, inspect
 from logitmix.modeling import LogitMixForCausalLM
 from logitmix.report.pages import inspection_page
@@ -139,8 +139,8 @@ def pair(tmp_path_factory) -> tuple[str, str]:
     return str(root / "base"), str(root / "sft")
 
 
-def run(pair, *flags) -> int:
-    return main(["inspect", "7+8-9+4", "--model_name_or_path", pair[0], "--anchor", pair[1], *flags])
+def run(pair, *flags, question="7+8-9+4") -> int:
+    return main(["inspect", question, "--model_name_or_path", pair[0], "--anchor", pair[1], *flags])
 
 
 def test_the_command_prints_a_row_a_token_and_writes_the_page(pair, tmp_path, capsys):
@@ -152,6 +152,12 @@ def test_the_command_prints_a_row_a_token_and_writes_the_page(pair, tmp_path, ca
     html = path.read_text(encoding="utf-8")
     assert "7+8-9+4=?" in Parsed(html).text, "the prompt is the task's"
     assert_self_contained(html)
+
+
+def test_a_question_that_begins_with_a_minus(pair, tmp_path):
+    path = tmp_path / "page.html"
+    assert run(pair, "--max_new_tokens", "2", "--output_file", str(path), question="-3+4") == 0
+    assert "-3+4=?" in path.read_text()
 
 
 @pytest.mark.parametrize(

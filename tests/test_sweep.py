@@ -7,7 +7,7 @@ import torch
 from members import tiny_member
 
 from logitmix.cli import main
-from logitmix.commands.quickstart import character_tokenizer, tiny_model
+from logitmix.commands.tiny import character_tokenizer, tiny_model
 from logitmix.evaluation.decode import decoder, in_batches, requests_for
 from logitmix.evaluation.sweep import choose_alpha, merge_weights, set_merge, sweep_rates
 from logitmix.modeling import LogitMixForCausalLM

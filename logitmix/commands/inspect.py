@@ -23,7 +23,7 @@ class InspectArguments:
 
 def main(argv: Sequence[str]) -> None:
     if argv and not argv[0].startswith("--"):
-        argv = ["--question", *argv]
+        argv = [f"--question={argv[0]}", *argv[1:]]  # it may begin with a minus
     args, data_args, model_args, mixture_args = parse(
         'logitmix inspect "QUESTION"',
         "The mixture's response token by token, and which member carried each.",
