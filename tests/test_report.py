@@ -99,7 +99,7 @@ def test_panels_take_what_each_run_has(runs):
     assert list(by_file["answer"]) == ["fixed-0, 2 seeds", "other", "plain"]
     assert list(by_file["policy"]) == ["fixed-0, 2 seeds", "other"]
     assert list(by_file["kl"])[:2] == ["fixed-0: kl_policy, 2 seeds", "fixed-0: kl_anchor, 2 seeds"]
-    assert by_file["cut"] == {}
+    assert by_file["cut"] == by_file["validation"] == {}
     assert by_file["alpha"]["other"].curve.mean == [0.3] * 8
     assert {lines["other"].arm for lines in by_file.values() if "other" in lines} == {1}, (
         "it looks the same everywhere"

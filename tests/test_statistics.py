@@ -99,6 +99,14 @@ def test_the_bootstrap_draws_seeds_and_problems():
     assert by_problem.high - by_problem.low == pytest.approx(2 * 1.96 * problems.std() / math.sqrt(50), rel=0.05)
 
 
+def test_the_bootstrap_over_thousands_of_problems_is_the_normal_interval():
+    """It is drawn in portions there, a resample or a few at a time."""
+    n = 30_000
+    a = np.arange(n) % 10 < 7
+    found = paired_bootstrap(a, np.zeros(n), resamples=2_000)
+    assert (found.low, found.high) == pytest.approx(scipy.stats.norm.interval(0.95, 0.7, np.sqrt(0.21 / n)), abs=5e-4)
+
+
 def test_the_bootstrap_is_the_same_each_time_and_turns_with_its_arguments():
     a, b = np.random.default_rng(0).random((2, 3, 40))
     there, back = paired_bootstrap(a, b), paired_bootstrap(b, a)

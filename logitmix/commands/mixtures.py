@@ -6,6 +6,7 @@ from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from logitmix.commands.arguments import ModelArguments
+from logitmix.configuration import resolve_weights
 from logitmix.members import load_member, require_tokenizer
 from logitmix.mixing import Scheme
 from logitmix.modeling import LogitMixForCausalLM
@@ -39,10 +40,12 @@ def open_model(model_args: ModelArguments, args: MixtureArguments) -> PreTrained
         for name, value in (("alpha", args.alpha), ("scheme", args.scheme)):
             if value is not None and not isinstance(model, LogitMixForCausalLM):
                 raise ValueError(f"{name} is {value}, but {source} is no mixture; give --anchor to mix it with")
-        if args.scheme is not None:
-            model.config.scheme = args.scheme
         if isinstance(model, LogitMixForCausalLM):
-            model.config.set_weights(model._resolve_weights(args.alpha, None))
+            config = model.config
+            config.scheme = args.scheme or config.scheme
+            config.set_weights(
+                resolve_weights(args.alpha, None, len(config.weights), config.scheme, default=config.weights)
+            )
     return model.to(PartialState().device).eval()
 
 

@@ -6,6 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+
 from logitmix.commands.runs import HELD, RESPONSES_FILE, RUN_FILE, append_jsonl, progress_bar, read_jsonl, record_start
 from logitmix.evaluation.decode import Decode, Request
 
@@ -65,6 +67,11 @@ def open_responses(output_dir: str | None, arguments: Mapping[str, Any]) -> Resp
     """
     if output_dir is None:
         return Responses()
+    if PartialState().num_processes > 1:
+        raise ValueError(
+            f"{PartialState().num_processes} processes would write into one {output_dir}; evaluate in one, without "
+            "torchrun or accelerate launch"
+        )
     folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{output_dir} is a file; --output_dir must be a folder")

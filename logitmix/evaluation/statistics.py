@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 CONFIDENCE = 0.95
+_RESAMPLED_AT_ONCE = 5_000_000  # numbers in memory, 40 MB
 
 
 @dataclass(frozen=True)
@@ -105,11 +106,14 @@ def paired_bootstrap(
     if resamples < 1:
         raise ValueError(f"resamples is {resamples}, but must be at least 1")
     chance = np.random.default_rng(seed)
-    # How often a resample holds each seed and each problem; the weights of a mean over the pairs
-    seeds_RS = chance.multinomial(S, np.full(S, 1 / S), size=resamples) / S
-    problems_RN = chance.multinomial(N, np.full(N, 1 / N), size=resamples) / N
-    means_R = ((seeds_RS @ differences_SN) * problems_RN).sum(axis=1)
-    low, high = np.quantile(means_R, [(1 - confidence) / 2, (1 + confidence) / 2])
+    means: list[NDArray[np.float64]] = []
+    while (left := resamples - sum(map(len, means))) > 0:
+        R = min(left, max(1, _RESAMPLED_AT_ONCE // N))
+        # How often a resample holds each seed and each problem: the weights of a mean over the pairs
+        seeds_RS = chance.multinomial(S, np.full(S, 1 / S), size=R) / S
+        problems_RN = chance.multinomial(N, np.full(N, 1 / N), size=R) / N
+        means.append(((seeds_RS @ differences_SN) * problems_RN).sum(axis=1))
+    low, high = np.quantile(np.concatenate(means), [(1 - confidence) / 2, (1 + confidence) / 2])
     return Estimate(float(differences_SN.mean()), float(low), float(high))
 
 

@@ -102,6 +102,7 @@ PANELS = (
         **PER_CENT,
     ),
     Panel("alpha", "Weight of the anchor", "alpha", ("alpha",), limits=(-0.02, 1.02)),
+    Panel("validation", "Forgetting (s1) and gain (s2)", "validation questions", ("validation/s1", "validation/s2")),
     Panel("reward", "Training reward", "mean reward", ("reward",)),
     Panel("format_rate", "Format of the rollouts", "format-correct, sampled (%)", ("format_rate",), **PER_CENT),
     Panel("kl", "Divergence", "nats a token", ("mixture/kl_policy", "mixture/kl_anchor", "kl")),
@@ -190,7 +191,7 @@ def panel_lines(panel: Panel, arms: Sequence[Arm]) -> list[Line]:
     for (i, arm), (variant, key) in itertools.product(enumerate(arms), enumerate(panel.keys)):
         found = curve(arm, panel.of, key, panel.factor)
         if found is not None:
-            what = f": {key.removeprefix('mixture/')}" if len(panel.keys) > 1 else ""
+            what = f": {key.rpartition('/')[2]}" if len(panel.keys) > 1 else ""
             seeds = f", {found.seeds} seeds" if found.seeds > 1 else ""
             lines.append(Line(f"{arm.label}{what}{seeds}", found, i, variant))
     return lines
