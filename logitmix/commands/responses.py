@@ -44,10 +44,9 @@ class Responses:
             done += 1
         if done == len(batches):
             return
-        if self.path is not None:
-            self.path.write_text("")
-            append_jsonl(self.path, self.rows)
-            self._earlier = []
+        if self.path is not None and self.path.exists():
+            self._cut_after(len(self.rows))
+        self._earlier = []
         total = sum(len(batch) for batch in batches)
         with progress_bar() as bar:
             left = sum(len(batch) for batch in batches[done:])
@@ -58,6 +57,14 @@ class Responses:
                 if self.path is not None:
                     append_jsonl(self.path, lines)
                 bar.advance(shown, len(lines))
+
+    def _cut_after(self, lines: int) -> None:
+        """Drop what the file holds after so many lines: a batch, or a line, that was not finished."""
+        assert self.path is not None
+        with self.path.open("r+b") as file:
+            for _ in range(lines):
+                file.readline()
+            file.truncate(file.tell())
 
 
 def open_responses(output_dir: str | None, arguments: Mapping[str, Any]) -> Responses:
