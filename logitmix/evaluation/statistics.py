@@ -96,7 +96,7 @@ def paired_bootstrap(
     Row s holds the scores of seed s on the same N problems, so a and b are paired in both axes. Each resample draws N
     problems and S seeds with replacement, for a and b alike, and takes the mean of the differences: the interval
     holds for other problems and other seeds of the same kind. With one row it is over problems alone. With few seeds
-    (3, say) it is too narrow: there is little to draw from.
+    (3, say) it is too narrow: there is little to draw from. Where all differences are equal it has no width at all.
 
     Raises `ValueError` where the shapes differ, or there is nothing to draw from.
     """
