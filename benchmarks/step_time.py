@@ -1,10 +1,11 @@
-"""Where a training step's time goes: a mixture against TRL's own GRPO with KL (beta = 0.01) at the same sizes.
+"""Where a training step's time goes: a mixture against TRL's own GRPO with and without KL.
 
     python benchmarks/step_time.py [--rounds 5] [--output benchmarks/results/step_time.md]
 
-Both hold a trained and a frozen model of one size, sample as many tokens, and make the same number of updates. They
-run in turns in one process (A B A B …); the table gives medians over the rounds and the ratio of the two in the same
-round. The phases:
+The mixture and TRL's with KL hold a trained and a frozen model of one size; all sample as many tokens, and make the
+same number of updates. They run in turns in one process (A B C A B C …); the table gives medians over the rounds, and
+the ratios of the first, the mixture as it trains by default, to the others in the same round. The mixture is also run
+with the anchor computed again in each update, and through its members' logits. The phases:
 
 - rollouts: sampling the completions;
 - scoring: log-probabilities under the old policy (both) and under the reference model (TRL's, for the KL);
@@ -93,7 +94,7 @@ class TimedMixture(Timed, LogitMixGRPOTrainer):
     pass
 
 
-class TimedKL(Timed, GRPOTrainer):
+class TimedTRL(Timed, GRPOTrainer):
     pass
 
 
@@ -156,19 +157,25 @@ def trainers(args: argparse.Namespace, folder: Path) -> dict[str, Callable[[], T
         result.remove_callback(PrinterCallback)
         return result
 
-    def mixture() -> Timed:
+    def mixture(**arm: Any) -> Timed:
         model = LogitMixForCausalLM.from_members(Qwen2ForCausalLM.from_pretrained(folder / "start"), member(args, 1))
-        return build(TimedMixture, LogitMixGRPOConfig, model)
+        return build(TimedMixture, LogitMixGRPOConfig, model, **arm)
 
-    def kl() -> Timed:
+    def trl(beta: float) -> Timed:
         model = Qwen2ForCausalLM.from_pretrained(folder / "start")
-        return build(TimedKL, GRPOConfig, model, beta=0.01, loss_type="grpo")
+        return build(TimedTRL, GRPOConfig, model, beta=beta, loss_type="grpo")
 
-    return {"mixture": mixture, "TRL, KL": kl}
+    return {
+        "mixture": mixture,
+        "mixture, anchor again": lambda: mixture(anchor_states="recompute"),
+        "mixture, reference head": lambda: mixture(loss_head="reference"),
+        "TRL, KL": lambda: trl(0.01),
+        "TRL, no KL": lambda: trl(0.0),
+    }
 
 
 def table(rounds: list[dict[str, dict[str, float]]], args: argparse.Namespace) -> str:
-    ours, theirs = rounds[0]
+    arms = list(rounds[0])
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     packages = ", ".join(f"{name} {version(name)}" for name in ("logitmix", "torch", "transformers", "trl"))
     sizes = {k: v for k, v in vars(args).items() if k not in ("output",)}
@@ -177,21 +184,28 @@ def table(rounds: list[dict[str, dict[str, float]]], args: argparse.Namespace) -
         "",
         f"`python benchmarks/step_time.py`, {date.today()}, {device} ({platform.machine()}); {packages}.",
         f"Sizes: {', '.join(f'{k} {v}' for k, v in sizes.items())}. Medians over the rounds, seconds a generation",
-        "step (rollouts, then its updates); ratio: the mixture's over TRL's of the same round.",
+        "step (rollouts, then its updates).",
         "",
-        f"| phase | {ours} | {theirs} | ratio (min to max) |",
-        "|---|---|---|---|",
+        f"| phase | {' | '.join(arms)} |",
+        "|---|" + "---|" * len(arms),
     ]
-    for phase in (*PHASES, "all"):
-        values = {
-            arm: [sum(r[arm].values()) if phase == "all" else r[arm][phase] for r in rounds] for arm in (ours, theirs)
-        }
-        ratios = [a / b for a, b in zip(values[ours], values[theirs], strict=True)]
-        lines.append(
-            f"| {phase} | {statistics.median(values[ours]):.3f} | {statistics.median(values[theirs]):.3f} "
-            f"| {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) |"
-        )
-    return "\n".join(lines) + "\n"
+    ratios = ["", f"The {arms[0]}'s time over another's of the same round: median (min to max).", ""]
+    ratios += [f"| phase | {' | '.join(arms[1:])} |", "|---|" + "---|" * (len(arms) - 1)]
+    sums = {"all but rollouts": PHASES[1:], "all": PHASES}
+    for row in (*PHASES, *sums):
+        phases = sums.get(row, (row,))
+        seconds = {arm: [sum(r[arm][phase] for phase in phases) for r in rounds] for arm in arms}
+        lines.append(f"| {row} | {' | '.join(f'{statistics.median(seconds[arm]):.3f}' for arm in arms)} |")
+        cells = []
+        for arm in arms[1:]:
+            of_rounds = [a / b for a, b in zip(seconds[arms[0]], seconds[arm], strict=True) if b]
+            cells.append(
+                f"{statistics.median(of_rounds):.2f} ({min(of_rounds):.2f} to {max(of_rounds):.2f})"
+                if of_rounds
+                else "-"
+            )
+        ratios.append(f"| {row} | {' | '.join(cells)} |")
+    return "\n".join([*lines, *ratios]) + "\n"
 
 
 def main() -> None:

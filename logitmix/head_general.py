@@ -21,7 +21,7 @@ def run_general(
         for k in range(len(hidden))
     ]
     # in rows of logits, what a member takes with autograd's intermediate results: about 6 with a gradient, 3 without
-    for tokens in job.chunks(job.vocab_size * (3 * len(hidden) + 3 * sum(wants))):
+    for tokens in job.chunks(job.vocab_size * (3 * len(hidden) + 3 * sum(wants)), least=32):
         raw = [_raw_logits(job, head, h[tokens], scores) for head, h in zip(job.heads, hidden, strict=True)]
         leaves = [z.requires_grad_() for z, want in zip(raw, wants, strict=True) if want]
         weights = job.weights if job.weights.dim() == 1 else job.weights[tokens]

@@ -17,8 +17,8 @@ Coefficients = Callable[[Tensor, slice], Tensor]
 """From the log-probs `[n]` of a chunk, and where its tokens stand among all N: the loss's derivative by them, `[n]`,
 up to one factor common to all tokens (an accumulation's, or a loss scaler's)."""
 
-# Bytes of a chunk's logits. On a CPU, reading the heads again for each chunk costs little from here on.
-_CHUNK_BYTES = {"cpu": 76_000_000, "cuda": 1_000_000_000}
+# Bytes of a chunk's logits; from here on, reading the heads again for each chunk costs little.
+_CHUNK_BYTES = {"cpu": 36_000_000, "cuda": 1_000_000_000}
 # Vocabulary rows of a tile: on a CPU it stays in the cache, on a device fewer and larger operations count.
 _TILE = {"cpu": 2048, "cuda": 1 << 15}
 _MAX_CHUNK = {"cpu": 512, "cuda": 8192}
@@ -40,11 +40,12 @@ class Job:
     diagnostics: list[MixtureDiagnostics] | None = None  # one a chunk is appended
     half: torch.dtype | None = None  # in which a CUDA device multiplies
 
-    def chunks(self, columns: int) -> Iterator[slice]:
-        """Slices of tokens, few enough that `columns` values a token stay within the budget."""
+    def chunks(self, columns: int, least: int) -> Iterator[slice]:
+        """Slices of tokens, so few that `columns` values a token fit the budget, but `least` at least, below which
+        matrix products are slow."""
         N, device = len(self.targets_N), self.targets_N.device.type
-        budget = _CHUNK_BYTES.get(device, _CHUNK_BYTES["cuda"])
-        size = self.chunk or max(1, min(_MAX_CHUNK.get(device, _MAX_CHUNK["cuda"]), budget // (4 * columns)))
+        fitting = _CHUNK_BYTES.get(device, _CHUNK_BYTES["cuda"]) // (4 * columns)
+        size = self.chunk or max(least, min(_MAX_CHUNK.get(device, _MAX_CHUNK["cuda"]), fitting))
         yield from (slice(start, min(start + size, N)) for start in range(0, N, size))
 
     @property

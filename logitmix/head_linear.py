@@ -45,7 +45,7 @@ def run_linear(job: Job, hidden: list[Tensor], scores: Tensor, gradients: Gradie
     # to compare members, each one's logits are needed
     groups = _by_head(job.heads) if job.diagnostics is None else [[k] for k in range(len(job.heads))]
     keeps = gradients.of_heads
-    chunks = list(job.chunks(job.vocab_size if keeps else job.tile_width))
+    chunks = list(job.chunks(job.vocab_size if keeps else job.tile_width, least=128))
     rows = max(chunk.stop - chunk.start for chunk in chunks)
     logits = scores.new_empty(rows, job.tile_width)
     masses = scores.new_empty(rows, job.vocab_size if keeps else job.tile_width)
