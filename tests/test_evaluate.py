@@ -104,7 +104,9 @@ def test_sampling_is_from_the_whole_distribution(mixtures, tokenizer):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_an_evaluation_that_was_interrupted_ends_as_one_that_was_not(mixtures, tokenizer, tmp_path, temperature):
+def test_an_evaluation_that_was_interrupted_ends_as_one_that_was_not(
+    mixtures, tokenizer, tmp_path, temperature, capsys
+):
     problems = TASK.problems("test", 4)
     batches = in_batches(requests_for(members_of(mixtures["logit"]), 4, num_samples=2 if temperature else 1), 3)
     decode = decoder(mixtures["logit"], tokenizer, TASK, problems, 12, temperature)
@@ -125,6 +127,7 @@ def test_an_evaluation_that_was_interrupted_ends_as_one_that_was_not(mixtures, t
     path = tmp_path / "interrupted.jsonl"
     with pytest.raises(KeyboardInterrupt):
         Responses(path).add("first", batches, until(2))
+    assert f"{len(path.read_text().splitlines())} responses are in" in " ".join(capsys.readouterr().err.split())
     text = path.read_text()
     path.write_text(text + text.splitlines()[0][:40])  # the process died while it wrote
     with pytest.raises(KeyboardInterrupt):

@@ -8,7 +8,16 @@ from typing import Any
 
 from accelerate import PartialState
 
-from logitmix.commands.runs import HELD, RESPONSES_FILE, RUN_FILE, append_jsonl, progress_bar, read_jsonl, record_start
+from logitmix.commands.runs import (
+    HELD,
+    RESPONSES_FILE,
+    RUN_FILE,
+    append_jsonl,
+    console,
+    progress_bar,
+    read_jsonl,
+    record_start,
+)
 from logitmix.evaluation.decode import Decode, Request
 
 # May differ between an evaluation and its continuation: it is how a batch is made to fit into memory
@@ -51,12 +60,19 @@ class Responses:
         with progress_bar() as bar:
             left = sum(len(batch) for batch in batches[done:])
             shown = bar.add_task(title, total=total, completed=total - left, info="")
-            for responses in decode(batches[done:]):
-                lines = [asdict(response) for response in responses]
-                self.rows += lines
+            try:
+                for responses in decode(batches[done:]):
+                    lines = [asdict(response) for response in responses]
+                    if self.path is not None:
+                        append_jsonl(self.path, lines)
+                    self.rows += lines
+                    bar.advance(shown, len(lines))
+            except KeyboardInterrupt:
                 if self.path is not None:
-                    append_jsonl(self.path, lines)
-                bar.advance(shown, len(lines))
+                    console.print(
+                        f"{len(self.rows)} responses are in {self.path}; the same command goes on from there."
+                    )
+                raise
 
     def _cut_after(self, lines: int) -> None:
         """Drop what the file holds after so many lines: a batch, or a line, that was not finished."""

@@ -171,7 +171,7 @@ def print_rows(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
     """A table of cells that are text already; the first column is a name."""
     table = Table(title=title, title_justify="left")
     for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left")
+        table.add_column(column, justify="right" if i else "left", overflow="fold")
     for row in rows:  # an interval on a line of its own, or it would be broken anywhere
         table.add_row(*(Text(cell.replace(" [", "\n[").replace("] ", "]\n")) for cell in row))
     Console().print(table)
