@@ -8,7 +8,6 @@ sees its own run of layers. Members run through their own forward, so whatever a
 the hidden states mixed instead.
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
@@ -21,7 +20,6 @@ from transformers.cache_utils import Cache, DynamicCache
 from logitmix.adapters import OFF, Adapters, adapter_layers, adapter_parameters
 from logitmix.caches import member_caches, require_cached_tokens
 from logitmix.configuration import LogitMixConfig
-from logitmix.export import export_member
 from logitmix.heads import HeadForm, measure_head
 from logitmix.mixing import mix_logits
 
@@ -129,10 +127,6 @@ class HoldsMembers(PreTrainedModel):
         adapters = {id(p) for _, layer in adapter_layers(self.policy) for p in adapter_parameters(layer)}
         base = {id(p): p for p in self.policy.parameters() if id(p) not in adapters}
         return sum(map(_bytes, held.values())), sharing * sum(map(_bytes, base.values()))
-
-    def export_member(self, name: str, folder: str | os.PathLike[str], merge: bool = False) -> None:
-        """Save one member alone; see [`logitmix.export.export_member`]."""
-        export_member(self, name, folder, merge)
 
     # --- running ----------------------------------------------------------------------------------------------
 

@@ -2,19 +2,16 @@
 
 import copy
 import os
-from typing import TYPE_CHECKING
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
 from logitmix.adapters import OFF, adapter_layers
-
-if TYPE_CHECKING:
-    from logitmix.composite import HoldsMembers
+from logitmix.composite import HoldsMembers
 
 
-def export_member(mixture: "HoldsMembers", name: str, folder: str | os.PathLike[str], merge: bool = False) -> None:
+def export_member(mixture: HoldsMembers, name: str, folder: str | os.PathLike[str], merge: bool = False) -> None:
     """Save the member `name` (`"policy"`, `"anchor_0"`, …) alone, with the tokenizer where it is known.
 
     A member that is an adapter becomes a folder of PEFT, which names its base; with `merge`, or where it is no

@@ -29,6 +29,7 @@ from logitmix.adapters import ADAPTER_WEIGHTS, OFF, Adapters, add_adapter, from_
 from logitmix.composite import HoldsMembers, concatenate
 from logitmix.configuration import Alpha, LogitMixConfig, resolve_weights
 from logitmix.diagnostics import MixtureDiagnostics
+from logitmix.export import export_member
 from logitmix.logprobs import mixture_log_probs
 from logitmix.members import Member, load_tokenizer, open_members
 from logitmix.mixing import Scheme, Weights, mix_logits
@@ -155,6 +156,10 @@ class LogitMixForCausalLM(HoldsMembers, GenerationMixin):
     @alpha.setter
     def alpha(self, alpha: float) -> None:
         self.config.set_weights(self._resolve_weights(alpha, None))
+
+    def export_member(self, name: str, folder: str | os.PathLike[str], merge: bool = False) -> None:
+        """Save one member alone; see [`logitmix.export.export_member`]."""
+        export_member(self, name, folder, merge)
 
     # --- forward ----------------------------------------------------------------------------------------------
 

@@ -2,26 +2,22 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from datasets import Dataset
 from torch.utils.data import Sampler
+from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 
 from logitmix.generation import GREEDY
 from logitmix.training.alpha import VALIDATING, Counts
 from logitmix.training.config import LogitMixGRPOConfig
 
-if TYPE_CHECKING:
-    from logitmix.training.grpo import LogitMixGRPOTrainer
-
 Rows = Sequence[Mapping[str, Any]]
 
 
-def validation_questions(
-    trainer: "LogitMixGRPOTrainer", held_out: Dataset | None
-) -> "HeldOut | FreshQuestions | None":
+def validation_questions(trainer: GRPOTrainer, held_out: Dataset | None) -> "HeldOut | FreshQuestions | None":
     """Where the controller validates: the questions of `held_out`, or else training questions."""
     args, dataset = trainer.args, trainer.train_dataset
     if args.alpha_controller not in VALIDATING:
@@ -122,7 +118,7 @@ class FreshQuestions(Sampler[int]):
         return self.generations * self.questions * self.repeats * self.passes
 
 
-def validate(trainer: "LogitMixGRPOTrainer", rows: Rows, alpha: float, with_anchor: bool) -> Counts:
+def validate(trainer: GRPOTrainer, rows: Rows, alpha: float, with_anchor: bool) -> Counts:
     """Greedy responses of the policy, the mixture at `alpha` and, if asked, the anchor, counted (eq. 7-8).
 
     All of a process's responses are one batch with an alpha a sequence. A response is correct where the weighted sum

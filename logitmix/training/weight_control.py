@@ -4,10 +4,11 @@ An outer step is one generation of rollouts and all the updates that use it. alp
 the ratio of eq. 5 compares two mixtures of one alpha.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from trl import GRPOTrainer
 
 from logitmix.modeling import LogitMixForCausalLM
 from logitmix.training.alpha import (
@@ -26,9 +27,6 @@ from logitmix.training.alpha import (
 from logitmix.training.config import LogitMixGRPOConfig
 from logitmix.training.validation import FreshQuestions, HeldOut, Rows, updates_per_generation, validate
 
-if TYPE_CHECKING:
-    from logitmix.training.grpo import LogitMixGRPOTrainer
-
 STATE = "alpha"  # in the checkpoint's trainer_state.json, under stateful_callbacks
 
 
@@ -40,7 +38,7 @@ class AlphaControl(TrainerCallback):
     cannot be; so this writes and reads its entry of the trainer state itself.)
     """
 
-    def __init__(self, trainer: "LogitMixGRPOTrainer", questions: HeldOut | FreshQuestions | None) -> None:
+    def __init__(self, trainer: GRPOTrainer, questions: HeldOut | FreshQuestions | None) -> None:
         self.trainer, self.questions = trainer, questions
 
     def on_train_begin(
