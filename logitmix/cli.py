@@ -18,6 +18,7 @@ VERBS = {
     "sweep": ("logitmix.commands.sweep", "a pair at every alpha, mixed in logits, probabilities and weights"),
     "inspect": ("logitmix.commands.inspect", "a response token by token, and which member carried each"),
     "report": ("logitmix.commands.report", "curves of any number of training runs: figures, a page, a table"),
+    "reproduce": ("logitmix.commands.reproduce", "every arm, table, figure and claim of the paper at one scale"),
     "complement": ("logitmix.commands.complement", "what two policies get right, together and alone"),
     "lm-eval": ("logitmix.commands.harness", "lm-evaluation-harness, with mixtures among its --model hf"),
 }

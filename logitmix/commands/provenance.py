@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+import os
 import platform
 import subprocess
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, is_dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,14 +20,24 @@ PACKAGES = (
 
 
 def provenance() -> dict[str, Any]:
-    """Versions of Python and packages, platform and devices, and the git commit of the folder one works in."""
+    """Versions of Python and packages, platform, processor, devices, and the git commit of the folder one works in."""
     return {
         "versions": {name: version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "processor": processor(),
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "git": git_commit(),
     }
+
+
+def processor() -> dict[str, Any]:
+    """The CPU's `name`, as far as the system says, and the `count` of its cores that this process may use."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"name": names[0] if names else platform.processor() or platform.machine(), "count": count}
 
 
 def git_commit() -> dict[str, Any] | None:

@@ -17,6 +17,7 @@ from logitmix.commands.dry_run import dry_run_train
 from logitmix.commands.runs import EVALUATIONS_FILE, append_jsonl, console, find_checkpoint
 from logitmix.evaluation.decode import BATCH_SIZE, greedy_responses, members_of
 from logitmix.evaluation.metrics import rates_by
+from logitmix.evaluation.outcomes import packed_outcomes
 from logitmix.generation import require_chat_template
 from logitmix.members import require_tokenizer
 from logitmix.tasks import Problem, Task
@@ -110,7 +111,8 @@ def build_trainer(
 def evaluation(
     trainer: LogitMixGRPOTrainer, task: Task, problems: Sequence[Problem], folder: Path
 ) -> Callable[[int], None]:
-    """A function of the step that evaluates policy, anchor and mixture and appends their rates to the run's file.
+    """A function of the step that evaluates policy, anchor and mixture and appends to the run's file their rates, and
+    which problems each had right (`logitmix.evaluation.outcomes.unpack`).
 
     A model without an anchor is evaluated by the same protocol. Processes share the problems; each decodes equally
     many, since sharded weights are gathered in step, and what is decoded twice counts once. The anchor is frozen, so
@@ -128,11 +130,15 @@ def evaluation(
             responses = greedy_responses(
                 model, trainer.processing_class, task, mine, names, trainer.max_completion_length, batch_size
             )
-        rows = gather_object([asdict(r) for r in responses if rank + r.problem * processes < len(problems)])
+        own = [asdict(r) | {"problem": rank + r.problem * processes} for r in responses]
+        rows = gather_object([row for row in own if row["problem"] < len(problems)])
         anchor.extend(row for row in rows if row["name"] == "anchor")
-        rates = rates_by([row for row in rows if row["name"] != "anchor"] + anchor, "name")
+        rows = [row for row in rows if row["name"] != "anchor"] + anchor
         if trainer.is_world_process_zero():
-            lines = [{"step": step, "name": name} | asdict(r) for name, r in rates.items()]
+            lines = [
+                {"step": step, "name": name} | asdict(r) | packed_outcomes(row for row in rows if row["name"] == name)
+                for name, r in rates_by(rows, "name").items()
+            ]
             append_jsonl(folder / EVALUATIONS_FILE, lines)
 
     return evaluate

@@ -3,8 +3,9 @@
 Closed forms need the standard library alone, so they are written out; the tests hold them against SciPy.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from math import comb, sqrt
+from math import comb, isclose, sqrt
 from statistics import NormalDist
 
 import numpy as np
@@ -101,20 +102,60 @@ def paired_bootstrap(
     Raises `ValueError` where the shapes differ, or there is nothing to draw from.
     """
     a_SN, b_SN = _scores(a, b)
-    differences_SN = a_SN - b_SN
-    S, N = differences_SN.shape
+    return bootstrap_rates((a_SN - b_SN)[None], lambda means_CR: means_CR[0], confidence, resamples, seed)
+
+
+def paired_difference(a: ArrayLike, b: ArrayLike) -> Estimate:
+    """As `paired_bootstrap`, of scores in [0, 1], and honest where all differences are equal; see `unseen`."""
+    return unseen(paired_bootstrap(a, b), np.atleast_2d(np.asarray(a)).shape[1])
+
+
+def unseen(estimate: Estimate, n: int) -> Estimate:
+    """An interval of a bootstrap over n problems; wider where resampling showed no spread at all.
+
+    Where all problems agree, so do all resamples, however few problems there are. Others may still differ: as many as
+    Wilson's interval for 0 of n allows, which is what the interval then allows to either side, within [-1, 1].
+
+    >>> unseen(Estimate(0.0, 0.0, 0.0), 200).high
+    0.018845...
+    """
+    if not isclose(estimate.low, estimate.high, abs_tol=1e-9):
+        return estimate
+    _, share = wilson_interval(0, n)
+    return Estimate(estimate.value, max(-1.0, estimate.value - share), min(1.0, estimate.value + share))
+
+
+def bootstrap_rates(
+    scores: ArrayLike,
+    statistic: Callable[[NDArray[np.float64]], NDArray[np.float64]],
+    confidence: float = CONFIDENCE,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> Estimate:
+    """A number made of C mean scores, with a percentile bootstrap interval; the scores are `[C, S, N]`.
+
+    `statistic` takes the C means of each of R resamples, `[C, R]`, and gives R numbers: where the largest of the
+    means is, for instance. Resamples are drawn as in `paired_bootstrap`: the same seeds and problems for all C.
+
+    Raises `ValueError` where there is nothing to draw from.
+    """
+    scores_CSN = np.asarray(scores, dtype=float)
+    if scores_CSN.ndim != 3 or scores_CSN.size == 0:
+        raise ValueError(f"the scores have shape {list(scores_CSN.shape)}, but need conditions, seeds and problems")
+    _, S, N = scores_CSN.shape
     if resamples < 1:
         raise ValueError(f"resamples is {resamples}, but must be at least 1")
     chance = np.random.default_rng(seed)
-    means: list[NDArray[np.float64]] = []
-    while (left := resamples - sum(map(len, means))) > 0:
+    parts: list[NDArray[np.float64]] = []
+    while (left := resamples - sum(part.shape[1] for part in parts)) > 0:
         R = min(left, max(1, _RESAMPLED_AT_ONCE // N))
         # How often a resample holds each seed and each problem: the weights of a mean over the pairs
         seeds_RS = chance.multinomial(S, np.full(S, 1 / S), size=R) / S
         problems_RN = chance.multinomial(N, np.full(N, 1 / N), size=R) / N
-        means.append(((seeds_RS @ differences_SN) * problems_RN).sum(axis=1))
-    low, high = np.quantile(np.concatenate(means), [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Estimate(float(differences_SN.mean()), float(low), float(high))
+        parts.append(np.array([((seeds_RS @ scores_SN) * problems_RN).sum(axis=1) for scores_SN in scores_CSN]))
+    value = statistic(scores_CSN.mean(axis=(1, 2))[:, None])
+    low, high = np.quantile(statistic(np.concatenate(parts, axis=1)), [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Estimate(float(value[0]), float(low), float(high))
 
 
 def difference_from_noise(n: int, disagreement: float, confidence: float = CONFIDENCE) -> float:

@@ -69,7 +69,7 @@ def sweep_rates(responses: Rows) -> list[dict[str, Any]]:
     The members alone, in the responses as `policy` and `anchor`, are every mix at alpha 0 and 1.
     """
     table = []
-    for mix, by_alpha in _by_mix(responses).items():
+    for mix, by_alpha in by_mix(responses).items():
         for alpha, rows in sorted(by_alpha.items()):
             line = {"scheme": mix, "alpha": alpha} | asdict(rates(rows))
             for key in ("format", "answer"):
@@ -92,7 +92,7 @@ def choose_alpha(responses: Rows) -> list[Choice]:
             "alpha is chosen on half of the problems and reported on the other; raise --eval_limit above 1"
         )
     choices = []
-    for mix, by_alpha in _by_mix(responses).items():
+    for mix, by_alpha in by_mix(responses).items():
         on_even = {alpha: estimate(_half(rows, 0), "answer_ok") for alpha, rows in sorted(by_alpha.items())}
         alpha = max(on_even, key=lambda candidate: on_even[candidate].value)
         other = {candidate: _half(by_alpha[candidate], 1) for candidate in (alpha, *MEMBERS.values())}
@@ -106,7 +106,7 @@ def choose_alpha(responses: Rows) -> list[Choice]:
     return choices
 
 
-def _by_mix(responses: Iterable[Mapping[str, Any]]) -> dict[str, dict[float, list[Mapping[str, Any]]]]:
+def by_mix(responses: Iterable[Mapping[str, Any]]) -> dict[str, dict[float, list[Mapping[str, Any]]]]:
     """Responses of each mix by alpha, those of a problem in the same place of every list."""
     named: dict[str, dict[float, list[Mapping[str, Any]]]] = {}
     for row in sorted(responses, key=lambda row: row["problem"]):

@@ -33,9 +33,17 @@ def inspection_page(inspection: Inspection, question: str, policy: str, anchor: 
 
 def report_page(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], svgs: Mapping[str, str]) -> str:
     """The page of a report: a table, and the figures as they were written, by name."""
-    # a drawing of matplotlib's, which escapes its labels; its prolog is for a file of its own
-    figures = {name: Markup(svg[svg.index("<svg") :]) for name, svg in svgs.items()}
-    return _render("report.html", title=title, columns=columns, rows=rows, figures=figures)
+    return _render("report.html", title=title, columns=columns, rows=rows, figures=_drawings(svgs))
+
+
+def reproduction_page(**values: Any) -> str:
+    """The page of a reproduction, from what `templates/reproduction.html` names; `svgs` are the figures, by name."""
+    return _render("reproduction.html", figures=_drawings(values.pop("svgs")), **values)
+
+
+def _drawings(svgs: Mapping[str, str]) -> dict[str, Markup]:
+    """Figures as parts of a page: of matplotlib, which escapes its labels, without the prolog of a file."""
+    return {name: Markup(svg[svg.index("<svg") :]) for name, svg in svgs.items()}
 
 
 def visible(text: str) -> str:
