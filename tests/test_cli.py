@@ -19,6 +19,7 @@ from logitmix.commands.quickstart import TITLES
 from logitmix.commands.runs import read_jsonl
 from logitmix.commands.tiny import character_tokenizer, tiny_model
 from logitmix.commands.train import hold_out
+from logitmix.evaluation.outcomes import unpack
 from logitmix.modeling import LogitMixForCausalLM
 from logitmix.tasks import Arithmetic
 
@@ -373,6 +374,8 @@ def test_two_processes_train_and_evaluate_as_one_run(members, tmp_path, eval_lim
     assert len((out / "run.jsonl").read_text().splitlines()) == 1
     rows = [json.loads(line) for line in (out / "evaluations.jsonl").read_text().splitlines()]
     assert [(row["step"], row["n"]) for row in rows] == [(step, eval_limit) for step in (0, 1) for _ in range(3)]
+    for row in rows:
+        assert unpack(row["answer_ok"], eval_limit).mean() == pytest.approx(row["answer"])
 
 
 @pytest.mark.parametrize("verb", ["sft", "train", "eval"])
