@@ -368,7 +368,7 @@ def test_two_processes_train_and_evaluate_as_one_run(members, tmp_path, eval_lim
     flags = ["train", "--model_name_or_path", base, "--anchor", sft, "--output_dir", str(out), *TINY]
     flags += ["--eval_every", "1", "--eval_limit", str(eval_limit), "--max_steps", "1"]
     flags += ["--per_device_train_batch_size", "8"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29511"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     result = subprocess.run([*command, "-m", "logitmix.cli", *flags], capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr[-3000:]
     assert len((out / "run.jsonl").read_text().splitlines()) == 1
@@ -411,6 +411,8 @@ def test_fewer_questions_than_a_step_needs_are_refused(train, capsys):
 
 
 def test_a_run_that_diverges_ends_in_one_sentence_and_leaves_the_batch(train, tmp_path, capsys):
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     message = error_of(capsys, [*train, "--learning_rate", "1e38", "--max_grad_norm", "0", "--max_steps", "3"])
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     assert "stopped, with the weights as they were before it" in message
     assert list((tmp_path / "run").glob("nonfinite-step-*/rank-0.pt"))

@@ -143,7 +143,7 @@ class StopOnSignal(TrainerCallback):
 
     def _stop(self, signum: int, frame: FrameType | None) -> None:
         self.stopped = True
-        self._restore()
+        self.restore()
         console.print(
             f"{signal.Signals(signum).name}: finishing this step, then saving. Another one stops at once, unsaved."
         )
@@ -156,14 +156,11 @@ class StopOnSignal(TrainerCallback):
             control.should_save = True
             control.should_training_stop = True
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._restore()
-
-    def _restore(self) -> None:
+    def restore(self) -> None:
+        """Give the signals back to what handled them before the training."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        self._previous = {}
 
 
 class EverySteps(TrainerCallback):
@@ -230,7 +227,10 @@ def run_training(
             data=fingerprints,
         )
     stop = StopOnSignal()
-    train_watched(trainer, title, (stop, *callbacks), checkpoint)
+    try:
+        train_watched(trainer, title, (stop, *callbacks), checkpoint)
+    finally:
+        stop.restore()
     if stop.stopped:
         command = ["logitmix", arguments["command"], *_without_resume(argv), "--resume_from_checkpoint", "true"]
         console.print(
