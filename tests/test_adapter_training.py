@@ -50,6 +50,19 @@ def test_scored_log_probs_are_those_of_the_distribution_sampled_from(kind, schem
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_an_adapters_dropout_does_not_move_the_ratio(kind, folders, tmp_path):
+    """Before the first update it is 1; with dropout, of which each scoring has its own, it would not be."""
+    config = lora(lora_dropout=0.3, init_lora_weights=False)
+    options = {"anchor": anchor_of(kind, folders), "steps_per_generation": 2, "peft_config": config, "max_steps": 1}
+    for is_disabled, moves in (({}, False), ({"disable_dropout": False}, True)):
+        trainer = trainer_of(tmp_path / str(moves), folders["base"], **options, **is_disabled)
+        trainer.train()
+        ratios = [trainer.state.log_history[0][name] for name in ("ratio/min", "ratio/max")]
+        assert (ratios != pytest.approx([1, 1], abs=1e-4)) is moves
+        assert trainer.model.policy.peft_config["policy"].lora_dropout == 0.3
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_training_changes_the_policys_adapter_and_no_bit_of_the_anchor(kind, folders, tmp_path):
     trainer = adapter_trainer(kind, folders, tmp_path / "run", beta=0.1, loss_type="grpo", kl_to="anchor")
     before, anchor = copy.deepcopy(trainer.model.state_dict()), logits(trainer.model, alpha=1.0)

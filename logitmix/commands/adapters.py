@@ -16,7 +16,10 @@ class AdapterArguments:
     use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter, not the model's own weights."})
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
     lora_alpha: int = field(default=32, metadata={"help": "The adapter is scaled by lora_alpha / lora_r."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on the adapter's input, in training."})
+    lora_dropout: float = field(
+        default=0.05,
+        metadata={"help": "Dropout on the adapter's input, in SFT; in GRPO with --disable_dropout false."},
+    )
     lora_target_modules: list[str] | None = field(
         default=None, metadata={"help": "Layers to adapt, default PEFT's for the architecture; or all-linear."}
     )

@@ -46,6 +46,8 @@ class LogitMixGRPOConfig(GRPOConfig):
             as in the paper, they count in eq. 6's mean over questions; `"filter"`, they leave it; `"refill"`, further
             questions are sampled in their place.
         max_refills: how often a step may sample further questions.
+        disable_dropout: as in TRL, but on by default: each scoring draws its dropout anew, so that eq. 5's ratio would
+            differ from 1 where no weight has changed.
         kl_to: `"anchor"` says that the KL of `beta > 0` is to the frozen anchor, `beta · KL(mixture ‖ anchor)`; with a
             mixture it has to be said, since TRL's own reference is another model.
         loss_head: `"fused"` never holds the logits of all tokens; `"reference"` mixes the members' own logits, for
@@ -91,6 +93,9 @@ class LogitMixGRPOConfig(GRPOConfig):
     )
     max_refills: int = field(
         default=3, metadata={"help": "How often a step may sample further questions, with 'refill'."}
+    )
+    disable_dropout: bool = field(
+        default=True, metadata={"help": "Sample and score without dropout, or the ratio is not that of the updates."}
     )
     kl_to: Literal["anchor"] | None = field(
         default=None, metadata={"help": "'anchor': with a mixture, the model that the KL of --beta is to."}
