@@ -164,6 +164,13 @@ def require_tokenizer(source: str, **kwargs: Any) -> PreTrainedTokenizerBase:
     """The tokenizer beside a checkpoint, or a `ValueError` of one sentence."""
     tokenizer = load_tokenizer(source, **kwargs)
     if tokenizer is None:
+        if not os.path.isdir(source):
+            raise ValueError(
+                f"no model at {source!r}: there is no such folder, and no tokenizer of a model of that id could be "
+                "had from the hub; correct the path or the id"
+            )
+        if not os.path.exists(os.path.join(source, "config.json")) and read_adapter_config(source) is None:
+            raise ValueError(f"no model at {source!r}: the folder has no config.json")
         raise ValueError(
             f"there is no tokenizer at {source!r}; save the model's there, with tokenizer.save_pretrained(folder)"
         )

@@ -314,7 +314,7 @@ def test_resuming_on_other_data_is_refused(members, tmp_path, capsys):
 def test_what_the_documentation_lists_is_logged(train, tmp_path):
     assert main([*train, "--dynamic_sampling", "filter", "--max_steps", "1"]) == 0
     log = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
-    page = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
+    page = (Path(__file__).parents[1] / "docs" / "runs.md").read_text()
     table = page.split("## What is logged each step")[1].split("\n## ")[0]
     names = []
     for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE):
@@ -382,8 +382,7 @@ def test_two_processes_train_and_evaluate_as_one_run(members, tmp_path, eval_lim
 def test_a_model_that_does_not_exist(verb, tmp_path, capsys):
     flags = [] if verb == "eval" else ["--use_cpu", "true", "--bf16", "false", "--output_dir", str(tmp_path / "run")]
     for path in ("no/such/model", str(tmp_path)):
-        message = error_of(capsys, [verb, "--model_name_or_path", path, *flags])
-        assert f"no model at '{path}'" in message or f"there is no tokenizer at '{path}'" in message
+        assert f"no model at '{path}'" in error_of(capsys, [verb, "--model_name_or_path", path, *flags])
 
 
 def test_a_model_without_a_tokenizer(members, tmp_path, capsys):

@@ -19,7 +19,7 @@ from logitmix.training.clock import Clock, OptimizerClock
 
 class WatchedGRPOTrainer(GRPOTrainer):
     """Adds to TRL's log, each step: seconds by phase, tokens per second, the ratio's extremes, and for a mixture
-    alpha, the KLs to its members and who wins where they disagree (docs/training.md has the list).
+    alpha, the KLs to its members and who wins where they disagree (docs/runs.md has the list).
 
     Raises `FloatingPointError` before the optimizer sees a loss, reward, log-probability or gradient that is NaN or
     infinite; the batch is saved under `output_dir/nonfinite-step-N`.
