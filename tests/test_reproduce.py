@@ -36,7 +36,7 @@ def interrupted(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reproduce, "COMMANDS", {**reproduce.COMMANDS, "train": stop})
         assert main(flags) == 130
-    assert [row["kind"] for row in rows_of(folder / "times.jsonl")] == KINDS[:4]
+    assert [row["kind"] for row in rows_of(folder / "times.jsonl")] == KINDS[:5]
     assert not (folder / "report").exists()
     assert main(flags) == 0
     return folder
@@ -44,11 +44,22 @@ def interrupted(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_what_is_whole_is_not_made_again(interrupted):
-    assert [row["kind"] for row in rows_of(interrupted / "times.jsonl")] == KINDS
+    made = [row["kind"] for row in rows_of(interrupted / "times.jsonl")]
+    assert made == [*KINDS[:5], *KINDS[4:]], "base_anchor twice"
     starts = {kind: len(rows_of(interrupted / "seed-0" / kind / "run.jsonl")) for kind in KINDS[1:]}
     assert starts == dict.fromkeys(KINDS[1:], 1) | {"base_anchor": 2}
     evaluations = rows_of(interrupted / "seed-0" / "base_anchor" / "evaluations.jsonl")
     assert [row["step"] for row in evaluations if row["name"] == "mixture"] == [0, 1, 2]
+
+
+@pytest.mark.slow
+def test_a_trainer_writes_its_arguments_last(interrupted):
+    """By which a piece is known to be whole."""
+    for kind in set(KINDS) - {"sweep"}:
+        folder = interrupted / "seed-0" / kind
+        written = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
+        model = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+        assert max(written[name] for name in model) <= written["training_args.bin"]
 
 
 @pytest.mark.slow
@@ -161,7 +172,8 @@ def test_every_scale_trains_what_the_paper_compares(name, tmp_path):
 
 
 def test_the_time_left_is_that_of_the_same_pieces_before():
-    times = [{"kind": "sft", "seconds": 60.0}, {"kind": "grpo", "seconds": 120.0}, {"kind": "grpo", "seconds": 240.0}]
+    spent = [("sft", 0, 40.0), ("sft", 0, 20.0), ("grpo", 0, 120.0), ("grpo", 1, 240.0)]  # the first was interrupted
+    times = [{"kind": kind, "seed": seed, "seconds": seconds} for kind, seed, seconds in spent]
     assert reproduce.time_left([], ["sft"]) == ""
     assert reproduce.time_left(times, ["sft", "grpo"]) == ", about 4 min left"
     assert reproduce.time_left(times, ["prob_mixing"] * 2) == ", about 4 min left", "what no piece took: the mean"

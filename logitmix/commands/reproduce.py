@@ -125,10 +125,12 @@ def run_pieces(wanted: Sequence[Piece], planned: Sequence[Piece], folder: Path) 
         place = f"[{planned.index(piece) + 1}/{len(planned)}]"
         console.print(f"{place} {piece.name}{time_left(times, [p.kind for p in todo])}", markup=False, highlight=False)
         started = time.monotonic()
-        with (folder / LOG_FILE).open("a") as log, redirect_stdout(log):
-            run_piece(piece)
-        seconds = round(time.monotonic() - started, 1)
-        append_jsonl(folder / TIMES_FILE, [{"seed": piece.seed, "kind": piece.kind, "seconds": seconds}])
+        try:
+            with (folder / LOG_FILE).open("a") as log, redirect_stdout(log):
+                run_piece(piece)
+        finally:  # what was spent before an interruption counts too
+            seconds = round(time.monotonic() - started, 1)
+            append_jsonl(folder / TIMES_FILE, [{"seed": piece.seed, "kind": piece.kind, "seconds": seconds}])
 
 
 def run_piece(piece: Piece) -> None:
@@ -156,9 +158,11 @@ def time_left(times: Sequence[Mapping[str, Any]], todo: Sequence[str]) -> str:
     """What the pieces to do will take if each takes what its kind took before, or what all took; empty at first."""
     if not times:
         return ""
-    by_kind = {
-        kind: mean(row["seconds"] for row in times if row["kind"] == kind) for kind in {r["kind"] for r in times}
-    }
+    spent: dict[str, dict[int, float]] = {}
+    for row in times:
+        by_seed = spent.setdefault(row["kind"], {})
+        by_seed[row["seed"]] = by_seed.get(row["seed"], 0) + row["seconds"]
+    by_kind = {kind: mean(by_seed.values()) for kind, by_seed in spent.items()}
     otherwise = mean(by_kind.values())
     minutes = sum(by_kind.get(kind, otherwise) for kind in todo) / 60
     return f", about {minutes:.0f} min left" if minutes >= 1 else ", less than a minute left"
