@@ -140,7 +140,11 @@ def test_a_training_that_is_interrupted_saves_a_checkpoint_and_the_printed_comma
 def test_an_output_folder_that_holds_another_run_is_left_alone(train, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.jsonl").write_text("{}")
-    assert "holds another run" in error_of(capsys, [*train, "--max_steps", "1"])
+    message = error_of(capsys, [*train, "--max_steps", "1"])
+    assert "holds another run" in message
+    assert "continue that run with --resume_from_checkpoint true" in message
+    message = error_of(capsys, ["quickstart", "--output_dir", str(tmp_path / "run")])
+    assert message.endswith("choose another --output_dir, or remove it"), "the quickstart is not resumed"
     assert (tmp_path / "run" / "run.jsonl").read_text() == "{}"
 
 

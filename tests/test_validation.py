@@ -396,7 +396,7 @@ def two_anchors():
         ("adaptive", {"adaptive_offset": float("nan")}, "adaptive_offset nan"),
         ("adaptive", {"adaptive_scale": 0.1}, "alpha can reach 1, where the policy has no gradient"),
         ("adaptive", {"alpha_end": 0.1}, "'adaptive' and alpha_end is 0.1; alpha_end goes with linear and cosine"),
-        ("linear", {}, "'linear' and alpha_end is None; alpha_end goes with linear and cosine, which need it"),
+        ("linear", {}, "'linear' and alpha_end is None; alpha_end goes with linear and cosine, and is required there"),
         ("cosine", {"alpha_end": 1.0}, "alpha_end is 1.0; training needs 0 <= alpha < 1"),
         ("piecewise", {}, "alpha_points goes with piecewise"),
         ("piecewise", {"alpha_points": ["3;0.5"]}, "'3;0.5' in alpha_points is not STEP:ALPHA"),

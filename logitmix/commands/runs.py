@@ -68,7 +68,8 @@ def find_checkpoint(output_dir: str, arguments: Mapping[str, Any], resume: str |
         held = next((name for name in HELD if list(folder.glob(name))), None)
         if held is not None:
             is_run = (folder / RUN_FILE).exists() or saved_checkpoints(folder)
-            way_out = "continue that run with --resume_from_checkpoint true" if is_run else "remove it"
+            resumable = is_run and "resume_from_checkpoint" in arguments
+            way_out = "continue that run with --resume_from_checkpoint true" if resumable else "remove it"
             raise ValueError(f"{output_dir} holds another run ({held}); choose another --output_dir, or {way_out}")
         return None
     checkpoint = _last_checkpoint(folder) if resume.lower() == "true" else _given_checkpoint(folder, Path(resume))

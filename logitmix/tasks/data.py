@@ -59,7 +59,7 @@ class DataTask(Task):
             way_out = f", or leave data out to download {self.hub_id}" if self.hub_id else ""
             raise ValueError(f"{self.data} does not exist; give {self._wanted_files()}{way_out}")
         if self.data is None and self.hub_id is None:
-            raise ValueError(f"the task {self.name!r} reads your own data; give data=, {self._wanted_files()}")
+            raise ValueError(f"the task {self.name!r} reads your own data; give data (--data), {self._wanted_files()}")
 
     @abstractmethod
     def problem(self, row: Row) -> Problem | None:
@@ -138,7 +138,7 @@ class DataTask(Task):
         except OSError as error:  # ConnectionError is one
             raise ValueError(
                 f"{self.hub_id} could not be downloaded ({error}); either connect to the network and try again, "
-                f"or give data=, {self._wanted_files()}"
+                f"or give data (--data), {self._wanted_files()}"
             ) from error
         return rows, f"{self.hub_id}, {split}"
 

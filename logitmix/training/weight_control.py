@@ -113,7 +113,7 @@ def refuse_unsuitable_control(
         if (value is not None) != (controller in readers):
             raise ValueError(
                 f"alpha_controller is {controller!r} and {option} is {value}; {option} goes with "
-                f"{' and '.join(readers)}, which need it"
+                f"{' and '.join(readers)}, and is required there"
             )
     if validation_dataset is not None and controller not in VALIDATING:
         raise ValueError(f"there is a validation_dataset, but alpha_controller {controller!r} validates nothing")

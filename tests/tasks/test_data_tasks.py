@@ -192,7 +192,7 @@ def test_no_network_and_no_local_copy_names_both_ways_out(monkeypatch, name):
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
     with pytest.raises(
-        ValueError, match=r"could not be downloaded .*connect to the network .*or give data=, a folder"
+        ValueError, match=r"could not be downloaded .*connect to the network .*or give data \(--data\), a folder"
     ):
         load_task(name).problems("train")
 
@@ -242,7 +242,8 @@ def test_more_demonstrations_than_exist_are_refused(tmp_path):
 
 
 def test_jsonl_wants_data():
-    with pytest.raises(ValueError, match=r"the task 'jsonl' reads your own data; give data=, a folder with train"):
+    message = r"the task 'jsonl' reads your own data; give data \(--data\), a folder with train"
+    with pytest.raises(ValueError, match=message):
         load_task("jsonl")
 
 
