@@ -168,6 +168,15 @@ def test_wrong_input_is_answered_by_one_sentence(argv, message, capsys):
     assert message in error_of(capsys, argv)
 
 
+@pytest.mark.parametrize("arm", ["fixed_mixing", "grpo_kl"])
+def test_a_run_before_its_sft_stage_is_sent_there(arm, tmp_path, monkeypatch, capsys):
+    """Whether the SFT model is the anchor or where the policy starts."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--recipe", f"arithmetic/tiny/{arm}", "--use_cpu", "true"]) == 2
+    assert "make it with `logitmix sft --recipe arithmetic/tiny/sft`" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_names_are_listed(capsys):
     assert main(["recipes"]) == 0
     printed = capsys.readouterr().out

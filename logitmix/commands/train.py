@@ -20,6 +20,7 @@ from logitmix.evaluation.metrics import rates_by
 from logitmix.evaluation.outcomes import packed_outcomes
 from logitmix.generation import require_chat_template
 from logitmix.members import require_tokenizer
+from logitmix.recipes import SFT, load_recipe
 from logitmix.tasks import Problem, Task
 from logitmix.training.alpha import VALIDATING
 from logitmix.training.config import LogitMixGRPOConfig
@@ -46,6 +47,7 @@ def main(argv: Sequence[str]) -> None:
     if recipe_args.dry_run:
         dry_run_train(recipe_args, task_args, model_args, adapter_args, eval_args, args)
         return
+    require_recipes_anchor(recipe_args.recipe, (model_args.model_name_or_path, args.anchor))
     peft_config = adapter_args.peft_config
     arguments = {"command": "train", "recipe": recipe_args.recipe}
     arguments |= vars(task_args) | vars(model_args) | vars(adapter_args) | vars(eval_args) | args.to_dict()
@@ -69,6 +71,19 @@ def main(argv: Sequence[str]) -> None:
         callbacks.append(EverySteps(eval_args.eval_every, evaluate))
     run_training(trainer, argv, f"train on {task.name}", arguments, checkpoint, callbacks, data)
     console.print(f"The {'mixture' if 'mixture' in members_of(trainer.model) else 'model'} is in {args.output_dir}.")
+
+
+def require_recipes_anchor(recipe: str | None, models: Sequence[str | None]) -> None:
+    """Raise `ValueError` where one of the models is what the recipe's SFT stage makes, and that has not been run."""
+    if recipe is None:
+        return
+    stage = f"{recipe.rpartition('/')[0]}/{SFT}"
+    made = load_recipe(stage).values["output_dir"].value
+    if made in models and not Path(made).exists():
+        raise ValueError(
+            f"there is no SFT model in {made} yet; make it with `logitmix sft --recipe {stage}`, or give your own in "
+            "place of the recipe's"
+        )
 
 
 def hold_out(task: Task, limit: int | None, size: int) -> tuple[list[Problem], list[Problem]]:
