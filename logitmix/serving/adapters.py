@@ -1,0 +1,171 @@
+"""Members that are adapters of one model, in one pass over its weights.
+
+Shape legend: K members that share the model, N tokens, D width, r rank of an adapter, S linear layers that vLLM packs
+into one (q, k and v, for instance).
+
+The model runs once on the K-fold repeated tokens. Every linear layer with adapters adds each member's own product,
+`scale (x A^T) B^T` with the member as the batch axis, and every attention layer is K layers, each with its own share
+of the KV cache.
+"""
+
+import copy
+import math
+import re
+from collections.abc import Sequence
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.linear import LinearBase
+
+_ADAPTER_WEIGHT = re.compile(r"(?P<path>.+)\.lora_(?P<side>[AB])\.(?P<member>\w+)\.weight")
+
+
+class SharedModel:
+    """A vLLM model that is several members of a mixture, by adapters of PEFT's LoRA."""
+
+    def __init__(self, model: nn.Module, members: Sequence[str], adapters: dict[str, Any], config: VllmConfig) -> None:
+        self.model = model
+        self.members = list(members)
+        self.adapters = {name: record for name, record in adapters.items() if isinstance(record, dict)}
+        if self.adapters and get_tensor_model_parallel_world_size() > 1:
+            raise ValueError(
+                "tensor parallelism of members that are adapters is not built; merge them with "
+                "`logitmix export --merge`, or set tensor_parallel_size=1"
+            )
+        packed = getattr(model, "packed_modules_mapping", {})
+        self.packed_as = {part: (whole, i) for whole, parts in packed.items() for i, part in enumerate(parts)}
+        self.layers = {path: module for path, module in model.named_modules() if isinstance(module, LinearBase)}
+        if len(self.members) > 1:
+            attention = [module for module in model.modules() if isinstance(module, Attention)]
+            if not attention:
+                raise ValueError(
+                    f"{type(model).__name__} has no attention layers of vLLM's that its adapters could share; merge "
+                    "them with `logitmix export --merge`"
+                )
+            for module in attention:
+                _fan_out(module, self.members, config)
+
+    def forward(self, input_ids: Tensor, positions: Tensor) -> list[Tensor]:
+        """Each member's hidden states `[N, D]`."""
+        K = len(self.members)
+        if K == 1:
+            return [self.model(input_ids, positions)]
+        repeated = positions.repeat(*[1] * (positions.dim() - 1), K)
+        return list(self.model(input_ids.repeat(K), repeated).chunk(K))
+
+    def load_adapter_weight(self, name: str, weight: Tensor) -> bool:
+        """Take the weight if it is an adapter's; `name` is its path in the model as PEFT has it.
+
+        Raises `ValueError` for an adapter of a layer that cannot have one here.
+        """
+        match = _ADAPTER_WEIGHT.fullmatch(name)
+        if match is None:
+            if ".lora_" in name or ".modules_to_save." in name:
+                raise ValueError(
+                    f"the adapters' weight {name!r} is of a kind that vLLM cannot run beside others; merge the "
+                    "adapters with `logitmix export --merge`"
+                )
+            return False
+        parent, _, leaf = match["path"].rpartition(".")
+        whole, part = self.packed_as.get(leaf, (leaf, 0))
+        layer = self.layers.get(f"{parent}.{whole}")
+        if layer is None:
+            raise ValueError(
+                f"the adapter of {match['member']} is on {match['path']}, which is no linear layer in vLLM; merge it "
+                "with `logitmix export --merge`"
+            )
+        self._of(layer).load(self.members.index(match["member"]), part, match["side"], match["path"], weight)
+        return True
+
+    def _of(self, layer: LinearBase) -> "LayerAdapters":
+        if not hasattr(layer, "logitmix_adapters"):
+            sizes = getattr(layer, "output_partition_sizes", None) or [layer.output_size]
+            layer.logitmix_adapters = LayerAdapters(layer, self.members, sizes, self.adapters)
+        return layer.logitmix_adapters
+
+
+class LayerAdapters(nn.Module):
+    """The adapters of one linear layer, of all members: `A` `[K, D, S r]`, each packed layer's `B` `[K, r, out]`.
+
+    Members without an adapter here, and ranks below the largest, are zeros.
+    """
+
+    A: Tensor
+
+    def __init__(
+        self, layer: LinearBase, members: Sequence[str], sizes: Sequence[int], records: dict[str, Any]
+    ) -> None:
+        super().__init__()
+        self.members, self.records = list(members), records
+        self.rank = max(_largest_rank(record) for record in records.values())
+        like = {"device": layer.weight.device, "dtype": layer.params_dtype}
+        K, S = len(members), len(sizes)
+        self.register_buffer("A", torch.zeros(K, layer.input_size, S * self.rank, **like), persistent=False)
+        for part, size in enumerate(sizes):
+            self.register_buffer(f"B_{part}", torch.zeros(K, self.rank, size, **like), persistent=False)
+        self.num_parts = S
+        base_forward = layer.forward
+
+        def forward(layer: LinearBase, x: Tensor) -> Any:
+            output = base_forward(x)
+            if isinstance(output, tuple):
+                return output[0] + self(x), *output[1:]
+            return output + self(x)
+
+        layer.forward = MethodType(forward, layer)
+
+    def load(self, member: int, part: int, side: str, path: str, weight: Tensor) -> None:
+        if side == "A":
+            start = part * self.rank
+            self.A[member, :, start : start + len(weight)].copy_(weight.T)
+        else:
+            scaling = _scaling(self.records[self.members[member]], path, weight.shape[1])
+            getattr(self, f"B_{part}")[member, : weight.shape[1]].copy_(weight.T * scaling)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_KND = x.view(len(self.members), -1, x.shape[-1])
+        h_SKNr = torch.bmm(x_KND, self.A).chunk(self.num_parts, dim=-1)
+        parts = [torch.bmm(h_KNr, getattr(self, f"B_{part}")) for part, h_KNr in enumerate(h_SKNr)]
+        return torch.cat(parts, dim=-1).view(*x.shape[:-1], -1)
+
+
+def _fan_out(attention: Attention, members: Sequence[str], config: VllmConfig) -> None:
+    """Make an attention layer K layers, which differ in name alone: vLLM gives each its own share of the cache."""
+    registry = config.compilation_config.static_forward_context
+    layers = [attention]
+    path = attention.layer_name.partition(".")[2]
+    for name in members[1:]:
+        layer = copy.copy(attention)
+        layer.layer_name = f"{name}.{path}"
+        layer.impl = copy.copy(attention.impl)
+        registry[layer.layer_name] = layer
+        layers.append(layer)
+    base_forward = type(attention).forward
+
+    def forward(
+        self: Attention, query: Tensor, key: Tensor, value: Tensor, output_shape: Any = None, output_dtype: Any = None
+    ) -> Tensor:
+        K = len(layers)
+        if output_shape is not None:
+            output_shape = torch.Size((output_shape[0] // K, *output_shape[1:]))
+        chunks = zip(layers, query.chunk(K), key.chunk(K), value.chunk(K), strict=True)
+        return torch.cat([base_forward(layer, q, k, v, output_shape, output_dtype) for layer, q, k, v in chunks])
+
+    attention.forward = MethodType(forward, attention)
+
+
+def _scaling(record: dict[str, Any], path: str, rank: int) -> float:
+    alpha = next(
+        (value for pattern, value in record["alpha_pattern"].items() if re.search(rf"(^|\.){pattern}$", path)),
+        record["lora_alpha"],
+    )
+    return alpha / (math.sqrt(rank) if record["use_rslora"] else rank)
+
+
+def _largest_rank(record: dict[str, Any]) -> int:
+    return max(record["r"], *record["rank_pattern"].values(), 0)
