@@ -17,13 +17,12 @@ REFUSED = {
     "beta": 0.1,
     "use_liger_kernel": True,
     "cast_lm_head_to_fp32": True,
-    "use_vllm": True,
     "use_transformers_continuous_batching": True,
     "use_transformers_paged": True,
     "sync_ref_model": True,
     "router_aux_loss_coef": 0.1,
 }
-# only read beside an option that is refused
+# only read beside an option that is refused, or beside use_vllm
 WITHOUT_EFFECT = {
     "liger_kernel_config",
     "ref_model_mixup_alpha",
@@ -37,6 +36,7 @@ WITHOUT_EFFECT = {
     )),
 }  # fmt: skip
 ALLOWED = {
+    "use_vllm",  # rollouts are the mixture's there too: tests/serving
     "use_bias_correction_kl",  # a factor on the KL term, whichever model it is to
 }
 

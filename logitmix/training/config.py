@@ -8,6 +8,7 @@ from datasets import Dataset
 from peft import PeftConfig
 from transformers import PreTrainedModel
 from trl import GRPOConfig, GRPOTrainer
+from trl.import_utils import is_vllm_available
 
 from logitmix.adapters import read_adapter_config
 from logitmix.members import load_member
@@ -181,6 +182,8 @@ def refuse_unsuitable_options(args: LogitMixGRPOConfig, model: PreTrainedModel, 
     for name, choices in (("loss_head", get_args(LossHead)), ("anchor_states", get_args(StatesOfAnchors))):
         if getattr(args, name) not in choices:
             raise ValueError(f"{name} is {getattr(args, name)!r}; it must be one of {', '.join(map(repr, choices))}")
+    if args.use_vllm and not is_vllm_available():
+        raise ValueError("use_vllm is set, but vLLM is not installed: pip install vllm, or leave out use_vllm")
     refuse_unsuitable_sampling(args)
     refuse_unclear_kl(args, model)
     if not isinstance(model, LogitMixForCausalLM):
@@ -188,7 +191,6 @@ def refuse_unsuitable_options(args: LogitMixGRPOConfig, model: PreTrainedModel, 
     for option, reason in {
         "use_liger_kernel": "its fused loss reads one model's hidden states",
         "cast_lm_head_to_fp32": "a mixture has no single head; its logits are mixed in float32 anyway",
-        "use_vllm": "rollouts of a mixture through vLLM are not built yet",
         "use_transformers_continuous_batching": "its paged cache does not know members",
         "sync_ref_model": "there is no reference model beside the anchor",
     }.items():

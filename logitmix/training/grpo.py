@@ -23,7 +23,7 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
-from logitmix.generation import end_of_sequence_ids, generate_completions
+from logitmix.generation import GREEDY, end_of_sequence_ids, generate_completions
 from logitmix.members import require_same_tokenizer, require_tokenizer
 from logitmix.modeling import LogitMixForCausalLM
 from logitmix.training.config import (
@@ -39,6 +39,7 @@ from logitmix.training.sampling import QuestionStream, has_spread, refill
 from logitmix.training.scoring import MixtureScoring
 from logitmix.training.sharding import ShardableGRPOTrainer
 from logitmix.training.validation import FreshQuestions, validation_questions
+from logitmix.training.vllm_rollouts import mixture_for_vllm, sampling_settings
 from logitmix.training.watched import WatchedGRPOTrainer
 from logitmix.training.weight_control import AlphaControl, refuse_unsuitable_control
 
@@ -72,6 +73,7 @@ class LogitMixGRPOTrainer(ResumableGRPO, ShardableGRPOTrainer, WatchedGRPOTraine
     """
 
     _tag_names = ("trl", "grpo", "logitmix")
+    _last_loaded_step: int  # TRL's: the step whose weights vLLM has
 
     def __init__(
         self,
@@ -101,7 +103,9 @@ class LogitMixGRPOTrainer(ResumableGRPO, ShardableGRPOTrainer, WatchedGRPOTraine
         beta = args.beta
         if is_mixture:
             args.beta = 0.0  # else TRL would load a reference model; the anchor is there already
-        super().__init__(model, reward_funcs, args, **kwargs)
+        in_vllm = args.use_vllm and is_mixture
+        with mixture_for_vllm(model, kwargs["processing_class"], args) if in_vllm else nullcontext():
+            super().__init__(model, reward_funcs, args, **kwargs)
         if is_mixture and beta != 0:
             args.beta = self.beta = beta
             self.ref_model = self._score_anchor
@@ -120,7 +124,11 @@ class LogitMixGRPOTrainer(ResumableGRPO, ShardableGRPOTrainer, WatchedGRPOTraine
             self.loss_type = "dapo"
         self.stop_strings = list(args.stop_strings or [])
         self.eos_token_ids = end_of_sequence_ids(self.model, self._tokenizer)
-        if not self.use_vllm:
+        if in_vllm:
+            self.vllm_generation.generation_kwargs = sampling_settings(
+                args.generation_kwargs, self.stop_strings, self.eos_token_ids
+            )
+        elif not self.use_vllm:
             self.generation_kwargs["eos_token_id"] = self.eos_token_ids
 
     def _score_anchor(self, **inputs: Any) -> FusedCausalLMOutput:
@@ -148,6 +156,17 @@ class LogitMixGRPOTrainer(ResumableGRPO, ShardableGRPOTrainer, WatchedGRPOTraine
                     model, self._tokenizer, batch, settings, self.stop_strings, **alpha
                 )
         return completion_ids
+
+    def decode_greedy(self, prompt_ids: Sequence[Sequence[int]], alphas: Sequence[float]) -> list[list[int]]:
+        """Greedy completions of the mixture in training, each prompt under its own alpha."""
+        if self.use_vllm:
+            if self.state.global_step != self._last_loaded_step:
+                self.vllm_generation.sync_weights()
+                self._last_loaded_step = self.state.global_step
+            completion_ids: list[list[int]] = self.vllm_generation.greedy(prompt_ids, alphas)
+            return completion_ids
+        settings = self.generation_kwargs | GREEDY | dict.fromkeys(("temperature", "top_k", "top_p", "min_p"))
+        return self.decode(prompt_ids, settings, alphas)
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
         if isinstance(self.validation_questions, FreshQuestions):

@@ -10,7 +10,6 @@ from torch.utils.data import Sampler
 from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 
-from logitmix.generation import GREEDY
 from logitmix.training.alpha import VALIDATING, Counts
 from logitmix.training.config import LogitMixGRPOConfig
 
@@ -132,12 +131,11 @@ def validate(trainer: GRPOTrainer, rows: Rows, alpha: float, with_anchor: bool) 
     mine = [rows[(rank + i * processes) % len(rows)] for i in range(share)]
     alphas = [0.0, alpha, 1.0] if with_anchor else [0.0, alpha]
     asked = mine * len(alphas)
-    settings = trainer.generation_kwargs | GREEDY | dict.fromkeys(("temperature", "top_k", "top_p", "min_p"))
     was_training = trainer.model.training
     trainer.model.eval()  # no dropout, which would also draw random numbers
     prompts = [row["prompt"] for row in asked]
-    completion_ids = trainer.decode(
-        trainer._tokenize_prompts(prompts)[0], settings, [alpha for alpha in alphas for _ in mine]
+    completion_ids = trainer.decode_greedy(
+        trainer._tokenize_prompts(prompts)[0], [alpha for alpha in alphas for _ in mine]
     )
     completions: list[Any] = trainer.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
     if is_conversational(asked[0]):

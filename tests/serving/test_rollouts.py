@@ -1,0 +1,129 @@
+"""The trainer with rollouts in vLLM: it scores what vLLM sampled."""
+
+import functools
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed; `make test-serving` has an environment with it")
+
+import torch
+from engines import mixture_of, save_adapter, save_member
+from test_grpo import PROMPTS, trainer_of
+from trl.generation import vllm_generation
+from vllm import LLM
+from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+from logitmix.generation import GREEDY
+from logitmix.modeling import LogitMixForCausalLM
+from logitmix.training.vllm_rollouts import sampling_settings
+
+
+@pytest.fixture(autouse=True)
+def exact_engine(monkeypatch):
+    """TRL leaves vLLM its dtype, which is not float32, and its compiler, which takes long."""
+    monkeypatch.setattr(
+        vllm_generation, "LLM", functools.partial(LLM, dtype="float32", enforce_eager=True, disable_log_stats=True)
+    )
+    yield
+    cleanup_dist_env_and_memory()
+
+
+def trainer_in_vllm(path, model, **kwargs):
+    options = {"vllm_max_model_length": 64, "max_steps": 3, "temperature": 0.8, "learning_rate": 1e-3}
+    return trainer_of(path, model, use_vllm=True, vllm_mode="colocate", **options | kwargs)
+
+
+def kinds(path, kind):
+    if kind == "two models":
+        return mixture_of("qwen2", "llama", alpha=0.4)
+    base = save_member(path / "base")
+    anchor = base if kind == "base anchor" else save_adapter(path / "anchor", base, 2, r=6)
+    return LogitMixForCausalLM.from_members(save_adapter(path / "policy", base, 1), anchor, alpha=0.4, dtype="float32")
+
+
+def largest_difference(trainer, alpha=None):
+    """Between vLLM's log-probabilities of what it samples and the trainer's score of it."""
+    prompt_ids = trainer.processing_class(PROMPTS * 4)["input_ids"]
+    completions, log_probs = trainer._generate_single_turn(prompt_ids, None, {}, 4)
+    largest = 0.0
+    for prompt, completion, theirs in zip(prompt_ids, completions, log_probs, strict=True):
+        ids = torch.tensor([prompt + list(completion)])
+        labels = ids.clone()
+        labels[:, : len(prompt)] = -100
+        with torch.no_grad():
+            scored, _ = trainer.model.score(ids, torch.ones_like(ids), labels, trainer.temperature)
+        largest = max(largest, (scored[0, len(prompt) - 1 :] - torch.tensor(theirs)).abs().max().item())
+    return largest
+
+
+@pytest.mark.parametrize("kind", ["two models", "two adapters", "base anchor"])
+def test_scored_log_probs_are_those_that_vllm_sampled_with(tmp_path, kind, monkeypatch):
+    model = kinds(tmp_path, kind)
+    frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+    trainer = trainer_in_vllm(tmp_path / "run", model)
+    assert not (tmp_path / "run" / ".vllm").exists()
+    pushed: list[str] = []
+    push = type(trainer.vllm_generation)._iter_named_params
+
+    def watched(self):
+        for name, parameter in push(self):
+            pushed.append(name)
+            yield name, parameter
+
+    monkeypatch.setattr(type(trainer.vllm_generation), "_iter_named_params", watched)
+    assert largest_difference(trainer) < 1e-4
+    trainer.train()
+    for alpha in (0.4, 0.1):
+        model.alpha = alpha
+        assert largest_difference(trainer) < 1e-4
+    assert {name.removeprefix("policy.") for name in pushed} == {
+        name for name, p in model.policy.named_parameters() if p.requires_grad
+    }
+    for name, parameter in model.named_parameters():
+        if name in frozen:
+            assert torch.equal(parameter, frozen[name])
+    # and so it can fail
+    with torch.no_grad():
+        for parameter in model.policy.parameters():
+            if parameter.requires_grad:
+                parameter += 0.05 * torch.randn_like(parameter)
+    assert largest_difference(trainer) > 0.05
+    trainer.vllm_generation.sync_weights()
+    assert largest_difference(trainer) < 1e-4
+
+
+def test_validation_decodes_one_batch_of_several_alphas(tmp_path):
+    model = mixture_of("qwen2", "llama", alpha=0.4)
+    trainer = trainer_in_vllm(tmp_path, model, stop_strings=["e"])
+    trainer.train()
+    prompt_ids = trainer.processing_class(PROMPTS)["input_ids"] * 3
+    alphas = [0.0] * 3 + [0.4] * 3 + [1.0] * 3
+    expected = trainer.decode(prompt_ids, GREEDY | {"max_new_tokens": trainer.max_completion_length}, alphas)
+    assert trainer.decode_greedy(prompt_ids, alphas) == expected
+    assert len({len(ids) for ids in expected}) > 1  # some stopped
+
+
+def test_adaptive_alpha_in_vllm(tmp_path):
+    trainer = trainer_in_vllm(
+        tmp_path,
+        mixture_of("qwen2", "llama", alpha=0.4),
+        alpha_controller="adaptive",
+        validation_size=4,
+        adaptive_offset=1.0,
+        adaptive_scale=2.0,
+        prompts=PROMPTS * 4,
+    )
+    trainer.train()
+    assert all("validation/s3" in line for line in trainer.state.log_history[:3])
+    assert largest_difference(trainer) < 1e-4
+
+
+def test_names_of_what_ends_a_completion():
+    assert sampling_settings({"min_new_tokens": 3, "seed": 1}, ["\n"], [2]) == {
+        "min_tokens": 3,
+        "seed": 1,
+        "stop": ["\n"],
+        "include_stop_str_in_output": True,
+        "stop_token_ids": [2],
+    }
+    assert sampling_settings(None, [], [2, 5]) == {"stop_token_ids": [2, 5]}
