@@ -2,9 +2,7 @@
 
 import pytest
 
-pytest.importorskip(
-    "vllm", reason="vLLM is not installed; `make test-serving` runs these in an environment of its own"
-)
+pytest.importorskip("vllm", reason="vLLM is not installed; `make test-serving` has an environment with it")
 
 import torch
 from engines import (

@@ -4,9 +4,7 @@ import json
 
 import pytest
 
-pytest.importorskip(
-    "vllm", reason="vLLM is not installed; `make test-serving` runs these in an environment of its own"
-)
+pytest.importorskip("vllm", reason="vLLM is not installed; `make test-serving` has an environment with it")
 
 from engines import engine, mixture_of
 from transformers import LlamaConfig, MambaConfig, Qwen2Config
