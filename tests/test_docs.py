@@ -149,5 +149,13 @@ def test_the_figures_of_the_scaling_page_are_what_its_script_prints(capsys):
 
 def test_every_local_link_leads_somewhere():
     for page in [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")]:
-        for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+        for target, section in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", page.read_text()):
+            path = page.parent / target if target else page
+            assert path.exists(), f"{page.name} links to {target}"
+            assert not section or section in sections(path), f"{page.name} links to {target}#{section}"
+
+
+def sections(page: Path) -> list[str]:
+    """The names that GitHub gives to a page's sections."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
