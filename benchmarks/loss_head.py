@@ -357,7 +357,8 @@ def report(
             met = (time_bar is None or of_time <= time_bar) and (space_bar is None or of_space <= space_bar)
             bars = ["-" if bar is None else f"{bar:.3g}" for bar in (time_bar, space_bar)]
             lines.append(
-                f"| {VARIANTS[ours][0].strip('*')} / {VARIANTS[theirs][0].strip('*')} | {shape} | {of_time:.2f} | {bars[0]} "
+                f"| {' / '.join(VARIANTS[name][0].strip('*') for name in (ours, theirs))} | {shape} "
+                f"| {of_time:.2f} | {bars[0]} "
                 f"| {of_space:.3f} | {bars[1]} | {'met' if met else '**missed**'} |"
             )
     return "\n".join(lines) + "\n"
