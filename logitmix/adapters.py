@@ -76,6 +76,18 @@ def require_supported(config: PeftConfig, what: str = "peft_config") -> None:
             raise ValueError(f"{what} cannot be a member of a mixture: {reason}, and members share the base")
 
 
+def require_all_trained(model: nn.Module, config: PeftConfig) -> None:
+    """Raise `ValueError` for a new adapter of which a part would not train; PEFT passes over unknown names."""
+    if config.lora_alpha == 0:
+        raise ValueError("lora_alpha is 0, which scales the adapter to nothing, so that it would not train")
+    paths = [path for path, _ in model.named_modules()]
+    for option in ("target_modules", "modules_to_save"):
+        names = getattr(config, option)
+        for name in [] if names is None or isinstance(names, str) else sorted(names):
+            if not any(f".{path}".endswith(f".{name}") for path in paths):
+                raise ValueError(f"{name!r} in {option} is no module of {_name(model)}; correct it, or leave it out")
+
+
 def adapter_layers(model: nn.Module) -> list[tuple[str, Any]]:
     """The layers of the model that hold adapters, and their paths."""
     kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
@@ -208,8 +220,8 @@ def from_record(record: dict[str, Any]) -> LoraConfig:
     return PeftConfig.from_peft_type(**record)
 
 
-def _name(model: PreTrainedModel) -> str:
-    return repr(model.name_or_path) if model.name_or_path else f"the {type(model).__name__}"
+def _name(model: nn.Module) -> str:
+    return repr(model.name_or_path) if getattr(model, "name_or_path", None) else f"the {type(model).__name__}"
 
 
 def _require_untied(model: PreTrainedModel, config: LoraConfig) -> None:

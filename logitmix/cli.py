@@ -29,7 +29,11 @@ USAGE = "usage: logitmix VERB [flags]      (logitmix VERB --help for its flags)\
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a verb. Wrong input is answered by one sentence and exit status 2; a verb may return a status of its own."""
+    """Run a verb; it may return a status of its own.
+
+    Wrong input, and a package that an option needs and that is not installed, are answered by one sentence and exit
+    status 2.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE, end="")
@@ -47,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         importlib.import_module("logitmix.commands.runs").quiet_libraries()
         return importlib.import_module(VERBS[verb][0]).main(flags) or 0
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, ImportError) as error:
         return _fail(str(error))
     except KeyboardInterrupt:
         print("logitmix: interrupted", file=sys.stderr)

@@ -8,7 +8,15 @@ from typing import Any, TypeAlias
 from peft import LoraConfig, PeftConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from logitmix.adapters import OFF, Adapters, add_adapter, merge_adapter, read_adapter_config, require_supported
+from logitmix.adapters import (
+    OFF,
+    Adapters,
+    add_adapter,
+    merge_adapter,
+    read_adapter_config,
+    require_all_trained,
+    require_supported,
+)
 from logitmix.configuration import LogitMixConfig, member_names
 
 Member: TypeAlias = PreTrainedModel | str | os.PathLike[str]
@@ -63,6 +71,8 @@ def open_members(
             members.append(source if isinstance(source, PreTrainedModel) else load_member(path, **kwargs))
     if with_adapter:
         folder = None if trained[0] is None else paths[0]
+        if peft_config is not None:
+            require_all_trained(policy, peft_config)
         adapters["policy"] = add_adapter(policy, "policy", trained[0] or copy.deepcopy(peft_config), folder)
     for name, path in zip(member_names(len(sources))[1:], paths[1:], strict=True):
         if adapters.get(name, OFF) != OFF:

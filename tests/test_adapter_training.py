@@ -206,6 +206,13 @@ def test_an_adapter_for_an_anchor_then_one_for_the_policy_on_one_base(members, t
         ("train", ["--lora_r", "4"], "lora_r is 4, but there is no adapter; add --use_peft"),
         ("sft", ["--use_dora"], "use_dora is True, but there is no adapter; add --use_peft"),
         ("train", ["--use_peft", "--lora_target_modules", "nowhere"], "adapter of policy does not fit"),
+        (
+            "train",
+            ["--use_peft", "--lora_target_modules", "q_proj", "v_prj"],
+            "'v_prj' in target_modules is no module",
+        ),
+        ("sft", ["--use_peft", "--lora_modules_to_save", "head"], "'head' in modules_to_save is no module of"),
+        ("train", ["--use_peft", "--lora_alpha", "0"], "lora_alpha is 0, which scales the adapter to nothing"),
         ("train", ["--use_peft", "--lora_r", "0"], "adapter of policy does not fit"),
     ],
 )

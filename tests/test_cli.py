@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.utils import is_flash_attn_2_available
 
 from logitmix.cli import main
 from logitmix.commands.quickstart import TITLES
@@ -166,11 +167,25 @@ def test_resuming_without_a_checkpoint(train, capsys):
         (["--anchor", "no/such/anchor"], "no model at 'no/such/anchor'"),
         (["--task", "arithmetics"], "did you mean 'arithmetic'"),
         (["--max_completion_length", "250"], "exceeds the members' context of 256"),
-        (["--train_limit", "0"], "limit is 0"),
+        (["--train_limit", "0"], "--train_limit is 0, but must be at least 1"),
         (["--per_device_train_batch_size", "6"], "divisible by num_generations"),
         (["--beta", "0.01"], "beta"),
         (["--config", "missing.yaml"], "there is no config file 'missing.yaml'"),
         (["--config"], "needs the path"),
+        (["--rollout_batch_size", "0"], "rollout_batch_size is 0, but must be at least 1"),
+        (["--loss_type", "groups"], "loss_type is 'groups'; it must be one of 'group', 'grpo'"),
+        (["--eval_every", "0"], "--eval_every is 0, but must be at least 1"),
+        (["--eval_limit", "-3"], "--eval_limit is -3, but must be at least 1"),
+        (["--num_completions_to_save", "-1"], "--num_completions_to_save is -1, but must be at least 0"),
+        (["--validation_source", "train"], "alpha_controller 'fixed' validates nothing"),
+        (["--adaptive_scale", "10"], "adaptive_scale is 10.0, but nothing would read it"),
+        (["--max_refills", "5"], "max_refills is 5, but nothing would read it: it goes with dynamic_sampling"),
+        (["--loss_head", "reference", "--anchor_states", "offload"], "it goes with loss_head 'fused'"),
+        pytest.param(
+            ["--attn_implementation", "flash_attention_2"],
+            "package for FlashAttention2 doesn't seem to be installed",
+            marks=pytest.mark.skipif(is_flash_attn_2_available(), reason="it is installed"),
+        ),
     ],
 )
 def test_wrong_input_is_answered_by_one_sentence(train, tmp_path, capsys, flags, message):

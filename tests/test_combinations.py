@@ -21,24 +21,25 @@ def has_a_vowel(completions, **kwargs):
     return [float(any(c in "aeiou" for c in completion)) for completion in completions]
 
 
+ADAPTIVE = {"alpha_controller": "adaptive", "validation_size": 6, "adaptive_offset": 0.0, "adaptive_scale": 2.0}
+
+
 def trainer_of(output_dir, folders, kind="two adapters", adapter=None, **options):
     """Six updates a generation, every rollout used twice, alpha set by validation after it."""
     arguments = {
-        "anchor": anchor_of(kind, folders), "alpha": 0.4, "alpha_controller": "adaptive",
-        "validation_size": 6, "adaptive_offset": 0.0, "adaptive_scale": 2.0,
+        "anchor": anchor_of(kind, folders), "alpha": 0.4,
         "per_device_train_batch_size": 4, "steps_per_generation": 3, "num_iterations": 2, "num_generations": 4,
         "max_completion_length": 9, "max_steps": 12, "learning_rate": 1e-2, "temperature": 0.8,
         "rollout_batch_size": 5, "dynamic_sampling": "filter", "gradient_checkpointing": True,
         "logging_steps": 1, "save_strategy": "no", "use_cpu": True, "bf16": False, "report_to": [],
         "disable_tqdm": True,
-    } | options  # fmt: skip
-    validating = arguments["alpha_controller"] == "adaptive"
+    } | (ADAPTIVE if "alpha_controller" not in options else {}) | options  # fmt: skip
     return LogitMixGRPOTrainer(
         folders["base"],
         reward_funcs=has_a_vowel,
         args=LogitMixGRPOConfig(str(output_dir), **arguments),
         train_dataset=Dataset.from_dict({"prompt": PROMPTS * 8}),
-        validation_dataset=Dataset.from_dict({"prompt": PROMPTS * 2}) if validating else None,
+        validation_dataset=Dataset.from_dict({"prompt": PROMPTS * 2}) if "validation_size" in arguments else None,
         processing_class=character_tokenizer(),
         peft_config=None if kind == "full anchor" else lora(**(adapter or {})),
     )

@@ -4,11 +4,14 @@ A new version of TRL with such an option fails here, until it is put into one of
 """
 
 import dataclasses
+import inspect
 import re
 
 import pytest
 from test_grpo import trainer_of
-from trl import GRPOConfig
+from trl import GRPOConfig, GRPOTrainer
+
+from logitmix.training.refusals import LOSS_TYPES_OF_TRL
 
 SUSPECT = re.compile(r"ref_|head|liger|kernel|vllm|continuous|paged|sync|engine|fused|router|kl|beta$|peft|rollout")
 
@@ -51,3 +54,9 @@ def test_every_suspect_option_is_decided_upon():
 def test_a_mixture_refuses_what_would_bypass_it(tmp_path, option, value):
     with pytest.raises(ValueError, match=option if option != "use_transformers_paged" else "continuous_batching"):
         trainer_of(tmp_path, loss_type="grpo", **{option: value})
+
+
+def test_the_loss_types_are_those_that_trl_knows():
+    source = inspect.getsource(GRPOTrainer._compute_loss)
+    compared = re.findall(r"self\.loss_type (?:==|in) (\[[^\]]*\]|\"\w+\")", source)
+    assert set(re.findall(r"\w+", " ".join(compared))) == set(LOSS_TYPES_OF_TRL)

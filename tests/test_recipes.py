@@ -161,6 +161,15 @@ def test_a_number_of_processes_that_cannot_share_is_refused(capsys):
         (["train", "--recipe", "arithmetic/tiny/grpo", "--device_memory", "80GiB"], "is for --dry_run alone"),
         (["train", "--recipe", "math/3b/grpo", "--dry_run", "--device_memory", "lots"], "write it as 80GiB"),
         (["train", "--recipe", "math/3b/grpo", "--dry_run", "--model_name_or_path", "no/such"], "no config.json at"),
+        (["train", "--recipe", "math/3b/grpo", "--dry_run", "--num_processes", "0"], "--num_processes is 0, but must"),
+        (
+            ["train", "--recipe", "math/3b/grpo", "--dry_run", "--prompt_length", "-1"],
+            "--prompt_length is -1, but must",
+        ),
+        (
+            ["sft", "--recipe", "math/3b/sft", "--dry_run", "--anchor", "sft"],
+            "'anchor' on the command line; `logitmix sft --help`",
+        ),
         (["recipes", "math"], "takes nothing, got 'math'"),
     ],
 )

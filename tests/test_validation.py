@@ -376,7 +376,7 @@ def two_anchors():
 @pytest.mark.parametrize(
     ("controller", "options", "message"),
     [
-        ("sometimes", {}, "alpha_controller is 'sometimes'; use one of fixed, adaptive"),
+        ("sometimes", {}, "alpha_controller is 'sometimes'; it must be one of 'fixed', 'adaptive'"),
         ("adaptive", {"model": tiny_member()}, "'adaptive', but there is no anchor to weigh; set anchor"),
         ("adaptive", {"model": two_anchors()}, r"mixture has weights \[0.5, 0.2, 0.3\], so only 'fixed'"),
         ("adaptive", {"validation_size": 10}, "validation_size is 10, but validation_dataset has 9 questions"),

@@ -61,6 +61,9 @@ class TaskArguments(DataArguments):
     train_limit: int | None = field(default=None, metadata={"help": "Train on the first so many problems only."})
     eval_limit: int = field(default=200, metadata={"help": "Evaluate on the first so many test problems."})
 
+    def __post_init__(self) -> None:
+        require_at_least(self, train_limit=1, eval_limit=1)
+
 
 @dataclass(kw_only=True)
 class LoadingArguments:
@@ -102,6 +105,9 @@ class EvaluationArguments:
         default=64, metadata={"help": "Of every generation, so many go to completions.jsonl with rewards; 0: none."}
     )
 
+    def __post_init__(self) -> None:
+        require_at_least(self, eval_every=1, num_completions_to_save=0)
+
 
 @dataclass
 class RecipeArguments:
@@ -131,10 +137,19 @@ class RecipeArguments:
         for key in ("device_memory", "num_processes", "sharded"):
             if getattr(self, key) and not self.dry_run:
                 raise ValueError(f"--{key} is for --dry_run alone; add that, or leave it out")
+        require_at_least(self, num_processes=1, prompt_length=1)
 
     @property
     def processes(self) -> int:
         return self.num_processes or started_processes()
+
+
+def require_at_least(arguments: Any, **limits: int) -> None:
+    """Raise `ValueError` for a flag below its limit; one that is not given, None, is not looked at."""
+    for key, limit in limits.items():
+        value = getattr(arguments, key)
+        if value is not None and value < limit:
+            raise ValueError(f"--{key} is {value}, but must be at least {limit}")
 
 
 def started_processes() -> int:
@@ -218,8 +233,9 @@ def parse(program: str, description: str, dataclasses: Sequence[type], argv: Seq
         for string in strings:
             if string.startswith("--"):
                 key = string[2:].split("=")[0].replace("-", "_")
-                nearest = get_close_matches(key, known, n=1, cutoff=0.0)[0]
-                raise ValueError(f"unknown key {key!r} {source}; did you mean {nearest!r}?")
+                nearest = get_close_matches(key, known, n=1)
+                way_out = f"did you mean {nearest[0]!r}?" if nearest else f"`{program} --help` lists the flags"
+                raise ValueError(f"unknown key {key!r} {source}; {way_out}")
         if strings:
             raise ValueError(f"{strings[0]!r} {source} belongs to no flag")
     for instance in parsed:

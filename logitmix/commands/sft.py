@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from trl import SFTConfig
 
-from logitmix.adapters import read_adapter_config
+from logitmix.adapters import read_adapter_config, require_all_trained
 from logitmix.commands.adapters import AdapterArguments
 from logitmix.commands.arguments import ModelArguments, RecipeArguments, TaskArguments, parse
 from logitmix.commands.callbacks import run_training
@@ -46,6 +46,8 @@ def main(argv: Sequence[str]) -> None:
     model = load_member(model_args.model_name_or_path, **model_args.init_kwargs)
     if isinstance(model, LogitMixForCausalLM):
         raise ValueError(f"{model_args.model_name_or_path} is a mixture; SFT makes an anchor from a single model")
+    if peft_config is not None:
+        require_all_trained(model, peft_config)
     tokenizer = require_tokenizer(model_args.model_name_or_path)
     dataset, dropped = sft_dataset(rows, tokenizer, args.max_length)
     if dropped:

@@ -44,6 +44,11 @@ def main(argv: Sequence[str]) -> None:
     recipe_args, task_args, model_args, adapter_args, eval_args, args = parse_train(argv)
     if args.eval_strategy != "no":
         raise ValueError("eval_strategy evaluates by sampling, in TRL; for greedy evaluations use --eval_every STEPS")
+    if eval_args.validation_source != "held_out" and args.alpha_controller not in VALIDATING:
+        raise ValueError(
+            f"validation_source is {eval_args.validation_source!r}, but alpha_controller {args.alpha_controller!r} "
+            "validates nothing; set --alpha_controller adaptive, or --validation_source held_out"
+        )
     if recipe_args.dry_run:
         dry_run_train(recipe_args, task_args, model_args, adapter_args, eval_args, args)
         return

@@ -1,16 +1,13 @@
-"""The options of a training run, and what is refused of them before anything is sampled."""
+"""The options of a training run, and the model that they are for."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Literal
 
-from accelerate.utils import is_peft_model
-from datasets import Dataset
 from peft import PeftConfig
 from transformers import PreTrainedModel
-from trl import GRPOConfig, GRPOTrainer
-from trl.import_utils import is_vllm_available
+from trl import GRPOConfig
 
-from logitmix.adapters import read_adapter_config
+from logitmix.adapters import read_adapter_config, require_all_trained
 from logitmix.members import load_member
 from logitmix.mixing import Scheme
 from logitmix.modeling import LogitMixForCausalLM
@@ -148,6 +145,8 @@ def build_model(
             "with LogitMixForCausalLM.from_members(…, peft_config=…)"
         )
     if not isinstance(model, LogitMixForCausalLM):
+        if peft_config is not None:
+            require_all_trained(model, peft_config)
         if args.alpha is not None or args.scheme is not None:
             raise ValueError(
                 f"alpha is {args.alpha} and scheme {args.scheme}, but there is no anchor to mix with; set anchor"
@@ -161,118 +160,3 @@ def build_model(
     args.scheme = model.config.scheme
     args.alpha = model.alpha if len(model.config.weights) == 2 else None
     return model
-
-
-def refuse_unsuitable_options(args: LogitMixGRPOConfig, model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
-    if is_peft_model(model) and isinstance(model.get_base_model(), LogitMixForCausalLM):
-        raise ValueError(
-            "the model is a mixture that PEFT has wrapped; TRL would not see it. Build it with "
-            "LogitMixForCausalLM.from_members(…, peft_config=…) instead of get_peft_model"
-        )
-    if args.loss_type == GROUP_LOSS and args.beta != 0:
-        raise ValueError(
-            f"beta is {args.beta} with loss_type 'group', whose objective (eq. 6) has no KL term; "
-            "set beta=0, or loss_type='grpo' for canonical GRPO with KL"
-        )
-    if args.stop_strings and args.mask_truncated_completions:
-        raise ValueError(
-            "mask_truncated_completions would mask every completion that a stop string ended, since TRL takes it for "
-            "truncated; set it to False, or leave out stop_strings"
-        )
-    for name, choices in (("loss_head", get_args(LossHead)), ("anchor_states", get_args(StatesOfAnchors))):
-        if getattr(args, name) not in choices:
-            raise ValueError(f"{name} is {getattr(args, name)!r}; it must be one of {', '.join(map(repr, choices))}")
-    if args.use_vllm and not is_vllm_available():
-        raise ValueError("use_vllm is set, but vLLM is not installed: pip install vllm, or leave out use_vllm")
-    refuse_unsuitable_sampling(args)
-    refuse_unclear_kl(args, model)
-    if not isinstance(model, LogitMixForCausalLM):
-        return
-    for option, reason in {
-        "use_liger_kernel": "its fused loss reads one model's hidden states",
-        "cast_lm_head_to_fp32": "a mixture has no single head; its logits are mixed in float32 anyway",
-        "use_transformers_continuous_batching": "its paged cache does not know members",
-        "sync_ref_model": "there is no reference model beside the anchor",
-    }.items():
-        if getattr(args, option):
-            raise ValueError(f"{option}={getattr(args, option)!r} cannot be used with a mixture: {reason}")
-    if model.config.weights[0] <= 0:
-        raise ValueError(
-            f"the policy's weight in the mixture is {model.config.weights[0]}; the gradient has it as a factor, so "
-            "training needs it above 0"
-        )
-
-
-def refuse_unclear_kl(args: LogitMixGRPOConfig, model: PreTrainedModel) -> None:
-    is_mixture = isinstance(model, LogitMixForCausalLM)
-    if args.kl_to not in (None, "anchor"):
-        raise ValueError(f"kl_to is {args.kl_to!r}; it must be 'anchor', or left out")
-    if args.kl_to is not None and args.beta == 0:
-        raise ValueError(f"kl_to is {args.kl_to!r}, but beta is 0 and there is no KL; set beta, or leave out kl_to")
-    if args.kl_to is not None and not (is_mixture and len(model.members) == 2):
-        raise ValueError(
-            f"kl_to is {args.kl_to!r}, and the model has {len(model.members) - 1 if is_mixture else 'no'} anchors; it "
-            "takes a mixture with one. Without an anchor the KL of beta is to a copy of the model at the start"
-        )
-    if is_mixture and args.beta != 0 and args.kl_to is None:
-        raise ValueError(
-            f"beta={args.beta} with a mixture does not say which anchor its KL is to: kl_to='anchor' is the frozen "
-            "anchor; TRL's own reference, a copy of the model at the start, would be the mixture as it was then, and "
-            "is not kept. Set kl_to='anchor', or beta=0 as in the paper, where the anchor already holds the policy"
-        )
-
-
-def refuse_unsuitable_sampling(args: LogitMixGRPOConfig) -> None:
-    if args.dynamic_sampling not in get_args(DynamicSampling):
-        raise ValueError(
-            f"dynamic_sampling is {args.dynamic_sampling!r}; it must be one of "
-            f"{', '.join(map(repr, get_args(DynamicSampling)))}"
-        )
-    if args.dynamic_sampling == "off":
-        return
-    if args.loss_type != GROUP_LOSS:
-        raise ValueError(
-            f"dynamic_sampling is {args.dynamic_sampling!r} with loss_type {args.loss_type!r}, which has no mean over "
-            "questions that one could leave; set loss_type='group', or dynamic_sampling='off'"
-        )
-    if args.dynamic_sampling == "refill":
-        if args.max_refills < 1:
-            raise ValueError(f"max_refills is {args.max_refills}; it must be at least 1")
-        if args.scale_rewards == "batch" or args.multi_objective_aggregation != "sum_then_normalize":
-            raise ValueError(
-                "dynamic_sampling='refill' puts groups of several samplings together, whose advantages must not "
-                "depend on the rest of their batch; set scale_rewards to 'group' or 'none', and "
-                "multi_objective_aggregation to 'sum_then_normalize'"
-            )
-
-
-def require_questions(trainer: GRPOTrainer) -> None:
-    """Raise `ValueError` where a generation step needs more questions than there are: no step would be taken."""
-    if trainer.args.dynamic_sampling == "refill" and not isinstance(trainer.train_dataset, Dataset):
-        raise ValueError(
-            f"dynamic_sampling='refill' draws questions from anywhere in the data set, which a "
-            f"{type(trainer.train_dataset).__name__} cannot give; use a Dataset, or 'filter'"
-        )
-    needed = trainer.args.generation_batch_size // trainer.num_generations
-    if isinstance(trainer.train_dataset, Dataset) and len(trainer.train_dataset) < needed:
-        raise ValueError(
-            f"the data set has {len(trainer.train_dataset)} questions, fewer than the {needed} of a generation step "
-            f"(generation_batch_size {trainer.args.generation_batch_size} / num_generations "
-            f"{trainer.num_generations}); use smaller batches or more data"
-        )
-
-
-def require_prompts_fit(trainer: GRPOTrainer, dataset: Any, name: str = "prompt") -> None:
-    """Raise `ValueError` before the first step where a prompt and its completion exceed the context."""
-    context = getattr(trainer.model.config.get_text_config(), "max_position_embeddings", None)
-    if context is None or not isinstance(dataset, Dataset):
-        return
-    for start in range(0, len(dataset), 1000):
-        prompts = dataset[start : start + 1000]["prompt"]
-        for offset, ids in enumerate(trainer._tokenize_prompts(prompts)[0]):
-            if len(ids) + trainer.max_completion_length > context:
-                raise ValueError(
-                    f"{name} {start + offset} has {len(ids)} tokens; with max_completion_length "
-                    f"{trainer.max_completion_length} that exceeds the members' context of {context}. "
-                    "Shorten or drop the prompt, or lower max_completion_length"
-                )

@@ -26,14 +26,8 @@ from trl.trainer.utils import FusedCausalLMOutput
 from logitmix.generation import GREEDY, end_of_sequence_ids, generate_completions
 from logitmix.members import require_same_tokenizer, require_tokenizer
 from logitmix.modeling import LogitMixForCausalLM
-from logitmix.training.config import (
-    GROUP_LOSS,
-    LogitMixGRPOConfig,
-    build_model,
-    refuse_unsuitable_options,
-    require_prompts_fit,
-    require_questions,
-)
+from logitmix.training.config import GROUP_LOSS, LogitMixGRPOConfig, build_model
+from logitmix.training.refusals import refuse_unsuitable_options, require_prompts_fit, require_questions
 from logitmix.training.resume import ResumableGRPO
 from logitmix.training.sampling import QuestionStream, has_spread, refill
 from logitmix.training.scoring import MixtureScoring
