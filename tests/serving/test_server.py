@@ -32,9 +32,8 @@ class Server:
 
     def start(self):
         flags = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "128", "--max-num-seqs", "32"]
-        ours = ["--middleware", "logitmix.serving.http.MixtureFields", "--hf-overrides", '{"alpha_range": [0, 1]}']
-        named = ["--model", str(self.folder), "--served-model-name", "mixture", "--port", str(self.port)]
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *named, *flags, *ours]
+        named = ["--alpha", "0.4", "--served-model-name", "mixture", "--port", str(self.port)]
+        command = [sys.executable, "-m", "logitmix.cli", "serve", str(self.folder), *named, *flags]
         environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
         with open(self.log, "a") as log:
             self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
@@ -62,7 +61,9 @@ def mixture():
 @pytest.fixture(scope="module")
 def server(mixture, tmp_path_factory):
     folder = tmp_path_factory.mktemp("served")
+    mixture.alpha = 0.9  # the server is started with another
     mixture.save_pretrained(folder / "mixture")
+    mixture.alpha = 0.4
     server = Server(folder / "mixture", folder / "log.txt")
     yield server
     server.kill()
@@ -134,7 +135,7 @@ def test_stop_strings_seeds_and_several_choices(client):
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"alpha": 1.5}, "alpha is 1.5, but this server takes 0 to 1"),
+        ({"alpha": 1.5}, "alpha is 1.5, but this server takes 0.0 to 1.0"),
         ({"alpha": 0.5, "weights": [0.5, 0.5]}, "pass one of alpha, weights, not 2"),
         ({"weights": [0.2, 0.3, 0.5]}, "2 members"),
         ({"member": "teacher"}, "member is 'teacher', but must be one of policy, anchor_0"),

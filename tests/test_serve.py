@@ -1,0 +1,63 @@
+"""`logitmix serve`: what it asks of vLLM, and what it refuses. The server itself: tests/serving."""
+
+import json
+
+import pytest
+from members import character_tokenizer, tiny_member
+
+from logitmix.cli import main
+from logitmix.commands import serve
+
+
+@pytest.fixture
+def folders(tmp_path):
+    for seed, name in enumerate(("base", "sft")):
+        tiny_member("qwen2", seed).save_pretrained(tmp_path / name)
+        character_tokenizer().save_pretrained(tmp_path / name)
+    return tmp_path
+
+
+@pytest.fixture
+def vllm_found(monkeypatch):
+    monkeypatch.setattr(serve, "find_spec", lambda name: name)
+
+
+def command_of(args, flags=()):
+    return serve.server_command(serve.ServeArguments(**args), flags)
+
+
+def test_two_checkpoints_become_the_mixture_that_vllm_serves(folders, vllm_found):
+    served = {"anchor": str(folders / "sft"), "alpha": 0.3, "output_dir": str(folders / "mixture")}
+    command = command_of({"model_name_or_path": str(folders / "base")} | served, ["--port", "8001"])
+    assert command[command.index("--model") + 1] == str(folders / "mixture")
+    assert command[-2:] == ["--port", "8001"]
+    overrides = json.loads(command[command.index("--hf-overrides") + 1])
+    assert overrides["weights"] == pytest.approx([0.7, 0.3])
+    assert overrides["scheme"] == "logit"
+    assert overrides["alpha_range"] == [0.0, 1.0]
+    again = command_of({"model_name_or_path": str(folders / "mixture"), "alpha": 0.6, "alpha_range": [-1.0, 1.0]})
+    assert json.loads(again[again.index("--hf-overrides") + 1])["weights"] == pytest.approx([0.4, 0.6])
+    with pytest.raises(ValueError, match="mixture exists"):
+        command_of({"model_name_or_path": str(folders / "base")} | served)
+
+
+@pytest.mark.parametrize(
+    ("args", "flags", "sentence"),
+    [
+        ({}, [], "needs the folder of a mixture"),
+        ({"model_name_or_path": "base"}, [], "is no mixture; give --anchor"),
+        ({"model_name_or_path": "base", "anchor": "sft"}, [], "--output_dir has to name a new folder"),
+        ({"model_name_or_path": "base", "alpha_range": [1.0, 0.0]}, [], "two numbers, the lower first"),
+        ({"model_name_or_path": "base"}, ["--hf-overrides", "{}"], "--hf-overrides is taken"),
+    ],
+)
+def test_refusals(folders, vllm_found, monkeypatch, args, flags, sentence):
+    monkeypatch.chdir(folders)
+    with pytest.raises(ValueError, match=sentence):
+        command_of(args, flags)
+
+
+def test_without_vllm(monkeypatch, capsys):
+    monkeypatch.setattr(serve, "find_spec", lambda name: None)
+    assert main(["serve", "somewhere"]) == 2
+    assert "pip install vllm" in capsys.readouterr().err
