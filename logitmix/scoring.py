@@ -10,9 +10,8 @@ from torch import Tensor
 
 from logitmix.configuration import resolve_weights
 from logitmix.diagnostics import MixtureDiagnostics
-from logitmix.head_job import Coefficients
 from logitmix.heads import HeadForm, inside_heads, last_hidden_states, measure_head, read_head
-from logitmix.loss_head import fused_log_probs
+from logitmix.loss_head import Coefficients, fused_log_probs
 from logitmix.mixing import Weights
 from logitmix.modeling import LogitMixForCausalLM
 

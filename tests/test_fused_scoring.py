@@ -10,7 +10,7 @@ from test_grpo import PROMPTS, generated, mixture, trainer_of
 from torch import nn
 from transformers import set_seed
 
-from logitmix import loss_head
+from logitmix.loss_head import fused as fused_head
 from logitmix.modeling import LogitMixForCausalLM
 from logitmix.scoring import FusedScorer
 
@@ -157,8 +157,8 @@ def test_the_gradient_is_taken_in_the_forward_pass_where_tokens_stand_for_themse
 ):
     trainer = trainer_of(tmp_path, **options)
     inputs, _, _ = generated(trainer)
-    taken, run = [], loss_head.run_passes
-    monkeypatch.setattr(loss_head, "run_passes", lambda *args: taken.append(1) or run(*args))
+    taken, run = [], fused_head.run_passes
+    monkeypatch.setattr(fused_head, "run_passes", lambda *args: taken.append(1) or run(*args))
     loss_and_gradients(trainer, inputs)
     assert len(taken) == passes
 
@@ -166,9 +166,9 @@ def test_the_gradient_is_taken_in_the_forward_pass_where_tokens_stand_for_themse
 def test_only_completion_tokens_are_projected(tmp_path, monkeypatch):
     trainer = trainer_of(tmp_path)
     inputs, _, _ = generated(trainer)
-    tokens, run = [], loss_head.run_passes
+    tokens, run = [], fused_head.run_passes
     monkeypatch.setattr(
-        loss_head, "run_passes", lambda job, *args: tokens.append(len(job.targets_N)) or run(job, *args)
+        fused_head, "run_passes", lambda job, *args: tokens.append(len(job.targets_N)) or run(job, *args)
     )
     trainer._compute_loss(trainer.model, inputs)
     assert tokens == [inputs["completion_mask"].sum().item()]

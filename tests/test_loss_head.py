@@ -12,10 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from logitmix import head_linear, loss_head
 from logitmix.diagnostics import mixture_diagnostics
 from logitmix.logprobs import Head, log_probs_and_entropy
-from logitmix.loss_head import clipped_coefficients, fused_log_probs
+from logitmix.loss_head import clipped_coefficients, fused, fused_log_probs, linear
 from logitmix.mixing import SCHEMES, mix_logits
 
 N, V, WIDTHS = 7, 11, (5, 3, 4)
@@ -179,13 +178,13 @@ def test_gradcheck(scheme):
 def passes(monkeypatch) -> list[tuple[bool, ...]]:
     """Which gradients each pass over the vocabulary took."""
     taken = []
-    run = loss_head.run_passes
+    run = fused.run_passes
 
     def counted(job, tensors, wants, *args):
         taken.append(tuple(wants))
         return run(job, tensors, wants, *args)
 
-    monkeypatch.setattr(loss_head, "run_passes", counted)
+    monkeypatch.setattr(fused, "run_passes", counted)
     return taken
 
 
@@ -266,13 +265,13 @@ def test_members_of_one_head(scheme, trained, bias):
 
 def test_members_of_one_head_share_its_matrix_products(monkeypatch):
     products = []
-    original = head_linear.add_product
+    original = linear.add_product
 
     def counted(out, a, b, *args, **kwargs):
         products.append((tuple(a.shape), tuple(b.shape)))
         return original(out, a, b, *args, **kwargs)
 
-    monkeypatch.setattr(head_linear, "add_product", counted)
+    monkeypatch.setattr(linear, "add_product", counted)
     hidden, heads, targets = random_problem(1)
     head = Head(heads[0].weight.detach())
     fused_log_probs([hidden[0], hidden[0].detach()], [head, head], [0.3, 0.7], targets)
@@ -358,10 +357,10 @@ def test_bfloat16_is_no_further_from_the_truth_than_the_plain_computation_in_bfl
     truth = plain(hidden, heads, [0.5, 0.5], targets, scheme)
     logits = [head.logits(h) for h, head in zip(hidden, heads, strict=True)]
     in_bf16 = log_probs_and_entropy(mix_logits(logits, [0.5, 0.5], scheme), targets)
-    fused = fused_log_probs(hidden, heads, [0.5, 0.5], targets, scheme, coefficients=known(tokens))
-    assert all(score.dtype == torch.float32 for score in fused)
+    found = fused_log_probs(hidden, heads, [0.5, 0.5], targets, scheme, coefficients=known(tokens))
+    assert all(score.dtype == torch.float32 for score in found)
     true, ours, theirs = (
-        [*(score.detach() for score in scores), *gradients(scores, tensors)] for scores in (truth, fused, in_bf16)
+        [*(score.detach() for score in scores), *gradients(scores, tensors)] for scores in (truth, found, in_bf16)
     )
     for t, o, b in zip(true, ours, theirs, strict=True):
         assert (o.double() - t.double()).norm() <= 1.02 * (b.double() - t.double()).norm()

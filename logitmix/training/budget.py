@@ -17,8 +17,8 @@ import torch
 from peft import PeftConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-# The fused loss head takes so many bytes of logits at a time on a device
-_CHUNK_BYTES = 1_000_000_000
+from logitmix.loss_head.job import CHUNK_BYTES
+
 # TRL's fused head takes so many tokens x so many rows of the vocabulary at a time
 _TILE_TOKENS, _TILE_ROWS = 4096, 32768
 
@@ -186,7 +186,7 @@ def head_bytes(setup: Setup) -> int:
     policy, vocabulary = setup.members[0], min(shape.vocabulary for shape in setup.members)
     tokens = setup.rows * (setup.completion if len(setup.members) > 1 else setup.length)
     if len(setup.members) > 1:
-        logits = 2 * min(4 * tokens * vocabulary, _CHUNK_BYTES)
+        logits = 2 * min(4 * tokens * vocabulary, CHUNK_BYTES["cuda"])
     else:
         logits = min(tokens, _TILE_TOKENS) * min(vocabulary, _TILE_ROWS) * setup.compute
     rows = tokens if setup.adapter else vocabulary + tokens  # beside an adapter the head is frozen

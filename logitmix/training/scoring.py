@@ -13,8 +13,7 @@ from torch import Tensor
 from trl import GRPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
-from logitmix.head_job import Coefficients
-from logitmix.loss_head import clipped_coefficients
+from logitmix.loss_head import Coefficients, clipped_coefficients
 from logitmix.modeling import LogitMixForCausalLM
 from logitmix.scoring import AnchorStates, FusedScorer
 

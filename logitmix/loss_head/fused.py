@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from logitmix.diagnostics import MixtureDiagnostics
-from logitmix.head_general import run_general
-from logitmix.head_job import Coefficients, Gradients, Job
-from logitmix.head_linear import run_linear
 from logitmix.logprobs import Head
+from logitmix.loss_head.general import run_general
+from logitmix.loss_head.job import Coefficients, Gradients, Job
+from logitmix.loss_head.linear import run_linear
 from logitmix.mixing import Scheme, Weights, check_weights
 
 # How far the coefficients may be from those that the loss has in the end, relative to the largest.

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from logitmix.diagnostics import mixture_diagnostics
-from logitmix.head_job import Gradients, Job, add_product
 from logitmix.logprobs import Head, log_probs_and_entropy
+from logitmix.loss_head.job import Gradients, Job, add_product
 from logitmix.mixing import mix_logits
 
 

@@ -18,7 +18,7 @@ Coefficients = Callable[[Tensor, slice], Tensor]
 up to one factor common to all tokens (an accumulation's, or a loss scaler's)."""
 
 # Bytes of a chunk's logits; from here on, reading the heads again for each chunk costs little.
-_CHUNK_BYTES = {"cpu": 36_000_000, "cuda": 1_000_000_000}
+CHUNK_BYTES = {"cpu": 36_000_000, "cuda": 1_000_000_000}
 # Vocabulary rows of a tile: on a CPU it stays in the cache, on a device fewer and larger operations count.
 _TILE = {"cpu": 2048, "cuda": 1 << 15}
 _MAX_CHUNK = {"cpu": 512, "cuda": 8192}
@@ -44,7 +44,7 @@ class Job:
         """Slices of tokens, so few that `columns` values a token fit the budget, but `least` at least, below which
         matrix products are slow."""
         N, device = len(self.targets_N), self.targets_N.device.type
-        fitting = _CHUNK_BYTES.get(device, _CHUNK_BYTES["cuda"]) // (4 * columns)
+        fitting = CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"]) // (4 * columns)
         size = self.chunk or max(least, min(_MAX_CHUNK.get(device, _MAX_CHUNK["cuda"]), fitting))
         yield from (slice(start, min(start + size, N)) for start in range(0, N, size))
 

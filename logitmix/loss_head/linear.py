@@ -11,9 +11,9 @@ probabilities of a whole chunk.
 import torch
 from torch import Tensor
 
-from logitmix.head_comparison import Comparison
-from logitmix.head_job import Gradients, Job, add_product
 from logitmix.logprobs import Head
+from logitmix.loss_head.comparison import Comparison
+from logitmix.loss_head.job import Gradients, Job, add_product
 
 
 class _Group:
