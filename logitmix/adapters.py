@@ -78,11 +78,11 @@ def require_supported(config: PeftConfig, what: str = "peft_config") -> None:
 
 def require_all_trained(model: nn.Module, config: PeftConfig) -> None:
     """Raise `ValueError` for a new adapter of which a part would not train; PEFT passes over unknown names."""
-    if config.lora_alpha == 0:
+    if getattr(config, "lora_alpha", None) == 0:  # other kinds of adapter, without an anchor, have none
         raise ValueError("lora_alpha is 0, which scales the adapter to nothing, so that it would not train")
     paths = [path for path, _ in model.named_modules()]
     for option in ("target_modules", "modules_to_save"):
-        names = getattr(config, option)
+        names = getattr(config, option, None)
         for name in [] if names is None or isinstance(names, str) else sorted(names):
             if not any(f".{path}".endswith(f".{name}") for path in paths):
                 raise ValueError(f"{name!r} in {option} is no module of {_name(model)}; correct it, or leave it out")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from adapters import KINDS, anchor_of, logits, lora, merged_mixture, mixture, reference, save_folders
 from members import tiny_member
-from peft import PeftModel, get_peft_model
+from peft import LNTuningConfig, PeftModel, get_peft_model
 from test_cli import TINY, error_of, members  # noqa: F401
 from test_grpo import assert_same_weights, generated, sampled, trainer_of
 from transformers import AutoModelForCausalLM
@@ -139,6 +139,11 @@ def test_an_adapter_without_an_anchor_trains_as_trl_does(folders, tmp_path):
         models.append(trainer.model)
     assert all(isinstance(model, PeftModel) for model in models)
     assert_same_weights(*models)
+
+
+def test_without_an_anchor_any_kind_of_adapter_goes_to_trl(folders, tmp_path):
+    trainer = trainer_of(tmp_path, folders["base"], peft_config=LNTuningConfig(task_type="CAUSAL_LM"))
+    assert isinstance(trainer.model, PeftModel)
 
 
 def test_what_cannot_be_adapted_is_refused(folders, tmp_path):
