@@ -9,14 +9,12 @@ import torch
 from peft import LoraConfig
 from transformers import AutoConfig, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 
-from logitmix import head_job
 from logitmix.commands.tiny import character_tokenizer, tiny_model
 from logitmix.commands.train import build_trainer
 from logitmix.logprobs import Head
 from logitmix.loss_head import fused_log_probs
 from logitmix.modeling import LogitMixForCausalLM
 from logitmix.tasks import Arithmetic
-from logitmix.training import budget
 from logitmix.training.budget import (
     Batches,
     Setup,
@@ -206,10 +204,6 @@ def test_the_loss_of_a_mixture_peaks_at_a_chunk_of_logits():
     assert head_bytes(setup_of(sizes, sizes, rows=rows, completion=completion)) == pytest.approx(
         measured.peak, rel=0.35
     )
-
-
-def test_the_chunk_is_that_of_the_loss_head_on_a_device():
-    assert head_job._CHUNK_BYTES["cuda"] == budget._CHUNK_BYTES
 
 
 def test_sharing_divides_the_state_and_copying_it_exchanges_gradients():
