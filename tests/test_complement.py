@@ -164,6 +164,8 @@ def test_a_file_and_a_checkpoint(checkpoints, tmp_path, capsys):
         (["empty.jsonl", "one.jsonl"], "holds no responses; evaluate first"),
         (["metrics.jsonl", "one.jsonl"], "its lines have no 'name'; give a file that eval wrote"),
         (["no/such", "one.jsonl"], "no model at"),
+        (["base", "no/such"], "no model at"),
+        (["base", "base"], "is given twice, and would be compared with itself"),
         ([], "required"),
     ],
 )

@@ -190,3 +190,11 @@ def test_runs_that_cannot_be_reported(runs, capsys, source, message):
     assert status == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert not out.exists()
+
+
+def test_a_run_given_twice_is_refused(runs, capsys):
+    run = next(path for path in sorted(runs.iterdir()) if (path / "evaluations.jsonl").exists())
+    status, out = report(runs, str(run), f"{run}/")
+    assert status == 2
+    assert "is given twice, and would be compared with itself" in capsys.readouterr().err
+    assert not out.exists()

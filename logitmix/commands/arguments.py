@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -242,3 +243,11 @@ def parse(program: str, description: str, dataclasses: Sequence[type], argv: Seq
         if isinstance(instance, RecipeArguments):
             instance.sources = parser.sources(argv)
     return tuple(parsed)
+
+
+def require_distinct(sources: Sequence[str], what: str) -> None:
+    """Raise `ValueError` where a file or folder stands twice among those to compare."""
+    paths = [Path(source).resolve() for source in sources]
+    for i, source in enumerate(sources):
+        if paths[i] in paths[:i]:
+            raise ValueError(f"the {what} {source} is given twice, and would be compared with itself; give it once")

@@ -8,13 +8,13 @@ from typing import Any
 
 from accelerate import PartialState
 
-from logitmix.commands.arguments import LoadingArguments, TaskArguments, parse
+from logitmix.commands.arguments import LoadingArguments, TaskArguments, parse, require_distinct
 from logitmix.commands.evaluate import DecodingArguments
 from logitmix.commands.responses import Responses, open_responses, whole_lines
 from logitmix.commands.runs import RESPONSES_FILE, console
 from logitmix.evaluation.complement import complement
 from logitmix.evaluation.decode import decoder, in_batches, members_of, requests_for
-from logitmix.members import load_member, load_tokenizer, require_same_tokenizer, require_tokenizer
+from logitmix.members import load_member, require_same_tokenizer, require_tokenizer
 from logitmix.report.tables import print_complement
 
 COMPLEMENT_FILE = "complement.json"
@@ -46,6 +46,7 @@ def main(argv: Sequence[str]) -> None:
     )
     if len(compared.sources) not in (1, 2):
         raise ValueError(f"{len(compared.sources)} sources are given; a comparison is of one or two")
+    require_distinct(compared.sources, "source")
     checkpoints = [source for source in compared.sources if _responses_of(source) is None]
     decoded: dict[str, Rows] = {}
     if checkpoints:
@@ -69,7 +70,8 @@ def evaluate(
     args: DecodingArguments,
 ) -> dict[str, Rows]:
     """Greedy responses of the checkpoints, one loaded at a time; of one alone those of its policy and its anchor."""
-    require_same_tokenizer([t for t in map(load_tokenizer, checkpoints) if t is not None])
+    # before the first decodes: a second that does not exist must not cost the first's hours
+    require_same_tokenizer([require_tokenizer(source) for source in checkpoints])
     task = task_args.load()
     problems = task.problems("test", task_args.eval_limit)
     given = [vars(group) for group in (compared, task_args, loading, args)]

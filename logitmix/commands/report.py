@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from logitmix.commands.arguments import parse
+from logitmix.commands.arguments import parse, require_distinct
 from logitmix.commands.runs import console
 from logitmix.evaluation.statistics import Estimate, wilson_interval
 from logitmix.report.figures import plot_panel
@@ -37,6 +37,7 @@ def main(argv: Sequence[str]) -> None:
     folder = Path(args.output_dir)
     if folder.is_file():
         raise ValueError(f"{folder} is a file; --output_dir must be a folder")
+    require_distinct(args.runs, "run")
     arms = arms_of(run for source in args.runs for run in read_run(source))
     folder.mkdir(parents=True, exist_ok=True)
     svgs = {}
