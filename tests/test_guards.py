@@ -2,15 +2,12 @@
 
 import copy
 import math
-import os
 import re
-import subprocess
-import sys
-import textwrap
 
 import pytest
 import torch
 from test_grpo import PROMPTS, count_vowels, mixture, trainer_of
+from torchrun import run_two_processes
 from transformers import TrainerCallback
 
 from logitmix.training.guards import broken_parameter, broken_reward
@@ -179,15 +176,7 @@ TWO_PROCESSES = """
 
 @pytest.mark.slow
 def test_processes_stop_together_and_each_saves_its_batch(tmp_path):
-    script = tmp_path / "two.py"
-    script.write_text(textwrap.dedent(TWO_PROCESSES))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    result = subprocess.run(
-        [*command, str(script), str(tmp_path / "run")], capture_output=True, text=True, timeout=240,
-        env=os.environ | {"PYTHONPATH": ":".join(sys.path)},
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.count("stopped") == 2
+    assert run_two_processes(TWO_PROCESSES, tmp_path).count("stopped") == 2
     advantages = [
         torch.load(tmp_path / "run" / "nonfinite-step-2" / f"rank-{rank}.pt")["batches"][0]["advantages"]
         for rank in (0, 1)

@@ -221,7 +221,7 @@ def test_a_resumed_sft_equals_the_one_never_killed(train, tmp_path):
 @pytest.mark.slow
 def test_two_processes_resume_as_one_run(train, tmp_path):
     """From a checkpoint in the midst of a generation's updates, in a folder that has moved."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29533", "-m"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
     flags = [*train, "--per_device_train_batch_size", "4", "--save_total_limit", "8"]
     path = os.pathsep.join([str(Path(kill_and_resume.__file__).parent), os.environ.get("PYTHONPATH", "")])
 

@@ -4,14 +4,11 @@ Shape legend: Q questions, G rollouts each, N = Q·G.
 """
 
 import math
-import os
-import subprocess
-import sys
-import textwrap
 
 import pytest
 import torch
 from test_grpo import EPS, PROMPTS, grpo_loop, trainer_of
+from torchrun import run_two_processes
 
 from logitmix.training.grpo import group_factors
 from logitmix.training.sampling import QuestionStream, has_spread, replaced, shareable
@@ -219,12 +216,4 @@ TWO_PROCESSES = """
 
 @pytest.mark.slow
 def test_two_processes_refill_as_one(tmp_path):
-    script = tmp_path / "two.py"
-    script.write_text(textwrap.dedent(TWO_PROCESSES))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    result = subprocess.run(
-        [*command, str(script), str(tmp_path / "run")], capture_output=True, text=True, timeout=240,
-        env=os.environ | {"PYTHONPATH": ":".join(sys.path)},
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.count("agreed") == 2
+    assert run_two_processes(TWO_PROCESSES, tmp_path).count("agreed") == 2

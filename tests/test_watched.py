@@ -1,15 +1,12 @@
 """What the trainer logs of a step, against the same numbers computed apart."""
 
-import os
-import subprocess
-import sys
-import textwrap
 import time
 
 import pytest
 import torch
 from members import tiny_member
 from test_grpo import generated, mixture, trainer_of
+from torchrun import run_two_processes
 
 from logitmix.training.clock import Clock
 
@@ -169,12 +166,4 @@ def means_over_tokens(trainer, inputs, ids, mask):
 
 @pytest.mark.slow
 def test_two_processes_log_means_over_the_tokens_of_both(tmp_path):
-    script = tmp_path / "two.py"
-    script.write_text(textwrap.dedent(TWO_PROCESSES))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    result = subprocess.run(
-        [*command, str(script), str(tmp_path / "run")], capture_output=True, text=True, timeout=240,
-        env=os.environ | {"PYTHONPATH": ":".join(sys.path)},
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.count("agreed") == 2
+    assert run_two_processes(TWO_PROCESSES, tmp_path).count("agreed") == 2

@@ -1,0 +1,27 @@
+"""A script in two processes on the CPU, as torchrun starts them."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+# gloo's threads may abort a process that exits while they run
+_LAST_LINES = """
+from accelerate import PartialState
+
+PartialState().destroy_process_group()
+"""
+
+
+def run_two_processes(script: str, folder: Path) -> str:
+    """What the script prints, in both processes; `folder/run` is its argument."""
+    path = folder / "two.py"
+    path.write_text(textwrap.dedent(script) + _LAST_LINES)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    result = subprocess.run(
+        [*command, str(path), str(folder / "run")], capture_output=True, text=True, timeout=240,
+        env=os.environ | {"PYTHONPATH": ":".join(sys.path)},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
