@@ -117,9 +117,8 @@ def open_responses(output_dir: str | None, arguments: Mapping[str, Any]) -> Resp
 
 
 def whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file that may still be written: a last one that was torn off is left out."""
-    lines = path.read_text().split("\n")[:-1]
+    """The rows of a file that the user named: where it holds something else, a sentence says so."""
     try:
-        return [json.loads(line) for line in lines]
-    except ValueError as error:
+        return read_jsonl(path)
+    except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON lines ({error}); choose another --output_dir") from error
