@@ -18,7 +18,7 @@ Coefficients = Callable[[Tensor, slice], Tensor]
 up to one factor common to all tokens (an accumulation's, or a loss scaler's)."""
 
 # Bytes of a chunk's logits; from here on, reading the heads again for each chunk costs little.
-CHUNK_BYTES = {"cpu": 36_000_000, "cuda": 1_000_000_000}
+CHUNK_BYTES = {"cpu": 32_000_000, "cuda": 1_000_000_000}
 # Vocabulary rows of a tile: on a CPU it stays in the cache, on a device fewer and larger operations count.
 _TILE = {"cpu": 2048, "cuda": 1 << 15}
 _MAX_CHUNK = {"cpu": 512, "cuda": 8192}
@@ -86,5 +86,16 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, half: torch.dtype | None = No
     beta = 0 if overwrite else 1
     if half is not None and out.is_cuda:
         torch.addmm(out, a.to(half), b.to(half), beta=beta, out_dtype=out.dtype, out=out)
-    else:  # a CPU in half precision would round the sums as well
-        out.addmm_(a.to(out.dtype), b.to(out.dtype), beta=beta)
+        return
+    a, b = a.to(out.dtype), b.to(out.dtype)  # a CPU in half precision would round the sums as well
+    if _multiplies_by_onednn(out):
+        product = torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "")
+        out.copy_(product) if overwrite else out.add_(product)
+    else:
+        out.addmm_(a, b, beta=beta)
+
+
+def _multiplies_by_onednn(out: Tensor) -> bool:
+    """Where oneDNN is up to twice as fast as `torch.mm`, that is MKL's, which uses AVX-512 on Intel's CPUs alone."""
+    is_asked = out.device.type == "cpu" and out.dtype == torch.float32 and bool(torch.backends.mkldnn.enabled)
+    return is_asked and torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
