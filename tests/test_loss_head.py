@@ -15,6 +15,7 @@ from torch import Tensor
 from logitmix.diagnostics import mixture_diagnostics
 from logitmix.logprobs import Head, log_probs_and_entropy
 from logitmix.loss_head import clipped_coefficients, fused, fused_log_probs, linear
+from logitmix.loss_head.job import add_product
 from logitmix.mixing import SCHEMES, mix_logits
 
 N, V, WIDTHS = 7, 11, (5, 3, 4)
@@ -170,6 +171,28 @@ def test_gradcheck(scheme):
     assert torch.autograd.gradcheck(scores, tensors)
     # without the heads the gradient is taken in the forward pass
     assert torch.autograd.gradcheck(lambda *h: scores(*h, *(x.detach() for x in tensors[2:]))[0], tensors[:2])
+
+
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkldnn.is_available(),
+    reason="oneDNN multiplies on CPUs with AVX-512 alone",
+)
+@pytest.mark.parametrize(("tokens", "rows", "width"), [(1, 1, 1), (1, 2048, 33), (7, 100, 1), (128, 2047, 64)])
+def test_onednn_multiplies_in_the_layouts_of_the_passes(tokens, rows, width):
+    """An assumption about torch: `torch.ops.mkldnn._linear_pointwise` takes strided factors, and is exact."""
+    hidden, weight = torch.randn(tokens, width), torch.randn(rows, width)
+    masses = torch.randn(tokens, rows + 5)[:, :rows]
+    for a, b in ((hidden, weight.T), (masses, weight), (masses.T, hidden)):
+        start = torch.randn(len(a), b.shape[1])
+        for overwrite in (False, True):
+            out, before = start.clone(), 0.0 if overwrite else start.double()
+            add_product(out, a, b, overwrite=overwrite)
+            torch.testing.assert_close(out.double(), before + a.double() @ b.double(), rtol=1e-5, atol=1e-4)
+
+
+def test_without_onednn_the_result_is_the_same():
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert_agree(random_problem(bias=True, dtype=torch.float32), [0.4, 0.6], 2e-4, chunk=3, tile=4)
 
 
 # --- gradients only where asked, and only once -----------------------------------------------------------------------
