@@ -184,7 +184,7 @@ VARIANTS: dict[str, tuple[str, Variant]] = {
     "shared": ("ours, one frozen head of both members", fused_shared),
     "again": ("ours, computed again in the backward pass", fused_again),
     "prob": ("ours, scheme prob", fused_prob),
-    "products": ("the four matrix products alone", products),
+    "products": ("the four matrix products alone, `torch.mm`", products),
 }
 ONLY_AT_A = ("trl", "trl_single", "again", "prob")  # minutes at B, where nothing is asked of them
 # ours, against, at shapes, time at most, workspace at most

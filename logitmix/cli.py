@@ -54,6 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return importlib.import_module(VERBS[verb][0]).main(flags) or 0
     except (ValueError, OSError, FloatingPointError, ImportError) as error:
         return _fail(str(error))
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+            raise
+        return _fail(f"{error} Take fewer sequences at a time: logitmix {verb} --help lists the batch sizes")
     except KeyboardInterrupt:
         print("logitmix: interrupted", file=sys.stderr)
         return 130

@@ -172,6 +172,8 @@ def test_resuming_without_a_checkpoint(train, capsys):
         (["--beta", "0.01"], "beta"),
         (["--config", "missing.yaml"], "there is no config file 'missing.yaml'"),
         (["--config"], "needs the path"),
+        (["--max_steps", "0"], "max_steps is 0; it must be above 0, or -1"),
+        (["--epsilon", "-1"], "epsilon is -1.0; it must be at least 0"),
         (["--rollout_batch_size", "0"], "rollout_batch_size is 0, but must be at least 1"),
         (["--loss_type", "groups"], "loss_type is 'groups'; it must be one of 'group', 'grpo'"),
         (["--eval_every", "0"], "--eval_every is 0, but must be at least 1"),
@@ -210,6 +212,14 @@ def test_an_empty_data_set_is_refused(train, tmp_path, capsys):
     (tmp_path / "train.jsonl").write_text("")
     (tmp_path / "test.jsonl").write_text("")
     assert "logitmix: error" in error_of(capsys, [*train, "--task", "hendrycks_math", "--data", str(tmp_path)])
+
+
+def test_memory_that_runs_out_is_answered_by_one_sentence(monkeypatch, capsys):
+    def run_out(argv):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("logitmix.commands.evaluate.main", run_out)
+    assert "Tried to allocate 2.00 GiB. Take fewer sequences at a time" in error_of(capsys, ["eval"])
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["--version"]])

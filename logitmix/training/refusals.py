@@ -33,6 +33,7 @@ def refuse_unsuitable_options(args: LogitMixGRPOConfig, model: PreTrainedModel, 
             "truncated; set it to False, or leave out stop_strings"
         )
     refuse_unknown_choices(args)
+    refuse_unsuitable_numbers(args)
     refuse_idle_options(args)
     if args.use_vllm and not is_vllm_available():
         raise ValueError("use_vllm is set, but vLLM is not installed: pip install vllm, or leave out use_vllm")
@@ -65,6 +66,15 @@ def refuse_unknown_choices(args: LogitMixGRPOConfig) -> None:
     ):
         if getattr(args, name) not in choices:
             raise ValueError(f"{name} is {getattr(args, name)!r}; it must be one of {', '.join(map(repr, choices))}")
+
+
+def refuse_unsuitable_numbers(args: LogitMixGRPOConfig) -> None:
+    if args.max_steps == 0:  # for which transformers would take num_train_epochs
+        raise ValueError("max_steps is 0; it must be above 0, or -1 to train for num_train_epochs")
+    for name in ("epsilon", "epsilon_high", "beta"):
+        value = getattr(args, name)
+        if value is not None and value < 0:
+            raise ValueError(f"{name} is {value}; it must be at least 0")
 
 
 def refuse_idle_options(args: LogitMixGRPOConfig) -> None:
