@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import is_flash_attn_2_available
 
 from logitmix.cli import main
-from logitmix.commands.quickstart import TITLES
-from logitmix.commands.runs import read_jsonl
 from logitmix.commands.tiny import character_tokenizer, tiny_model
 from logitmix.commands.train import hold_out
 from logitmix.evaluation.outcomes import unpack
 from logitmix.modeling import LogitMixForCausalLM
+from logitmix.recipes import TITLES
+from logitmix.run_files import read_jsonl
 from logitmix.tasks import Arithmetic
 
 TINY = [

@@ -10,12 +10,12 @@ import yaml
 from transformers import AutoConfig
 
 from logitmix.cli import main
-from logitmix.commands.quickstart import TITLES, QuickstartArguments
+from logitmix.commands.quickstart import QuickstartArguments
 from logitmix.commands.sft import parse_sft
 from logitmix.commands.tiny import character_tokenizer, tiny_model
 from logitmix.commands.train import parse_train
 from logitmix.modeling import LogitMixForCausalLM
-from logitmix.recipes import ARMS, CELLS, FOLDER, NAMES, PAPER_CELLS, SOURCES, load_recipe
+from logitmix.recipes import ARMS, CELLS, FOLDER, NAMES, PAPER_CELLS, SOURCES, TITLES, load_recipe
 from logitmix.tasks import Arithmetic
 from logitmix.training.budget import Batches, model_shape
 

@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset
 from trl.trainer.utils import RepeatSampler
 
-from logitmix.commands.runs import read_jsonl
+from logitmix.run_files import read_jsonl
 from logitmix.training.checkpoints import FILE_LIST, STAGING, fault, last_whole_checkpoint
 from logitmix.training.resume import EpochRepeatSampler
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import pytest
 
 from logitmix.commands.provenance import fingerprint, git_commit
-from logitmix.commands.runs import append_jsonl, drop_lines_after, find_checkpoint, read_jsonl, record_start, rewind
+from logitmix.commands.runs import append_jsonl, drop_lines_after, find_checkpoint, record_start, rewind
+from logitmix.run_files import read_jsonl
 
 ROWS = [{"step": 1, "x": "a\u2028b\nc"}, {"step": 2}, {"step": 2, "train_runtime": 3.5}, {"name": "no step"}]
 

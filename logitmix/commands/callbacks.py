@@ -13,16 +13,8 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 from trl import GRPOTrainer
 
 from logitmix.commands.provenance import fingerprint
-from logitmix.commands.runs import (
-    COMPLETIONS_FILE,
-    METRICS_FILE,
-    append_jsonl,
-    console,
-    progress_bar,
-    record_start,
-    require_same_data,
-    rewind,
-)
+from logitmix.commands.runs import append_jsonl, console, progress_bar, record_start, require_same_data, rewind
+from logitmix.run_files import COMPLETIONS_FILE, METRICS_FILE
 from logitmix.training.checkpoints import explained_write_errors
 from logitmix.training.sharding import whole_state_dict
 

@@ -10,12 +10,13 @@ from accelerate import PartialState
 
 from logitmix.commands.arguments import LoadingArguments, TaskArguments, parse, require_distinct
 from logitmix.commands.evaluate import DecodingArguments
-from logitmix.commands.responses import Responses, open_responses, whole_lines
-from logitmix.commands.runs import RESPONSES_FILE, console
+from logitmix.commands.responses import Responses, open_responses
+from logitmix.commands.runs import console
 from logitmix.evaluation.complement import complement
 from logitmix.evaluation.decode import decoder, in_batches, members_of, requests_for
 from logitmix.members import load_member, require_same_tokenizer, require_tokenizer
 from logitmix.report.tables import print_complement
+from logitmix.run_files import RESPONSES_FILE, read_jsonl
 
 COMPLEMENT_FILE = "complement.json"
 
@@ -128,7 +129,7 @@ def _read(source: str) -> tuple[Rows, str | None]:
     found = _responses_of(source)
     assert found is not None
     path, name = found
-    rows = whole_lines(path)
+    rows = read_jsonl(path)
     if not rows:
         raise ValueError(f"{path} holds no responses; evaluate first, with logitmix eval --output_dir")
     missing = [

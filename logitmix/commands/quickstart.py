@@ -22,16 +22,7 @@ from trl import SFTTrainer
 
 from logitmix.commands.arguments import parse
 from logitmix.commands.callbacks import EverySteps, train_watched
-from logitmix.commands.runs import (
-    EVALUATIONS_FILE,
-    RESPONSES_FILE,
-    append_jsonl,
-    console,
-    find_checkpoint,
-    progress_bar,
-    read_jsonl,
-    record_start,
-)
+from logitmix.commands.runs import append_jsonl, console, find_checkpoint, progress_bar, record_start
 from logitmix.commands.sft import parse_sft
 from logitmix.commands.tiny import character_tokenizer, tiny_model
 from logitmix.commands.train import build_trainer, evaluation, hold_out, parse_train
@@ -39,9 +30,10 @@ from logitmix.evaluation.decode import greedy_responses, members_of
 from logitmix.evaluation.metrics import Rates, rates_by
 from logitmix.members import load_member
 from logitmix.modeling import LogitMixForCausalLM
-from logitmix.recipes import load_recipe
+from logitmix.recipes import TITLES, load_recipe
 from logitmix.report.figures import plot_curves, plot_sweep
 from logitmix.report.tables import print_rates, print_sweep
+from logitmix.run_files import EVALUATIONS_FILE, RESPONSES_FILE, read_jsonl
 from logitmix.tasks import Problem
 from logitmix.tasks.arithmetic import Arithmetic
 from logitmix.training.alpha import VALIDATING
@@ -52,15 +44,6 @@ SWEEP_ALPHAS = [i / 10 for i in range(11)]
 CORPUS_SIZE = 20_000
 MAX_NEW_TOKENS = 48
 CELL = "arithmetic/tiny"
-# What an arm is called in the table and in the figure
-TITLES = {
-    "fixed_mixing": "fixed mixing",
-    "adaptive_mixing": "adaptive mixing",
-    "prob_mixing": "probability mixing",
-    "base_anchor": "base anchor",
-    "grpo_kl": "GRPO+KL",
-    "grpo": "GRPO beta 0",
-}
 
 
 @dataclass

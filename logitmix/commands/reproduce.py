@@ -18,17 +18,7 @@ from logitmix.commands import sft, sweep, train
 from logitmix.commands.arguments import parse
 from logitmix.commands.quickstart import CORPUS_SIZE
 from logitmix.commands.quickstart import sft as train_on
-from logitmix.commands.responses import whole_lines
-from logitmix.commands.runs import (
-    EVALUATIONS_FILE,
-    METRICS_FILE,
-    RESPONSES_FILE,
-    RUN_FILE,
-    append_jsonl,
-    console,
-    read_jsonl,
-    record_start,
-)
+from logitmix.commands.runs import append_jsonl, console, record_start
 from logitmix.commands.scales import BASE, SWEEP, Piece, Scale, pieces, scale_of
 from logitmix.commands.tiny import character_tokenizer, tiny_model
 from logitmix.evaluation.claims import check_size
@@ -37,6 +27,7 @@ from logitmix.evaluation.outcomes import packed_outcomes
 from logitmix.evaluation.sweep import by_mix
 from logitmix.recipes import ARMS
 from logitmix.report.reproduction import write_reproduction
+from logitmix.run_files import EVALUATIONS_FILE, METRICS_FILE, RESPONSES_FILE, RUN_FILE, read_jsonl
 from logitmix.tasks.arithmetic import Arithmetic
 
 TIMES_FILE = "times.jsonl"
@@ -195,7 +186,7 @@ def write(folder: Path, name: str, scale: Scale, made: Sequence[Piece]) -> None:
 def results(piece: Piece) -> list[dict[str, Any]]:
     """What a whole piece measured, as rows of `results.jsonl`."""
     if piece.kind == SWEEP:
-        responses = whole_lines(piece.folder / RESPONSES_FILE)
+        responses = read_jsonl(piece.folder / RESPONSES_FILE)
         return [
             {"what": "sweep", "seed": piece.seed, "scheme": scheme, "alpha": alpha}
             | asdict(rates(rows))

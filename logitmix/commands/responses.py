@@ -8,17 +8,9 @@ from typing import Any
 
 from accelerate import PartialState
 
-from logitmix.commands.runs import (
-    HELD,
-    RESPONSES_FILE,
-    RUN_FILE,
-    append_jsonl,
-    console,
-    progress_bar,
-    read_jsonl,
-    record_start,
-)
+from logitmix.commands.runs import HELD, append_jsonl, console, progress_bar, record_start
 from logitmix.evaluation.decode import Decode, Request
+from logitmix.run_files import RESPONSES_FILE, RUN_FILE, read_jsonl
 
 # May differ between an evaluation and its continuation: it is how a batch is made to fit into memory
 MAY_CHANGE = {"batch_size"}
@@ -30,7 +22,7 @@ class Responses:
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
         self.rows: list[dict[str, Any]] = []
-        self._earlier = whole_lines(path) if path is not None and path.exists() else []
+        self._earlier = read_jsonl(path) if path is not None and path.exists() else []
 
     def add(self, title: str, batches: Sequence[Sequence[Request]], decode: Decode) -> None:
         """Add the responses to the batches; those that the file holds already are not decoded again.
@@ -114,11 +106,3 @@ def open_responses(output_dir: str | None, arguments: Mapping[str, Any]) -> Resp
             raise ValueError(f"{output_dir} holds something else ({held}); choose another --output_dir")
     record_start(output_dir, arguments)
     return Responses(folder / RESPONSES_FILE)
-
-
-def whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file that the user named: where it holds something else, a sentence says so."""
-    try:
-        return read_jsonl(path)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON lines ({error}); choose another --output_dir") from error

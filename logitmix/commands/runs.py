@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers.utils import logging as transformers_logging
 
 from logitmix.commands.provenance import provenance
+from logitmix.run_files import RUN_FILE, read_jsonl
 from logitmix.training.checkpoints import (
     explained_write_errors,
     fault,
@@ -22,12 +23,6 @@ from logitmix.training.checkpoints import (
     saved_checkpoints,
     sync,
 )
-
-RUN_FILE = "run.jsonl"
-METRICS_FILE = "metrics.jsonl"
-EVALUATIONS_FILE = "evaluations.jsonl"
-COMPLETIONS_FILE = "completions.jsonl"
-RESPONSES_FILE = "responses.jsonl"
 
 # A folder that holds one of these is somebody's: a run, or a model
 HELD = (RUN_FILE, "checkpoint-*", "config.json", "*.safetensors", "*.bin")
@@ -203,14 +198,6 @@ def append_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with explained_write_errors(path.parent, path.name), path.open("a") as file:
         file.write("".join(json.dumps(row, default=str) + "\n" for row in rows))
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file; a last line that a kill has cut is left out."""
-    if not path.exists():
-        raise ValueError(f"{path} does not exist")
-    *lines, _ = path.read_bytes().split(b"\n")
-    return [json.loads(line) for line in lines]
 
 
 def progress_bar() -> Progress:

@@ -10,6 +10,7 @@ from logitmix.commands.arguments import ModelArguments, RecipeArguments, TaskArg
 from logitmix.commands.callbacks import run_training
 from logitmix.commands.dry_run import dry_run_sft
 from logitmix.commands.runs import console, find_checkpoint
+from logitmix.commands.trackers import require_trackers
 from logitmix.members import load_member, require_tokenizer
 from logitmix.modeling import LogitMixForCausalLM
 from logitmix.training.sft import ResumableSFTTrainer, sft_dataset
@@ -32,6 +33,7 @@ def main(argv: Sequence[str]) -> None:
     if recipe_args.dry_run:
         dry_run_sft(recipe_args, task_args, model_args, adapter_args, args)
         return
+    require_trackers(args.report_to)
     peft_config = adapter_args.peft_config
     arguments = {"command": "sft", "recipe": recipe_args.recipe}
     arguments |= vars(task_args) | vars(model_args) | vars(adapter_args) | args.to_dict()

@@ -14,13 +14,15 @@ from logitmix.commands.adapters import AdapterArguments, say_what_is_shared
 from logitmix.commands.arguments import EvaluationArguments, ModelArguments, RecipeArguments, TaskArguments, parse
 from logitmix.commands.callbacks import CompletionsFile, EverySteps, run_training
 from logitmix.commands.dry_run import dry_run_train
-from logitmix.commands.runs import EVALUATIONS_FILE, append_jsonl, console, find_checkpoint
+from logitmix.commands.runs import append_jsonl, console, find_checkpoint
+from logitmix.commands.trackers import require_trackers, tell_trackers
 from logitmix.evaluation.decode import BATCH_SIZE, greedy_responses, members_of
 from logitmix.evaluation.metrics import rates_by
 from logitmix.evaluation.outcomes import packed_outcomes
 from logitmix.generation import require_chat_template
 from logitmix.members import require_tokenizer
 from logitmix.recipes import SFT, load_recipe
+from logitmix.run_files import EVALUATIONS_FILE
 from logitmix.tasks import Problem, Task
 from logitmix.training.alpha import VALIDATING
 from logitmix.training.config import LogitMixGRPOConfig
@@ -52,6 +54,7 @@ def main(argv: Sequence[str]) -> None:
     if recipe_args.dry_run:
         dry_run_train(recipe_args, task_args, model_args, adapter_args, eval_args, args)
         return
+    require_trackers(args.report_to)
     require_recipes_anchor(recipe_args.recipe, (model_args.model_name_or_path, args.anchor))
     peft_config = adapter_args.peft_config
     arguments = {"command": "train", "recipe": recipe_args.recipe}
@@ -155,10 +158,12 @@ def evaluation(
         anchor.extend(row for row in rows if row["name"] == "anchor")
         rows = [row for row in rows if row["name"] != "anchor"] + anchor
         if trainer.is_world_process_zero():
+            rates = {name: asdict(r) for name, r in rates_by(rows, "name").items()}
             lines = [
-                {"step": step, "name": name} | asdict(r) | packed_outcomes(row for row in rows if row["name"] == name)
-                for name, r in rates_by(rows, "name").items()
+                {"step": step, "name": name} | r | packed_outcomes(row for row in rows if row["name"] == name)
+                for name, r in rates.items()
             ]
             append_jsonl(folder / EVALUATIONS_FILE, lines)
+            tell_trackers(trainer, rates)
 
     return evaluate

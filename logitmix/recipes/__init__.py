@@ -28,6 +28,15 @@ FOLDER = Path(__file__).parent
 SOURCES = {"P": "paper", "C": "authors' code", "O": "our choice"}
 SFT = "sft"
 ARMS = tuple(sorted(path.stem for path in (FOLDER / "arms").glob("*.yaml")))
+# What reports call the arms, in their order
+TITLES = {
+    "fixed_mixing": "fixed mixing",
+    "adaptive_mixing": "adaptive mixing",
+    "prob_mixing": "probability mixing",
+    "base_anchor": "base anchor",
+    "grpo_kl": "GRPO+KL",
+    "grpo": "GRPO beta 0",
+}
 PAPER_CELLS = tuple(map("/".join, product(("math", "cn_k12", "mmlu"), ("1.5b", "3b", "7b"))))
 CELLS = (*PAPER_CELLS, "arithmetic/tiny")  # the second for a laptop, where `logitmix quickstart` uses it
 NAMES = tuple(f"{cell}/{arm}" for cell, arm in product(CELLS, (SFT, *ARMS)))

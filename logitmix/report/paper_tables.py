@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from logitmix.commands.quickstart import TITLES
 from logitmix.evaluation.outcomes import KEYS, Outcomes
 from logitmix.evaluation.statistics import (
     Estimate,
@@ -18,6 +17,7 @@ from logitmix.evaluation.statistics import (
     paired_difference,
     wilson_interval,
 )
+from logitmix.recipes import TITLES
 from logitmix.report.tables import interval, p_value, percent
 
 SweepCells = dict[tuple[str, float], dict[str, float]]

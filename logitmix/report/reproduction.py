@@ -6,11 +6,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from logitmix.commands.quickstart import TITLES
 from logitmix.evaluation.claims import findings
 from logitmix.evaluation.findings import Finding
 from logitmix.evaluation.outcomes import Outcomes
-from logitmix.recipes import PAPER_CELLS
+from logitmix.recipes import PAPER_CELLS, TITLES
 from logitmix.report.figures import plot_panel, plot_sweep
 from logitmix.report.pages import reproduction_page
 from logitmix.report.paper_tables import (

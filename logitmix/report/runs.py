@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from logitmix.commands.responses import whole_lines
-from logitmix.commands.runs import EVALUATIONS_FILE, METRICS_FILE, RUN_FILE
+from logitmix.run_files import EVALUATIONS_FILE, METRICS_FILE, RUN_FILE, read_jsonl
 
 # Two runs that differ in nothing else are one arm with two seeds
 NOT_THE_ARM = {
@@ -135,7 +134,7 @@ def read_run(source: str) -> list[Run]:
 
 def _read(folder: Path, label: str) -> Run:
     lines = {
-        name: whole_lines(folder / name) if (folder / name).exists() else []
+        name: read_jsonl(folder / name) if (folder / name).exists() else []
         for name in (RUN_FILE, EVALUATIONS_FILE, METRICS_FILE)
     }
     if not lines[EVALUATIONS_FILE]:
