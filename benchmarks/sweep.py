@@ -85,9 +85,11 @@ def measure(folder: Path, args: argparse.Namespace) -> str:
     decode_with(model, [0.5], args.problems, args.tokens)  # warm up
     sizes = ("--problems", str(args.problems), "--tokens", str(args.tokens))
     seconds: dict[str, list[float]] = {"many": [], "one": [], "loads": [], "processes": []}
-    for first in [True] + [False] * (args.rounds - 1):
-        seconds["many"].append(decode_with(model, ALPHAS, args.problems, args.tokens))
-        seconds["one"].append(decode_with(model, [0.5] * len(ALPHAS), args.problems, args.tokens))
+    alphas = {"many": ALPHAS, "one": [0.5] * len(ALPHAS)}
+    for number in range(args.rounds):
+        first = number == 0
+        for way in ("one", "many") if number % 2 else ("many", "one"):  # or one of them would always come second
+            seconds[way].append(decode_with(model, alphas[way], args.problems, args.tokens))
         start = time.perf_counter()
         for alpha in ALPHAS:
             decode(folder, [alpha], args.problems, args.tokens)

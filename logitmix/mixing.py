@@ -100,19 +100,28 @@ def _upcast(z: Tensor) -> Tensor:
 
 def _weigh(z_BV: Tensor, weight: Tensor, scheme: str) -> Tensor:
     """`w * z` (logit) or `log w + log softmax(z)` (prob) for one member; `weight` is a scalar or `[B]`."""
+    off = torch.empty(0, dtype=torch.long)
     if weight.dim() == 1:
+        off = (weight == 0).nonzero().squeeze(1).to(z_BV.device)
         weight = weight.to(z_BV).view(-1, *[1] * (z_BV.dim() - 1))
-        # before anything else: behind a softmax, the gradient of an infinite or NaN row would be NaN, not 0
-        z_BV = z_BV.masked_fill(weight == 0, 0.0)
     if scheme == "prob":
-        return torch.log_softmax(z_BV, dim=-1) + weight.log()
-    return z_BV * weight
+        if len(off) and z_BV.requires_grad:
+            # behind a softmax, the gradient of an infinite or NaN row would be NaN, not 0
+            z_BV = z_BV.index_fill(0, off, 0.0)
+        term_BV = torch.log_softmax(z_BV, dim=-1) + weight.log()
+    else:
+        term_BV = z_BV * weight
+    # the rows alone, in place: a pass over all logits for them would cost as much as the product
+    return term_BV.index_fill_(0, off, -torch.inf if scheme == "prob" else 0.0) if len(off) else term_BV
 
 
 def _logsumexp(terms: list[Tensor]) -> Tensor:
     """`log(sum_k exp(term_k))`; a token that every member rules out stays at -inf, with gradient 0."""
     out = terms[0]
     for term in terms[1:]:
+        if not (out.requires_grad or term.requires_grad):
+            out = torch.logaddexp(out, term)
+            continue
         ruled_out = torch.isneginf(out) & torch.isneginf(term)
         # logaddexp's gradient at (-inf, -inf) is NaN, so those entries go through it as zeros
         mixed = torch.logaddexp(out.masked_fill(ruled_out, 0.0), term.masked_fill(ruled_out, 0.0))

@@ -233,6 +233,25 @@ def test_a_member_of_weight_0_does_not_take_part(scheme, bad):
     assert (policy.grad[:2] != 0).any(-1).all()
 
 
+@both_schemes
+@pytest.mark.parametrize("bad", [INF, -INF, torch.nan])
+@pytest.mark.parametrize("shape", [(3, V), (3, T, V)])
+def test_rows_of_weight_0_without_gradients(scheme, bad, shape):
+    """As a decoding step has them: the same values as with gradients, and the members' logits stay as they are."""
+    policy, anchor = torch.randn(2, *shape)
+    policy[2], anchor[0], anchor[1, ..., 0], policy[1, ..., 0] = bad, bad, -INF, -INF
+    before = [policy.clone(), anchor.clone()]
+    weights = [[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]]
+    mixed = mix_logits([policy, anchor], weights, scheme)
+    for member, copy in zip((policy, anchor), before, strict=True):
+        torch.testing.assert_close(member, copy, rtol=0, atol=0, equal_nan=True)
+    with_gradients = mix_logits([policy.requires_grad_(), anchor.requires_grad_()], weights, scheme)
+    torch.testing.assert_close(mixed, with_gradients.detach(), rtol=0, atol=0)
+    torch.testing.assert_close(mixed[0].softmax(-1), policy[0].softmax(-1).detach())
+    torch.testing.assert_close(mixed[2].softmax(-1), anchor[2].softmax(-1).detach())
+    assert (mixed[1].softmax(-1)[..., 0] == 0).all()
+
+
 def test_all_weights_0_is_the_uniform_distribution():
     logits = random_logits(dtype=torch.bfloat16)
     for weights in ([0.0, 0.0], [[0.0, 0.0]] * B):
