@@ -113,6 +113,17 @@ class LogitMixConfig(PreTrainedConfig):
         """The name of the model that runs the member: its own, or `"policy"` where it shares the policy's."""
         return "policy" if member in self.adapters else member
 
+    def member_named(self, name: str) -> str:
+        """The member of that name as `members` has it; `"anchor"` is the one anchor of a pair.
+
+        Raises `ValueError` for a name that no member has.
+        """
+        if name == "anchor" and len(self.members) == 2:
+            return self.members[1]
+        if name not in self.members:
+            raise ValueError(f"there is no member {name!r}; the members are {', '.join(self.members)}")
+        return name
+
     @property
     def model_names(self) -> list[str]:
         """The members that are models of their own: the submodules of the mixture, and what has a configuration."""

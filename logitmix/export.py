@@ -12,15 +12,14 @@ from logitmix.composite import HoldsMembers
 
 
 def export_member(mixture: HoldsMembers, name: str, folder: str | os.PathLike[str], merge: bool = False) -> None:
-    """Save the member `name` (`"policy"`, `"anchor_0"`, …) alone, with the tokenizer where it is known.
+    """Save the member `name` (`"policy"`, `"anchor"`, of several `"anchor_0"`, …) alone, with the tokenizer if known.
 
     A member that is an adapter becomes a folder of PEFT, which names its base; with `merge`, or where it is no
     adapter, a checkpoint of transformers.
 
     Raises `ValueError` for a name that no member has, and for an adapter on a base that has no folder or hub id.
     """
-    if name not in mixture.config.members:
-        raise ValueError(f"there is no member {name!r}; the members are {', '.join(mixture.config.members)}")
+    name = mixture.config.member_named(name)
     model: PreTrainedModel = getattr(mixture, mixture.config.model_of(name))
     record = mixture.config.adapters.get(name)
     if record is None:

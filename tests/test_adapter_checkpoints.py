@@ -133,7 +133,7 @@ def test_save_pretrained_of_the_policy_is_its_adapter(folders, tmp_path):
 
 def test_members_without_adapters_export_too(tmp_path):
     model = LogitMixForCausalLM.from_members(tiny_member("qwen2", 0), tiny_member("llama", 1))
-    for name, alpha in (("policy", 0.0), ("anchor_0", 1.0)):
+    for name, alpha in (("policy", 0.0), ("anchor_0", 1.0), ("anchor", 1.0)):
         model.export_member(name, tmp_path / name)
         assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / name)), logits(model, alpha=alpha))
 
@@ -143,5 +143,9 @@ def test_exports_that_cannot_be_are_refused(tmp_path):
     model = LogitMixForCausalLM.from_members(member, member, peft_config=lora())
     with pytest.raises(ValueError, match="there is no member 'anchor_1'; the members are policy, anchor_0"):
         model.export_member("anchor_1", tmp_path)
+    anchors = [tiny_member("qwen2", 1), tiny_member("qwen2", 2)]
+    several = LogitMixForCausalLM.from_members(tiny_member("qwen2", 0), anchors, weights=[1.0, 0.5, -0.5])
+    with pytest.raises(ValueError, match="there is no member 'anchor'; the members are policy, anchor_0, anchor_1"):
+        several.export_member("anchor", tmp_path)
     with pytest.raises(ValueError, match=r"model that was given from memory.*export it merged"):
         model.export_member("policy", tmp_path)

@@ -192,6 +192,16 @@ def test_runs_that_cannot_be_reported(runs, capsys, source, message):
     assert not out.exists()
 
 
+def test_a_folder_of_a_run_is_not_written_into(runs, capsys):
+    folder = next(path for path in sorted(runs.iterdir()) if (path / "run.jsonl").exists())
+    before = sorted(folder.iterdir())
+    assert main(["report", str(folder), "--output_dir", str(folder)]) == 2
+    assert f"holds a run or a model (run.jsonl); give the report its own folder: {folder}/report" in (
+        capsys.readouterr().err.replace("\n", " ")
+    )
+    assert sorted(folder.iterdir()) == before
+
+
 def test_a_run_given_twice_is_refused(runs, capsys):
     run = next(path for path in sorted(runs.iterdir()) if (path / "evaluations.jsonl").exists())
     status, out = report(runs, str(run), f"{run}/")

@@ -17,12 +17,9 @@ from logitmix.tasks.templates import TEMPLATES
 
 
 @dataclass
-class DataArguments:
-    """Which problems, and the template in which they are asked."""
+class SourceArguments:
+    """Where the problems come from, and the template in which they are asked."""
 
-    task: str = field(
-        default="arithmetic", metadata={"help": f"One of {', '.join(TASKS)}, or your own as module.Class."}
-    )
     data: str | None = field(default=None, metadata={"help": "Local folder or file, in place of the hub's data."})
     template: str | None = field(
         default=None,
@@ -38,6 +35,14 @@ class DataArguments:
         default=None, metadata={"help": "Of the task jsonl: the column with a worked solution, which SFT needs."}
     )
 
+
+@dataclass
+class DataArguments(SourceArguments):
+    """Which problems, and the template in which they are asked."""
+
+    task: str = field(
+        default="arithmetic", metadata={"help": f"One of {', '.join(TASKS)}, or your own as module.Class."}
+    )
     split_seed: int = field(
         default=0,
         metadata={"help": "Seed of the splits; apart from --seed, so that training never sees test problems."},

@@ -8,8 +8,9 @@ from typing import Any
 
 from accelerate import PartialState
 
-from logitmix.commands.arguments import LoadingArguments, TaskArguments, parse, require_distinct
+from logitmix.commands.arguments import LoadingArguments, parse, require_distinct
 from logitmix.commands.evaluate import DecodingArguments
+from logitmix.commands.problems import TestProblemArguments
 from logitmix.commands.responses import Responses, open_responses
 from logitmix.commands.runs import console
 from logitmix.evaluation.complement import complement
@@ -39,10 +40,10 @@ def main(argv: Sequence[str]) -> None:
     first_flag = next((i for i, argument in enumerate(argv) if argument.startswith("-")), len(argv))
     if first_flag:
         argv = ["--sources", *argv]
-    compared, task_args, loading, args = parse(
+    compared, asked, loading, args = parse(
         "logitmix complement A [B]",
         "What two policies get right, together and alone.",
-        (ComplementArguments, TaskArguments, LoadingArguments, DecodingArguments),
+        (ComplementArguments, TestProblemArguments, LoadingArguments, DecodingArguments),
         argv,
     )
     if len(compared.sources) not in (1, 2):
@@ -51,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
     checkpoints = [source for source in compared.sources if _responses_of(source) is None]
     decoded: dict[str, Rows] = {}
     if checkpoints:
-        decoded = evaluate(checkpoints, len(compared.sources) == 1, compared, task_args, loading, args)
+        decoded = evaluate(checkpoints, len(compared.sources) == 1, compared, asked, loading, args)
     (name_a, a), (name_b, b) = _pair(compared.sources, decoded)
     result = complement(a, b, name_a, name_b)
     print_complement(result, name_a, name_b)
@@ -66,16 +67,17 @@ def evaluate(
     checkpoints: Sequence[str],
     alone: bool,
     compared: ComplementArguments,
-    task_args: TaskArguments,
+    asked: TestProblemArguments,
     loading: LoadingArguments,
     args: DecodingArguments,
 ) -> dict[str, Rows]:
     """Greedy responses of the checkpoints, one loaded at a time; of one alone those of its policy and its anchor."""
     # before the first decodes: a second that does not exist must not cost the first's hours
     require_same_tokenizer([require_tokenizer(source) for source in checkpoints])
-    task = task_args.load()
-    problems = task.problems("test", task_args.eval_limit)
-    given = [vars(group) for group in (compared, task_args, loading, args)]
+    data_args = asked.of_runs(*checkpoints)
+    task = data_args.load()
+    problems = task.problems("test", asked.eval_limit)
+    given = [vars(group) for group in (compared, asked, data_args, loading, args)]
     arguments = {"command": "complement"} | {key: value for group in given for key, value in group.items()}
     responses: Responses | None = None
     for source in checkpoints:

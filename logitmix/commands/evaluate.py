@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from logitmix.commands.arguments import ModelArguments, TaskArguments, parse
+from logitmix.commands.arguments import ModelArguments, parse
 from logitmix.commands.mixtures import MixtureArguments, open_model, open_tokenizer
+from logitmix.commands.problems import TestProblemArguments
 from logitmix.commands.responses import open_responses
 from logitmix.commands.runs import console
 from logitmix.evaluation.decode import decoder, in_batches, members_of, requests_for
@@ -35,20 +36,21 @@ class SamplingArguments:
 
 
 def main(argv: Sequence[str]) -> None:
-    task_args, model_args, mixture_args, sampling, args = parse(
+    asked, model_args, mixture_args, sampling, args = parse(
         "logitmix eval",
         "Accuracy of policy, anchor and mixture on the same test problems, greedy or sampled.",
-        (TaskArguments, ModelArguments, MixtureArguments, SamplingArguments, DecodingArguments),
+        (TestProblemArguments, ModelArguments, MixtureArguments, SamplingArguments, DecodingArguments),
         argv,
     )
     check_pass_at(sampling.num_samples, sampling.temperature)
-    task = task_args.load()
-    problems = task.problems("test", task_args.eval_limit)
+    data_args = asked.of_runs(model_args.model_name_or_path, mixture_args.anchor)
+    task = data_args.load()
+    problems = task.problems("test", asked.eval_limit)
     model = open_model(model_args, mixture_args)
     tokenizer = open_tokenizer(model_args)
     decode = decoder(model, tokenizer, task, problems, args.max_new_tokens, sampling.temperature, sampling.seed)
     batches = in_batches(requests_for(members_of(model), len(problems), sampling.num_samples), args.batch_size)
-    given = [vars(group) for group in (task_args, model_args, mixture_args, sampling, args)]
+    given = [vars(group) for group in (asked, data_args, model_args, mixture_args, sampling, args)]
     arguments = {"command": "eval"} | {key: value for group in given for key, value in group.items()}
     responses = open_responses(args.output_dir, arguments)
     responses.add(f"eval on {task.name}", batches, decode)

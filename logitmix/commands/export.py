@@ -18,7 +18,9 @@ class ExportArguments:
 
     model_name_or_path: str = field(metadata={"help": "Folder or hub id of a mixture, or of an adapter to merge."})
     output_dir: str = field(metadata={"help": "New folder for the member."})
-    member: str = field(default="policy", metadata={"help": "policy, anchor_0, anchor_1, …"})
+    member: str = field(
+        default="policy", metadata={"help": "policy or anchor; of several anchors anchor_0, anchor_1, …"}
+    )
     merge: bool = field(default=False, metadata={"help": "Merge the member's adapter into its base."})
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto", metadata={"help": "Dtype of the weights; auto is the checkpoint's own."}

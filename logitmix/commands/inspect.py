@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from logitmix.commands.arguments import DataArguments, ModelArguments, parse
+from logitmix.commands.arguments import ModelArguments, parse
 from logitmix.commands.mixtures import MixtureArguments, open_mixture, open_tokenizer
+from logitmix.commands.problems import RunsDataArguments
 from logitmix.commands.runs import console
 from logitmix.evaluation.inspection import inspect
 from logitmix.report.pages import inspection_page
@@ -24,10 +25,10 @@ class InspectArguments:
 def main(argv: Sequence[str]) -> None:
     if argv and not argv[0].startswith("--"):
         argv = [f"--question={argv[0]}", *argv[1:]]  # it may begin with a minus
-    args, data_args, model_args, mixture_args = parse(
+    args, asked, model_args, mixture_args = parse(
         'logitmix inspect "QUESTION"',
         "The mixture's response token by token, and which member carried each.",
-        (InspectArguments, DataArguments, ModelArguments, MixtureArguments),
+        (InspectArguments, RunsDataArguments, ModelArguments, MixtureArguments),
         argv,
     )
     if not args.question.strip():
@@ -37,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
     path = Path(args.output_file)
     if path.is_dir() or not path.parent.is_dir():
         raise ValueError(f"--output_file {path} cannot be written; give a file in a folder that exists")
-    template = data_args.load().template
+    template = asked.of_runs(model_args.model_name_or_path, mixture_args.anchor).load().template
     model = open_mixture(model_args, mixture_args)
     tokenizer = open_tokenizer(model_args)
     inspection = inspect(model, tokenizer, template.prompt(args.question), args.max_new_tokens, template.stop)

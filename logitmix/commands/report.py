@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from logitmix.commands.arguments import parse, require_distinct
-from logitmix.commands.runs import console
+from logitmix.commands.runs import HELD, console
 from logitmix.evaluation.statistics import Estimate, wilson_interval
 from logitmix.report.figures import plot_panel
 from logitmix.report.pages import report_page
@@ -26,7 +26,7 @@ class ReportArguments:
             "alone, or have one name, are one arm."
         }
     )
-    output_dir: str = field(default="report", metadata={"help": "Folder of the report, which is written over."})
+    output_dir: str = field(default="report", metadata={"help": "Folder of the report alone, which is written over."})
     title: str = field(default="Training runs", metadata={"help": "Title of the page."})
 
 
@@ -37,6 +37,11 @@ def main(argv: Sequence[str]) -> None:
     folder = Path(args.output_dir)
     if folder.is_file():
         raise ValueError(f"{folder} is a file; --output_dir must be a folder")
+    held = next((name for name in HELD if list(folder.glob(name))), None)
+    if held is not None:
+        raise ValueError(
+            f"{folder} holds a run or a model ({held}); give the report its own folder: {folder / 'report'}"
+        )
     require_distinct(args.runs, "run")
     arms = arms_of(run for source in args.runs for run in read_run(source))
     folder.mkdir(parents=True, exist_ok=True)

@@ -4,9 +4,10 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
-from logitmix.commands.arguments import ModelArguments, TaskArguments, parse
+from logitmix.commands.arguments import ModelArguments, parse
 from logitmix.commands.evaluate import DecodingArguments
 from logitmix.commands.mixtures import MixtureArguments, open_mixture, open_tokenizer
+from logitmix.commands.problems import TestProblemArguments
 from logitmix.commands.responses import open_responses
 from logitmix.commands.runs import console
 from logitmix.configuration import resolve_weights
@@ -40,10 +41,10 @@ class PairArguments:
 
 
 def main(argv: Sequence[str]) -> None:
-    task_args, model_args, pair, swept, args = parse(
+    asked, model_args, pair, swept, args = parse(
         "logitmix sweep",
         "Format and answer rates of a pair at every alpha, mixed in three ways.",
-        (TaskArguments, ModelArguments, PairArguments, SweepArguments, DecodingArguments),
+        (TestProblemArguments, ModelArguments, PairArguments, SweepArguments, DecodingArguments),
         argv,
     )
     between = sorted(set(swept.alphas) - set(MEMBERS.values()))
@@ -53,11 +54,12 @@ def main(argv: Sequence[str]) -> None:
             raise ValueError(f"there is no mix {mix!r}; --mixes takes some of {', '.join(MIXES)}")
         for alpha in between:
             resolve_weights(alpha, None, 2, "logit" if mix == "merge" else mix)
-    task = task_args.load()
-    problems = task.problems("test", task_args.eval_limit)
+    data_args = asked.of_runs(model_args.model_name_or_path, pair.anchor)
+    task = data_args.load()
+    problems = task.problems("test", asked.eval_limit)
     if len(problems) < 2:
         raise ValueError(
-            f"eval_limit is {task_args.eval_limit}, but alpha is chosen on half of the problems and reported on the "
+            f"eval_limit is {asked.eval_limit}, but alpha is chosen on half of the problems and reported on the "
             "other; raise it above 1"
         )
     model = open_mixture(model_args, MixtureArguments(pair.anchor))
@@ -70,7 +72,7 @@ def main(argv: Sequence[str]) -> None:
         return in_batches(requests_for(alphas, len(problems)), args.batch_size)
 
     members = batches(dict(MEMBERS))
-    given = [vars(group) for group in (task_args, model_args, pair, swept, args)]
+    given = [vars(group) for group in (asked, data_args, model_args, pair, swept, args)]
     arguments = {"command": "sweep"} | {key: value for group in given for key, value in group.items()}
     responses = open_responses(args.output_dir, arguments)
     responses.add("members alone", members, decode)

@@ -31,9 +31,8 @@ def request_weights(config: LogitMixConfig, extra_args: dict[str, Any] | None) -
     if len(given) > 1:
         raise ValueError(f"pass one of {', '.join(given)}, not {len(given)}")
     if "member" in given:
-        if given["member"] not in config.members:
-            raise ValueError(f"member is {given['member']!r}, but must be one of {', '.join(config.members)}")
-        return [float(name == given["member"]) for name in config.members]
+        member = config.member_named(given["member"])
+        return [float(name == member) for name in config.members]
     ((key, value),) = given.items()
     if isinstance(value, (bool, str)) or (key == "weights") != isinstance(value, list):
         raise ValueError(f"{key} is {value!r}, but must be {'a list of numbers' if key == 'weights' else 'a number'}")

@@ -89,7 +89,7 @@ def test_too_little_memory_for_the_context(folder, tmp_path):
         ({"weights": 0.5}, "weights is 0.5, but must be a list of numbers"),
         ({"weights": [0.5, 0.3, 0.2]}, "2 members"),
         ({"weights": [1.5, -0.5]}, r"alpha is -0\.5, but this server takes 0\.0 to 1\.0"),
-        ({"member": "teacher"}, "member is 'teacher', but must be one of policy, anchor_0"),
+        ({"member": "teacher"}, "there is no member 'teacher'; the members are policy, anchor_0"),
     ],
 )
 def test_requests(asked, sentence):

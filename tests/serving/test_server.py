@@ -138,7 +138,7 @@ def test_stop_strings_seeds_and_several_choices(client):
         ({"alpha": 1.5}, "alpha is 1.5, but this server takes 0.0 to 1.0"),
         ({"alpha": 0.5, "weights": [0.5, 0.5]}, "pass one of alpha, weights, not 2"),
         ({"weights": [0.2, 0.3, 0.5]}, "2 members"),
-        ({"member": "teacher"}, "member is 'teacher', but must be one of policy, anchor_0"),
+        ({"member": "teacher"}, "there is no member 'teacher'; the members are policy, anchor_0"),
         ({"alpha": None, "weights": "half"}, "weights is 'half', but must be a list of numbers"),
     ],
 )

@@ -1,0 +1,63 @@
+"""Which problems a checkpoint is looked at with: those that the flags name, or else those of the run that made it."""
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from logitmix.commands.arguments import DataArguments, SourceArguments, require_at_least
+from logitmix.run_files import RUN_FILE, read_jsonl
+
+
+@dataclass
+class RunsDataArguments(SourceArguments):
+    """As `DataArguments`; without `--task`, what is not given is that of the checkpoint's run."""
+
+    task: str | None = field(
+        default=None,
+        metadata={"help": "As in training; default that of the run that made the checkpoint, or else arithmetic."},
+    )
+    split_seed: int | None = field(
+        default=None, metadata={"help": "Seed of the splits; default that of the checkpoint's run, or else 0."}
+    )
+
+    def of_runs(self, *checkpoints: str | None) -> DataArguments:
+        """The data that the checkpoints are to be looked at with. None, and one that no run of ours made, say nothing.
+
+        Raises `ValueError` where there is no `--task` and the runs differ in what the flags leave open.
+        """
+        given = {f.name: value for f in fields(DataArguments) if (value := getattr(self, f.name)) is not None}
+        if self.task is not None:
+            return DataArguments(**given)
+        found = {source: data for source in checkpoints if source is not None and (data := data_of_run(source))}
+        settled = {source: data | given for source, data in found.items()}
+        for source, data in settled.items():
+            first = next(iter(settled))
+            for key, value in data.items():
+                if value != settled[first][key]:
+                    raise ValueError(
+                        f"the run of {first} had the {key} {settled[first][key]!r}, and that of {source} {value!r}; "
+                        f"say which with --{key}, or all of it with --task"
+                    )
+        return DataArguments(**next(iter(settled.values()), given))
+
+
+@dataclass
+class TestProblemArguments(RunsDataArguments):
+    """Which test problems."""
+
+    eval_limit: int = field(default=200, metadata={"help": "Evaluate on the first so many test problems."})
+
+    def __post_init__(self) -> None:
+        require_at_least(self, eval_limit=1)
+
+
+def data_of_run(checkpoint: str) -> dict[str, Any] | None:
+    """The `DataArguments` of the run that made a checkpoint, by its `run.jsonl`; None where there is none."""
+    folder = Path(checkpoint)
+    for path in (folder / RUN_FILE, folder.parent / RUN_FILE):  # the parent's: of a checkpoint-N
+        if path.is_file() and (path.parent == folder or folder.name.startswith("checkpoint-")):
+            starts = read_jsonl(path)
+            arguments = starts[-1]["arguments"] if starts else {}
+            if "task" in arguments:
+                return {f.name: arguments[f.name] for f in fields(DataArguments) if f.name in arguments}
+    return None
