@@ -9,12 +9,14 @@ output, and looks at what comes out as logits. What it cannot explain it refuses
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from logitmix.logprobs import Head
 
@@ -86,6 +88,21 @@ def measure_head(member: PreTrainedModel, name: str = "the model") -> HeadForm:
     Raises `ValueError`, which names the member by `name`, where the member's logits are anything else than
     `softcap(scale * (h @ weight.T + bias))` of its last hidden states.
     """
+    with _whole(member):
+        return _measure(member, name)
+
+
+def _whole(member: PreTrainedModel) -> AbstractContextManager[None]:
+    """In this context the member's parameters are whole, where DeepSpeed's ZeRO-3 partitions them on loading."""
+    if not is_deepspeed_zero3_enabled():
+        return nullcontext()
+    import deepspeed
+
+    gathered: AbstractContextManager[None] = deepspeed.zero.GatheredParameters(list(member.parameters()))
+    return gathered
+
+
+def _measure(member: PreTrainedModel, name: str) -> HeadForm:
     head, decoder = member.get_output_embeddings(), member.get_decoder()
     weight = getattr(head, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
