@@ -1,7 +1,7 @@
 """Members that are adapters of one model, in one pass over its weights.
 
-Shape legend: K members that share the model, N tokens, D width, r rank of an adapter, S linear layers that vLLM packs
-into one (q, k and v, for instance).
+Shape legend: K members that share the model, N tokens, D width, E width of a layer's output, r rank of an adapter,
+S linear layers that vLLM packs into one (q, k and v, for instance).
 
 The model runs once on the K-fold repeated tokens. Every linear layer with adapters adds each member's own product,
 `scale (x A^T) B^T` with the member as the batch axis, and every attention layer is K layers, each with its own share
@@ -113,9 +113,8 @@ class LayerAdapters(nn.Module):
 
         def forward(layer: LinearBase, x: Tensor) -> Any:
             output = base_forward(x)
-            if isinstance(output, tuple):
-                return output[0] + self(x), *output[1:]
-            return output + self(x)
+            self.add_to(output[0] if isinstance(output, tuple) else output, x)
+            return output
 
         layer.forward = MethodType(forward, layer)
 
@@ -127,11 +126,15 @@ class LayerAdapters(nn.Module):
             scaling = _scaling(self.records[self.members[member]], path, weight.shape[1])
             getattr(self, f"B_{part}")[member, : weight.shape[1]].copy_(weight.T * scaling)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x_KND = x.view(len(self.members), -1, x.shape[-1])
+    def add_to(self, output: Tensor, x: Tensor) -> None:
+        """Add each member's product to the layer's output, which is the layer's own and new: no copy, no sum apart."""
+        K = len(self.members)
+        x_KND, out_KNE = x.view(K, -1, x.shape[-1]), output.view(K, -1, output.shape[-1])
         h_SKNr = torch.bmm(x_KND, self.A).chunk(self.num_parts, dim=-1)
-        parts = [torch.bmm(h_KNr, getattr(self, f"B_{part}")) for part, h_KNr in enumerate(h_SKNr)]
-        return torch.cat(parts, dim=-1).view(*x.shape[:-1], -1)
+        B_SKrE = [getattr(self, f"B_{part}") for part in range(self.num_parts)]
+        parts = out_KNE.split([B.shape[-1] for B in B_SKrE], dim=-1)
+        for part, h_KNr, B_KrE in zip(parts, h_SKNr, B_SKrE, strict=True):
+            part.baddbmm_(h_KNr, B_KrE)
 
 
 def _fan_out(attention: Attention, members: Sequence[str], config: VllmConfig) -> None:

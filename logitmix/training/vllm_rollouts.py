@@ -48,12 +48,22 @@ class MixtureVLLMGeneration(VLLMGeneration):
         self._pushes_all = self.mode == "colocate" and self._llm_weights_sleeping
         is_adapter = "policy" in self.model.config.adapters
         if self.mode == "colocate" and self.accelerator.device.type == "cpu" and not is_adapter:
-            # vLLM repacks the weights of linear layers for the CPU, after which tensors cannot be loaded one by one
-            weights = [(name, tensor.detach().clone()) for name, tensor in self._iter_named_params()]
-            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+            self._reload_on_cpu()
             self.llm.reset_prefix_cache()
         else:
             super().sync_weights()
+
+    def _reload_on_cpu(self) -> None:
+        """vLLM repacks the weights of linear layers for the CPU, after which tensors cannot be loaded one by one."""
+        from vllm.model_executor.model_loader.reload.inplace import reload_weights
+
+        engine = self.llm.llm_engine
+        model = engine.model_executor.driver_worker.model_runner.model
+        weights = ((name, parameter.detach()) for name, parameter in self._iter_named_params())
+        if not self._pushes_all:  # of the policy's layers alone: vLLM walks through all that it is given
+            model = model.policy
+            weights = ((name.removeprefix(POLICY), weight) for name, weight in weights)
+        reload_weights(engine.vllm_config, model, weights, weights_path=None, is_checkpoint_format=True)
 
     def generate(self, *args: Any, **kwargs: Any) -> tuple:
         """TRL's, from the mixture at its weights."""

