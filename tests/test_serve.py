@@ -17,16 +17,13 @@ def folders(tmp_path):
     return tmp_path
 
 
-@pytest.fixture
-def vllm_found(monkeypatch):
-    monkeypatch.setattr(serve, "find_spec", lambda name: name)
-
-
 def command_of(args, flags=()):
-    return serve.server_command(serve.ServeArguments(**args), flags)
+    arguments = serve.ServeArguments(**args)
+    serve.require_sound(arguments, flags)
+    return serve.server_command(arguments, flags)
 
 
-def test_two_checkpoints_become_the_mixture_that_vllm_serves(folders, vllm_found):
+def test_two_checkpoints_become_the_mixture_that_vllm_serves(folders):
     served = {"anchor": str(folders / "sft"), "alpha": 0.3, "output_dir": str(folders / "mixture")}
     command = command_of({"model_name_or_path": str(folders / "base")} | served, ["--port", "8001"])
     assert command[command.index("--model") + 1] == str(folders / "mixture")
@@ -51,13 +48,21 @@ def test_two_checkpoints_become_the_mixture_that_vllm_serves(folders, vllm_found
         ({"model_name_or_path": "base"}, ["--hf-overrides", "{}"], "--hf-overrides is taken"),
     ],
 )
-def test_refusals(folders, vllm_found, monkeypatch, args, flags, sentence):
+def test_refusals(folders, monkeypatch, args, flags, sentence):
     monkeypatch.chdir(folders)
     with pytest.raises(ValueError, match=sentence):
         command_of(args, flags)
 
 
-def test_without_vllm(monkeypatch, capsys):
+def test_without_vllm_and_without_what_transformers_server_needs(monkeypatch, capsys):
     monkeypatch.setattr(serve, "find_spec", lambda name: None)
+    monkeypatch.setattr(serve, "is_serve_available", lambda: False)
     assert main(["serve", "somewhere"]) == 2
-    assert "pip install vllm" in capsys.readouterr().err
+    assert "pip install 'logitmix[serve]'" in capsys.readouterr().err
+
+
+def test_without_vllm_its_flags_are_refused(monkeypatch, capsys):
+    monkeypatch.setattr(serve, "find_spec", lambda name: None)
+    monkeypatch.setattr(serve, "is_serve_available", lambda: True)
+    assert main(["serve", "somewhere", "--port", "8001", "--max-model-len", "128"]) == 2
+    assert "vLLM is not installed, which --max-model-len is for" in capsys.readouterr().err

@@ -1,5 +1,9 @@
-"""`logitmix serve`: vLLM's OpenAI-compatible server for a mixture, with a mixture for each request."""
+"""`logitmix serve`: an OpenAI-compatible server for a mixture, with a mixture for each request.
 
+The server is vLLM's. Without vLLM it is transformers' own, so that a laptop can try it.
+"""
+
+import argparse
 import json
 import os
 import sys
@@ -9,7 +13,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, HfArgumentParser
+from accelerate import PartialState
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers.utils.import_utils import is_serve_available
 
 from logitmix.commands.mixtures import MixtureArguments
 from logitmix.configuration import LogitMixConfig, resolve_weights
@@ -32,37 +38,76 @@ class ServeArguments(MixtureArguments):
 
 
 def main(argv: Sequence[str]) -> None:
-    """Become vLLM's server. Raises `ValueError` where there is no mixture to serve, or no vLLM to serve it with."""
+    """Become vLLM's server, or be transformers'. Raises `ValueError` where there is no mixture, or no server."""
     argv = list(argv)
     if argv and not argv[0].startswith("-"):
         argv.insert(0, "--model_name_or_path")
     parser = HfArgumentParser(ServeArguments, prog="logitmix serve", allow_abbrev=False)
-    args, vllm_flags = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    command = server_command(args, vllm_flags)
-    os.execv(command[0], command)
+    args, flags = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    require_sound(args, flags)
+    if find_spec("vllm") is None:
+        serve_without_vllm(args, flags)
+    else:
+        command = server_command(args, flags)
+        os.execv(command[0], command)
 
 
-def server_command(args: ServeArguments, vllm_flags: Sequence[str]) -> list[str]:
+def require_sound(args: ServeArguments, flags: Sequence[str]) -> None:
     if not args.model_name_or_path:
         raise ValueError("logitmix serve needs the folder of a mixture, as its first word")
     if len(args.alpha_range) != 2 or args.alpha_range[0] > args.alpha_range[1]:
         raise ValueError(f"alpha_range is {args.alpha_range}, but must be two numbers, the lower first")
-    if "--hf-overrides" in vllm_flags:
+    if "--hf-overrides" in flags:
         raise ValueError("--hf-overrides is taken by --alpha, --scheme and --alpha_range; leave it out")
-    if find_spec("vllm") is None:
-        raise ValueError("vLLM is not installed, which logitmix serve needs: pip install vllm")
+
+
+def server_command(args: ServeArguments, vllm_flags: Sequence[str]) -> list[str]:
     folder = args.model_name_or_path if args.anchor is None else save_mixture(args)
-    config = AutoConfig.from_pretrained(folder)
-    if not isinstance(config, LogitMixConfig):
-        raise ValueError(f"{folder} is no mixture; give --anchor to mix it with, or serve it with vLLM itself")
-    config.scheme = args.scheme or config.scheme
-    weights = resolve_weights(args.alpha, None, len(config.members), config.scheme, config.weights)
-    overrides: dict[str, Any] = {"weights": weights.tolist(), "scheme": config.scheme, "alpha_range": args.alpha_range}
+    overrides = settings(args, folder)
     return [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder),
         *("--middleware", "logitmix.serving.http.MixtureFields", "--hf-overrides", json.dumps(overrides)),
         *vllm_flags,
     ]
+
+
+def serve_without_vllm(args: ServeArguments, flags: Sequence[str]) -> None:
+    """Raises `ValueError` where transformers' server is not installed either, and for flags that are vLLM's."""
+    if not is_serve_available():
+        raise ValueError(
+            "vLLM is not installed, which logitmix serve needs: pip install vllm; to try it on a laptop, "
+            "transformers' own server will do: pip install 'logitmix[serve]'"
+        )
+    parser = argparse.ArgumentParser(prog="logitmix serve", allow_abbrev=False)
+    parser.add_argument("--host", default="localhost")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--served-model-name")
+    server, vllm_flags = parser.parse_known_args(flags)
+    if vllm_flags:
+        raise ValueError(f"vLLM is not installed, which {vllm_flags[0]} is for: pip install vllm, or leave it out")
+    from logitmix.serving.without_vllm import serve
+
+    folder = args.model_name_or_path if args.anchor is None else save_mixture(args)
+    overrides = settings(args, folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(PartialState().device).eval()
+    for name, value in overrides.items():
+        setattr(model.config, name, value)
+    print(
+        "logitmix: vLLM is not installed, so transformers' own server answers: one request at a time, without "
+        "log-probabilities, n > 1, member_logprobs and /metrics; for these, pip install vllm",
+        file=sys.stderr,
+    )
+    serve(model, AutoTokenizer.from_pretrained(folder), server.served_model_name or folder, server.host, server.port)
+
+
+def settings(args: ServeArguments, folder: str) -> dict[str, Any]:
+    """What the server's configuration has in place of the checkpoint's: weights, scheme, and what requests may ask."""
+    config = AutoConfig.from_pretrained(folder)
+    if not isinstance(config, LogitMixConfig):
+        raise ValueError(f"{folder} is no mixture; give --anchor to mix it with, or serve it with vLLM itself")
+    scheme = args.scheme or config.scheme
+    weights = resolve_weights(args.alpha, None, len(config.members), scheme, config.weights)
+    return {"weights": weights.tolist(), "scheme": scheme, "alpha_range": args.alpha_range}
 
 
 def save_mixture(args: ServeArguments) -> str:

@@ -132,7 +132,7 @@ class LayerAdapters(nn.Module):
         x_KND, out_KNE = x.view(K, -1, x.shape[-1]), output.view(K, -1, output.shape[-1])
         h_SKNr = torch.bmm(x_KND, self.A).chunk(self.num_parts, dim=-1)
         B_SKrE = [getattr(self, f"B_{part}") for part in range(self.num_parts)]
-        parts = out_KNE.split([B.shape[-1] for B in B_SKrE], dim=-1)
+        parts = torch.split(out_KNE, [B.shape[-1] for B in B_SKrE], dim=-1)
         for part, h_KNr, B_KrE in zip(parts, h_SKNr, B_SKrE, strict=True):
             part.baddbmm_(h_KNr, B_KrE)
 

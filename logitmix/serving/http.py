@@ -14,7 +14,8 @@ from uuid import uuid4
 from prometheus_client import Histogram
 from vllm import SamplingParams
 
-from logitmix.serving.weights import KEYS, RequestWeights, request_weights
+from logitmix.serving.requests import KEYS, request_weights
+from logitmix.serving.weights import RequestWeights
 
 PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/responses")
 ALPHA = Histogram(

@@ -5,7 +5,7 @@ A request asks for its own mixture with `SamplingParams(extra_args={"alpha": 0.3
 else of ours: so the requests' weights are kept by one, which leaves the logits as they are, and read by the model.
 """
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,37 +14,8 @@ from vllm.config import VllmConfig
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
-from logitmix.configuration import LogitMixConfig, resolve_weights
-
-KEYS = ("alpha", "weights", "member")
-
-
-def request_weights(config: LogitMixConfig, extra_args: dict[str, Any] | None) -> list[float] | None:
-    """The weights that a request asks for, None where it takes the mixture's own.
-
-    Raises `ValueError` for two of the keys at once, an unknown member, or weights outside the scheme's domain or the
-    configuration's `alpha_range`.
-    """
-    given = {key: extra_args[key] for key in KEYS if extra_args and extra_args.get(key) is not None}
-    if not given:
-        return None
-    if len(given) > 1:
-        raise ValueError(f"pass one of {', '.join(given)}, not {len(given)}")
-    if "member" in given:
-        member = config.member_named(given["member"])
-        return [float(name == member) for name in config.members]
-    ((key, value),) = given.items()
-    if isinstance(value, (bool, str)) or (key == "weights") != isinstance(value, list):
-        raise ValueError(f"{key} is {value!r}, but must be {'a list of numbers' if key == 'weights' else 'a number'}")
-    weights = resolve_weights(
-        **({"alpha": None, "weights": None} | given), num_members=len(config.members), scheme=config.scheme
-    ).tolist()
-    alpha_range = getattr(config, "alpha_range", None)
-    if alpha_range is not None:
-        for alpha in [value] if key == "alpha" else weights[1:]:
-            if not alpha_range[0] <= alpha <= alpha_range[1]:
-                raise ValueError(f"alpha is {alpha}, but this server takes {alpha_range[0]} to {alpha_range[1]}")
-    return weights
+from logitmix.configuration import LogitMixConfig
+from logitmix.serving.requests import request_weights
 
 
 class RequestWeights(LogitsProcessor):

@@ -12,7 +12,7 @@ from vllm import EngineArgs
 
 from logitmix.configuration import FORMAT_VERSION, LogitMixConfig
 from logitmix.serving.config import require_known_members
-from logitmix.serving.weights import request_weights
+from logitmix.serving.requests import request_weights
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,5 @@
 """vLLM's OpenAI-compatible server with a mixture, asked by the official client."""
 
-import os
-import signal
-import socket
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,39 +11,9 @@ import httpx
 import openai
 from engines import TOLERANCE, greedy_tokens, mixture_of, token_log_probs
 from members import VOCAB_SIZE
+from servers import TEMPLATE, Server
 
-TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}="
 PROMPT = [5, 6, 7, 8]
-
-
-class Server:
-    def __init__(self, folder, log):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.folder, self.log = folder, log
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.start()
-
-    def start(self):
-        flags = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "128", "--max-num-seqs", "32"]
-        named = ["--alpha", "0.4", "--served-model-name", "mixture", "--port", str(self.port)]
-        command = [sys.executable, "-m", "logitmix.cli", "serve", str(self.folder), *named, *flags]
-        environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-        with open(self.log, "a") as log:
-            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-        for _ in range(600):
-            assert self.process.poll() is None, self.log.read_text()[-3000:]
-            try:
-                if httpx.get(f"{self.url}/health").status_code == 200:
-                    return
-            except httpx.TransportError:
-                time.sleep(0.2)
-        raise AssertionError(self.log.read_text()[-3000:])
-
-    def kill(self):
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +29,8 @@ def server(mixture, tmp_path_factory):
     mixture.alpha = 0.9  # the server is started with another
     mixture.save_pretrained(folder / "mixture")
     mixture.alpha = 0.4
-    server = Server(folder / "mixture", folder / "log.txt")
+    engine = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "128", "--max-num-seqs", "32"]
+    server = Server(folder / "mixture", folder / "log.txt", *engine)
     yield server
     server.kill()
 

@@ -1,0 +1,124 @@
+"""transformers' own server with a mixture, where vLLM is missing, asked by the official client."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+pytest.importorskip("fastapi", reason="what serving needs is not installed: pip install 'logitmix[serve]'")
+pytest.importorskip("openai", reason="the openai client is not installed: pip install 'logitmix[serve]'")
+
+import openai
+from engines import greedy_tokens, mixture_of
+from servers import TEMPLATE, ServerWithoutVLLM
+
+PROMPT = "ab12="
+
+
+@pytest.fixture(scope="module")
+def mixture():
+    model = mixture_of("qwen2", "llama", alpha=0.4)
+    model.tokenizer.chat_template = TEMPLATE
+    return model
+
+
+@pytest.fixture(scope="module")
+def server(mixture, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("served")
+    mixture.alpha = 0.9  # the server is started with another
+    mixture.save_pretrained(folder / "mixture")
+    mixture.alpha = 0.4
+    server = ServerWithoutVLLM(folder / "mixture", folder / "log.txt")
+    yield server
+    server.kill()
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60)
+
+
+def ask(client, prompt=PROMPT, fields=None, **kwargs):
+    arguments = {"temperature": 0, "max_tokens": 8} | kwargs
+    return client.completions.create(model="mixture", prompt=prompt, extra_body=fields, **arguments).choices[0].text
+
+
+def expected(mixture, prompt=PROMPT, length=8, **weights):
+    tokens = greedy_tokens(mixture, mixture.tokenizer(prompt)["input_ids"], length, **weights)
+    return mixture.tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def test_it_says_what_it_is(server, client):
+    assert "transformers' own server answers" in server.log.read_text()
+    assert [model.id for model in client.models.list()] == ["mixture"]
+
+
+def test_requests_at_once_each_with_its_own_alpha(client, mixture):
+    asked = [(PROMPT * (1 + i % 3), i / 15) for i in range(16)]
+    assert len({expected(mixture, *pair[:1], alpha=pair[1]) for pair in asked}) > 3
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda pair: ask(client, pair[0], {"alpha": pair[1]}), asked))
+    assert answers == [expected(mixture, prompt, alpha=alpha) for prompt, alpha in asked]
+
+
+def test_the_servers_alpha_weights_and_a_member(client, mixture):
+    assert ask(client) == expected(mixture, alpha=0.4)
+    assert ask(client, fields={"weights": [0.8, 0.2]}) == expected(mixture, alpha=0.2)
+    assert ask(client, fields={"member": "anchor_0"}) == expected(mixture, alpha=1.0)
+
+
+def test_chat_and_streaming(client, mixture):
+    asked = {"model": "mixture", "messages": [{"role": "user", "content": "ab12"}], "temperature": 0}
+    asked |= {"max_completion_tokens": 8, "extra_body": {"alpha": 0.7}}
+    text = expected(mixture, alpha=0.7)
+    assert client.chat.completions.create(**asked).choices[0].message.content == text
+    chunks = list(client.chat.completions.create(**asked, stream=True))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == text
+    streamed = client.completions.create(
+        model="mixture", prompt=PROMPT, temperature=0, max_tokens=8, stream=True, extra_body={"alpha": 0.7}
+    )
+    assert "".join(chunk.choices[0].text for chunk in streamed) == text
+
+
+def test_the_responses_api(client, mixture):
+    response = client.responses.create(
+        model="mixture", input="ab12", temperature=0, max_output_tokens=8, extra_body={"alpha": 0.7}
+    )
+    assert response.output_text == expected(mixture, alpha=0.7)
+
+
+def test_it_samples_from_all_tokens_unless_told_otherwise(client):
+    """The vocabulary has 61 tokens, and transformers takes the 50 likeliest where the request does not say."""
+    hot = {"temperature": 1000, "max_tokens": 110}
+    assert len(set("".join(ask(client, seed=seed, **hot) for seed in range(6)))) > 50
+    assert ask(client, seed=3, **hot) == ask(client, seed=3, **hot) != ask(client, seed=4, **hot)
+
+
+def test_it_ends_where_the_context_does(client):
+    assert len(ask(client, "a" * 100, max_tokens=1000, fields={"alpha": 0.0})) <= 28
+    with pytest.raises(openai.BadRequestError, match="the prompt has 200 tokens, but the members' context is 128"):
+        ask(client, "a" * 200)
+
+
+@pytest.mark.parametrize(
+    ("asked", "sentence"),
+    [
+        ({"fields": {"alpha": 1.5}}, "alpha is 1.5, but this server takes 0.0 to 1.0"),
+        ({"fields": {"member": "teacher"}}, "member is 'teacher', but must be one of policy, anchor_0"),
+        ({"fields": {"member_logprobs": True}}, "member_logprobs is not answered without vLLM"),
+        ({"logprobs": 0}, "logprobs is not answered without vLLM"),
+        ({"n": 2}, "n is not answered without vLLM"),
+    ],
+)
+def test_what_it_cannot_do_is_answered_by_400(client, asked, sentence):
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(client, **asked)
+    assert sentence in caught.value.message
+
+
+def test_what_changes_nothing_may_be_asked(client, mixture):
+    assert ask(client, n=1, user="me", fields={"member_logprobs": False}) == expected(mixture, alpha=0.4)
+
+
+def test_another_models_name(client):
+    with pytest.raises(openai.BadRequestError, match="other"):
+        client.completions.create(model="other", prompt=PROMPT)
