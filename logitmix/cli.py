@@ -11,7 +11,7 @@ VERBS = {
     "quickstart": ("logitmix.commands.quickstart", "from nothing to a report, on a laptop's CPU, without downloads"),
     "sft": ("logitmix.commands.sft", "make an anchor from a task's demonstrations"),
     "train": ("logitmix.commands.train", "GRPO of the mixture of a policy and a frozen anchor"),
-    "serve": ("logitmix.commands.serve", "an OpenAI-compatible server of a mixture, by vLLM"),
+    "serve": ("logitmix.commands.serve", "an OpenAI-compatible server of a mixture, by vLLM or transformers"),
     "export": ("logitmix.commands.export", "one member of a mixture as a checkpoint of its own"),
     "check-task": ("logitmix.commands.check_task", "a task's splits, and whether its golds accept themselves"),
     "recipes": ("logitmix.commands.recipes", "the names of the settings at hand: every run of the paper"),
