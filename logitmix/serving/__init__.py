@@ -1,4 +1,4 @@
-"""The mixture in vLLM: a plug-in with which vLLM takes a saved mixture as it takes any model; a server without vLLM."""
+"""The mixture in vLLM, a plug-in with which vLLM takes a saved mixture as any model; and a server without vLLM."""
 
 
 def register() -> None:

@@ -63,7 +63,7 @@ def test_requests_at_once_each_with_its_own_alpha(client, mixture):
 def test_the_servers_alpha_weights_and_a_member(client, mixture):
     assert ask(client) == expected(mixture, alpha=0.4)
     assert ask(client, fields={"weights": [0.8, 0.2]}) == expected(mixture, alpha=0.2)
-    assert ask(client, fields={"member": "anchor_0"}) == expected(mixture, alpha=1.0)
+    assert ask(client, fields={"member": "anchor"}) == expected(mixture, alpha=1.0)
 
 
 def test_chat_and_streaming(client, mixture):
@@ -103,7 +103,7 @@ def test_it_ends_where_the_context_does(client):
     ("asked", "sentence"),
     [
         ({"fields": {"alpha": 1.5}}, "alpha is 1.5, but this server takes 0.0 to 1.0"),
-        ({"fields": {"member": "teacher"}}, "member is 'teacher', but must be one of policy, anchor_0"),
+        ({"fields": {"member": "teacher"}}, "there is no member 'teacher'; the members are policy, anchor_0"),
         ({"fields": {"member_logprobs": True}}, "member_logprobs is not answered without vLLM"),
         ({"logprobs": 0}, "logprobs is not answered without vLLM"),
         ({"n": 2}, "n is not answered without vLLM"),
