@@ -170,6 +170,10 @@ def test_the_page_in_a_browser(runs):
                 "[...document.querySelectorAll('figure svg')].map(s => s.getBoundingClientRect().height)"
             )
             assert min(boxes) > 150
+            letters = "[...document.querySelectorAll('figure svg text')].map(t => t.getBoundingClientRect().height)"
+            assert min(page.evaluate(letters)) > 8, "pixels: they can be read"
+            cells = "[...document.querySelectorAll('td')].map(cell => cell.getBoundingClientRect().height)"
+            assert max(page.evaluate(cells)) < 40, "a cell is one line; the table scrolls where it is too wide"
             assert len(requests) == 1
 
 

@@ -212,7 +212,7 @@ CLAIMS: tuple[Callable[[Outcomes], Finding], ...] = (
 
 
 def _name(arm: str) -> str:
-    return {"grpo": "GRPO", "grpo_kl": "GRPO+KL"}.get(arm, arm.replace("_", " "))
+    return {"grpo": "GRPO", "grpo_kl": "GRPO+KL", "prob_mixing": "probability mixing"}.get(arm, arm.replace("_", " "))
 
 
 def _policy(o: Outcomes, key: str = "answer_ok") -> Scores:

@@ -1,5 +1,6 @@
 """Figures, from the numbers that evaluation wrote."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,9 @@ from logitmix.report.runs import Line, Panel
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "x")
 LINES = ("-", "--", ":")
+# Inches: small, so that letters can be read where a phone shows the figure; what a legend needs comes on top
+HEIGHT, LEGEND_ROW = 3.7, 0.19
+WIDEST_OF_TWO = 30  # letters of a label, in a legend of two columns
 
 
 def plot_curves(curves: Mapping[str, Sequence[tuple[int, float]]], title: str, path: Path) -> None:
@@ -28,6 +32,7 @@ def plot_panel(panel: Panel, lines: Sequence[Line], *paths: Path) -> None:
     axes.xaxis.get_major_locator().set_params(integer=True)
     for line in lines:
         curve, color = line.curve, COLORS[line.arm % len(COLORS)]
+        every = max(1, len(curve.steps) // 7)
         axes.plot(
             curve.steps,
             curve.mean,
@@ -35,8 +40,10 @@ def plot_panel(panel: Panel, lines: Sequence[Line], *paths: Path) -> None:
             color=color,
             linestyle=LINES[(line.variant + line.arm // len(COLORS)) % len(LINES)],
             marker=MARKERS[line.arm % len(MARKERS)],
-            markersize=4,
-            markevery=max(1, len(curve.steps) // 12),
+            # where lines coincide, an earlier one shows around a later, and each has markers of its own
+            linewidth=max(1.0, 2.4 - 0.28 * line.arm),
+            markersize=4.5,
+            markevery=(line.arm % every, every),
         )
         if curve.seeds > 1:
             axes.fill_between(curve.steps, curve.low, curve.high, color=color, alpha=0.15, linewidth=0)
@@ -81,7 +88,7 @@ def _figure(title: str, x: str, ys: Sequence[str], limits: tuple[float, float] |
     from matplotlib import pyplot
 
     figure, (panels,) = pyplot.subplots(
-        1, len(ys), figsize=(7 if len(ys) == 1 else 9, 5), layout="constrained", squeeze=False
+        1, len(ys), figsize=(5.6 if len(ys) == 1 else 8, HEIGHT), layout="constrained", squeeze=False
     )
     figure.suptitle(title, fontsize=11)
     for axes, y in zip(panels, ys, strict=True):
@@ -104,10 +111,14 @@ def _save(figure: Any, axes: Any, *paths: Path) -> None:
     from matplotlib import pyplot
 
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    columns = 2 if max(map(len, labels)) <= WIDEST_OF_TWO else 1
+    figure.set_figheight(HEIGHT + LEGEND_ROW * math.ceil(len(labels) / columns))
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9, handlelength=3
+    )
     with pyplot.rc_context(
         {"svg.fonttype": "none", "svg.hashsalt": "logitmix"}
     ):  # text stays text; the same each time
         for path in paths:
-            figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+            figure.savefig(path, dpi=180, metadata={"Date": None} if path.suffix == ".svg" else None)
     pyplot.close(figure)

@@ -56,7 +56,7 @@ def _render(template: str, **values: Any) -> str:
         loader=PackageLoader("logitmix.report"), autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True
     )
     filters: Mapping[str, Any] = {"visible": visible, "shown": _shown, "percent": lambda share: f"{100 * share:.1f}"}
-    environment.filters.update(filters)
+    environment.filters.update(filters, whole=lambda text: text.replace(" %", "\u00a0%"))
     return environment.get_template(template).render(version=version("logitmix"), **values)
 
 

@@ -100,11 +100,18 @@ PANELS = (
         "policy",
         **PER_CENT,
     ),
-    Panel("alpha", "Weight of the anchor", "alpha", ("alpha",), limits=(-0.02, 1.02)),
+    Panel(
+        "alpha", "Weight of the anchor", "alpha (0: policy alone, 1: anchor alone)", ("alpha",), limits=(-0.02, 1.02)
+    ),
     Panel("validation", "Forgetting (s1) and gain (s2)", "validation questions", ("validation/s1", "validation/s2")),
     Panel("reward", "Training reward", "mean reward", ("reward",)),
     Panel("format_rate", "Format of the rollouts", "format-correct, sampled (%)", ("format_rate",), **PER_CENT),
-    Panel("kl", "Divergence", "nats a token", ("mixture/kl_policy", "mixture/kl_anchor", "kl")),
+    Panel(
+        "kl",
+        "KL of the mixture to policy and anchor; kl: GRPO's penalty",
+        "nats a token",
+        ("mixture/kl_policy", "mixture/kl_anchor", "kl"),
+    ),
     Panel("length", "Length of the rollouts", "tokens", ("completions/mean_length",)),
     Panel("cut", "Rollouts cut at the limit", "of all (%)", ("completions/clipped_ratio",), **PER_CENT),
     Panel("entropy", "Entropy", "nats a token", ("entropy",)),
