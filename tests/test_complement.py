@@ -165,6 +165,7 @@ def test_a_file_and_a_checkpoint(checkpoints, tmp_path, capsys):
         (["metrics.jsonl", "one.jsonl"], "its lines have no 'name'; give a file that eval wrote"),
         (["no/such", "one.jsonl"], "no model at"),
         (["base", "no/such"], "no model at"),
+        (["folder:anchor", "base"], "names 'anchor' of the responses in "),
         (["base", "base"], "is given twice, and would be compared with itself"),
         ([], "required"),
     ],
@@ -174,6 +175,7 @@ def test_wrong_sources(checkpoints, tmp_path, capsys, sources, message):
     write(tmp_path / "one.jsonl", responses([True] * 7, "model"))
     write(tmp_path / "empty.jsonl", [])
     write(tmp_path / "metrics.jsonl", [{"loss": 1}])
+    (tmp_path / "folder").mkdir()
     paths = [checkpoints.get(source, str(tmp_path / source)) for source in sources]
     assert main(["complement", *paths, *SMALL]) == 2
     captured = capsys.readouterr().err

@@ -145,13 +145,21 @@ def _read(source: str) -> tuple[Rows, str | None]:
 
 
 def _responses_of(source: str) -> tuple[Path, str | None] | None:
-    """The file of responses that a source stands for, and the member it names; None for a checkpoint."""
+    """The file of responses that a source stands for, and the member it names; None for a checkpoint.
+
+    Raises `ValueError` for a member of a folder that holds no responses.
+    """
     head, _, tail = source.rpartition(":")
     for path, name in ((source, None), (head, tail)):
         if path and Path(path).is_file():
             return Path(path), name
         if path and (Path(path) / RESPONSES_FILE).is_file():
             return Path(path) / RESPONSES_FILE, name
+    if head and Path(head).is_dir() and not Path(source).is_dir():
+        raise ValueError(
+            f"{source} names {tail!r} of the responses in {head}, but there are none; evaluate first, with logitmix "
+            f"eval --output_dir, or give {head} alone"
+        )
     return None
 
 

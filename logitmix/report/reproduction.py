@@ -125,7 +125,7 @@ def measured(finding: Finding) -> str:
         return f"{signed(e)} points"
     if finding.unit == "share":
         return f"{interval(e)} %"
-    return f"{e.value:.3f} [{e.low:.3f}, {e.high:.3f}]"  # verdicts may hang on less than a hundredth
+    return f"{e.value:.2g} [{e.low:.2g}, {e.high:.2g}]"  # a verdict may hang on less than a hundredth
 
 
 def rates_of(finding: Finding) -> str:
