@@ -14,8 +14,7 @@ from torch import Tensor
 
 from logitmix.diagnostics import mixture_diagnostics
 from logitmix.logprobs import Head, log_probs_and_entropy
-from logitmix.loss_head import clipped_coefficients, fused, fused_log_probs, linear
-from logitmix.loss_head.job import add_product
+from logitmix.loss_head import clipped_coefficients, fused, fused_log_probs, job, linear
 from logitmix.mixing import SCHEMES, mix_logits
 
 N, V, WIDTHS = 7, 11, (5, 3, 4)
@@ -180,14 +179,14 @@ def test_gradcheck(scheme):
 @pytest.mark.parametrize(("tokens", "rows", "width"), [(1, 1, 1), (1, 2048, 33), (7, 100, 1), (128, 2047, 64)])
 def test_onednn_multiplies_in_the_layouts_of_the_passes(tokens, rows, width):
     """An assumption about torch: `torch.ops.mkldnn._linear_pointwise` takes strided factors, and is exact."""
+    torch.manual_seed(0)
     hidden, weight = torch.randn(tokens, width), torch.randn(rows, width)
     masses = torch.randn(tokens, rows + 5)[:, :rows]
     for a, b in ((hidden, weight.T), (masses, weight), (masses.T, hidden)):
-        start = torch.randn(len(a), b.shape[1])
-        for overwrite in (False, True):
-            out, before = start.clone(), 0.0 if overwrite else start.double()
-            add_product(out, a, b, overwrite=overwrite)
-            torch.testing.assert_close(out.double(), before + a.double() @ b.double(), rtol=1e-5, atol=1e-4)
+        start, expected = torch.randn(len(a), b.shape[1]), a.double() @ b.double()
+        torch.testing.assert_close(job.multiply(a, b, torch.float32).double(), expected, rtol=1e-5, atol=5e-4)
+        job.add_product(sums := start.clone(), a, b)
+        torch.testing.assert_close(sums.double(), start.double() + expected, rtol=1e-5, atol=5e-4)
 
 
 def test_without_onednn_the_result_is_the_same():
@@ -288,13 +287,17 @@ def test_members_of_one_head(scheme, trained, bias):
 
 def test_members_of_one_head_share_its_matrix_products(monkeypatch):
     products = []
-    original = linear.add_product
 
-    def counted(out, a, b, *args, **kwargs):
+    def multiply(a, b, *args):
         products.append((tuple(a.shape), tuple(b.shape)))
-        return original(out, a, b, *args, **kwargs)
+        return job.multiply(a, b, *args)
 
-    monkeypatch.setattr(linear, "add_product", counted)
+    def add_product(out, a, b, *args):
+        products.append((tuple(a.shape), tuple(b.shape)))
+        job.add_product(out, a, b, *args)
+
+    monkeypatch.setattr(linear, "multiply", multiply)
+    monkeypatch.setattr(linear, "add_product", add_product)
     hidden, heads, targets = random_problem(1)
     head = Head(heads[0].weight.detach())
     fused_log_probs([hidden[0], hidden[0].detach()], [head, head], [0.3, 0.7], targets)

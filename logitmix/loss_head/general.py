@@ -8,7 +8,7 @@ from torch import Tensor
 
 from logitmix.diagnostics import mixture_diagnostics
 from logitmix.logprobs import Head, log_probs_and_entropy
-from logitmix.loss_head.job import Gradients, Job, add_product
+from logitmix.loss_head.job import Gradients, Job, add_product, multiply
 from logitmix.mixing import mix_logits
 
 
@@ -52,7 +52,7 @@ def _raw_logits(job: Job, head: Head, hidden_nD: Tensor, like: Tensor) -> Tensor
     """The head's products and bias `[n, V]`, in the dtype of `like`."""
     z_nV = like.new_empty(len(hidden_nD), job.vocab_size)
     for tile in job.tiles:
-        add_product(z_nV[:, tile], hidden_nD, head.weight[tile].T, job.half, overwrite=True)
+        z_nV[:, tile] = multiply(hidden_nD, head.weight[tile].T, like.dtype, job.half)
     return z_nV if head.bias is None else z_nV.add_(head.bias[: job.vocab_size])
 
 

@@ -81,21 +81,28 @@ class Gradients:
         return any(gradient is not None for gradient in (*self.weight, *self.bias))
 
 
-def add_product(out: Tensor, a: Tensor, b: Tensor, half: torch.dtype | None = None, overwrite: bool = False) -> None:
-    """`out += a @ b` (or `=`), added up in the dtype of `out`; a CUDA device multiplies in `half` if given."""
-    beta = 0 if overwrite else 1
+def multiply(a: Tensor, b: Tensor, dtype: torch.dtype, half: torch.dtype | None = None) -> Tensor:
+    """`a @ b`, added up in `dtype`; a CUDA device multiplies in `half` if given."""
+    if half is not None and a.is_cuda:
+        return torch.mm(a.to(half), b.to(half), out_dtype=dtype)
+    a, b = a.to(dtype), b.to(dtype)  # a CPU in half precision would round the sums as well
+    if _multiplies_by_onednn(a):
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "")
+        return product
+    return a @ b
+
+
+def add_product(out: Tensor, a: Tensor, b: Tensor, half: torch.dtype | None = None) -> None:
+    """`out += a @ b`, with the precision of `multiply`."""
     if half is not None and out.is_cuda:
-        torch.addmm(out, a.to(half), b.to(half), beta=beta, out_dtype=out.dtype, out=out)
-        return
-    a, b = a.to(out.dtype), b.to(out.dtype)  # a CPU in half precision would round the sums as well
-    if _multiplies_by_onednn(out):
-        product = torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "")
-        out.copy_(product) if overwrite else out.add_(product)
+        torch.addmm(out, a.to(half), b.to(half), out_dtype=out.dtype, out=out)
+    elif _multiplies_by_onednn(out):
+        out.add_(multiply(a, b, out.dtype))
     else:
-        out.addmm_(a, b, beta=beta)
+        out.addmm_(a.to(out.dtype), b.to(out.dtype))
 
 
-def _multiplies_by_onednn(out: Tensor) -> bool:
+def _multiplies_by_onednn(like: Tensor) -> bool:
     """Where oneDNN is up to twice as fast as `torch.mm`, that is MKL's, which uses AVX-512 on Intel's CPUs alone."""
-    is_asked = out.device.type == "cpu" and out.dtype == torch.float32 and bool(torch.backends.mkldnn.enabled)
+    is_asked = like.device.type == "cpu" and like.dtype == torch.float32 and bool(torch.backends.mkldnn.enabled)
     return is_asked and torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]

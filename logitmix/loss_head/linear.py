@@ -13,7 +13,7 @@ from torch import Tensor
 
 from logitmix.logprobs import Head
 from logitmix.loss_head.comparison import Comparison
-from logitmix.loss_head.job import Gradients, Job, add_product
+from logitmix.loss_head.job import Gradients, Job, add_product, multiply
 
 
 class _Group:
@@ -33,11 +33,18 @@ class _Group:
         # the mean of the head's rows under the mixture, the target's row left out, times the mass
         self.mean_nD = torch.zeros_like(mixed) if any(g is not None for g in self.by_hidden) else None
 
-    def add_logits(self, out_nv: Tensor, tile: slice, overwrite: bool) -> None:
-        """Add the members' part of the mixture's logits, or write it."""
-        add_product(out_nv, self.hidden_nD, self.head.weight[tile].T, self.half, overwrite)
-        if self.head.bias is not None:
-            out_nv.addr_(self.factor_n, self.head.bias[tile].to(out_nv))
+    def logits(self, tile: slice) -> Tensor:
+        """The members' part of the mixture's logits, `[n, v]`."""
+        z_nv = multiply(self.hidden_nD, self.head.weight[tile].T, self.hidden_nD.dtype, self.half)
+        return self._with_bias(z_nv, tile)
+
+    def add_logits(self, z_nv: Tensor, tile: slice) -> None:
+        """Add them to `z_nv`."""
+        add_product(z_nv, self.hidden_nD, self.head.weight[tile].T, self.half)
+        self._with_bias(z_nv, tile)
+
+    def _with_bias(self, z_nv: Tensor, tile: slice) -> Tensor:
+        return z_nv if self.head.bias is None else z_nv.addr_(self.factor_n, self.head.bias[tile].to(z_nv))
 
 
 def run_linear(job: Job, hidden: list[Tensor], scores: Tensor, gradients: Gradients) -> None:
@@ -47,18 +54,17 @@ def run_linear(job: Job, hidden: list[Tensor], scores: Tensor, gradients: Gradie
     keeps = gradients.of_heads
     chunks = list(job.chunks(job.vocab_size if keeps else job.tile_width, least=128))
     rows = max(chunk.stop - chunk.start for chunk in chunks)
-    logits = scores.new_empty(rows, job.tile_width)
     masses = scores.new_empty(rows, job.vocab_size if keeps else job.tile_width)
     for tokens in chunks:
         n = tokens.stop - tokens.start
         chunk = [_Group(job, members, hidden, tokens, gradients, scores[0]) for members in groups]
-        peaks, miss_n = _read_vocabulary(job, chunk, tokens, scores, logits[:n], masses[:n], keeps)
+        peaks, miss_n = _read_vocabulary(job, chunk, tokens, scores, masses[:n], keeps)
         if keeps:
             _gradients_of_heads(job, chunk, tokens, scores[0], peaks, miss_n, masses[:n], gradients)
 
 
 def _read_vocabulary(
-    job: Job, chunk: list[_Group], tokens: slice, scores: Tensor, logits: Tensor, masses: Tensor, keeps: bool
+    job: Job, chunk: list[_Group], tokens: slice, scores: Tensor, masses: Tensor, keeps: bool
 ) -> tuple[list[Tensor], Tensor]:
     """Fill in the chunk's scores and its gradients by hidden states, and with `keeps` also `masses` `[n, V]`.
 
@@ -73,15 +79,7 @@ def _read_vocabulary(
     comparison = None if job.diagnostics is None else Comparison(len(chunk), peak_n, job.tile_width)
     peaks = []
     for tile in job.tiles:
-        z_nv = logits[:, : tile.stop - tile.start]
-        for i, group in enumerate(chunk):
-            if comparison is None:
-                group.add_logits(z_nv, tile, overwrite=i == 0)
-            else:
-                own_nv = comparison.members[i, :, : tile.stop - tile.start]
-                group.add_logits(own_nv, tile, overwrite=True)
-                z_nv.copy_(own_nv) if i == 0 else z_nv.add_(own_nv)
-                own_nv.div_(job.weights_of(i, tokens, own_nv))
+        z_nv = _mixed_logits(job, chunk, tokens, tile, comparison)
         higher_n = torch.maximum(peak_n, z_nv.amax(-1))
         shrink_n, peak_n = torch.exp(peak_n - higher_n), higher_n
         e_nv = masses[:, tile] if keeps else masses[:, : tile.stop - tile.start]
@@ -115,6 +113,23 @@ def _read_vocabulary(
                 if by_hidden is not None:
                     torch.mul(factor_n1, by_mixed_nD, out=by_hidden[tokens])
     return [peak - total_n for peak in peaks], miss_n
+
+
+def _mixed_logits(job: Job, chunk: list[_Group], tokens: slice, tile: slice, comparison: Comparison | None) -> Tensor:
+    """The mixture's logits of a tile `[n, v]`; the members' own are left with the comparison."""
+    z_nv = chunk[0].logits(tile)
+    if comparison is None:
+        for group in chunk[1:]:
+            group.add_logits(z_nv, tile)
+        return z_nv
+    own_Knv = comparison.members[..., : tile.stop - tile.start]
+    own_Knv[0] = z_nv
+    for k, group in enumerate(chunk[1:], 1):
+        own_Knv[k] = group.logits(tile)
+        z_nv.add_(own_Knv[k])
+    for k, own_nv in enumerate(own_Knv):
+        own_nv.div_(job.weights_of(k, tokens, own_nv))
+    return z_nv
 
 
 def _gradients_of_heads(
