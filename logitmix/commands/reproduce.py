@@ -177,7 +177,9 @@ def write(folder: Path, name: str, scale: Scale, made: Sequence[Piece]) -> None:
         "seconds": round(seconds),
         "started": starts[0]["started"],
     }
-    about |= {key: start[key] for key in ("versions", "python", "platform", "devices", "processor", "git")}
+    # of what made the numbers, which may be another machine and version than what draws them
+    *_, maker = read_jsonl([piece for piece in made if piece.verb == "train"][-1].folder / RUN_FILE)
+    about |= {key: maker[key] for key in ("versions", "python", "platform", "devices", "processor", "git")}
     rows = [about, *(row for piece in made for row in results(piece))]
     arms = {arm: [piece.folder for piece in made if piece.kind == arm] for arm in ARMS}
     write_reproduction(folder / REPORT, rows, arms)
