@@ -1,6 +1,9 @@
 """`logitmix serve`: what it asks of vLLM, and what it refuses. The server itself: tests/serving."""
 
 import json
+import re
+import shlex
+from pathlib import Path
 
 import pytest
 from members import character_tokenizer, tiny_member
@@ -36,6 +39,25 @@ def test_two_checkpoints_become_the_mixture_that_vllm_serves(folders):
     assert json.loads(again[again.index("--hf-overrides") + 1])["weights"] == pytest.approx([0.4, 0.6])
     with pytest.raises(ValueError, match="mixture exists"):
         command_of({"model_name_or_path": str(folders / "base")} | served)
+
+
+def test_the_documentations_command_becomes_the_other(folders, monkeypatch):
+    page = (Path(__file__).parents[1] / "docs" / "serving.md").read_text()
+    two_models, vllms = re.findall(r"^(logitmix serve --.*?|python -m vllm.*?)\n```", page, re.DOTALL | re.MULTILINE)
+    (folders / "path/to").mkdir(parents=True)
+    for name in ("base", "sft"):
+        (folders / name).rename(folders / "path/to" / name)
+    monkeypatch.chdir(folders)
+    monkeypatch.setattr(serve, "find_spec", lambda name: name)
+    become = []
+    monkeypatch.setattr(serve.os, "execv", lambda path, command: become.append(command))
+    assert main(shlex.split(two_models)[1:]) == 0
+    assert main(["serve", "mixture", "--port", "8000"]) == 0
+
+    def parsed(command):
+        return [json.loads(word) if word.startswith("{") else word for word in command[1:]]
+
+    assert parsed(become[0]) == parsed(become[1]) == parsed(shlex.split(vllms.replace("\\\n", "")))
 
 
 @pytest.mark.parametrize(

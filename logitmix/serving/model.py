@@ -17,6 +17,8 @@ from transformers import PreTrainedConfig
 from vllm.compilation.backends import set_model_tag
 from vllm.config import VllmConfig, replace
 from vllm.forward_context import get_forward_context
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.utils import initialize_model
@@ -25,6 +27,8 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
 from logitmix.mixing import mix_logits
 from logitmix.serving.adapters import SharedModel
 from logitmix.serving.weights import RequestWeights
+
+logger = init_logger("vllm.logitmix")
 
 # A token's row of the batch travels beside its hidden states, in two columns: bfloat16 counts exactly to 256 only.
 # Eight columns, so that rows of hidden states stay aligned.
@@ -58,6 +62,8 @@ class LogitMixForCausalLM(nn.Module):
             len(self.config.model_names) == 1 and self.config.scheme == "logit" and _has_linear_head(self.policy)
         )
         self.instance_id = vllm_config.instance_id
+        # where the context does not fit, vLLM says how much of it would
+        logger.info("A token of context takes %d bytes of KV cache, of all members.", kv_bytes_per_token(vllm_config))
 
     @property
     def members(self) -> list[Any]:
@@ -111,6 +117,13 @@ class LogitMixForCausalLM(nn.Module):
             model, _, path = name.partition(".")
             if not self.shared[model].load_adapter_weight(path, weight):
                 yield name.replace(".base_layer.", "."), weight
+
+
+def kv_bytes_per_token(vllm_config: VllmConfig) -> int:
+    """What a token costs in the KV cache of all layers of all members; in layers with a window, while it is in it."""
+    layers = vllm_config.compilation_config.static_forward_context.values()
+    specs = [layer.get_kv_cache_spec(vllm_config) for layer in layers if isinstance(layer, Attention)]
+    return sum(spec.page_size_bytes // spec.block_size for spec in specs)
 
 
 def _has_linear_head(model: nn.Module) -> bool:

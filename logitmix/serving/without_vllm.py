@@ -46,14 +46,15 @@ def build_app(model: LogitMixForCausalLM, tokenizer: PreTrainedTokenizerBase, na
         transcription_handler=TranscriptionHandler(models, state),
         generation_state=state,
     )
-    app.add_exception_handler(HTTPException, _answer)
+    for error in (HTTPException, ValueError):  # the latter are `generate`'s, of a stop string for instance
+        app.add_exception_handler(error, _answer)
     return app
 
 
 async def _answer(_: Any, error: Any) -> JSONResponse:
     """As OpenAI's clients expect an error."""
-    message = {"message": str(error.detail), "type": "BadRequestError", "param": None, "code": error.status_code}
-    return JSONResponse({"error": message}, error.status_code)
+    text, code = (error.detail, error.status_code) if isinstance(error, HTTPException) else (str(error), 400)
+    return JSONResponse({"error": {"message": text, "type": "BadRequestError", "param": None, "code": code}}, code)
 
 
 class _OneModel(ModelManager):

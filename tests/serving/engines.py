@@ -24,8 +24,10 @@ from transformers import (
     Gemma2Config,
     GPT2Config,
     GPTJConfig,
+    GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    PhiConfig,
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
@@ -52,6 +54,12 @@ def _decoder(width=64, layers=2, heads=2, kv_heads=1, **kwargs):
     } | kwargs  # fmt: skip
 
 
+def _of_the_transformers_backend():
+    """Architectures that vLLM has none of its own for."""
+    config = _decoder(layers=3)
+    return {key: value for key, value in config.items() if key != "num_key_value_heads"}
+
+
 CONFIGS = {
     "qwen2": lambda **kwargs: Qwen2Config(**_decoder(128, heads=4, kv_heads=2, **kwargs)),
     "llama": lambda **kwargs: LlamaConfig(**_decoder(64, layers=3, **kwargs)),
@@ -69,6 +77,8 @@ CONFIGS = {
         vocab_size=VOCAB_SIZE, n_embd=64, n_layer=2, n_head=2, n_positions=128, rotary_dim=16, initializer_range=0.15,
         bos_token_id=1, eos_token_id=None, pad_token_id=0, **kwargs,
     ),
+    "gpt_neox": lambda **kwargs: GPTNeoXConfig(**_of_the_transformers_backend(), rotary_pct=0.25, **kwargs),
+    "phi": lambda **kwargs: PhiConfig(**_of_the_transformers_backend(), partial_rotary_factor=0.5, **kwargs),
     "qwen3_moe": lambda **kwargs: Qwen3MoeConfig(
         **_decoder(64, head_dim=32, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, **kwargs)
     ),

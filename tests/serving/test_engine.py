@@ -6,6 +6,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed; `make test-serving` h
 
 import torch
 from engines import (
+    ALPHAS,
     PROMPTS,
     TOLERANCE,
     assert_same,
@@ -13,9 +14,11 @@ from engines import (
     engine,
     generate,
     greedy,
+    greedy_tokens,
     mixture_of,
     save_adapter,
     save_member,
+    token_log_probs,
 )
 from vllm.exceptions import VLLMValidationError
 
@@ -37,6 +40,26 @@ def test_pairs(tmp_path, pair):
     with engine(tmp_path, max_num_batched_tokens=16) as llm:
         assert_same(mixture, llm)
         assert_same(mixture, llm, prompt_logprobs=0)
+
+
+@pytest.mark.parametrize("pair", [("gpt_neox", "qwen2"), ("qwen2", "phi")], ids="+".join)
+def test_architectures_that_vllm_takes_from_transformers(tmp_path, pair):
+    """It replaces methods of their classes, after which they no longer run outside of it: so the reference first."""
+    mixture = mixture_of(*pair, alpha=0.4)
+    mixture.save_pretrained(tmp_path)
+    weights = [{} if alpha is None else {"alpha": alpha} for alpha in ALPHAS]
+    asked = list(zip(PROMPTS, weights, strict=True))
+    tokens = [greedy_tokens(mixture, prompt, 12, **given) for prompt, given in asked]
+    scores = [
+        token_log_probs(mixture, prompt + ids, **given) for (prompt, given), ids in zip(asked, tokens, strict=True)
+    ]
+    with engine(tmp_path, max_num_batched_tokens=16) as llm:
+        outputs = generate(llm, PROMPTS, [greedy(given or None) for given in weights])
+    for output, ids, score in zip(outputs, tokens, scores, strict=True):
+        (choice,) = output.outputs
+        assert list(choice.token_ids) == ids
+        theirs = torch.tensor([position[token].logprob for position, token in zip(choice.logprobs, ids, strict=True)])
+        assert (score[-12:] - theirs).abs().max() < TOLERANCE
 
 
 def test_three_members_in_probabilities(tmp_path):

@@ -11,6 +11,7 @@ from transformers import LlamaConfig, MambaConfig, Qwen2Config
 from vllm import EngineArgs
 
 from logitmix.configuration import FORMAT_VERSION, LogitMixConfig
+from logitmix.serving import model
 from logitmix.serving.config import require_known_members
 from logitmix.serving.requests import request_weights
 
@@ -66,18 +67,22 @@ def test_a_checkpoint_of_a_later_format(folder, tmp_path):
         EngineArgs(model=path).create_engine_config()
 
 
-def test_too_little_memory_for_the_context(folder, tmp_path):
-    """vLLM's own sentence says what the context costs, and the longest that fits; 2 and 3 layers are of members."""
+def test_too_little_memory_for_the_context(folder, tmp_path, monkeypatch):
+    """The log says what a token costs, vLLM's own sentence what the context does and the longest that fits."""
     members = json.loads((folder / "config.json").read_text())
     longer = {name: members[name] | {"max_position_embeddings": 1 << 22} for name in ("policy", "anchor_0")}
     path = change_config(folder, tmp_path, **longer)
     # 2 layers of 2 heads of 32 and 3 of 1: keys and values in float32
-    assert (2 * 2 + 3 * 1) * 32 * 2 * 4 * (1 << 22) == 7 << 30
+    a_token = (2 * 2 + 3 * 1) * 32 * 2 * 4
+    assert a_token * (1 << 22) == 7 << 30
+    logged = []
+    monkeypatch.setattr(model.logger, "info", lambda message, *values: logged.append(message % values))
     with (
         pytest.raises(ValueError, match=r"\(4194304\), \(7\.0 GiB KV.*estimated maximum model length is \d+"),
         engine(path, max_model_len=1 << 22),
     ):
         pass
+    assert logged == [f"A token of context takes {a_token} bytes of KV cache, of all members."]
 
 
 @pytest.mark.parametrize(

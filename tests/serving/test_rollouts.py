@@ -1,6 +1,9 @@
 """The trainer with rollouts in vLLM: it scores what vLLM sampled."""
 
 import functools
+import json
+import subprocess
+import sys
 
 import pytest
 
@@ -8,7 +11,9 @@ pytest.importorskip("vllm", reason="vLLM is not installed; `make test-serving` h
 
 import torch
 from engines import mixture_of, save_adapter, save_member
+from test_cli import TINY
 from test_grpo import PROMPTS, trainer_of
+from transformers import AutoModelForCausalLM
 from trl.generation import vllm_generation
 from vllm import LLM
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
@@ -26,6 +31,17 @@ def exact_engine(monkeypatch):
     )
     yield
     cleanup_dist_env_and_memory()
+
+
+# the command line, with the engine that these tests need
+COMMAND_LINE = """
+import functools, sys
+from trl.generation import vllm_generation
+from vllm import LLM
+vllm_generation.LLM = functools.partial(LLM, dtype="float32", enforce_eager=True)
+from logitmix.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
 
 
 def trainer_in_vllm(path, model, **kwargs):
@@ -127,3 +143,33 @@ def test_names_of_what_ends_a_completion():
         "stop_token_ids": [2],
     }
     assert sampling_settings(None, [], [2, 5]) == {"stop_token_ids": [2, 5]}
+
+
+def test_after_a_deep_sleep_everything_is_pushed(tmp_path):
+    """Level 2 discards all weights. vLLM's CPU build cannot sleep: they are overwritten here."""
+    trainer = trainer_in_vllm(tmp_path, mixture_of("qwen2", "llama", alpha=0.4))
+    generation = trainer.vllm_generation
+    with torch.no_grad():
+        for parameter in generation.llm.llm_engine.model_executor.driver_worker.model_runner.model.parameters():
+            parameter.zero_()
+    generation.sync_weights()  # of the policy alone
+    assert largest_difference(trainer) > 0.05
+    generation._llm_weights_sleeping = True
+    generation.sync_weights()
+    assert largest_difference(trainer) < 1e-4
+
+
+def test_the_command_line_and_a_resumed_run(tmp_path):
+    members = ["--model_name_or_path", save_member(tmp_path / "base"), "--anchor"]
+    members += [save_member(tmp_path / "sft", "llama", 1), "--output_dir", str(tmp_path / "run")]
+    command = ["train", *members, *TINY[:-2], "--use_vllm", "true", "--vllm_mode", "colocate", "--save_steps", "1"]
+    for flags in (["--max_steps", "1"], ["--max_steps", "2", "--resume_from_checkpoint", "true"]):
+        # processes of their own: vLLM's state of the first would be in the way of the second
+        done = subprocess.run([sys.executable, "-c", COMMAND_LINE, *command, *flags], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert {line["step"] for line in steps} == {1, 2}
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    start = LogitMixForCausalLM.from_members(str(tmp_path / "base"), str(tmp_path / "sft"))
+    assert not torch.equal(trained.policy.lm_head.weight, start.policy.lm_head.weight)
+    assert torch.equal(trained.anchor_0.lm_head.weight, start.anchor_0.lm_head.weight)

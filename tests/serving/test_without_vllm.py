@@ -1,6 +1,8 @@
 """transformers' own server with a mixture, where vLLM is missing, asked by the official client."""
 
+import re
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -107,12 +109,18 @@ def test_it_ends_where_the_context_does(client):
         ({"fields": {"member_logprobs": True}}, "member_logprobs is not answered without vLLM"),
         ({"logprobs": 0}, "logprobs is not answered without vLLM"),
         ({"n": 2}, "n is not answered without vLLM"),
+        ({"stop": "日本"}, "Stop string"),
     ],
 )
 def test_what_it_cannot_do_is_answered_by_400(client, asked, sentence):
     with pytest.raises(openai.BadRequestError) as caught:
         ask(client, **asked)
     assert sentence in caught.value.message
+
+
+def test_a_stop_string_ends_a_text_and_stays_in_it(client, mixture):
+    text = expected(mixture, alpha=0.4)
+    assert ask(client, stop=[text[3]]) == text[: text.index(text[3]) + 1]
 
 
 def test_what_changes_nothing_may_be_asked(client, mixture):
@@ -122,3 +130,15 @@ def test_what_changes_nothing_may_be_asked(client, mixture):
 def test_another_models_name(client):
     with pytest.raises(openai.BadRequestError, match="other"):
         client.completions.create(model="other", prompt=PROMPT)
+
+
+def test_the_documentations_request(server, mixture, capsys):
+    """As it stands there, to this server: another model, so other texts than there."""
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    code = code.replace("http://localhost:8000", server.url).replace("runs/quickstart/fixed_mixing", "mixture")
+    exec(compile(code, "docs/serving.md", "exec"), {})
+    code, prompt = code.replace("=?\\n", "=?"), "7+8-9+4=?"  # a newline is no token here
+    texts = [expected(mixture, prompt, 64, alpha=alpha) for alpha in (0.0, 0.3, 1.0)]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [f"{alpha} {text!r}" for alpha, text in zip((0, 0.3, 1), texts, strict=True)]
