@@ -167,9 +167,9 @@ def test_the_command_line_and_a_resumed_run(tmp_path):
         # processes of their own: vLLM's state of the first would be in the way of the second
         done = subprocess.run([sys.executable, "-c", COMMAND_LINE, *command, *flags], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
-    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert {line["step"] for line in steps} == {1, 2}
-    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
-    start = LogitMixForCausalLM.from_members(str(tmp_path / "base"), str(tmp_path / "sft"))
-    assert not torch.equal(trained.policy.lm_head.weight, start.policy.lm_head.weight)
-    assert torch.equal(trained.anchor_0.lm_head.weight, start.anchor_0.lm_head.weight)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    key = "sampling/sampling_logp_difference/max"  # between vLLM's log-probabilities and the trainer's
+    found = {line["step"]: line[key] for line in lines if key in line}
+    assert found.keys() == {1, 2}, lines
+    assert max(found.values()) < 1e-4
+    assert isinstance(AutoModelForCausalLM.from_pretrained(tmp_path / "run"), LogitMixForCausalLM)

@@ -137,8 +137,8 @@ def test_the_documentations_request(server, mixture, capsys):
     page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     code = code.replace("http://localhost:8000", server.url).replace("runs/quickstart/fixed_mixing", "mixture")
-    exec(compile(code, "docs/serving.md", "exec"), {})
     code, prompt = code.replace("=?\\n", "=?"), "7+8-9+4=?"  # a newline is no token here
+    exec(compile(code, "docs/serving.md", "exec"), {})
     texts = [expected(mixture, prompt, 64, alpha=alpha) for alpha in (0.0, 0.3, 1.0)]
     lines = capsys.readouterr().out.splitlines()
     assert lines == [f"{alpha} {text!r}" for alpha, text in zip((0, 0.3, 1), texts, strict=True)]
