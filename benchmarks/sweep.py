@@ -114,7 +114,8 @@ def measure(folder: Path, args: argparse.Namespace) -> str:
     lines = [
         "# A sweep over alpha",
         "",
-        f"`python benchmarks/sweep.py --rounds {args.rounds}`: {args.problems} problems, {args.tokens} new tokens "
+        f"`python benchmarks/sweep.py --rounds {args.rounds} --vocab_size {args.vocab_size} --tokens {args.tokens}`: "
+        f"{args.problems} problems, {args.tokens} new tokens "
         f"each, two Qwen2 members of width {args.hidden_size} and vocabulary {args.vocab_size}, one thread.",
         "",
         "| | seconds | eleven in one batch cost, of it |",
