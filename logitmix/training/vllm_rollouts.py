@@ -12,10 +12,12 @@ from typing import Any
 
 from accelerate import PartialState
 from torch import Tensor
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from trl import GRPOConfig
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer import grpo_trainer
 
+from logitmix.configuration import LogitMixConfig
 from logitmix.modeling import LogitMixForCausalLM
 
 POLICY = "policy."
@@ -115,6 +117,7 @@ def mixture_for_vllm(model: LogitMixForCausalLM, tokenizer: Any, args: GRPOConfi
     """
     state, folder, own_name = PartialState(), Path(args.output_dir) / ".vllm", model.name_or_path
     if args.vllm_mode == "colocate":
+        refuse_shared_classes(model.config)
         if state.is_main_process:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
@@ -128,6 +131,23 @@ def mixture_for_vllm(model: LogitMixForCausalLM, tokenizer: Any, args: GRPOConfi
         model.name_or_path = own_name
         if state.is_main_process:  # TRL waits for all processes when its vLLM has started
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def refuse_shared_classes(config: LogitMixConfig) -> None:
+    """Raise `ValueError` for a member that vLLM runs by transformers' classes.
+
+    It changes them for the whole process, after which the trainer's own model of that class fails.
+    """
+    from vllm import ModelRegistry
+
+    for name in config.model_names:
+        architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(getattr(config, name).model_type)
+        known = ModelRegistry.models.get(architecture)
+        if getattr(known, "class_name", "").startswith("Transformers"):
+            raise ValueError(
+                f"the member {name} is a {architecture}, which vLLM runs by transformers' own classes and changes in "
+                "this process; set vllm_mode='server', or leave out use_vllm"
+            )
 
 
 def sampling_settings(

@@ -173,3 +173,11 @@ def test_the_command_line_and_a_resumed_run(tmp_path):
     assert found.keys() == {1, 2}, lines
     assert max(found.values()) < 1e-4
     assert isinstance(AutoModelForCausalLM.from_pretrained(tmp_path / "run"), LogitMixForCausalLM)
+
+
+def test_members_whose_classes_vllm_would_change_are_refused_in_one_process(tmp_path):
+    with pytest.raises(
+        ValueError, match="anchor_0 is a GPTNeoXForCausalLM, which vLLM runs by transformers' own classes"
+    ):
+        trainer_in_vllm(tmp_path, mixture_of("qwen2", "gpt_neox", alpha=0.4))
+    assert not (tmp_path / ".vllm").exists()
