@@ -9,6 +9,7 @@ import pytest
 from test_cli import error_of, save_member
 
 from logitmix.cli import main
+from logitmix.commands.arguments import DataArguments
 from logitmix.commands.problems import RunsDataArguments
 from logitmix.run_files import RUN_FILE, read_jsonl
 
@@ -71,6 +72,21 @@ def test_flags_go_over_the_run(run):
 def test_without_a_run_it_is_the_arithmetic_task(tmp_path):
     assert RunsDataArguments().of_runs("no/such/folder", None).task == "arithmetic"
     assert RunsDataArguments().of_runs(save_member(tmp_path / "model", 0)).split_seed == 0
+
+
+@pytest.mark.parametrize(
+    "line", ['{"x": 1}', "[1]", "null", '{"arguments": null}', '{"arguments": {"task": null}}', ""]
+)
+def test_a_run_file_that_is_not_ours_says_nothing(line, tmp_path):
+    folder = save_member(tmp_path / "model", 0)
+    (Path(folder) / RUN_FILE).write_text(line + "\n" if line else "")
+    assert RunsDataArguments().of_runs(folder) == DataArguments()
+
+
+def test_solutions_which_sft_alone_reads_are_no_difference(run, problems, tmp_path):
+    arguments = read_jsonl(Path(run) / RUN_FILE)[-1]["arguments"]
+    sft = made_by_run(tmp_path / "sft", **arguments | {"command": "sft", "solution_column": "worked"})
+    assert RunsDataArguments().of_runs(sft, run) == RunsDataArguments().of_runs(run)
 
 
 def test_checkpoints_of_runs_on_different_problems_are_refused_without_a_task(run, tmp_path, capsys):

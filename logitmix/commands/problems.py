@@ -52,12 +52,16 @@ class TestProblemArguments(RunsDataArguments):
 
 
 def data_of_run(checkpoint: str) -> dict[str, Any] | None:
-    """The `DataArguments` of the run that made a checkpoint, by its `run.jsonl`; None where there is none."""
+    """The `DataArguments` of the run that made a checkpoint, by its `run.jsonl`; None where there is none of ours.
+
+    All but the column of the solutions, which SFT alone reads.
+    """
     folder = Path(checkpoint)
     for path in (folder / RUN_FILE, folder.parent / RUN_FILE):  # the parent's: of a checkpoint-N
         if path.is_file() and (path.parent == folder or folder.name.startswith("checkpoint-")):
             starts = read_jsonl(path)
-            arguments = starts[-1]["arguments"] if starts else {}
-            if "task" in arguments:
-                return {f.name: arguments[f.name] for f in fields(DataArguments) if f.name in arguments}
+            arguments = starts[-1].get("arguments") if starts and isinstance(starts[-1], dict) else None
+            if isinstance(arguments, dict) and isinstance(arguments.get("task"), str):
+                names = [f.name for f in fields(DataArguments) if f.name != "solution_column"]
+                return {name: arguments[name] for name in names if name in arguments}
     return None

@@ -1,5 +1,6 @@
 """The mixture that a request asks for: `alpha`, or `weights`, or `member`."""
 
+from numbers import Real
 from typing import Any
 
 from logitmix.configuration import LogitMixConfig, resolve_weights
@@ -22,7 +23,8 @@ def request_weights(config: LogitMixConfig, extra_args: dict[str, Any] | None) -
         member = config.member_named(given["member"])
         return [float(name == member) for name in config.members]
     ((key, value),) = given.items()
-    if isinstance(value, (bool, str)) or (key == "weights") != isinstance(value, list):
+    is_list = isinstance(value, list)
+    if is_list != (key == "weights") or not all(map(_is_number, value if is_list else [value])):
         raise ValueError(f"{key} is {value!r}, but must be {'a list of numbers' if key == 'weights' else 'a number'}")
     weights = resolve_weights(
         **({"alpha": None, "weights": None} | given), num_members=len(config.members), scheme=config.scheme
@@ -33,3 +35,7 @@ def request_weights(config: LogitMixConfig, extra_args: dict[str, Any] | None) -
             if not alpha_range[0] <= alpha <= alpha_range[1]:
                 raise ValueError(f"alpha is {alpha}, but this server takes {alpha_range[0]} to {alpha_range[1]}")
     return weights
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)

@@ -4,9 +4,11 @@
 transformers would ignore without a word (`n`, `logprobs`, …) is refused.
 """
 
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 import uvicorn
 from fastapi import HTTPException
 from fastapi.responses import JSONResponse
@@ -22,11 +24,20 @@ from transformers.cli.serving.utils import GenerateManager, GenerationState
 from logitmix.modeling import LogitMixForCausalLM
 from logitmix.serving.requests import KEYS, request_weights
 
-# fields that transformers ignores, and that may be ignored
-HARMLESS = {"metadata", "parallel_tool_calls", "safety_identifier", "service_tier", "store", "stream_options", "user"}
-NEUTRAL = {"n": 1, "best_of": 1, "presence_penalty": 0, "echo": False, "member_logprobs": False}
+ANSWERED = {"model", "stream", "temperature", "top_p", "seed", "generation_config"}
+# what transformers ignores, and may be ignored
+HARMLESS = {
+    "metadata", "parallel_tool_calls", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",
+    "safety_identifier", "service_tier", "store", "stream_options", "user",
+}  # fmt: skip
+# transformers has a penalty by factors for OpenAI's by differences, so no other is answered than none
+NEUTRAL = {
+    "n": 1, "best_of": 1, "presence_penalty": 0, "frequency_penalty": 0, "echo": False, "member_logprobs": False,
+}  # fmt: skip
 
-_weights: ContextVar[list[float]] = ContextVar("weights")  # of the request that is handled
+# of the request that is handled
+_weights: ContextVar[list[float]] = ContextVar("weights")
+_seed: ContextVar[int | None] = ContextVar("seed")
 
 
 def serve(model: LogitMixForCausalLM, tokenizer: PreTrainedTokenizerBase, name: str, host: str, port: int) -> None:
@@ -46,7 +57,7 @@ def build_app(model: LogitMixForCausalLM, tokenizer: PreTrainedTokenizerBase, na
         transcription_handler=TranscriptionHandler(models, state),
         generation_state=state,
     )
-    for error in (HTTPException, ValueError):  # the latter are `generate`'s, of a stop string for instance
+    for error in (HTTPException, KeyError, TypeError, ValueError):  # transformers', of a stop string for instance
         app.add_exception_handler(error, _answer)
     return app
 
@@ -54,6 +65,8 @@ def build_app(model: LogitMixForCausalLM, tokenizer: PreTrainedTokenizerBase, na
 async def _answer(_: Any, error: Any) -> JSONResponse:
     """As OpenAI's clients expect an error."""
     text, code = (error.detail, error.status_code) if isinstance(error, HTTPException) else (str(error), 400)
+    if isinstance(error, KeyError):
+        text = f"the request has no {error}"
     return JSONResponse({"error": {"message": text, "type": "BadRequestError", "param": None, "code": code}}, code)
 
 
@@ -64,6 +77,10 @@ class _OneModel(ModelManager):
 
     def load_model_and_processor(self, *_: Any, **__: Any) -> tuple[LogitMixForCausalLM, PreTrainedTokenizerBase]:
         return self.model, self.tokenizer
+
+    @staticmethod
+    def process_model_name(model_id: str) -> str:
+        return model_id  # not NAME@main: it is no revision of the hub
 
     def get_gen_models(self) -> list[dict[str, Any]]:
         return [{"id": self.force_model, "object": "model", "created": 0, "owned_by": "logitmix"}]
@@ -79,7 +96,7 @@ class _Generation(GenerationState):
 
 
 class _Generate(GenerateManager):
-    """`model.generate` with the weights of the request, within the members' context."""
+    """`model.generate` with the weights and the seed of the request, within the members' context."""
 
     def generate_streaming(self, model: Any, processor: Any, inputs: Any, config: Any, *args: Any, **kw: Any) -> Any:
         _keep_within_context(model, inputs, config)
@@ -91,45 +108,72 @@ class _Generate(GenerateManager):
         inputs = {**inputs, "weights": _weights.get()}
         return await super().generate_non_streaming(model, processor, inputs, config, **kw)
 
+    def submit(self, fn: Callable[..., Any], *args: Any, **kw: Any) -> Any:
+        return super().submit(_seeded(fn), *args, **kw)
+
+    def async_submit(self, fn: Callable[..., Any], *args: Any, **kw: Any) -> Any:
+        return super().async_submit(_seeded(fn), *args, **kw)
+
+
+def _seeded(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`fn` from the request's seed on, which transformers would set while another request generates."""
+    seed = _seed.get()
+
+    def run(*args: Any, **kw: Any) -> Any:
+        if seed is not None:
+            torch.manual_seed(seed)
+        return fn(*args, **kw)
+
+    return run
+
 
 def _keep_within_context(model: LogitMixForCausalLM, inputs: Any, config: GenerationConfig) -> None:
     length, context = inputs["input_ids"].shape[-1], model.config.max_position_embeddings
+    if length == 0:
+        raise ValueError("the prompt is empty")
     if context is None:
         return
     if length >= context:
-        raise HTTPException(400, f"the prompt has {length} tokens, but the members' context is {context}")
-    config.max_new_tokens = min(config.max_new_tokens, context - length)
+        raise ValueError(f"the prompt has {length} tokens, but the members' context is {context}")
+    room = context - length
+    config.max_new_tokens = room if config.max_new_tokens is None else min(config.max_new_tokens, room)
 
 
 class _Fields:
     """Takes the mixture's fields out of a request, before transformers looks at it."""
 
     model_manager: _OneModel
-    _unused_fields: set[str]
+    _valid_params_class: Any
+    _answered: frozenset[str]  # beside ANSWERED
 
     async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
+        """Raises `ValueError` for fields that are wrong, or that transformers would ignore."""
         config = self.model_manager.model.config
-        try:
-            _weights.set(request_weights(config, {key: body.pop(key, None) for key in KEYS}) or config.weights)
-        except ValueError as error:
-            raise HTTPException(400, str(error)) from error
-        for field in (self._unused_fields - HARMLESS | {"member_logprobs"}) & body.keys():
+        _weights.set(request_weights(config, {key: body.pop(key, None) for key in KEYS}) or config.weights)
+        known = self._valid_params_class.__mutable_keys__ | {"member_logprobs"}  # others transformers refuses
+        for field in sorted(body.keys() & known - ANSWERED - self._answered - HARMLESS):
             if body[field] is not None and body[field] != NEUTRAL.get(field):
-                raise HTTPException(400, f"{field} is not answered without vLLM: leave it out, or pip install vllm")
+                raise ValueError(f"{field} is not answered without vLLM: leave it out, or pip install vllm")
         body.pop("member_logprobs", None)
+        seed = body.pop("seed", None)
+        if seed is not None and (type(seed) is not int or abs(seed) >= 1 << 63):
+            raise ValueError(f"seed is {seed!r}, but must be an integer of 64 bits")
+        _seed.set(seed)
         body.setdefault("stream", False)  # transformers streams responses where it is not told otherwise
         return await super().handle_request(body, request_id)  # type: ignore[misc]
 
 
 class _Chat(_Fields, ChatCompletionHandler):
+    _answered = frozenset({"messages", "tools", "chat_template_kwargs", "max_tokens", "stop", "logit_bias"})
+
     async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
         limit = body.pop("max_completion_tokens", None)  # the newer name, which transformers would ignore
         return await super().handle_request(body if limit is None else body | {"max_tokens": limit}, request_id)
 
 
 class _Completions(_Fields, CompletionHandler):
-    pass
+    _answered = frozenset({"prompt", "suffix", "max_tokens", "stop"})
 
 
 class _Responses(_Fields, ResponseHandler):
-    pass
+    _answered = frozenset({"input", "instructions", "tools", "max_output_tokens"})

@@ -1,5 +1,6 @@
 """transformers' own server with a mixture, where vLLM is missing, asked by the official client."""
 
+import inspect
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +13,8 @@ pytest.importorskip("openai", reason="the openai client is not installed: pip in
 import openai
 from engines import greedy_tokens, mixture_of
 from servers import TEMPLATE, ServerWithoutVLLM
+
+from logitmix.serving.without_vllm import ANSWERED, HARMLESS, NEUTRAL, _Chat, _Completions, _Responses
 
 PROMPT = "ab12="
 
@@ -52,6 +55,7 @@ def expected(mixture, prompt=PROMPT, length=8, **weights):
 def test_it_says_what_it_is(server, client):
     assert "transformers' own server answers" in server.log.read_text()
     assert [model.id for model in client.models.list()] == ["mixture"]
+    assert client.completions.create(model="mixture", prompt=PROMPT, max_tokens=1).model == "mixture"
 
 
 def test_requests_at_once_each_with_its_own_alpha(client, mixture):
@@ -95,6 +99,15 @@ def test_it_samples_from_all_tokens_unless_told_otherwise(client):
     assert first == again != second
 
 
+def test_a_seed_holds_among_other_requests(client):
+    def sampled(seed):
+        return ask(client, temperature=1.5, max_tokens=40, seed=seed)
+
+    alone = [sampled(seed) for seed in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(sampled, range(8))) == alone
+
+
 def test_it_ends_where_the_context_does(client):
     assert len(ask(client, "a" * 100, max_tokens=1000, fields={"alpha": 0.0})) <= 28
     with pytest.raises(openai.BadRequestError, match="the prompt has 200 tokens, but the members' context is 128"):
@@ -110,6 +123,13 @@ def test_it_ends_where_the_context_does(client):
         ({"logprobs": 0}, "logprobs is not answered without vLLM"),
         ({"n": 2}, "n is not answered without vLLM"),
         ({"stop": "日本"}, "Stop string"),
+        ({"logit_bias": {"5": 100}}, "logit_bias is not answered without vLLM"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty is not answered without vLLM"),
+        ({"fields": {"weights": [[-5, 6]]}}, "weights is [[-5, 6]], but must be a list of numbers"),
+        ({"fields": {"seed": "x"}}, "seed is 'x', but must be an integer"),
+        ({"max_tokens": 0}, "must be greater than 0"),
+        ({"temperature": -1}, "temperature"),
+        ({"prompt": ""}, "the prompt is empty"),
     ],
 )
 def test_what_it_cannot_do_is_answered_by_400(client, asked, sentence):
@@ -121,6 +141,19 @@ def test_what_it_cannot_do_is_answered_by_400(client, asked, sentence):
 def test_a_stop_string_ends_a_text_and_stays_in_it(client, mixture):
     text = expected(mixture, alpha=0.4)
     assert ask(client, stop=[text[3]]) == text[: text.index(text[3]) + 1]
+
+
+@pytest.mark.parametrize("handler", [_Chat, _Completions, _Responses])
+def test_what_it_answers_transformers_reads(handler):
+    """An assumption about transformers: what its handler reads, it reads by name from `body`."""
+    answered = ANSWERED | handler._answered
+    fields = handler._valid_params_class.__mutable_keys__
+    assert answered <= fields
+    bases = [base for base in handler.__mro__ if base.__module__.startswith("transformers")]
+    sources = "".join(map(inspect.getsource, bases))
+    read = set(re.findall(r'body(?:\.get\(|\[)"(\w+)"', sources))
+    assert answered - {"seed"} <= read  # the seed is set by ours
+    assert read & fields - answered <= HARMLESS | NEUTRAL.keys()
 
 
 def test_what_changes_nothing_may_be_asked(client, mixture):
