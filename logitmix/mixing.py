@@ -102,8 +102,9 @@ def _weigh(z_BV: Tensor, weight: Tensor, scheme: str) -> Tensor:
     """`w * z` (logit) or `log w + log softmax(z)` (prob) for one member; `weight` is a scalar or `[B]`."""
     off = torch.empty(0, dtype=torch.long)
     if weight.dim() == 1:
+        weight = weight.to(z_BV.dtype)  # first, as one below float32's smallest is 0 then
         off = (weight == 0).nonzero().squeeze(1).to(z_BV.device)
-        weight = weight.to(z_BV).view(-1, *[1] * (z_BV.dim() - 1))
+        weight = weight.to(z_BV.device).view(-1, *[1] * (z_BV.dim() - 1))
     if scheme == "prob":
         if len(off) and z_BV.requires_grad:
             # behind a softmax, the gradient of an infinite or NaN row would be NaN, not 0

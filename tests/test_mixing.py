@@ -252,6 +252,15 @@ def test_rows_of_weight_0_without_gradients(scheme, bad, shape):
     assert (mixed[1].softmax(-1)[..., 0] == 0).all()
 
 
+@both_schemes
+def test_a_row_whose_weight_is_0_in_float32_does_not_take_part(scheme):
+    policy, anchor = random_logits(dtype=torch.float32)[:2]
+    anchor[0] = -INF
+    weights = [[1.0, 1e-50]] + [[0.5, 0.5]] * (B - 1)
+    mixed = mix_logits([policy, anchor], weights, scheme)
+    torch.testing.assert_close(mixed[0].softmax(-1), policy[0].softmax(-1))
+
+
 def test_all_weights_0_is_the_uniform_distribution():
     logits = random_logits(dtype=torch.bfloat16)
     for weights in ([0.0, 0.0], [[0.0, 0.0]] * B):
