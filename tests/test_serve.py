@@ -41,6 +41,16 @@ def test_two_checkpoints_become_the_mixture_that_vllm_serves(folders):
         command_of({"model_name_or_path": str(folders / "base")} | served)
 
 
+def test_the_mixture_is_saved_with_its_scheme(folders):
+    served = {"model_name_or_path": str(folders / "base"), "anchor": str(folders / "sft"), "scheme": "prob"}
+    served["output_dir"] = str(folders / "mixture")
+    with pytest.raises(ValueError, match="scheme 'prob' needs weights >= 0"):
+        command_of(served | {"alpha": 2.0})
+    command_of(served | {"alpha": 0.3})  # the refusal left nothing behind
+    again = command_of({"model_name_or_path": str(folders / "mixture")})
+    assert json.loads(again[again.index("--hf-overrides") + 1])["scheme"] == "prob"
+
+
 def test_the_documentations_command_becomes_the_other(folders, monkeypatch):
     page = (Path(__file__).parents[1] / "docs" / "serving.md").read_text()
     two_models, vllms = re.findall(r"^(logitmix serve --.*?|python -m vllm.*?)\n```", page, re.DOTALL | re.MULTILINE)

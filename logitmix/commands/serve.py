@@ -116,6 +116,8 @@ def save_mixture(args: ServeArguments) -> str:
         raise ValueError("with --anchor, --output_dir has to name a new folder for the mixture, which vLLM reads")
     if Path(args.output_dir).exists():
         raise ValueError(f"{args.output_dir} exists; serve it as it is, or choose another --output_dir")
-    mixture = LogitMixForCausalLM.from_members(args.model_name_or_path, str(args.anchor), args.alpha, dtype="auto")
+    mixture = LogitMixForCausalLM.from_members(
+        args.model_name_or_path, str(args.anchor), args.alpha, scheme=args.scheme or "logit", dtype="auto"
+    )
     mixture.save_pretrained(args.output_dir)
     return args.output_dir
