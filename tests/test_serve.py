@@ -78,6 +78,8 @@ def test_the_documentations_command_becomes_the_other(folders, monkeypatch):
         ({"model_name_or_path": "base", "anchor": "sft"}, [], "--output_dir has to name a new folder"),
         ({"model_name_or_path": "base", "alpha_range": [1.0, 0.0]}, [], "two numbers, the lower first"),
         ({"model_name_or_path": "base"}, ["--hf-overrides", "{}"], "--hf-overrides is taken"),
+        ({"model_name_or_path": "base"}, ["--hf_overrides={}"], "--hf-overrides is taken"),
+        ({"model_name_or_path": "base"}, ["--hf-overrides.scheme", "prob"], "--hf-overrides is taken"),
     ],
 )
 def test_refusals(folders, monkeypatch, args, flags, sentence):

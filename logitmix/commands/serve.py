@@ -6,6 +6,7 @@ The server is vLLM's. Without vLLM it is transformers' own, so that a laptop can
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -57,7 +58,8 @@ def require_sound(args: ServeArguments, flags: Sequence[str]) -> None:
         raise ValueError("logitmix serve needs the folder of a mixture, as its first word")
     if len(args.alpha_range) != 2 or args.alpha_range[0] > args.alpha_range[1]:
         raise ValueError(f"alpha_range is {args.alpha_range}, but must be two numbers, the lower first")
-    if "--hf-overrides" in flags:
+    # in each of the ways in which vLLM takes it: it would replace ours
+    if any(re.match(r"--hf[-_]overrides($|[=.])", flag) for flag in flags):
         raise ValueError("--hf-overrides is taken by --alpha, --scheme and --alpha_range; leave it out")
 
 
