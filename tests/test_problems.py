@@ -60,6 +60,15 @@ def test_an_evaluation_takes_the_task_of_the_run(run, checkpoint, tmp_path):
     assert prompts(out) == prompts(tmp_path / "given")
 
 
+def test_a_checkpoint_by_another_path_has_its_run_too(run, tmp_path, monkeypatch):
+    checkpoint = Path(run) / "checkpoint-4"
+    checkpoint.mkdir()
+    (tmp_path / "latest").symlink_to(checkpoint)
+    monkeypatch.chdir(checkpoint)
+    for path in (".", str(tmp_path / "latest")):
+        assert RunsDataArguments().of_runs(path).split_seed == 3
+
+
 def test_flags_go_over_the_run(run):
     assert RunsDataArguments(split_seed=5).of_runs(run).split_seed == 5
     assert RunsDataArguments(split_seed=5).of_runs(run).question_column == "sum"

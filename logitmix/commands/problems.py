@@ -56,7 +56,7 @@ def data_of_run(checkpoint: str) -> dict[str, Any] | None:
 
     All but the column of the solutions, which SFT alone reads.
     """
-    folder = Path(checkpoint)
+    folder = Path(checkpoint).resolve()  # its own name and its parent, also of "." and of a link
     for path in (folder / RUN_FILE, folder.parent / RUN_FILE):  # the parent's: of a checkpoint-N
         if path.is_file() and (path.parent == folder or folder.name.startswith("checkpoint-")):
             starts = read_jsonl(path)
