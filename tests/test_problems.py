@@ -72,6 +72,7 @@ def test_a_checkpoint_by_another_path_has_its_run_too(run, tmp_path, monkeypatch
 def test_flags_go_over_the_run(run):
     assert RunsDataArguments(split_seed=5).of_runs(run).split_seed == 5
     assert RunsDataArguments(split_seed=5).of_runs(run).question_column == "sum"
+    assert RunsDataArguments(task="jsonl").of_runs(run).split_seed == 3, "the run's own task: its splits hold"
     own = RunsDataArguments(task="arithmetic").of_runs(run)
     assert (own.data, own.split_seed, own.question_column) == (None, 0, None), (
         "another task, of which the run says nothing"

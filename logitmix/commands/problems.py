@@ -10,7 +10,7 @@ from logitmix.run_files import RUN_FILE, read_jsonl
 
 @dataclass
 class RunsDataArguments(SourceArguments):
-    """As `DataArguments`; without `--task`, what is not given is that of the checkpoint's run."""
+    """As `DataArguments`; what is not given is that of the checkpoint's run, unless `--task` names another task."""
 
     task: str | None = field(
         default=None,
@@ -21,14 +21,17 @@ class RunsDataArguments(SourceArguments):
     )
 
     def of_runs(self, *checkpoints: str | None) -> DataArguments:
-        """The data that the checkpoints are to be looked at with. None, and one that no run of ours made, say nothing.
+        """The data that the checkpoints are to be looked at with.
 
-        Raises `ValueError` where there is no `--task` and the runs differ in what the flags leave open.
+        None, a checkpoint that no run of ours made, and a run on another task than `--task` say nothing. A run on the
+        same one does: with another seed of the splits, its training problems would be among the test problems.
+
+        Raises `ValueError` where the runs differ in what the flags leave open.
         """
         given = {f.name: value for f in fields(DataArguments) if (value := getattr(self, f.name)) is not None}
-        if self.task is not None:
-            return DataArguments(**given)
         found = {source: data for source in checkpoints if source is not None and (data := data_of_run(source))}
+        if self.task is not None:
+            found = {source: data for source, data in found.items() if data["task"] == self.task}
         settled = {source: data | given for source, data in found.items()}
         for source, data in settled.items():
             first = next(iter(settled))
@@ -36,7 +39,7 @@ class RunsDataArguments(SourceArguments):
                 if value != settled[first][key]:
                     raise ValueError(
                         f"the run of {first} had the {key} {settled[first][key]!r}, and that of {source} {value!r}; "
-                        f"say which with --{key}, or all of it with --task"
+                        f"say which with --{key}"
                     )
         return DataArguments(**next(iter(settled.values()), given))
 
