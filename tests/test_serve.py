@@ -45,7 +45,7 @@ def test_the_mixture_is_saved_with_its_scheme(folders):
     served = {"model_name_or_path": str(folders / "base"), "anchor": str(folders / "sft"), "scheme": "prob"}
     served["output_dir"] = str(folders / "mixture")
     with pytest.raises(ValueError, match="scheme 'prob' needs weights >= 0"):
-        command_of(served | {"alpha": 2.0})
+        command_of(served | {"alpha": 2.0, "alpha_range": [0.0, 3.0]})
     command_of(served | {"alpha": 0.3})  # the refusal left nothing behind
     again = command_of({"model_name_or_path": str(folders / "mixture")})
     assert json.loads(again[again.index("--hf-overrides") + 1])["scheme"] == "prob"
@@ -78,6 +78,8 @@ def test_the_documentations_command_becomes_the_other(folders, monkeypatch):
         ({"model_name_or_path": "base", "anchor": "sft"}, [], "--output_dir has to name a new folder"),
         ({"model_name_or_path": "base", "alpha_range": [1.0, 0.0]}, [], "two numbers, the lower first"),
         ({"model_name_or_path": "base"}, ["--hf-overrides", "{}"], "--hf-overrides is taken"),
+        ({"model_name_or_path": "base"}, ["--model", "other"], "--model is taken by the first word"),
+        ({"model_name_or_path": "base", "alpha": 0.9, "alpha_range": [0.0, 0.5]}, [], r"alpha_range is \[0.0, 0.5\]"),
         ({"model_name_or_path": "base"}, ["--hf_overrides={}"], "--hf-overrides is taken"),
         ({"model_name_or_path": "base"}, ["--hf-overrides.scheme", "prob"], "--hf-overrides is taken"),
     ],

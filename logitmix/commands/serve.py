@@ -58,9 +58,13 @@ def require_sound(args: ServeArguments, flags: Sequence[str]) -> None:
         raise ValueError("logitmix serve needs the folder of a mixture, as its first word")
     if len(args.alpha_range) != 2 or args.alpha_range[0] > args.alpha_range[1]:
         raise ValueError(f"alpha_range is {args.alpha_range}, but must be two numbers, the lower first")
+    if args.alpha is not None and not args.alpha_range[0] <= args.alpha <= args.alpha_range[1]:
+        raise ValueError(f"alpha is {args.alpha}, but alpha_range is {args.alpha_range}; widen that")
     # in each of the ways in which vLLM takes it: it would replace ours
     if any(re.match(r"--hf[-_]overrides($|[=.])", flag) for flag in flags):
         raise ValueError("--hf-overrides is taken by --alpha, --scheme and --alpha_range; leave it out")
+    if any(re.match(r"--model($|=)", flag) for flag in flags):
+        raise ValueError("--model is taken by the first word of logitmix serve; leave it out")
 
 
 def server_command(args: ServeArguments, vllm_flags: Sequence[str]) -> list[str]:

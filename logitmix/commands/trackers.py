@@ -10,8 +10,8 @@ def require_trackers(names: Sequence[str]) -> None:
     """Raise `ValueError`, before a model is loaded, for a tracker that is unknown or not installed."""
     for name in names:
         try:
-            (tracker,) = get_reporting_integration_callbacks(name)
-            tracker()
+            for tracker in get_reporting_integration_callbacks(name):
+                tracker()
         except (ValueError, RuntimeError, ImportError) as error:
             raise ValueError(
                 f"report_to is {name!r}, which cannot be used here: {error} Or leave it out: metrics.jsonl is written "

@@ -1,6 +1,6 @@
 """The mixture that a request asks for: `alpha`, or `weights`, or `member`."""
 
-from numbers import Real
+import sys
 from typing import Any
 
 from logitmix.configuration import LogitMixConfig, resolve_weights
@@ -38,4 +38,4 @@ def request_weights(config: LogitMixConfig, extra_args: dict[str, Any] | None) -
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

@@ -90,6 +90,7 @@ def test_too_little_memory_for_the_context(folder, tmp_path, monkeypatch):
     [
         ({"alpha": 0.3, "member": "policy"}, "pass one of alpha, member, not 2"),
         ({"alpha": "much"}, "alpha is 'much', but must be a number"),
+        ({"alpha": 10**400}, "but must be a number"),
         ({"alpha": 1.5}, r"alpha is 1\.5, but this server takes 0\.0 to 1\.0"),
         ({"weights": 0.5}, "weights is 0.5, but must be a list of numbers"),
         ({"alpha": {"anchor": 0.3}}, "alpha is {'anchor': 0.3}, but must be a number"),
