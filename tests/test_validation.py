@@ -1,15 +1,13 @@
 """Weight control in the trainer: what is validated, on what, and when alpha may change."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
 from members import character_tokenizer, tiny_member
 from test_grpo import PROMPTS, count_vowels, mixture
+from torchrun import run_two_processes
 from transformers import TrainerCallback
 
 from logitmix.generation import GREEDY, generate_completions
@@ -432,37 +430,31 @@ def test_held_out_questions_that_no_controller_asks_are_refused(tmp_path):
 
 # --- several processes -----------------------------------------------------------------------------------------------
 
-WORKER = """
+SCRIPT = """
 import json, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-sys.path.insert(0, {tests!r})
 from test_validation import QUESTIONS, controlled, logged, validate
 
 folder = Path(sys.argv[1])
-results = {{}}
+folder.mkdir(exist_ok=True)
+results = {}
 for size in (9, 1):
     trainer = controlled(folder, validation_size=size, per_device_train_batch_size=2, max_steps=6)
-    rows = [{{"prompt": question}} for question in QUESTIONS[:size]]
-    results[f"counts of {{size}}"] = vars(validate(trainer, rows, 0.4, with_anchor=True))
+    rows = [{"prompt": question} for question in QUESTIONS[:size]]
+    results[f"counts of {size}"] = vars(validate(trainer, rows, 0.4, with_anchor=True))
     trainer.train()
-    results[f"alpha after {{size}}"] = trainer.model.alpha
-(folder / f"{{trainer.accelerator.process_index}}.json").write_text(json.dumps(results))
-trainer.accelerator.wait_for_everyone()
-trainer.accelerator.end_training()
+    results[f"alpha after {size}"] = trainer.model.alpha
+(folder / f"{trainer.accelerator.process_index}.json").write_text(json.dumps(results))
 """
 
 
 @pytest.mark.slow
 def test_two_processes_share_the_questions_and_have_one_alpha(tmp_path):
     """Nine questions and then one, which leaves the second process without a question of its own."""
-    worker = tmp_path / "worker.py"
-    worker.write_text(WORKER.format(tests=str(Path(__file__).parent)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    result = subprocess.run([*command, str(worker), str(tmp_path)], capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, result.stderr[:3000]
-    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    run_two_processes(SCRIPT, tmp_path)
+    first, second = (json.loads((tmp_path / "run" / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first == second
     trainer = controlled(tmp_path)
     for size in (9, 1):

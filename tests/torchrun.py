@@ -6,11 +6,15 @@ import sys
 import textwrap
 from pathlib import Path
 
-# gloo's threads may abort a process that exits while they run
+# gloo's threads may abort a process that exits while they run, also after its group is destroyed
 _LAST_LINES = """
+import os, sys
 from accelerate import PartialState
 
+PartialState().wait_for_everyone()
 PartialState().destroy_process_group()
+sys.stdout.flush()
+os._exit(0)
 """
 
 

@@ -247,7 +247,9 @@ def main(out):
     records["uneven"] = uneven(out / "uneven")
     records["bf16"] = in_bf16(out / "bf16")
     torch.save(records, out / f"{PartialState().process_index}.pt")
+    PartialState().wait_for_everyone()
     PartialState().destroy_process_group()
+    os._exit(0)  # gloo's threads may abort a process that exits while they run
 
 
 if __name__ == "__main__":
