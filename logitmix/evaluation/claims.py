@@ -19,6 +19,7 @@ from logitmix.evaluation.sweep_claims import (
     logits_peak_higher,
     probabilities_peak_where_the_anchor_dominates,
 )
+from logitmix.recipes import TITLES
 
 Scores = NDArray[np.float64]
 
@@ -212,7 +213,7 @@ CLAIMS: tuple[Callable[[Outcomes], Finding], ...] = (
 
 
 def _name(arm: str) -> str:
-    return {"grpo": "GRPO", "grpo_kl": "GRPO+KL", "prob_mixing": "probability mixing"}.get(arm, arm.replace("_", " "))
+    return "GRPO" if arm == "grpo" else TITLES[arm]  # a claim says itself that there is no KL
 
 
 def _policy(o: Outcomes, key: str = "answer_ok") -> Scores:

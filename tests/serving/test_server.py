@@ -9,35 +9,19 @@ pytest.importorskip("vllm", reason="vLLM is not installed; `make test-serving` h
 
 import httpx
 import openai
-from engines import TOLERANCE, greedy_tokens, mixture_of, token_log_probs
+from engines import TOLERANCE, greedy_tokens, token_log_probs
 from members import VOCAB_SIZE
-from servers import TEMPLATE, Server
+from servers import Server
 
 PROMPT = [5, 6, 7, 8]
 
 
 @pytest.fixture(scope="module")
-def mixture():
-    model = mixture_of("qwen2", "llama", alpha=0.4)
-    model.tokenizer.chat_template = TEMPLATE
-    return model
-
-
-@pytest.fixture(scope="module")
-def server(mixture, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("served")
-    mixture.alpha = 0.9  # the server is started with another
-    mixture.save_pretrained(folder / "mixture")
-    mixture.alpha = 0.4
+def server(folder):
     engine = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "128", "--max-num-seqs", "32"]
     server = Server(folder / "mixture", folder / "log.txt", *engine)
     yield server
     server.kill()
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60)
 
 
 def ask(client, prompt=PROMPT, fields=None, **kwargs):

@@ -11,8 +11,8 @@ pytest.importorskip("fastapi", reason="what serving needs is not installed: pip 
 pytest.importorskip("openai", reason="the openai client is not installed: pip install 'logitmix[serve]'")
 
 import openai
-from engines import greedy_tokens, mixture_of
-from servers import TEMPLATE, ServerWithoutVLLM
+from engines import greedy_tokens
+from servers import ServerWithoutVLLM
 
 from logitmix.serving.without_vllm import ANSWERED, HARMLESS, NEUTRAL, _Chat, _Completions, _Responses
 
@@ -20,26 +20,10 @@ PROMPT = "ab12="
 
 
 @pytest.fixture(scope="module")
-def mixture():
-    model = mixture_of("qwen2", "llama", alpha=0.4)
-    model.tokenizer.chat_template = TEMPLATE
-    return model
-
-
-@pytest.fixture(scope="module")
-def server(mixture, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("served")
-    mixture.alpha = 0.9  # the server is started with another
-    mixture.save_pretrained(folder / "mixture")
-    mixture.alpha = 0.4
+def server(folder):
     server = ServerWithoutVLLM(folder / "mixture", folder / "log.txt")
     yield server
     server.kill()
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60)
 
 
 def ask(client, prompt=PROMPT, fields=None, **kwargs):
