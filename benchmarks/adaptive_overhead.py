@@ -26,7 +26,7 @@ from datasets import Dataset
 from step_time import member, now, tokenizer_of
 
 from logitmix import LogitMixForCausalLM, LogitMixGRPOConfig, LogitMixGRPOTrainer
-from logitmix.training.validation import validate
+from logitmix.training.alpha.validation import validate
 
 GROUP = 8
 

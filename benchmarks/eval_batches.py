@@ -12,7 +12,7 @@ import time
 import torch
 
 from logitmix.evaluation.decode import Request, decoder, members_of, requests_for
-from logitmix.members import load_member, require_tokenizer
+from logitmix.mixture.loading import load_member, require_tokenizer
 from logitmix.tasks import Arithmetic
 
 PROBLEMS = (8, 20, 64, 200)

@@ -37,7 +37,7 @@ import torch
 from logitmix.tasks import Arithmetic, Grade
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["logitmix.commands.train", "logitmix.commands.quickstart"])
+FORKS.set_forkserver_preload(["logitmix.cli.train", "logitmix.cli.quickstart"])
 
 # Two epochs. A generation serves four micro-batches twice, so four updates; checkpoints fall between them, and logs
 # fall between checkpoints. One checkpoint is kept.
@@ -66,7 +66,7 @@ class EasyArithmetic(Arithmetic):
 
 def make_members(folder: Path) -> list[str]:
     """A policy and an anchor with weights from seeds, as flags of `logitmix train`."""
-    from logitmix.commands.tiny import character_tokenizer, tiny_model
+    from logitmix.paper.tiny_model import character_tokenizer, tiny_model
 
     tokenizer = character_tokenizer(Arithmetic.alphabet)
     for seed, name in enumerate(("policy", "anchor")):
@@ -129,9 +129,9 @@ def _command(argv: list[str], log: str, phase: Any, die_at: tuple[str, str] | No
     from transformers import Trainer
     from trl import GRPOTrainer
 
-    from logitmix.cli import main
-    from logitmix.commands import train
-    from logitmix.training import weight_control
+    from logitmix.cli import train
+    from logitmix.cli.__main__ import main
+    from logitmix.training.alpha import callback as weight_control
 
     for owner, method, name in (
         (GRPOTrainer, "_generate_and_score_completions", "rollouts"),

@@ -32,9 +32,9 @@ import torch
 from torch import Tensor
 from trl.kernels import ChunkedLogProbFunction
 
-from logitmix.logprobs import Head, log_probs_and_entropy
 from logitmix.loss_head import clipped_coefficients, fused_log_probs
-from logitmix.mixing import mix_logits
+from logitmix.mixture.logprobs import Head, log_probs_and_entropy
+from logitmix.mixture.mixing import mix_logits
 
 # tokens, width, vocabulary
 SHAPES = {

@@ -44,8 +44,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 from vllm import LLM, SamplingParams
 
-from logitmix.modeling import LogitMixForCausalLM
-from logitmix.training.vllm_rollouts import MixtureVLLMGeneration
+from logitmix.mixture.modeling import LogitMixForCausalLM
+from logitmix.training.rollouts.vllm import MixtureVLLMGeneration
 
 ALPHA = 0.4
 PROMPT_TOKENS, NEW_TOKENS = 32, 128

@@ -23,8 +23,8 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from logitmix import LogitMixForCausalLM
-from logitmix.commands.tiny import character_tokenizer
-from logitmix.generation import GREEDY, generate_completions
+from logitmix.mixture.generation import GREEDY, generate_completions
+from logitmix.paper.tiny_model import character_tokenizer
 from logitmix.tasks import Arithmetic
 
 ALPHAS = [i / 10 for i in range(11)]

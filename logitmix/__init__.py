@@ -8,20 +8,20 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from logitmix.configuration import LogitMixConfig as LogitMixConfig
-    from logitmix.mixing import mix_logits as mix_logits
-    from logitmix.modeling import LogitMixForCausalLM as LogitMixForCausalLM
+    from logitmix.mixture.configuration import LogitMixConfig as LogitMixConfig
+    from logitmix.mixture.mixing import mix_logits as mix_logits
+    from logitmix.mixture.modeling import LogitMixForCausalLM as LogitMixForCausalLM
     from logitmix.training.config import LogitMixGRPOConfig as LogitMixGRPOConfig
     from logitmix.training.grpo import LogitMixGRPOTrainer as LogitMixGRPOTrainer
 
 __version__ = version("logitmix")
 
 _HOMES = {
-    "LogitMixConfig": "logitmix.modeling",  # not configuration: it must come registered with its model
-    "LogitMixForCausalLM": "logitmix.modeling",
+    "LogitMixConfig": "logitmix.mixture.modeling",  # not configuration: it must come registered with its model
+    "LogitMixForCausalLM": "logitmix.mixture.modeling",
     "LogitMixGRPOConfig": "logitmix.training.config",
     "LogitMixGRPOTrainer": "logitmix.training.grpo",
-    "mix_logits": "logitmix.mixing",
+    "mix_logits": "logitmix.mixture.mixing",
 }
 
 __all__ = sorted(_HOMES)

@@ -10,14 +10,14 @@ import pytest
 import torch
 from datasets import Dataset
 
-from logitmix.cli import main
-from logitmix.commands.tiny import character_tokenizer, tiny_model
-from logitmix.modeling import LogitMixForCausalLM
+from logitmix.cli.__main__ import main
+from logitmix.mixture.modeling import LogitMixForCausalLM
+from logitmix.paper.tiny_model import character_tokenizer, tiny_model
 from logitmix.tasks import TASKS, Arithmetic
 from logitmix.tasks.templates import TEMPLATES
+from tests.helpers.paths import ROOT, SHARED
 
-ROOT = Path(__file__).parents[1]
-MATH = ROOT.parent / "shared" / "data" / "math"
+MATH = SHARED / "data" / "math"
 
 
 def python_blocks(name: str) -> list[str]:

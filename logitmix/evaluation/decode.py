@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from logitmix.generation import GREEDY, end_of_sequence_ids, generate_completions, tokenize_prompts
-from logitmix.modeling import LogitMixForCausalLM
+from logitmix.mixture.generation import GREEDY, end_of_sequence_ids, generate_completions, tokenize_prompts
+from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.tasks import Problem, Task
 
 MAX_NEW_TOKENS = 512  # the authors' longest response

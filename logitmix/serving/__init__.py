@@ -6,7 +6,7 @@ def register() -> None:
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    import logitmix.modeling  # noqa: F401  registers the configuration with transformers
+    import logitmix.mixture.modeling  # noqa: F401  registers the configuration with transformers
     from logitmix.serving.config import ServedMixture
 
     ModelRegistry.register_model("LogitMixForCausalLM", "logitmix.serving.model:LogitMixForCausalLM")

@@ -9,7 +9,7 @@ from vllm.config import ModelConfig, VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 
-from logitmix.configuration import LogitMixConfig
+from logitmix.mixture.configuration import LogitMixConfig
 from logitmix.serving.weights import RequestWeights
 
 PROCESSOR = "logitmix.serving.weights:RequestWeights"

@@ -24,7 +24,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
 
-from logitmix.mixing import mix_logits
+from logitmix.mixture.mixing import mix_logits
 from logitmix.serving.adapters import SharedModel
 from logitmix.serving.weights import RequestWeights
 

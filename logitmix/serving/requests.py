@@ -3,7 +3,7 @@
 import sys
 from typing import Any
 
-from logitmix.configuration import LogitMixConfig, resolve_weights
+from logitmix.mixture.configuration import LogitMixConfig, resolve_weights
 
 KEYS = ("alpha", "weights", "member")
 

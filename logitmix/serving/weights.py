@@ -14,7 +14,7 @@ from vllm.config import VllmConfig
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
-from logitmix.configuration import LogitMixConfig
+from logitmix.mixture.configuration import LogitMixConfig
 from logitmix.serving.requests import request_weights
 
 

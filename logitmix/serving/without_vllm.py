@@ -21,7 +21,7 @@ from transformers.cli.serving.server import build_server
 from transformers.cli.serving.transcription import TranscriptionHandler
 from transformers.cli.serving.utils import GenerateManager, GenerationState
 
-from logitmix.modeling import LogitMixForCausalLM
+from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.serving.requests import KEYS, request_weights
 
 ANSWERED = {"model", "stream", "temperature", "top_p", "seed", "generation_config"}

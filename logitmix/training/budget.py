@@ -17,7 +17,7 @@ import torch
 from peft import PeftConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from logitmix.loss_head.job import CHUNK_BYTES
+from logitmix.loss_head.chunking import CHUNK_BYTES
 
 # TRL's fused head takes so many tokens x so many rows of the vocabulary at a time
 _TILE_TOKENS, _TILE_ROWS = 4096, 32768

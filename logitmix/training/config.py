@@ -7,11 +7,11 @@ from peft import PeftConfig
 from transformers import PreTrainedModel
 from trl import GRPOConfig
 
-from logitmix.adapters import read_adapter_config, require_all_trained
-from logitmix.members import load_member
-from logitmix.mixing import Scheme
-from logitmix.modeling import LogitMixForCausalLM
-from logitmix.training.alpha import Controller
+from logitmix.mixture.adapters import read_adapter_config, require_all_trained
+from logitmix.mixture.loading import load_member
+from logitmix.mixture.mixing import Scheme
+from logitmix.mixture.modeling import LogitMixForCausalLM
+from logitmix.training.alpha.controllers import Controller
 
 GROUP_LOSS = "group"
 LossHead = Literal["fused", "reference"]

@@ -23,19 +23,19 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
-from logitmix.generation import GREEDY, end_of_sequence_ids, generate_completions
-from logitmix.members import require_same_tokenizer, require_tokenizer
-from logitmix.modeling import LogitMixForCausalLM
+from logitmix.mixture.generation import GREEDY, end_of_sequence_ids, generate_completions
+from logitmix.mixture.loading import require_same_tokenizer, require_tokenizer
+from logitmix.mixture.modeling import LogitMixForCausalLM
+from logitmix.training.alpha.callback import AlphaControl, refuse_unsuitable_control
+from logitmix.training.alpha.validation import FreshQuestions, validation_questions
+from logitmix.training.checkpointing.resume import ResumableGRPO
 from logitmix.training.config import GROUP_LOSS, LogitMixGRPOConfig, build_model
-from logitmix.training.refusals import refuse_unsuitable_options, require_prompts_fit, require_questions
-from logitmix.training.resume import ResumableGRPO
-from logitmix.training.sampling import QuestionStream, has_spread, refill
+from logitmix.training.config_checks import refuse_unsuitable_options, require_prompts_fit, require_questions
+from logitmix.training.fsdp import ShardableGRPOTrainer
+from logitmix.training.monitoring.trainer import WatchedGRPOTrainer
+from logitmix.training.rollouts.dynamic_sampling import QuestionStream, has_spread, refill
+from logitmix.training.rollouts.vllm import mixture_for_vllm, sampling_settings
 from logitmix.training.scoring import MixtureScoring
-from logitmix.training.sharding import ShardableGRPOTrainer
-from logitmix.training.validation import FreshQuestions, validation_questions
-from logitmix.training.vllm_rollouts import mixture_for_vllm, sampling_settings
-from logitmix.training.watched import WatchedGRPOTrainer
-from logitmix.training.weight_control import AlphaControl, refuse_unsuitable_control
 
 CARD = """---
 library_name: transformers

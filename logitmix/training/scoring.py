@@ -14,8 +14,8 @@ from trl import GRPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from logitmix.loss_head import Coefficients, clipped_coefficients
-from logitmix.modeling import LogitMixForCausalLM
-from logitmix.scoring import AnchorStates, FusedScorer
+from logitmix.loss_head.scorer import AnchorStates, FusedScorer
+from logitmix.mixture.modeling import LogitMixForCausalLM
 
 # Losses that are sums over tokens of eq. 6's clipped term, each token with a weight that is known beforehand
 _TOKEN_LOSSES = ("dapo", "bnpo", "dr_grpo", "grpo")

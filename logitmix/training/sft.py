@@ -7,8 +7,8 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import SFTTrainer
 
-from logitmix.generation import require_chat_template
-from logitmix.training.resume import Resumable
+from logitmix.mixture.generation import require_chat_template
+from logitmix.training.checkpointing.resume import Resumable
 
 
 class ResumableSFTTrainer(Resumable, SFTTrainer):

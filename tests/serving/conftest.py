@@ -5,8 +5,8 @@ import pytest
 
 @pytest.fixture(scope="module")
 def mixture():
-    from engines import mixture_of
-    from servers import TEMPLATE
+    from tests.helpers.engines import mixture_of
+    from tests.helpers.servers import TEMPLATE
 
     model = mixture_of("qwen2", "llama", alpha=0.4)
     model.tokenizer.chat_template = TEMPLATE

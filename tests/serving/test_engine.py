@@ -5,7 +5,10 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed; `make test-serving` has an environment with it")
 
 import torch
-from engines import (
+from vllm.exceptions import VLLMValidationError
+
+from logitmix.mixture.modeling import LogitMixForCausalLM
+from tests.helpers.engines import (
     ALPHAS,
     PROMPTS,
     TOLERANCE,
@@ -20,9 +23,6 @@ from engines import (
     save_member,
     token_log_probs,
 )
-from vllm.exceptions import VLLMValidationError
-
-from logitmix.modeling import LogitMixForCausalLM
 
 PAIRS = [
     ("qwen2", "llama"),

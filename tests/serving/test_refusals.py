@@ -6,14 +6,14 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed; `make test-serving` has an environment with it")
 
-from engines import engine, mixture_of
 from transformers import LlamaConfig, MambaConfig, Qwen2Config
 from vllm import EngineArgs
 
-from logitmix.configuration import FORMAT_VERSION, LogitMixConfig
+from logitmix.mixture.configuration import FORMAT_VERSION, LogitMixConfig
 from logitmix.serving import model
 from logitmix.serving.config import require_known_members
 from logitmix.serving.requests import request_weights
+from tests.helpers.engines import engine, mixture_of
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed; `make test-serving` has an environment with it")
 
 import torch
-from engines import mixture_of, save_adapter, save_member
 from test_cli import TINY
 from test_grpo import PROMPTS, trainer_of
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, Qwen2Config
@@ -18,10 +17,11 @@ from trl.generation import vllm_generation
 from vllm import LLM
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
-from logitmix.configuration import LogitMixConfig
-from logitmix.generation import GREEDY
-from logitmix.modeling import LogitMixForCausalLM
-from logitmix.training.vllm_rollouts import refuse_shared_classes, sampling_settings
+from logitmix.mixture.configuration import LogitMixConfig
+from logitmix.mixture.generation import GREEDY
+from logitmix.mixture.modeling import LogitMixForCausalLM
+from logitmix.training.rollouts.vllm import refuse_shared_classes, sampling_settings
+from tests.helpers.engines import mixture_of, save_adapter, save_member
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +40,7 @@ import functools, sys
 from trl.generation import vllm_generation
 from vllm import LLM
 vllm_generation.LLM = functools.partial(LLM, dtype="float32", enforce_eager=True)
-from logitmix.cli import main
+from logitmix.cli.__main__ import main
 sys.exit(main(sys.argv[1:]))
 """
 

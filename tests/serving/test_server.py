@@ -9,9 +9,10 @@ pytest.importorskip("vllm", reason="vLLM is not installed; `make test-serving` h
 
 import httpx
 import openai
-from engines import TOLERANCE, greedy_tokens, token_log_probs
-from members import VOCAB_SIZE
-from servers import Server
+
+from tests.helpers.engines import TOLERANCE, greedy_tokens, token_log_probs
+from tests.helpers.members import VOCAB_SIZE
+from tests.helpers.servers import Server
 
 PROMPT = [5, 6, 7, 8]
 

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed; `make test-serving` has an environment with it")
 
-from engines import assert_same, engine, mixture_of
+from tests.helpers.engines import assert_same, engine, mixture_of
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="each process needs a core of its own")

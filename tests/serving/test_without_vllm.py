@@ -3,18 +3,19 @@
 import inspect
 import re
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
+
+from tests.helpers.paths import ROOT
 
 pytest.importorskip("fastapi", reason="what serving needs is not installed: pip install 'logitmix[serve]'")
 pytest.importorskip("openai", reason="the openai client is not installed: pip install 'logitmix[serve]'")
 
 import openai
-from engines import greedy_tokens
-from servers import ServerWithoutVLLM
 
 from logitmix.serving.without_vllm import ANSWERED, HARMLESS, NEUTRAL, _Chat, _Completions, _Responses
+from tests.helpers.engines import greedy_tokens
+from tests.helpers.servers import ServerWithoutVLLM
 
 PROMPT = "ab12="
 
@@ -151,7 +152,7 @@ def test_another_models_name(client):
 
 def test_the_documentations_request(server, mixture, capsys):
     """As it stands there, to this server: another model, so other texts than there."""
-    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    page = (ROOT / "docs" / "serving.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     code = code.replace("http://localhost:8000", server.url).replace("runs/quickstart/fixed_mixing", "mixture")
     code, prompt = code.replace("=?\\n", "=?"), "7+8-9+4=?"  # a newline is no token here

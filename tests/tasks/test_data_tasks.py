@@ -1,14 +1,14 @@
 """The tasks that read data: what a row becomes, how rows are split, and how bad data is answered."""
 
 import json
-from pathlib import Path
 
 import pytest
 
 from logitmix.tasks import BOXED, TASKS, Template, load_task
 from logitmix.tasks.check import check
+from tests.helpers.paths import SHARED
 
-DATA = Path(__file__).parents[2].parent / "shared" / "data"
+DATA = SHARED / "data"
 needs_data = pytest.mark.skipif(not DATA.exists(), reason=f"the real data is not at {DATA}")
 SPLITS = ("train", "validation", "test")
 

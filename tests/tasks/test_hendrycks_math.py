@@ -2,13 +2,13 @@
 
 import json
 import random
-from pathlib import Path
 
 import pytest
 
 from logitmix.tasks import answers_match, load_task
+from tests.helpers.paths import SHARED
 
-MATH = Path(__file__).parents[2].parent / "shared" / "data" / "math"
+MATH = SHARED / "data" / "math"
 needs_math = pytest.mark.skipif(not MATH.exists(), reason=f"the MATH data is not at {MATH}")
 SPLITS = ("train", "validation", "test")
 

@@ -1,13 +1,13 @@
 """Every decision that docs/verifier.md lists is what the verifier does."""
 
 import re
-from pathlib import Path
 
 import pytest
 
 from logitmix.tasks import answers_match
+from tests.helpers.paths import ROOT
 
-DOCS = Path(__file__).parents[2] / "docs" / "verifier.md"
+DOCS = ROOT / "docs" / "verifier.md"
 ROWS = re.findall(r"^\| `(.+?)` \| `(.+?)` \| (yes|no) \|", DOCS.read_text(encoding="utf-8"), re.MULTILINE)
 
 

@@ -3,16 +3,16 @@
 import json
 import random
 import time
-from pathlib import Path
 
 import pytest
-from hard_cases import DIFFERENT, EQUAL, cases
-from mutations import mutations
 
 from logitmix.tasks import R1, answers_match, grade
 from logitmix.tasks.templates import last_boxed
+from tests.helpers.hard_cases import DIFFERENT, EQUAL, cases
+from tests.helpers.mutations import mutations
+from tests.helpers.paths import SHARED
 
-DATA = Path(__file__).parents[2].parent / "shared" / "data"
+DATA = SHARED / "data"
 needs_data = pytest.mark.skipif(not DATA.exists(), reason=f"the data is not at {DATA}")
 
 

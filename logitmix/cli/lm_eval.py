@@ -1,0 +1,18 @@
+"""`logitmix lm-eval`: lm-evaluation-harness's own command line, for which a mixture is a model like any other."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run `lm_eval` with these flags, after transformers has learnt what a checkpoint of a mixture is."""
+    importlib.import_module("logitmix.mixture.modeling")
+    try:
+        cli_evaluate = importlib.import_module("lm_eval.__main__").cli_evaluate
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"lm-evaluation-harness cannot be imported ({error}); pip install 'lm-eval>=0.4.11'"
+        ) from error
+    sys.argv = ["lm_eval", *argv]
+    cli_evaluate()

@@ -1,0 +1,250 @@
+"""`--dry_run`: a run's settings with their sources, its token budget, and its memory on each device."""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils.modeling import convert_file_size_to_int
+from peft import PeftConfig
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoConfig, PreTrainedConfig, TrainingArguments
+from trl import SFTConfig
+
+from logitmix.cli.options.lora import AdapterArguments
+from logitmix.cli.options.parser import EvaluationArguments, ModelArguments, RecipeArguments, TaskArguments
+from logitmix.mixture.adapters import read_adapter_config
+from logitmix.mixture.configuration import LogitMixConfig
+from logitmix.paper.recipes import load_recipe
+from logitmix.training.alpha.controllers import VALIDATING
+from logitmix.training.budget import Batches, Part, Setup, adapter_size, memory, model_shape, peak
+from logitmix.training.config import LogitMixGRPOConfig
+
+GIB = 2**30
+
+
+def dry_run_train(
+    recipe_args: RecipeArguments,
+    task_args: TaskArguments,
+    model_args: ModelArguments,
+    adapter_args: AdapterArguments,
+    eval_args: EvaluationArguments,
+    args: LogitMixGRPOConfig,
+) -> None:
+    """Print what a GRPO run will be. Raises `ValueError` where it cannot fit the device."""
+    policy = model_args.model_name_or_path
+    configs = model_configs(policy, recipe_args.recipe)
+    if args.anchor is not None:
+        configs += model_configs(args.anchor, recipe_args.recipe)
+    members = tuple(map(model_shape, configs))
+    adapter = adapter_args.peft_config or _adapter_at(policy)
+    batches = Batches(
+        rows=args.per_device_train_batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        steps_per_generation=args.steps_per_generation,
+        num_iterations=args.num_iterations,
+        num_generations=args.num_generations,
+        processes=recipe_args.processes,
+    )
+    updates = args.max_steps
+    if updates <= 0:
+        updates = int(batches.updates_in(train_size(task_args)) * args.num_train_epochs)
+    generations = math.ceil(updates / batches.updates_per_generation)
+    rollouts = generations * batches.rollouts_per_generation
+    decodes = 0
+    if eval_args.eval_every:
+        times = 1 + math.ceil(updates / eval_args.eval_every)
+        decodes = task_args.eval_limit * (2 * times + 1 if len(members) > 1 else times)
+    validated = 0
+    if args.alpha_controller in VALIDATING:  # the policy and the mixture, and to weight by accuracy the anchor too
+        validated = generations * args.validation_size * (2 if args.alpha_controller == "adaptive" else 3)
+    show_settings(recipe_args, (task_args, model_args, adapter_args, eval_args, args))
+    show_budget(
+        {
+            "updates": f"{updates:,}, of {batches.rollouts_per_update:,} rollouts each",
+            "generation steps": f"{generations:,}, of {batches.rollouts_per_generation:,} rollouts each",
+            "questions": f"{rollouts // args.num_generations:,}, of {args.num_generations} rollouts each",
+            "greedy responses": f"{decodes:,} to evaluate, {validated:,} to set alpha",
+            "tokens sampled": f"at most {(rollouts + decodes + validated) * args.max_completion_length:,}",
+        }
+    )
+    setup = Setup(
+        members=members,
+        # with an adapter the reference is the model without it, with an anchor it is that
+        reference=members[0] if args.beta != 0 and len(members) == 1 and adapter is None else None,
+        rows=batches.rows,
+        sampled=args.rollout_batch_size or batches.rows * batches.steps_per_generation,
+        prompt=recipe_args.prompt_length,
+        completion=args.max_completion_length,
+        adapter=0 if adapter is None else adapter_size(configs[0], adapter),
+        one_base=adapter is not None and args.anchor is not None and _base_of(args.anchor) == _base_of(policy),
+        **_device(recipe_args, model_args, args),
+    )
+    show_memory(recipe_args, setup)
+
+
+def dry_run_sft(
+    recipe_args: RecipeArguments,
+    task_args: TaskArguments,
+    model_args: ModelArguments,
+    adapter_args: AdapterArguments,
+    args: SFTConfig,
+) -> None:
+    """Print what an SFT run will be. Raises `ValueError` where it cannot fit the device."""
+    (config,) = model_configs(model_args.model_name_or_path, recipe_args.recipe)
+    adapter = adapter_args.peft_config
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * recipe_args.processes
+    updates = args.max_steps
+    if updates <= 0:
+        updates = math.ceil(math.ceil(train_size(task_args) / batch) * args.num_train_epochs)
+    longest = args.max_length or recipe_args.prompt_length
+    show_settings(recipe_args, (task_args, model_args, adapter_args, args))
+    show_budget(
+        {
+            "updates": f"{updates:,}, of {batch:,} examples each",
+            "tokens read": f"at most {updates * batch * longest:,}",
+        }
+    )
+    setup = Setup(
+        members=(model_shape(config),),
+        reference=None,
+        adapter=0 if adapter is None else adapter_size(config, adapter),
+        rows=args.per_device_train_batch_size,
+        sampled=0,
+        prompt=0,
+        completion=longest,
+        **_device(recipe_args, model_args, args),
+    )
+    show_memory(recipe_args, setup)
+
+
+def model_configs(source: str, recipe: str | None) -> list[PreTrainedConfig]:
+    """The configuration of the model at a folder or hub id, or those of a mixture's members.
+
+    A recipe knows its own models, so that its dry run needs no hub and no anchor that is made already.
+    Raises `ValueError` where nothing says how large the model is.
+    """
+    source = _base_of(source)
+    config = _recipe_config(source, recipe) if recipe and not Path(source, "config.json").exists() else None
+    if config is None:
+        try:
+            config = AutoConfig.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"there is no config.json at {source!r} to tell the size of the model from") from error
+    return config.member_configs if isinstance(config, LogitMixConfig) else [config]
+
+
+def _adapter_at(source: str) -> PeftConfig | None:
+    """The configuration of the adapter in a folder. (A hub id is not asked: a dry run needs no network.)"""
+    return read_adapter_config(source) if Path(source).is_dir() else None
+
+
+def _base_of(source: str) -> str:
+    """The model that an adapter's folder is made on, or the model itself."""
+    adapter = _adapter_at(source)
+    return source if adapter is None else str(adapter.base_model_name_or_path)
+
+
+def _recipe_config(source: str, recipe: str) -> PreTrainedConfig | None:
+    """The configuration that a recipe has for its own base and its own SFT model."""
+    stage = load_recipe(f"{recipe.rpartition('/')[0]}/sft")
+    if source not in (stage.values["model_name_or_path"].value, stage.values["output_dir"].value):
+        return None
+    return AutoConfig.for_model(**stage.model_config)
+
+
+def train_size(task_args: TaskArguments) -> int:
+    """How many problems a pass has."""
+    return task_args.train_limit or len(task_args.load().problems("train"))
+
+
+def _device(recipe_args: RecipeArguments, model_args: ModelArguments, args: TrainingArguments) -> dict[str, Any]:
+    """What both stages have in common of a `Setup`."""
+    weight = 4 if model_args.dtype == "float32" else 2
+    return {
+        "weight": weight,
+        "compute": 2 if args.bf16 or args.fp16 else weight,
+        "checkpointing": args.gradient_checkpointing,
+        "processes": recipe_args.processes,
+        "sharded": recipe_args.sharded or _launched_sharded(),
+    }
+
+
+def _launched_sharded() -> bool:
+    """Whether `accelerate launch` asked for FSDP or ZeRO-3: it says so in the environment."""
+    return os.environ.get("ACCELERATE_USE_FSDP") == "true" or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+
+
+def show_settings(recipe_args: RecipeArguments, parsed: Sequence[Any]) -> None:
+    """Each value that is no default, and where it comes from; the settings of the dry run itself left out."""
+    table = Table("setting", "value", "from", title=recipe_args.recipe or "settings", title_justify="left")
+    for key, source in recipe_args.sources.items():
+        owner = next((instance for instance in parsed if hasattr(instance, key)), None)
+        if owner is not None:
+            value = getattr(owner, key)
+            table.add_row(key, str(value.value if isinstance(value, Enum) else value), source)
+    Console().print(table)
+
+
+def show_budget(budget: Mapping[str, str]) -> None:
+    table = Table(title="token budget", title_justify="left", show_header=False)
+    for row in budget.items():
+        table.add_row(*row)
+    Console().print(table)
+
+
+def show_memory(recipe_args: RecipeArguments, setup: Setup) -> None:
+    """The parts of a device's memory. Raises `ValueError` where they need more than it has."""
+    devices = f"each of {setup.processes} devices" if setup.processes > 1 else "one device"
+    parts = memory(setup)
+    table = Table("", "GiB", "when", title=f"memory of {devices}, estimated", title_justify="left")
+    for part in parts:
+        table.add_row(part.name, f"{part.size / GIB:.2f}", part.phase)
+    needed = peak(parts)
+    table.add_row("at most at a time", f"{needed / GIB:.2f}", "", style="bold")
+    console = Console()
+    console.print(table)
+    prompts = f"Prompts are taken to have {setup.prompt} tokens. " if setup.sampled else ""
+    console.print(f"{prompts}Not counted: the CUDA context, and what the allocator loses.", soft_wrap=True)
+    available = device_bytes(recipe_args.device_memory)
+    if available is not None and needed > available:
+        raise ValueError(
+            f"{recipe_args.recipe or 'the run'} needs about {needed / GIB:.1f} GiB on {devices}, which has "
+            f"{available / GIB:.1f} GiB; {way_out(parts, setup, available)}"
+        )
+
+
+def way_out(parts: list[Part], setup: Setup, available: float) -> str:
+    """What to change so that a run fits, the change that costs least first."""
+    state = sum(part.size for part in parts if part.phase == "always")
+    gradients = sum(
+        part.size for part in parts if part.name.startswith(("gradients", "weights")) and part.phase == "update"
+    )
+    if state + gradients >= available:
+        return (
+            "spread its weights over more devices with FSDP (configs/accelerate/fsdp2.yaml; in a dry run "
+            "--sharded --num_processes N)"
+        )
+    sampling = sum(part.size for part in parts if part.phase == "sampling")
+    if state + sampling > available:
+        return f"lower --rollout_batch_size, which is {setup.sampled}"
+    if not setup.checkpointing:
+        return "set --gradient_checkpointing true"
+    return (
+        f"lower --per_device_train_batch_size, which is {setup.rows}, and raise --gradient_accumulation_steps and "
+        "--steps_per_generation by as much"
+    )
+
+
+def device_bytes(size: str | None) -> int | None:
+    """The memory of a device: as given (`80GiB`), else the GPU's, else unknown."""
+    if size is not None:
+        try:
+            return int(convert_file_size_to_int(size))
+        except ValueError as error:
+            raise ValueError(f"--device_memory is {size!r}; write it as 80GiB or 80GB") from error
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None

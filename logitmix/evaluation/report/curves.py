@@ -1,0 +1,203 @@
+"""Training runs as a report sees them: read from their folders, put together by arm, laid out as curves."""
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from logitmix.runs.files import EVALUATIONS_FILE, METRICS_FILE, RUN_FILE, read_jsonl
+
+# Two runs that differ in nothing else are one arm with two seeds
+NOT_THE_ARM = {
+    *("seed", "data_seed", "output_dir", "run_name", "logging_dir", "resume_from_checkpoint", "max_steps"),
+    *("num_train_epochs", "report_to", "disable_tqdm", "hub_model_id", "hub_token"),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run's folder holds; `label` is the arm that the user named, if any."""
+
+    folder: Path
+    label: str | None
+    arguments: dict[str, Any]
+    evaluations: list[dict[str, Any]]
+    metrics: list[dict[str, Any]]
+
+    @property
+    def name(self) -> str:
+        """Whose held-out accuracy the run is about: the mixture's, or the model's where it trained one alone."""
+        names = {row["name"] for row in self.evaluations}
+        return "mixture" if "mixture" in names else sorted(names)[0]
+
+    @property
+    def updates(self) -> float:
+        """Optimizer updates in an outer step, which is one sampling of rollouts; 1 where the run does not say."""
+        per_generation = self.arguments.get("steps_per_generation") or 1
+        accumulated = self.arguments.get("gradient_accumulation_steps") or 1
+        return per_generation * (self.arguments.get("num_iterations") or 1) / accumulated
+
+    @property
+    def progress(self) -> str:
+        """The last step that anything is known of, and of how many."""
+        last = max(row["step"] for row in (*self.evaluations, *self.metrics))
+        of = self.arguments.get("max_steps") or 0
+        return f"{last} of {of} so far" if last < of else str(last)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Runs that differ in the seed alone."""
+
+    label: str
+    runs: list[Run] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A quantity of one arm by outer step: the mean over the seeds that have reached it, the lowest, the highest."""
+
+    steps: list[float]
+    mean: list[float]
+    low: list[float]
+    high: list[float]
+    seeds: int
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve in a panel; an arm looks the same in every panel, and `variant` tells its lines apart."""
+
+    label: str
+    curve: Curve
+    arm: int
+    variant: int
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One figure: its file name, title and axis; where its numbers stand, their factor, and the ends of the axis."""
+
+    file: str
+    title: str
+    axis: str
+    keys: tuple[str, ...]
+    of: str = "metrics"  # or whose evaluations: "main", "policy"
+    factor: float = 1.0
+    limits: tuple[float, float] | None = None
+
+
+PER_CENT: dict[str, Any] = {"factor": 100, "limits": (-2, 102)}
+PANELS = (
+    Panel("answer", "Held-out accuracy", "answer-correct, greedy (%)", ("answer",), "main", **PER_CENT),
+    Panel("format", "Held-out format", "format-correct, greedy (%)", ("format",), "main", **PER_CENT),
+    Panel(
+        "policy",
+        "Held-out accuracy of the policy alone",
+        "answer-correct, greedy (%)",
+        ("answer",),
+        "policy",
+        **PER_CENT,
+    ),
+    Panel(
+        "alpha", "Weight of the anchor", "alpha (0: policy alone, 1: anchor alone)", ("alpha",), limits=(-0.02, 1.02)
+    ),
+    Panel("validation", "Forgetting (s1) and gain (s2)", "validation questions", ("validation/s1", "validation/s2")),
+    Panel("reward", "Training reward", "mean reward", ("reward",)),
+    Panel("format_rate", "Format of the rollouts", "format-correct, sampled (%)", ("format_rate",), **PER_CENT),
+    Panel(
+        "kl",
+        "KL of the mixture to policy and anchor; kl: GRPO's penalty",
+        "nats a token",
+        ("mixture/kl_policy", "mixture/kl_anchor", "kl"),
+    ),
+    Panel("length", "Length of the rollouts", "tokens", ("completions/mean_length",)),
+    Panel("cut", "Rollouts cut at the limit", "of all (%)", ("completions/clipped_ratio",), **PER_CENT),
+    Panel("entropy", "Entropy", "nats a token", ("entropy",)),
+)
+
+
+def read_run(source: str) -> list[Run]:
+    """The run in a folder, `NAME=` before it to name its arm; or all the runs in the folder's own folders.
+
+    Raises `ValueError` for a folder that does not exist, or has no evaluations.
+    """
+    label, equals, path = source.partition("=")
+    if not equals or Path(source).is_dir():
+        label, path = "", source
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ValueError(f"{path} is no folder; give the --output_dir of a training run")
+    if not (folder / EVALUATIONS_FILE).exists():
+        inside = sorted(file.parent for file in folder.glob(f"*/{EVALUATIONS_FILE}"))
+        if not inside:
+            raise ValueError(
+                f"{path} has no evaluations ({EVALUATIONS_FILE}); train with --eval_every STEPS, which writes them"
+            )
+        return [_read(inner, label) for inner in inside]
+    return [_read(folder, label)]
+
+
+def _read(folder: Path, label: str) -> Run:
+    lines = {
+        name: read_jsonl(folder / name) if (folder / name).exists() else []
+        for name in (RUN_FILE, EVALUATIONS_FILE, METRICS_FILE)
+    }
+    if not lines[EVALUATIONS_FILE]:
+        raise ValueError(f"{folder / EVALUATIONS_FILE} is empty as yet; wait for the first evaluation")
+    arguments = lines[RUN_FILE][-1]["arguments"] if lines[RUN_FILE] else {}
+    return Run(folder, label or None, arguments, lines[EVALUATIONS_FILE], lines[METRICS_FILE])
+
+
+def arms_of(runs: Iterable[Run]) -> list[Arm]:
+    """Runs by arm: the named by their name, the others by their arguments; a run without arguments is its own."""
+    arms: dict[Any, Arm] = {}
+    taken: set[str] = set()
+    for run in runs:
+        key: Any = run.label
+        if key is None:
+            arguments = [f"{k}={v!r}" for k, v in sorted(run.arguments.items()) if k not in NOT_THE_ARM]
+            key = tuple(arguments) or run.folder
+        if key not in arms:
+            label = run.label or run.folder.name
+            if label in taken:
+                label = str(run.folder)
+            taken.add(label)
+            arms[key] = Arm(label)
+        arms[key].runs.append(run)
+    return list(arms.values())
+
+
+def points(run: Run, of: str, key: str) -> dict[float, float]:
+    """A quantity of a run by outer step, where the run has it."""
+    if of == "metrics":
+        rows: Sequence[dict[str, Any]] = run.metrics
+    else:
+        name = run.name if of == "main" else of
+        rows = [row for row in run.evaluations if row["name"] == name]
+    return {row["step"] / run.updates: float(row[key]) for row in rows if isinstance(row.get(key), int | float)}
+
+
+def curve(arm: Arm, of: str, key: str, factor: float = 1.0) -> Curve | None:
+    """The arm's curve of a quantity, None where no run has it."""
+    by_run = [found for found in (points(run, of, key) for run in arm.runs) if found]
+    if not by_run:
+        return None
+    steps = sorted({step for found in by_run for step in found})
+    at = [[factor * found[step] for found in by_run if step in found] for step in steps]
+    return Curve(
+        steps, [sum(v) / len(v) for v in at], [min(v) for v in at], [max(v) for v in at], seeds=len(by_run)
+    )  # fmt: skip
+
+
+def panel_lines(panel: Panel, arms: Sequence[Arm]) -> list[Line]:
+    """A panel's lines; none where no run has its numbers."""
+    lines = []
+    for (i, arm), (variant, key) in itertools.product(enumerate(arms), enumerate(panel.keys)):
+        found = curve(arm, panel.of, key, panel.factor)
+        if found is not None:
+            what = f": {key.rpartition('/')[2]}" if len(panel.keys) > 1 else ""
+            seeds = f", {found.seeds} seeds" if found.seeds > 1 else ""
+            lines.append(Line(f"{arm.label}{what}{seeds}", found, i, variant))
+    return lines

@@ -1,0 +1,190 @@
+"""Tables in the terminal, from the numbers that evaluation wrote."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from logitmix.evaluation.complement import Complement
+from logitmix.evaluation.inspect import NAMES, Inspection
+from logitmix.evaluation.metrics import Rates, estimate, pass_rates, rates
+from logitmix.evaluation.report.pages import visible
+from logitmix.evaluation.statistics import Estimate
+from logitmix.evaluation.sweep import Choice
+
+CARRIER_STYLES = {"both": "", "policy": "blue", "anchor": "yellow", "neither": "magenta"}
+
+
+def print_rates(title: str, rates: Mapping[str, Rates]) -> None:
+    """A row for each name: format-correct, answer-correct (in the format and right), lenient, truncated, length."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("", no_wrap=True)
+    for column in ("format %", "answer %", "lenient %", "cut %", "tokens"):
+        table.add_column(column, justify="right")
+    for name, r in rates.items():
+        shares = [f"{100 * share:.1f}" for share in (r.format, r.answer, r.lenient, r.truncated)]
+        table.add_row(name, *shares, f"{r.mean_length:.1f}")
+    Console().print(table)
+
+
+def print_sweep(title: str, sweep: Sequence[Mapping[str, Any]]) -> None:
+    """Format and answer rates by alpha, a pair of columns a scheme, from rows of `scheme`, `alpha` and rates."""
+    schemes = list(dict.fromkeys(row["scheme"] for row in sweep))
+    table = Table(title=title, title_justify="left")
+    table.add_column("alpha", justify="right")
+    for scheme in schemes:
+        table.add_column(f"{scheme}\nformat %", justify="right")
+        table.add_column(f"{scheme}\nanswer %", justify="right")
+    for alpha in dict.fromkeys(row["alpha"] for row in sweep):
+        cells = [row for scheme in schemes for row in sweep if row["scheme"] == scheme and row["alpha"] == alpha]
+        table.add_row(f"{alpha:.1f}", *(f"{100 * row[key]:.1f}" for row in cells for key in ("format", "answer")))
+    Console().print(table)
+
+
+def print_evaluation(title: str, responses: Sequence[Mapping[str, Any]]) -> None:
+    """Rates of each name in the responses, with 95 % intervals; of several samples a problem, pass@k below."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for row in responses:
+        groups.setdefault(row["name"], []).append(row)
+    table = Table(title=title, title_justify="left", caption="[ ]: 95 % interval", caption_justify="left")
+    table.add_column("", no_wrap=True)
+    for column in ("format %", "answer %", "lenient %", "cut %", "tokens"):
+        table.add_column(column, justify="right")
+    for name, rows in groups.items():
+        r = rates(rows)
+        cells = [interval(estimate(rows, key)) for key in ("format_ok", "answer_ok")]
+        table.add_row(name, *cells, percent(r.lenient), percent(r.truncated), f"{r.mean_length:.1f}")
+    Console().print(table)
+    passes = {name: pass_rates(rows) for name, rows in groups.items()}
+    ks = list(next(iter(passes.values())))
+    if len(ks) == 1:
+        return
+    table = Table(title=f"pass@k, from {ks[-1]} samples of each problem, %", title_justify="left")
+    table.add_column("", no_wrap=True)
+    for k in ks:
+        table.add_column(f"pass@{k}" if k > 1 else f"pass@1, avg@{ks[-1]}", justify="right")
+    for name, rate_at in passes.items():
+        table.add_row(name, *(percent(rate_at[k]) for k in ks))
+    Console().print(table)
+
+
+def print_complement(c: Complement, name_a: str, name_b: str) -> None:
+    """Tables 1 to 3: rates and their differences, who has what right, and whether the difference is beyond noise."""
+    table = Table(title=f"A and B on the same {c.n} problems", title_justify="left")
+    table.add_column("", no_wrap=True)
+    for column in ("format %", "answer %", "lenient %"):
+        table.add_column(column, justify="right")
+    columns = (c.format, c.answer, c.lenient)
+    table.add_row("A", *(interval(column.a) for column in columns))
+    table.add_row("B", *(interval(column.b) for column in columns))
+    table.add_row("B - A", *(interval(column.b_minus_a) for column in columns))
+    table.add_row("p, McNemar's exact", *(p_value(column.p_value) for column in columns))
+    console = Console()
+    console.print(table)
+    table = Table(title="Problems by who has them right, in the format", title_justify="left")
+    for column in ("", "B right", "B wrong"):
+        table.add_column(column, justify="right")
+    table.add_row("A right", str(c.both), str(c.only_a))
+    table.add_row("A wrong", str(c.only_b), str(c.neither))
+    console.print(table)
+    for name, source in (("A", name_a), ("B", name_b)):
+        console.print(f"{name}: {source}", soft_wrap=True, markup=False, highlight=False)
+    for line in complement_notes(c):
+        console.print(line, soft_wrap=True, highlight=False)
+
+
+def complement_notes(c: Complement) -> list[str]:
+    """What the tables say in words, computed."""
+    gap, p = 100 * c.answer.b_minus_a.value, c.answer.p_value
+    verdict = "beyond noise" if p < 0.05 else "within noise"
+    smallest = (
+        f"differences below {100 * c.noise:.1f} points are within noise"
+        if c.noise <= 1
+        else "they disagree too rarely for any difference to be beyond noise"
+    )
+    return [
+        f"One alone is right on {c.only_a + c.only_b} problems, {interval(c.disagreement)} %; at least one of the two "
+        f"on {interval(c.either)} %.",
+        f"The answer rates differ by {gap:+.1f} points (B - A), {verdict}: with {c.n} problems and this disagreement, "
+        f"{smallest} (95 %).",
+    ]
+
+
+def print_sweep_intervals(title: str, sweep: Sequence[Mapping[str, Any]]) -> None:
+    """Table 4: answer rates by alpha, a column a scheme, with their intervals; then format rates in the same way."""
+    schemes = list(dict.fromkeys(row["scheme"] for row in sweep))
+    console = Console()
+    for key in ("answer", "format"):
+        table = Table(title=f"{title}: {key} %", title_justify="left")
+        table.add_column("alpha", justify="right")
+        for scheme in schemes:
+            table.add_column(scheme, justify="right")
+        for alpha in sorted({row["alpha"] for row in sweep}):
+            cells = {row["scheme"]: row for row in sweep if row["alpha"] == alpha}
+            estimates = [
+                Estimate(row[key], row[f"{key}_low"], row[f"{key}_high"]) for row in map(cells.get, schemes) if row
+            ]
+            table.add_row(f"{alpha:g}", *map(interval, estimates))
+        console.print(table)
+
+
+def print_choices(choices: Sequence[Choice]) -> None:
+    """The best alpha of each mix, chosen on one half of the problems and reported on the other."""
+    table = Table(title="Best alpha by answer %, chosen on every second problem", title_justify="left")
+    for column in ("", "alpha", "chosen on", "on the others", "policy", "anchor", "p"):
+        table.add_column(column, justify="right")
+    for c in choices:
+        members = (percent(member.value) for member in (c.policy, c.anchor))
+        chosen, reported = percent(c.chosen_on.value), interval(c.reported_on)
+        table.add_row(c.mix, f"{c.alpha:g}", chosen, reported, *members, p_value(c.p_value))
+    console = Console()
+    console.print(table)
+    console.print("Members and p (McNemar's exact test against the better member): on the others.", highlight=False)
+
+
+def print_inspection(inspection: Inspection) -> None:
+    """A row for each token of the mixture's response, then what each writes alone."""
+    table = Table(
+        title=f"The mixture at alpha {inspection.alpha:g}, scheme {inspection.scheme}: probability of each token, %",
+        title_justify="left",
+    )
+    for column in ("token", *NAMES, "policy's first", "anchor's first", "carried by"):
+        table.add_column(column, justify="right" if column in NAMES else "left")
+    for token in inspection.tokens:
+        probabilities = (percent(token.probabilities[name]) for name in NAMES)
+        # Text, not str: what a model writes may look like markup
+        firsts = (Text(visible(token.top[name][0].text)) for name in ("policy", "anchor"))
+        style = CARRIER_STYLES[token.carried_by]
+        table.add_row(Text(visible(token.text), style), *probabilities, *firsts, Text(token.carried_by, style))
+    console = Console()
+    console.print(table)
+    for name in NAMES:
+        console.print(Text(f"{name} alone:" if name != "mixture" else "mixture:", "bold"))
+        console.print(Text(inspection.responses[name]), soft_wrap=True)
+    counts = ", ".join(f"{name} {count}" for name, count in inspection.carried().items())
+    console.print(f"Tokens carried by: {counts}.", highlight=False)
+
+
+def print_rows(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table of cells that are text already; the first column is a name."""
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left", overflow="fold")
+    for row in rows:  # an interval on a line of its own, or it would be broken anywhere
+        table.add_row(*(Text(cell.replace(" [", "\n[").replace("] ", "]\n")) for cell in row))
+    Console().print(table)
+
+
+def p_value(p: float) -> str:
+    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def interval(estimate: Estimate) -> str:
+    """`81.5 [76, 86]`, in per cent."""
+    return f"{percent(estimate.value)} [{100 * estimate.low:.0f}, {100 * estimate.high:.0f}]"

@@ -1,0 +1,227 @@
+"""How the members of a mixture are held and run.
+
+Shape legend: K members, B batch, T time, V vocabulary, D width of the hidden states.
+
+Each member is a submodule, or the policy's submodule with an adapter of its own. One KV cache serves all members: each
+sees its own run of layers. Members run through their own forward, so whatever an architecture does to its logits
+(soft-capping, scaling, biases) happens before the mixing. Only where members share one head, and it is linear, are
+the hidden states mixed instead.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache, DynamicCache
+
+from logitmix.mixture.adapters import OFF, Adapters, adapter_layers, adapter_parameters
+from logitmix.mixture.cache import member_caches, require_cached_tokens
+from logitmix.mixture.configuration import LogitMixConfig
+from logitmix.mixture.head import HeadForm, measure_head
+from logitmix.mixture.mixing import mix_logits
+
+
+class HoldsMembers(PreTrainedModel):
+    """What a model of a trainable policy and frozen anchors does otherwise than a single model.
+
+    Its submodules are named by `config.model_names`, the policy first. An anchor that is not among them shares the
+    policy's model: it is that model with another adapter, or none.
+    """
+
+    config: LogitMixConfig
+    policy: PreTrainedModel
+    adapters: Adapters | None
+    _cache_layers: list[int]
+    _head_form: HeadForm | None = None  # of the policy's model; measured when members that share it first run
+    _head_is_measured = False
+    tokenizer: PreTrainedTokenizerBase | None
+
+    @property
+    def members(self) -> list[PreTrainedModel]:
+        """The models that run the policy and the anchors, in the order of the weights."""
+        return [getattr(self, self.config.model_of(name)) for name in self.config.members]
+
+    @property
+    def anchors(self) -> list[PreTrainedModel]:
+        """The anchors that are models of their own."""
+        return [getattr(self, name) for name in self.config.model_names[1:]]
+
+    @contextmanager
+    def running(self, name: str) -> Iterator[PreTrainedModel]:
+        """The model that is the member `name` for as long as the context lasts.
+
+        After it the policy's model is the policy, also for a backward pass that computes activations again.
+        """
+        model: PreTrainedModel = getattr(self, self.config.model_of(name))
+        if self.adapters is None or name not in self.config.adapters or name == "policy":
+            yield model
+        else:
+            with self.adapters.running(name, then="policy"):
+                yield model
+
+    def _freeze_anchors(self) -> None:
+        for anchor in self.anchors:
+            anchor.requires_grad_(False)
+            anchor.eval()
+        if self.adapters is not None:
+            self.adapters.train_only("policy")
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode for the policy; the anchors stay in evaluation mode (no dropout, no checkpointing)."""
+        super().train(mode)
+        for anchor in self.anchors:
+            anchor.eval()
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Gradients for the policy (where it has an adapter, for that alone); the anchors stay frozen."""
+        if self.adapters is not None:
+            self.adapters.train_only("policy", requires_grad)
+        else:
+            self.policy.requires_grad_(requires_grad)
+        return self
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The policy's embeddings; those of the anchors stay as they are."""
+        embeddings: nn.Module = self.policy.get_input_embeddings()
+        return embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.policy.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> None:
+        """None: no single matrix maps a hidden state to the mixture's logits."""
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        raise ValueError("a mixture cannot resize its vocabulary; resize every member, then build the mixture")
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Save the mixture: its two configurations, every member's weights, and the tokenizer if it is known."""
+        for model in self.members:
+            unknown = set(getattr(model, "peft_config", {})) - set(self.config.adapters)
+            if unknown:
+                # transformers would write the adapter's layers under names that it does not find again
+                raise ValueError(
+                    f"a member has an adapter {sorted(unknown)[0]!r} of PEFT that the mixture does not know; merge "
+                    "it, or build the mixture with from_members(…, peft_config=…)"
+                )
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if self.tokenizer is not None and kwargs.get("is_main_process", True):
+            self.tokenizer.save_pretrained(save_directory)
+
+    def describe_members(self) -> list[str]:
+        """A name of each member for people: its model's folder or hub id, and what adapter it has."""
+        names = []
+        for name, model in zip(self.config.members, self.members, strict=True):
+            record, base = self.config.adapters.get(name), model.name_or_path or type(model).__name__
+            names.append(base if record in (None, OFF) else f"a LoRA adapter on {base}")
+        return names
+
+    def weight_bytes(self) -> tuple[int, int]:
+        """Bytes that the weights take, and bytes that they would take more were every member a model of its own."""
+        held = {id(p): p for p in self.parameters()}
+        sharing = len(self.config.members) - len(self.config.model_names)
+        adapters = {id(p) for _, layer in adapter_layers(self.policy) for p in adapter_parameters(layer)}
+        base = {id(p): p for p in self.policy.parameters() if id(p) not in adapters}
+        return sum(map(_bytes, held.values())), sharing * sum(map(_bytes, base.values()))
+
+    # --- running ----------------------------------------------------------------------------------------------
+
+    def _logits_and_weights(
+        self,
+        weights: Tensor,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        one_head: bool = True,
+        **kwargs: Any,
+    ) -> tuple[list[Tensor], Tensor, Cache | None, list[Any]]:
+        """What `mix_logits` is to mix and with which weights, the cache, and the outputs of the members that ran.
+
+        These are each member's logits over the shared vocabulary (for a member of weight 0, which `mix_logits` leaves
+        out, the first active one's), or the mixture's own with weight 1 where one head product gives them
+        and `one_head` allows it.
+        """
+        if input_ids is None or inputs_embeds is not None:
+            raise ValueError("a mixture takes input_ids, not inputs_embeds: each member embeds tokens on its own")
+        if weights.dim() == 2 and len(weights) != len(input_ids):
+            raise ValueError(f"weights have {len(weights)} rows for a batch of {len(input_ids)} sequences")
+        active = (weights.reshape(-1, weights.shape[-1]) != 0).any(0).tolist()
+        if not any(active):
+            active[0] = True  # all weights 0: the uniform distribution still needs a shape
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if self.training and self.policy.is_gradient_checkpointing:
+            use_cache = False
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        caches = dict(zip(self.config.members, member_caches(past_key_values, self._cache_layers), strict=True))
+        running = [name for name, is_active in zip(self.config.members, active, strict=True) if is_active]
+        if past_key_values is not None and not torch.compiler.is_compiling():
+            require_cached_tokens({name: caches[name] for name in running}, input_ids, attention_mask)
+
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "use_cache": use_cache,
+            "return_dict": True,
+        } | kwargs
+        shared_head = self._shared_head(running) if one_head else None
+        outputs: dict[str, Any] = {}
+        for name in running:
+            with self.running(name) as model, torch.set_grad_enabled(torch.is_grad_enabled() and name == "policy"):
+                if shared_head is not None:
+                    outputs[name] = model.get_decoder()(**inputs, past_key_values=caches[name])
+                else:
+                    outputs[name] = model(**inputs, past_key_values=caches[name], logits_to_keep=logits_to_keep)
+        if shared_head is not None:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            hidden = [outputs[name].last_hidden_state[:, kept] for name in running]
+            mixture = self._one_head_product(hidden, weights[..., torch.tensor(active)], shared_head)
+            logits, weights = [mixture[..., : self.config.vocab_size]], torch.ones(1)
+        else:
+            by_name = {name: output.logits[..., : self.config.vocab_size] for name, output in outputs.items()}
+            logits = [by_name.get(name, by_name[running[0]]) for name in self.config.members]
+        return logits, weights, past_key_values, list(outputs.values())
+
+    def _shared_head(self, running: Sequence[str]) -> HeadForm | None:
+        """The form of the one head that all running members share, None where they do not or it is not linear."""
+        shared = len(running) > 1 and {self.config.model_of(name) for name in running} == {"policy"}
+        if not shared or self.config.scheme != "logit":
+            return None
+        if not self._head_is_measured and not torch.compiler.is_compiling():
+            self._head_is_measured = True
+            try:
+                form = measure_head(self.policy)
+                self._head_form = form if form.softcap is None else None
+            except ValueError:  # the head has adapters, say: then it is not one head
+                self._head_form = None
+        return self._head_form
+
+    def _one_head_product(self, hidden_KBTD: Sequence[Tensor], weights: Tensor, form: HeadForm) -> Tensor:
+        """`sum_k w_k (W h_k + b) = W (sum_k w_k h_k) + (sum_k w_k) b`, the mixture's logits `[B, T, V]`."""
+        head = self.policy.get_output_embeddings()
+        hidden_BTD = mix_logits(hidden_KBTD, weights).to(hidden_KBTD[0].dtype)
+        logits_BTV = head(hidden_BTD)
+        if getattr(head, "bias", None) is not None:
+            excess = (weights.sum(-1) - 1).to(logits_BTV)
+            logits_BTV = logits_BTV + excess.view(-1, 1, 1) * head.bias
+        return logits_BTV if form.scale == 1 else logits_BTV * form.scale
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def concatenate(outputs: list[Any], field: str) -> tuple[Tensor, ...] | None:
+    """A field of the members' outputs, one after another; None where a member lacks it."""
+    fields = [getattr(output, field, None) for output in outputs]
+    present = [values for values in fields if values is not None]
+    return tuple(x for values in present for x in values) if len(present) == len(outputs) else None

@@ -1,0 +1,235 @@
+"""Configuration of a mixture: the configurations of its members, their weights and the scheme."""
+
+from collections.abc import Sequence
+from dataclasses import field
+from typing import Any, ClassVar
+
+import transformers
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.cache_utils import get_layer_types_and_kwargs
+
+from logitmix.mixture.mixing import Scheme, Weights, alpha_to_weights, check_weights
+
+Alpha = float | Sequence[float] | Tensor
+FORMAT_VERSION = 1
+
+
+def member_names(num_members: int) -> list[str]:
+    """`["policy", "anchor_0", "anchor_1", …]`. No bare integers: vLLM reads those in a weight's path as the layer."""
+    return ["policy", *(f"anchor_{i}" for i in range(num_members - 1))]
+
+
+class LogitMixConfig(PreTrainedConfig):
+    """Configuration of a [`LogitMixForCausalLM`]: `z_mix = sum_k w_k z_k` over the policy and its anchors.
+
+    Each member's own configuration is an attribute named like the member (`config.policy`, `config.anchor_0`), so
+    that transformers treats them as sub-configurations. `members` lists the names in the order of `weights`, since
+    JSON sorts its keys.
+
+    Args:
+        members: names of the members, the policy first.
+        weights: one weight a member, the defaults of a forward pass that is given none.
+        scheme: `"logit"` (geometric mixture, eq. 1 of arXiv 2605.20555) or `"prob"` (arithmetic).
+        adapters: what the policy's model has of adapters, by member: the configuration of the member's LoRA adapter,
+            or `"off"` for an anchor that is the policy's model without one. An anchor named here is no model of its
+            own: it shares the policy's, and has no configuration of its own.
+        use_cache: whether a forward pass that does not say keeps the keys and values.
+        format_version: version of the checkpoint's layout.
+    """
+
+    model_type: ClassVar[str] = "logitmix"
+    has_no_defaults_at_init: ClassVar[bool] = True
+
+    members: list[str] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    scheme: Scheme = "logit"
+    adapters: dict[str, Any] = field(default_factory=dict)
+    use_cache: bool = True
+    format_version: int = FORMAT_VERSION
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if not self.members:
+            raise ValueError(
+                "a LogitMixConfig needs its members; build a mixture of models with LogitMixForCausalLM.from_members"
+            )
+        if self.format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"the checkpoint has format version {self.format_version}, this logitmix reads up to "
+                f"{FORMAT_VERSION}; install a newer logitmix"
+            )
+        missing = [name for name in self.model_names if name not in kwargs]
+        if missing:
+            raise ValueError(f"the configuration of member {missing[0]!r} is missing; it has {sorted(kwargs)}")
+        for name in self.model_names:
+            config = kwargs.pop(name)
+            setattr(self, name, config if isinstance(config, PreTrainedConfig) else _config_from_dict(config))
+        self.set_weights(self.weights)
+        # Asked for none, each member keeps its own: transformers would overwrite it with the mixture's, None
+        for key in ("attn_implementation", "experts_implementation"):
+            if kwargs.get(key) is None:
+                kwargs[key] = {name: getattr(getattr(self, name), f"_{key}") for name in self.model_names}
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_member_configs(
+        cls,
+        configs: list[PreTrainedConfig],
+        weights: Any = None,
+        scheme: Scheme = "logit",
+        adapters: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> "LogitMixConfig":
+        """Configuration of the mixture of `configs`, the policy's first; `weights` default to alpha = 0.5 (K = 2).
+
+        The configuration of an anchor that shares the policy's model (`adapters=`) is not looked at.
+        """
+        names, adapters = member_names(len(configs)), adapters or {}
+        policy = configs[0].get_text_config(decoder=True)
+        special_tokens = {key: getattr(policy, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        return cls(
+            members=names,
+            weights=resolve_weights(None, weights, len(configs), scheme).tolist(),
+            scheme=scheme,
+            **{name: c for name, c in zip(names, configs, strict=True) if name == "policy" or name not in adapters},
+            adapters=adapters,
+            **(special_tokens | kwargs),
+        )
+
+    def set_weights(self, weights: Weights) -> None:
+        """Make `weights`, one number a member, the default of a forward pass."""
+        checked = check_weights(weights, len(self.members), self.scheme)
+        if checked.dim() != 1:
+            raise ValueError(
+                f"a mixture's own weights are {len(self.members)} numbers, got {list(checked.shape)}; "
+                "pass weights for each sequence to forward or generate"
+            )
+        self.weights = checked.tolist()
+
+    def model_of(self, member: str) -> str:
+        """The name of the model that runs the member: its own, or `"policy"` where it shares the policy's."""
+        return "policy" if member in self.adapters else member
+
+    def member_named(self, name: str) -> str:
+        """The member of that name as `members` has it; `"anchor"` is the one anchor of a pair.
+
+        Raises `ValueError` for a name that no member has.
+        """
+        if name == "anchor" and len(self.members) == 2:
+            return self.members[1]
+        if name not in self.members:
+            raise ValueError(f"there is no member {name!r}; the members are {', '.join(self.members)}")
+        return name
+
+    @property
+    def model_names(self) -> list[str]:
+        """The members that are models of their own: the submodules of the mixture, and what has a configuration."""
+        return [name for name in self.members if self.model_of(name) == name]
+
+    @property
+    def member_configs(self) -> list[PreTrainedConfig]:
+        """The configurations of the models that run the members, in the order of `weights`."""
+        return [getattr(self, self.model_of(name)) for name in self.members]
+
+    @property
+    def sub_configs(self) -> dict[str, type[PreTrainedConfig]]:  # type: ignore[override]
+        """A property, not transformers' class attribute: the number of members belongs to the instance."""
+        return {name: type(getattr(self, name)) for name in self.model_names if hasattr(self, name)}
+
+    @property
+    def _text_configs(self) -> list[PreTrainedConfig]:
+        return [config.get_text_config(decoder=True) for config in self.member_configs]
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that every member has a logit for; members may pad their vocabulary beyond it."""
+        return min(config.vocab_size for config in self._text_configs)
+
+    @property
+    def hidden_size(self) -> int:
+        return max(config.hidden_size for config in self._text_configs)
+
+    @property
+    def max_position_embeddings(self) -> int | None:
+        """The shortest context of the members (`None` where none of them states one)."""
+        contexts = [getattr(config, "max_position_embeddings", None) for config in self._text_configs]
+        return min((context for context in contexts if context is not None), default=None)
+
+    # What all members agree on is the mixture's too; where they differ, the attribute does not exist.
+
+    @property
+    def num_attention_heads(self) -> int:
+        return self._shared("num_attention_heads")
+
+    @property
+    def num_key_value_heads(self) -> int:
+        return self._shared("num_key_value_heads")
+
+    @property
+    def head_dim(self) -> int:
+        return self._shared("head_dim")
+
+    def _shared(self, name: str) -> Any:
+        values = [getattr(config, name) for config in self._text_configs]
+        if any(value != values[0] for value in values):
+            raise AttributeError(f"the members differ in {name}: {values}")
+        return values[0]
+
+    # One KV cache serves all members, each with its own run of layers: what transformers reads to build a cache is
+    # therefore the concatenation of what it would read of the members.
+
+    @property
+    def cache_layers(self) -> list[int]:
+        """Layers that each member has in the mixture's KV cache."""
+        return [len(get_layer_types_and_kwargs(config)[0]) for config in self._text_configs]
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return sum(self.cache_layers)
+
+    @property
+    def layer_types(self) -> list[str]:
+        return [name for config in self._text_configs for name in get_layer_types_and_kwargs(config)[0]]
+
+    @property
+    def per_layer_config(self) -> list[PreTrainedConfig]:  # type: ignore[override]
+        layers = []
+        for config, count in zip(self._text_configs, self.cache_layers, strict=True):
+            layers.extend(list(config.per_layer_config)[:count])
+        return layers
+
+
+def resolve_weights(
+    alpha: Alpha | None, weights: Weights | None, num_members: int, scheme: str, default: Weights | None = None
+) -> Tensor:
+    """The weights that `alpha` or `weights` ask for, or else `default`, checked: `[K]` or `[B, K]`.
+
+    Without a default it is alpha = 0.5, the paper's, for a policy and one anchor; more anchors have none.
+    """
+    if alpha is not None:
+        if weights is not None:
+            raise ValueError("pass alpha or weights, not both")
+        if num_members != 2:
+            raise ValueError(f"alpha weighs one anchor against the policy; {num_members} members need weights")
+        weights = alpha_to_weights(alpha)
+    elif weights is None:
+        weights = default
+    if weights is None:
+        if num_members != 2:
+            raise ValueError(f"{num_members} members have no default weights; pass weights=[{num_members} numbers]")
+        weights = alpha_to_weights(0.5)
+    return check_weights(weights, num_members, scheme)
+
+
+def _config_from_dict(values: dict[str, Any]) -> PreTrainedConfig:
+    values = dict(values)
+    model_type = values.pop("model_type")
+    if model_type not in transformers.CONFIG_MAPPING:
+        raise ValueError(
+            f"a member has model type {model_type!r}, which transformers {transformers.__version__} does not know; "
+            "install a version that does"
+        )
+    return AutoConfig.for_model(model_type, **values)

@@ -1,0 +1,94 @@
+"""Log-probability and entropy of the mixture at given tokens, without keeping the mixture's logits.
+
+Shape legend: K members, B batch, T time, V vocabulary, D width of a member's hidden states.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from logitmix.mixture.diagnostics import MixtureDiagnostics, mixture_diagnostics
+from logitmix.mixture.mixing import Scheme, Weights, check_weights, mix_logits
+
+# Elements of a member's logits that are mixed at a time, 256 MB in float32; at least one whole sequence.
+_CHUNK_ELEMENTS = 1 << 26
+
+
+@dataclass(frozen=True)
+class Head:
+    """How a member turns its last hidden states into logits: `softcap(scale * (h @ weight.T + bias))`.
+
+    `weight` is `[V, D]`, `bias` `[V]` or None, `softcap(z) = cap * tanh(z / cap)`, or nothing where it is None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits `[..., V]` of hidden states `[..., D]`, in their dtype: the reference for the fused loss head."""
+        return self.of_raw(torch.nn.functional.linear(hidden, self.weight, self.bias))
+
+    def of_raw(self, z: Tensor) -> Tensor:
+        """Logits from the products `h @ weight.T + bias`."""
+        z = z if self.scale == 1.0 else z * self.scale
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+
+
+def log_probs_and_entropy(logits_BTV: Tensor, targets_BT: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """`log softmax(z / temperature)` at the targets, and the entropy of that softmax, both `[B, T]`.
+
+    Tokens of probability 0 (logits of -inf) count nothing in the entropy.
+    """
+    log_probs_BTV = torch.log_softmax(logits_BTV / temperature, dim=-1)
+    picked_BT = log_probs_BTV.gather(-1, targets_BT.unsqueeze(-1)).squeeze(-1)
+    finite_BTV = log_probs_BTV.masked_fill(torch.isneginf(log_probs_BTV), 0.0)
+    return picked_BT, -(log_probs_BTV.exp() * finite_BTV).sum(-1)
+
+
+def mixture_log_probs(
+    logits: Sequence[Tensor],
+    weights: Weights,
+    targets_BT: Tensor,
+    scheme: Scheme = "logit",
+    temperature: float = 1.0,
+    diagnostics: list[MixtureDiagnostics] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy of the mixture at the targets, both `[B, T]` in float32 (or float64).
+
+    `log softmax(mix_logits(logits, weights, scheme) / temperature)` at `targets_BT`: the temperature divides the
+    *mixed* logits, as it does when `generate` samples from the mixture. `logits` are K tensors `[B, T, V]`.
+    The batch is taken in chunks of sequences whose mixture is computed again in the backward pass, so that of the
+    vocabulary-sized tensors only the members' own logits outlive the call.
+
+    Where `diagnostics` is a list, the mixture's diagnostics are appended to it, chunk by chunk, without gradients.
+    """
+    B, T, V = logits[0].shape
+    weights = check_weights(weights, len(logits), scheme, batch=B)
+    rows = max(1, _CHUNK_ELEMENTS // max(1, T * V))
+
+    def chunk(weights_BK: Tensor, targets: Tensor, *chunk_logits: Tensor) -> tuple[Tensor, Tensor]:
+        return log_probs_and_entropy(mix_logits(chunk_logits, weights_BK, scheme), targets, temperature)
+
+    results = []
+    for start in range(0, B, rows):
+        stop = start + rows
+        chunk_weights = weights if weights.dim() == 1 else weights[start:stop]
+        chunk_logits = [z[start:stop] for z in logits]
+        arguments = (chunk_weights, targets_BT[start:stop], *chunk_logits)
+        needs_grad = torch.is_grad_enabled() and any(z.requires_grad for z in chunk_logits)
+        results.append(
+            checkpoint(chunk, *arguments, use_reentrant=False, preserve_rng_state=False)
+            if needs_grad
+            else chunk(*arguments)
+        )
+        if diagnostics is not None:  # apart from `chunk`, which runs again in the backward pass
+            with torch.no_grad():
+                mixed = mix_logits(chunk_logits, chunk_weights, scheme)
+                diagnostics.append(mixture_diagnostics(chunk_logits, mixed, temperature))
+    log_probs, entropies = zip(*results, strict=True)
+    return torch.cat(log_probs), torch.cat(entropies)

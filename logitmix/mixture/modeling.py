@@ -1,0 +1,302 @@
+"""The mixture as a Hugging Face causal language model.
+
+Shape legend: K members, B batch, T time, V vocabulary.
+
+`LogitMixForCausalLM` holds the policy and its frozen anchors as submodules (`policy`, `anchor_0`, …), runs them on
+the same tokens and returns their mixed logits. Members that are adapters of one base share the policy's submodule.
+"""
+
+import copy
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationMixin,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from logitmix.mixture.adapters import ADAPTER_WEIGHTS, OFF, Adapters, add_adapter, from_record
+from logitmix.mixture.base import HoldsMembers, concatenate
+from logitmix.mixture.configuration import Alpha, LogitMixConfig, resolve_weights
+from logitmix.mixture.diagnostics import MixtureDiagnostics
+from logitmix.mixture.export import export_member
+from logitmix.mixture.loading import Member, load_tokenizer, open_members
+from logitmix.mixture.logprobs import mixture_log_probs
+from logitmix.mixture.mixing import Scheme, Weights, mix_logits
+
+
+class LogitMixForCausalLM(HoldsMembers, GenerationMixin):
+    """A policy and K - 1 frozen anchors, mixed in the logits: `z_mix = sum_k w_k z_k` (arXiv 2605.20555, eq. 1).
+
+    Build one with [`LogitMixForCausalLM.from_members`]; save and load it like any model of transformers. The policy
+    is `model.policy`, an ordinary model: `model.policy.save_pretrained(folder)` exports it alone.
+
+    `forward` and `generate` take `alpha` (K = 2) or `weights`, one for the batch or one for each sequence; without
+    them the weights of the configuration hold. Members of weight 0 throughout the batch are not run.
+
+    Example:
+
+        model = LogitMixForCausalLM.from_members("base", "sft", alpha=0.5)
+        model.generate(**tokenizer(["2+2="], return_tensors="pt"), max_new_tokens=8, alpha=0.3)
+    """
+
+    config_class = LogitMixConfig
+    config: LogitMixConfig
+    # Not the policy's: code that reaches for a backbone and an output embedding (TRL's fused LM head) would then
+    # score the policy alone, silently, while `generate` samples from the mixture.
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = False
+
+    def __init__(self, config: LogitMixConfig, members: Sequence[PreTrainedModel] | None = None) -> None:
+        super().__init__(config)
+        if members is None:
+            members = [
+                AutoModelForCausalLM.from_config(
+                    member_config, dtype=config.dtype, attn_implementation=member_config._attn_implementation
+                )
+                for member_config in config.member_configs
+            ]
+            for name, record in config.adapters.items():
+                if record != OFF:
+                    add_adapter(members[0], name, from_record(record))
+        for name, member in zip(config.members, members, strict=True):
+            if name in config.model_names:
+                self.add_module(name, member)
+                setattr(config, name, member.config)
+        self.adapters = Adapters(self.policy, config.members) if config.adapters else None
+        self._keep_in_fp32_modules_strict = set(ADAPTER_WEIGHTS if config.adapters else [])
+        self.tokenizer: PreTrainedTokenizerBase | None = None
+        self._cache_layers = config.cache_layers  # read at every decoded token; transformers takes its time to count
+        self.post_init()
+        self._freeze_anchors()
+
+    @classmethod
+    def from_members(
+        cls,
+        policy: Member,
+        anchors: Member | Sequence[Member],
+        alpha: float | None = None,
+        weights: Sequence[float] | None = None,
+        scheme: Scheme = "logit",
+        peft_config: LoraConfig | None = None,
+        **kwargs: Any,
+    ) -> "LogitMixForCausalLM":
+        """The mixture of `policy` and `anchors` (models, folders or hub ids; folders or hub ids of LoRA adapters).
+
+        Args:
+            alpha: weight of the anchor, with one anchor; 0 is the policy alone. Default 0.5, the paper's.
+            weights: one number a member, the policy's first; instead of `alpha`.
+            scheme: `"logit"` or `"prob"`.
+            peft_config: give the policy a new LoRA adapter, which then is all of it that trains. An anchor that is
+                an adapter on the same base, or that base itself, then shares the policy's weights; so it does where
+                the policy is given as an adapter. Any other anchor is a model of its own.
+            kwargs: for `AutoModelForCausalLM.from_pretrained` of the members given as folders or ids (`dtype=`, …).
+
+        Members given as folders or ids must share one tokenizer, which the mixture keeps and saves.
+
+        Raises `ValueError` for a member that does not exist, tokenizers that differ, weights or adapters that do not
+        fit, or an anchor's adapter that changes nothing.
+        """
+        sources = [policy, *(anchors if isinstance(anchors, (list, tuple)) else [anchors])]
+        if len(sources) < 2:
+            raise ValueError("a mixture needs at least one anchor, got none")
+        resolved = resolve_weights(alpha, weights, len(sources), scheme)
+        members, adapters, tokenizer = open_members(sources, peft_config, **kwargs)
+        config = LogitMixConfig.from_member_configs(
+            [member.config for member in members], resolved, scheme, adapters, dtype=members[0].dtype
+        )
+        model = cls(config, members)
+        model.tokenizer = tokenizer
+        if members[0].generation_config is not None:
+            model.generation_config = copy.deepcopy(members[0].generation_config)
+        return model.train(members[0].training)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; the anchors come back frozen, and the tokenizer beside a local checkpoint is kept.
+
+        `alpha=` takes the place of the checkpoint's weights.
+        """
+        alpha = kwargs.pop("alpha", None)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # output_loading_info=True gives a pair
+        model._freeze_anchors()
+        if alpha is not None:
+            model.alpha = alpha
+        folder = pretrained_model_name_or_path
+        if folder is not None and os.path.isdir(folder):
+            model.tokenizer = load_tokenizer(str(folder))
+        return loaded
+
+    # --- the weights ------------------------------------------------------------------------------------------
+
+    @property
+    def alpha(self) -> float:
+        """The anchor's weight in the configuration (K = 2, weights that sum to 1)."""
+        if len(self.config.weights) != 2:
+            raise ValueError(f"a mixture of {len(self.config.weights)} members has weights, not an alpha")
+        return self.config.weights[1]
+
+    @alpha.setter
+    def alpha(self, alpha: float) -> None:
+        self.config.set_weights(self._resolve_weights(alpha, None))
+
+    def export_member(self, name: str, folder: str | os.PathLike[str], merge: bool = False) -> None:
+        """Save one member alone; see [`logitmix.mixture.export.export_member`]."""
+        export_member(self, name, folder, merge)
+
+    # --- forward ----------------------------------------------------------------------------------------------
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        alpha: Alpha | None = None,
+        weights: Weights | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits `[B, T, V]` of the mixture in float32, as any causal language model's forward gives its own.
+
+        `alpha` is one number or one a sequence `[B]`; `weights` are K numbers or `[B, K]`. `hidden_states` and
+        `attentions`, where asked for, are the members' tuples one after another.
+        """
+        weights = self._resolve_weights(alpha, weights)
+        # HF's convention for a label of -100 and the shift by one hold, since the loss is of the mixed logits
+        logits, weights, past_key_values, outputs = self._logits_and_weights(
+            weights, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
+            logits_to_keep, **kwargs,
+        )  # fmt: skip
+        mixed = mix_logits(logits, weights, self.config.scheme)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=mixed, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=mixed,
+            past_key_values=past_key_values,
+            hidden_states=concatenate(outputs, "hidden_states"),
+            attentions=concatenate(outputs, "attentions"),
+        )
+
+    def score(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        temperature: float = 1.0,
+        alpha: Alpha | None = None,
+        weights: Weights | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probability under the mixture of each label, and the mixture's entropy there: two `[B, T - 1]`.
+
+        Entry t is about the token at t + 1. Where the label is -100 both are 0. The temperature divides the mixed
+        logits, so these are the log-probabilities of the tokens as `generate(temperature=…)` samples them.
+        """
+        return self._score(input_ids, attention_mask, labels, temperature, self._resolve_weights(alpha, weights))
+
+    def score_and_diagnose(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        temperature: float = 1.0,
+        alpha: Alpha | None = None,
+        weights: Weights | None = None,
+    ) -> tuple[Tensor, Tensor, MixtureDiagnostics]:
+        """What `score` gives, and the mixture's diagnostics at the same places: `[B, T - 1]`, and `kl_K` with K more.
+
+        Raises `ValueError` where a member has weight 0: it is not run, so nothing is known of it.
+        """
+        resolved = self._resolve_weights(alpha, weights)
+        if (resolved == 0).any():
+            raise ValueError(f"weights are {resolved.tolist()}; a member of weight 0 is not run, so not compared with")
+        chunks: list[MixtureDiagnostics] = []
+        log_probs, entropy = self._score(input_ids, attention_mask, labels, temperature, resolved, chunks)
+        ignored = labels[:, 1:] == -100
+        fields = []
+        for parts in zip(*chunks, strict=True):
+            found = torch.cat(parts)
+            padded = found.new_zeros(*ignored.shape, *found.shape[2:])
+            padded[:, ignored.shape[1] - found.shape[1] :] = found
+            padded[ignored] = 0
+            fields.append(padded)
+        return log_probs, entropy, MixtureDiagnostics(*fields)
+
+    def _score(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        temperature: float,
+        weights: Tensor,
+        diagnostics: list[MixtureDiagnostics] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        targets = labels[:, 1:]
+        wanted = (targets != -100).any(0).nonzero()
+        T = targets.shape[1]
+        keep = T - int(wanted[0]) if len(wanted) else 1
+        # As `generate` numbers them: a member with absolute positions must not see the left padding
+        position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+        # Never by one head product: the diagnostics need each member's logits, and the ratio of two scores, of which
+        # one was diagnosed, must not differ from 1 by the rounding of another order of operations.
+        logits, weights, _, _ = self._logits_and_weights(
+            weights, input_ids, attention_mask, position_ids, use_cache=False, logits_to_keep=keep + 1, one_head=False
+        )
+        targets = targets[:, T - keep :]
+        log_probs, entropy = mixture_log_probs(
+            [z[:, :-1] for z in logits], weights, targets.clamp(min=0), self.config.scheme, temperature, diagnostics
+        )
+        ignored = targets == -100
+        return tuple(nn.functional.pad(x.masked_fill(ignored, 0.0), (T - keep, 0)) for x in (log_probs, entropy))  # type: ignore[return-value]
+
+    def _resolve_weights(self, alpha: Alpha | None, weights: Weights | None) -> Tensor:
+        default = self.config.weights
+        return resolve_weights(alpha, weights, len(default), self.config.scheme, default)
+
+    # --- generation -------------------------------------------------------------------------------------------
+
+    def generate(self, *args: Any, alpha: Alpha | None = None, weights: Weights | None = None, **kwargs: Any) -> Any:
+        """`GenerationMixin.generate`, sampling token by token from the mixture (eq. 3) at `alpha` or `weights`."""
+        resolved = self._resolve_weights(alpha, weights)
+        if alpha is not None or weights is not None:
+            # A row a sequence is a tensor, which `generate` repeats along with beams and returned sequences; weights
+            # of the whole batch are a list, which it leaves alone.
+            kwargs["weights"] = resolved if resolved.dim() == 2 else resolved.tolist()
+        return super().generate(*args, **kwargs)
+
+    def _get_candidate_generator(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
+        """An assistant drafts with its own weights, if it has any (`generate` would hand it the mixture's)."""
+        model_kwargs = {key: value for key, value in model_kwargs.items() if key != "weights"}
+        return super()._get_candidate_generator(*args, model_kwargs=model_kwargs, **kwargs)
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Tensor | None, **kwargs: Any) -> Tensor | None:
+        """Keep the 2D mask: each member builds the masks of its own layers (`generate` calls this by name)."""
+        return attention_mask
+
+
+AutoConfig.register(LogitMixConfig.model_type, LogitMixConfig)
+AutoModelForCausalLM.register(LogitMixConfig, LogitMixForCausalLM)

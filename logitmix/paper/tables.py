@@ -1,0 +1,158 @@
+"""The paper's tables 1 to 4, and one of all arms, from who had which problem right.
+
+Shape legend: S seeds, N problems.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from logitmix.evaluation.report.tables import interval, p_value, percent
+from logitmix.evaluation.statistics import (
+    Estimate,
+    difference_from_noise,
+    mcnemar_exact,
+    paired_difference,
+    wilson_interval,
+)
+from logitmix.paper.outcomes import KEYS, Outcomes
+from logitmix.paper.recipes import TITLES
+
+SweepCells = dict[tuple[str, float], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells that are text already; the first column is a name."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+    rule: str = "---:"  # of all columns but the first
+
+    def markdown(self) -> str:
+        lines = [self.columns, ["---", *[self.rule] * (len(self.columns) - 1)], *self.rows]
+        table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+        return f"### {self.title}\n\n{table}\n" + (f"\n{self.note}\n" if self.note else "")
+
+
+def complement_tables(o: Outcomes) -> list[Table]:
+    """Tables 1 to 3, a row a seed and one for all: the SFT model and the policy of fixed mixing after training."""
+    last = o.steps("fixed_mixing")[-1]
+    sft = {key: o.anchor(key) for key in KEYS}
+    policy = {key: o.evaluated("fixed_mixing", "policy", last, key) for key in KEYS}
+    rates, differences, disagreements = [], [], []
+    for name, of in {
+        **{f"seed {seed}": slice(i, i + 1) for i, seed in enumerate(o.seeds)},
+        "all": slice(None),
+    }.items():
+        a, b = ({key: scores[of] for key, scores in scores_by_key.items()} for scores_by_key in (sft, policy))
+        right_a, right_b = a["answer_ok"], b["answer_ok"]
+        both, only_b, only_a, neither = (
+            int(((right_a == x) & (right_b == y)).sum()) for x, y in ((1, 1), (0, 1), (1, 0), (0, 0))
+        )
+        shares = [percent(scores[key].mean()) for key in KEYS for scores in (a, b)]
+        rates.append([name, *shares, *map(str, (both, only_b, only_a, neither))])
+        gaps = (
+            paired_difference(a["format_ok"], b["format_ok"]),
+            paired_difference(right_b, right_a),
+            paired_difference(b["lenient_ok"], a["lenient_ok"]),
+        )
+        disagreement = (only_a + only_b) / right_a.size
+        if name == "all":
+            p, smallest = "", ""
+        else:
+            noise = difference_from_noise(o.n, disagreement)
+            p, smallest = p_value(mcnemar_exact(only_a, only_b)), percent(noise) if noise <= 1 else "none is"
+        differences.append([name, *map(signed, gaps), p])
+        disagreements.append([name, str(only_a + only_b), percent(disagreement), smallest])
+    columns = ["", *(f"{what} {whose} %" for what in ("format", "answer", "lenient") for whose in ("SFT", "policy"))]
+    return [
+        Table(
+            "Table 1: the SFT model and the policy alone after fixed mixing",
+            [*columns, "both", "policy only", "SFT only", "neither"],
+            rates,
+            f"{o.n} held-out problems, greedy; counts are of answer-correct problems. lenient: right wherever the "
+            "answer stands, which the paper does not report.",
+        ),
+        Table(
+            "Table 2: their differences in points",
+            ["", "format, SFT - policy", "answer, policy - SFT", "lenient, policy - SFT", "p (answer)"],
+            differences,
+            "[ ]: 95 % bootstrap over problems, in the last row over seeds as well. p: McNemar's exact test.",
+        ),
+        Table(
+            "Table 3: problems that exactly one of them has right",
+            ["", "problems", "share %", "smallest difference beyond noise, points"],
+            disagreements,
+            "With so many problems and this disagreement, smaller differences of the answer rates are within noise.",
+        ),
+    ]
+
+
+def sweep_cells(o: Outcomes) -> SweepCells:
+    """Format and answer rates of the untrained pair with the ends of their intervals, by scheme and alpha."""
+    cells: SweepCells = {}
+    for scheme in ("logit", "prob", "merge"):
+        for alpha in o.alphas(scheme):
+            cells[scheme, alpha] = {}
+            for key in ("format", "answer"):
+                found = _rate(o.swept(scheme, alpha, f"{key}_ok"))
+                cells[scheme, alpha] |= {key: found.value, f"{key}_low": found.low, f"{key}_high": found.high}
+    return cells
+
+
+def sweep_table(cells: SweepCells) -> Table:
+    """Table 4: means over the seeds, with intervals, the best answer rate of each mix in bold."""
+    schemes, alphas = (list(dict.fromkeys(column)) for column in zip(*cells, strict=True))
+    best = {scheme: max(alphas, key=lambda alpha: cells[scheme, alpha]["answer"]) for scheme in schemes}
+    rows = []
+    for alpha in alphas:
+        row = [f"{alpha:g}"]
+        for scheme in schemes:
+            cell = cells[scheme, alpha]
+            answer = interval(Estimate(cell["answer"], cell["answer_low"], cell["answer_high"]))
+            row += [percent(cell["format"]), f"**{answer}**" if alpha == best[scheme] else answer]
+        rows.append(row)
+    return Table(
+        "Table 4: mixing the untrained base with its SFT model",
+        ["alpha", *(f"{scheme} {what} %" for scheme in schemes for what in ("format", "answer"))],
+        rows,
+        "Means over seeds; bold: the best answer rate of each. alpha 0 is the base, 1 the SFT model. merge mixes the "
+        "weights, which the paper does not.",
+    )
+
+
+def arms_table(o: Outcomes) -> Table:
+    """Every arm before and after training, by what it trains."""
+    rows = []
+    for arm, title in TITLES.items():
+        first, last = o.steps(arm)[0], o.steps(arm)[-1]
+        cells = [percent(o.trained(arm, first).mean())]
+        for key in ("answer_ok", "format_ok"):
+            scores = o.trained(arm, last, key)
+            cells.append(interval(_rate(scores)))
+        by_seed = o.trained(arm, last).mean(axis=1)
+        rows.append([title, *cells, ", ".join(map(percent, by_seed))])
+    return Table(
+        "All arms: the mixture, or the model where there is no anchor",
+        ["", "answer % before", "answer % after", "format % after", "answer % after, by seed"],
+        rows,
+        f"{o.n} held-out problems, greedy.",
+    )
+
+
+def _rate(scores_SN: NDArray[np.float64]) -> Estimate:
+    """A rate: over problems alone Wilson's interval, over seeds as well a bootstrap."""
+    if len(scores_SN) == 1:
+        return Estimate(float(scores_SN.mean()), *wilson_interval(int(scores_SN.sum()), scores_SN.size))
+    found = paired_difference(scores_SN, np.zeros_like(scores_SN))
+    return Estimate(found.value, max(0.0, found.low), found.high)
+
+
+def signed(estimate: Estimate) -> str:
+    value, low, high = (100 * x for x in (estimate.value, estimate.low, estimate.high))
+    return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"

@@ -1,0 +1,1 @@
+"""What a run leaves on disk: its folder, its files, its provenance, and what it shows while it runs."""

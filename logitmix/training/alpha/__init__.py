@@ -1,0 +1,1 @@
+"""The anchor's weight over a run: fixed, scheduled or set by validation."""

@@ -1,0 +1,170 @@
+"""What is refused of a training run before anything is sampled, with the reason and the way out."""
+
+from dataclasses import fields
+from typing import Any, get_args
+
+from accelerate.utils import is_peft_model
+from datasets import Dataset
+from transformers import PreTrainedModel
+from trl import GRPOTrainer
+from trl.import_utils import is_vllm_available
+
+from logitmix.mixture.modeling import LogitMixForCausalLM
+from logitmix.training.alpha.controllers import CONTROLLERS, VALIDATING
+from logitmix.training.config import GROUP_LOSS, DynamicSampling, LogitMixGRPOConfig, LossHead, StatesOfAnchors
+
+LOSS_TYPES_OF_TRL = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
+
+
+def refuse_unsuitable_options(args: LogitMixGRPOConfig, model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
+    if is_peft_model(model) and isinstance(model.get_base_model(), LogitMixForCausalLM):
+        raise ValueError(
+            "the model is a mixture that PEFT has wrapped; TRL would not see it. Build it with "
+            "LogitMixForCausalLM.from_members(…, peft_config=…) instead of get_peft_model"
+        )
+    if args.loss_type == GROUP_LOSS and args.beta != 0:
+        raise ValueError(
+            f"beta is {args.beta} with loss_type 'group', whose objective (eq. 6) has no KL term; "
+            "set beta=0, or loss_type='grpo' for canonical GRPO with KL"
+        )
+    if args.stop_strings and args.mask_truncated_completions:
+        raise ValueError(
+            "mask_truncated_completions would mask every completion that a stop string ended, since TRL takes it for "
+            "truncated; set it to False, or leave out stop_strings"
+        )
+    refuse_unknown_choices(args)
+    refuse_unsuitable_numbers(args)
+    refuse_idle_options(args)
+    if args.use_vllm and not is_vllm_available():
+        raise ValueError("use_vllm is set, but vLLM is not installed: pip install vllm, or leave out use_vllm")
+    refuse_unsuitable_sampling(args)
+    refuse_unclear_kl(args, model)
+    if not isinstance(model, LogitMixForCausalLM):
+        return
+    for option, reason in {
+        "use_liger_kernel": "its fused loss reads one model's hidden states",
+        "cast_lm_head_to_fp32": "a mixture has no single head; its logits are mixed in float32 anyway",
+        "use_transformers_continuous_batching": "its paged cache does not know members",
+        "sync_ref_model": "there is no reference model beside the anchor",
+    }.items():
+        if getattr(args, option):
+            raise ValueError(f"{option}={getattr(args, option)!r} cannot be used with a mixture: {reason}")
+    if model.config.weights[0] <= 0:
+        raise ValueError(
+            f"the policy's weight in the mixture is {model.config.weights[0]}; the gradient has it as a factor, so "
+            "training needs it above 0"
+        )
+
+
+def refuse_unknown_choices(args: LogitMixGRPOConfig) -> None:
+    for name, choices in (
+        ("alpha_controller", CONTROLLERS),
+        ("loss_head", get_args(LossHead)),
+        ("anchor_states", get_args(StatesOfAnchors)),
+        ("dynamic_sampling", get_args(DynamicSampling)),
+        ("loss_type", (GROUP_LOSS, *LOSS_TYPES_OF_TRL)),
+    ):
+        if getattr(args, name) not in choices:
+            raise ValueError(f"{name} is {getattr(args, name)!r}; it must be one of {', '.join(map(repr, choices))}")
+
+
+def refuse_unsuitable_numbers(args: LogitMixGRPOConfig) -> None:
+    if args.max_steps == 0:  # for which transformers would take num_train_epochs
+        raise ValueError("max_steps is 0; it must be above 0, or -1 to train for num_train_epochs")
+    for name in ("epsilon", "epsilon_high", "beta"):
+        value = getattr(args, name)
+        if value is not None and value < 0:
+            raise ValueError(f"{name} is {value}; it must be at least 0")
+
+
+def refuse_idle_options(args: LogitMixGRPOConfig) -> None:
+    """Raise `ValueError` for an option that is set and that nothing would read: something else was meant."""
+    defaults = {f.name: f.default for f in fields(args)}
+    validates = args.alpha_controller in VALIDATING
+    for option, is_read, reader in (
+        ("adaptive_offset", validates, "alpha_controller 'adaptive'"),
+        ("adaptive_scale", validates, "alpha_controller 'adaptive'"),
+        ("max_refills", args.dynamic_sampling == "refill", "dynamic_sampling 'refill'"),
+        ("anchor_states", args.loss_head == "fused", "loss_head 'fused'"),
+    ):
+        value, default = getattr(args, option), defaults[option]
+        if not is_read and value != default:
+            raise ValueError(
+                f"{option} is {value!r}, but nothing would read it: it goes with {reader}; set that, or leave "
+                f"{option} at {default!r}"
+            )
+
+
+def refuse_unclear_kl(args: LogitMixGRPOConfig, model: PreTrainedModel) -> None:
+    is_mixture = isinstance(model, LogitMixForCausalLM)
+    if args.kl_to not in (None, "anchor"):
+        raise ValueError(f"kl_to is {args.kl_to!r}; it must be 'anchor', or left out")
+    if args.kl_to is not None and args.beta == 0:
+        raise ValueError(f"kl_to is {args.kl_to!r}, but beta is 0 and there is no KL; set beta, or leave out kl_to")
+    if args.kl_to is not None and not (is_mixture and len(model.members) == 2):
+        raise ValueError(
+            f"kl_to is {args.kl_to!r}, and the model has {len(model.members) - 1 if is_mixture else 'no'} anchors; it "
+            "takes a mixture with one. Without an anchor the KL of beta is to a copy of the model at the start"
+        )
+    if is_mixture and args.beta != 0 and args.kl_to is None:
+        raise ValueError(
+            f"beta={args.beta} with a mixture does not say which anchor its KL is to: kl_to='anchor' is the frozen "
+            "anchor; TRL's own reference, a copy of the model at the start, would be the mixture as it was then, and "
+            "is not kept. Set kl_to='anchor', or beta=0 as in the paper, where the anchor already holds the policy"
+        )
+
+
+def refuse_unsuitable_sampling(args: LogitMixGRPOConfig) -> None:
+    if args.rollout_batch_size is not None and args.rollout_batch_size < 1:
+        raise ValueError(
+            f"rollout_batch_size is {args.rollout_batch_size}, but must be at least 1; leave it out to sample all "
+            "rollouts of a generation step at a time"
+        )
+    if args.dynamic_sampling == "off":
+        return
+    if args.loss_type != GROUP_LOSS:
+        raise ValueError(
+            f"dynamic_sampling is {args.dynamic_sampling!r} with loss_type {args.loss_type!r}, which has no mean over "
+            "questions that one could leave; set loss_type='group', or dynamic_sampling='off'"
+        )
+    if args.dynamic_sampling == "refill":
+        if args.max_refills < 1:
+            raise ValueError(f"max_refills is {args.max_refills}; it must be at least 1")
+        if args.scale_rewards == "batch" or args.multi_objective_aggregation != "sum_then_normalize":
+            raise ValueError(
+                "dynamic_sampling='refill' puts groups of several samplings together, whose advantages must not "
+                "depend on the rest of their batch; set scale_rewards to 'group' or 'none', and "
+                "multi_objective_aggregation to 'sum_then_normalize'"
+            )
+
+
+def require_questions(trainer: GRPOTrainer) -> None:
+    """Raise `ValueError` where a generation step needs more questions than there are: no step would be taken."""
+    if trainer.args.dynamic_sampling == "refill" and not isinstance(trainer.train_dataset, Dataset):
+        raise ValueError(
+            f"dynamic_sampling='refill' draws questions from anywhere in the data set, which a "
+            f"{type(trainer.train_dataset).__name__} cannot give; use a Dataset, or 'filter'"
+        )
+    needed = trainer.args.generation_batch_size // trainer.num_generations
+    if isinstance(trainer.train_dataset, Dataset) and len(trainer.train_dataset) < needed:
+        raise ValueError(
+            f"the data set has {len(trainer.train_dataset)} questions, fewer than the {needed} of a generation step "
+            f"(generation_batch_size {trainer.args.generation_batch_size} / num_generations "
+            f"{trainer.num_generations}); use smaller batches or more data"
+        )
+
+
+def require_prompts_fit(trainer: GRPOTrainer, dataset: Any, name: str = "prompt") -> None:
+    """Raise `ValueError` before the first step where a prompt and its completion exceed the context."""
+    context = getattr(trainer.model.config.get_text_config(), "max_position_embeddings", None)
+    if context is None or not isinstance(dataset, Dataset):
+        return
+    for start in range(0, len(dataset), 1000):
+        prompts = dataset[start : start + 1000]["prompt"]
+        for offset, ids in enumerate(trainer._tokenize_prompts(prompts)[0]):
+            if len(ids) + trainer.max_completion_length > context:
+                raise ValueError(
+                    f"{name} {start + offset} has {len(ids)} tokens; with max_completion_length "
+                    f"{trainer.max_completion_length} that exceeds the members' context of {context}. "
+                    "Shorten or drop the prompt, or lower max_completion_length"
+                )

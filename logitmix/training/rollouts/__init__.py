@@ -1,0 +1,1 @@
+"""Sampling of rollouts: dynamic sampling, and generation in vLLM."""

@@ -1,0 +1,62 @@
+"""Every option of TRL that could bring in another head, reference or engine is decided upon.
+
+A new version of TRL with such an option fails here, until it is put into one of the lists.
+"""
+
+import dataclasses
+import inspect
+import re
+
+import pytest
+from test_grpo import trainer_of
+from trl import GRPOConfig, GRPOTrainer
+
+from logitmix.training.config_checks import LOSS_TYPES_OF_TRL
+
+SUSPECT = re.compile(r"ref_|head|liger|kernel|vllm|continuous|paged|sync|engine|fused|router|kl|beta$|peft|rollout")
+
+# with a value under which a mixture must refuse them
+REFUSED = {
+    "beta": 0.1,
+    "use_liger_kernel": True,
+    "cast_lm_head_to_fp32": True,
+    "use_transformers_continuous_batching": True,
+    "use_transformers_paged": True,
+    "sync_ref_model": True,
+    "router_aux_loss_coef": 0.1,
+}
+# only read beside an option that is refused, or beside use_vllm
+WITHOUT_EFFECT = {
+    "liger_kernel_config",
+    "ref_model_mixup_alpha",
+    "ref_model_sync_steps",
+    "transformers_continuous_batching_config",
+    *(f"vllm_{name}" for name in (
+        "mode", "model_impl", "enable_sleep_mode", "structured_outputs_regex", "server_base_url", "server_host",
+        "server_port", "server_timeout", "group_port", "gpu_memory_utilization", "max_model_length",
+        "tensor_parallel_size", "importance_sampling_correction", "importance_sampling_mode",
+        "importance_sampling_clip_max", "importance_sampling_clip_min", "importance_sampling_cap",
+    )),
+}  # fmt: skip
+ALLOWED = {
+    "use_vllm",  # rollouts are the mixture's there too: tests/serving
+    "use_bias_correction_kl",  # a factor on the KL term, whichever model it is to
+}
+
+
+def test_every_suspect_option_is_decided_upon():
+    suspects = {field.name for field in dataclasses.fields(GRPOConfig) if SUSPECT.search(field.name)}
+    assert suspects == set(REFUSED) | WITHOUT_EFFECT | ALLOWED
+
+
+@pytest.mark.filterwarnings("ignore:`use_transformers_paged` is deprecated")
+@pytest.mark.parametrize(("option", "value"), REFUSED.items())
+def test_a_mixture_refuses_what_would_bypass_it(tmp_path, option, value):
+    with pytest.raises(ValueError, match=option if option != "use_transformers_paged" else "continuous_batching"):
+        trainer_of(tmp_path, loss_type="grpo", **{option: value})
+
+
+def test_the_loss_types_are_those_that_trl_knows():
+    source = inspect.getsource(GRPOTrainer._compute_loss)
+    compared = re.findall(r"self\.loss_type (?:==|in) (\[[^\]]*\]|\"\w+\")", source)
+    assert set(re.findall(r"\w+", " ".join(compared))) == set(LOSS_TYPES_OF_TRL)

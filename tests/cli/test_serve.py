@@ -1,0 +1,104 @@
+"""`logitmix serve`: what it asks of vLLM, and what it refuses. The server itself: tests/serving."""
+
+import json
+import re
+import shlex
+
+import pytest
+
+from logitmix.cli import serve
+from logitmix.cli.__main__ import main
+from tests.helpers.members import character_tokenizer, tiny_member
+from tests.helpers.paths import ROOT
+
+
+@pytest.fixture
+def folders(tmp_path):
+    for seed, name in enumerate(("base", "sft")):
+        tiny_member("qwen2", seed).save_pretrained(tmp_path / name)
+        character_tokenizer().save_pretrained(tmp_path / name)
+    return tmp_path
+
+
+def command_of(args, flags=()):
+    arguments = serve.ServeArguments(**args)
+    serve.require_sound(arguments, flags)
+    return serve.server_command(arguments, flags)
+
+
+def test_two_checkpoints_become_the_mixture_that_vllm_serves(folders):
+    served = {"anchor": str(folders / "sft"), "alpha": 0.3, "output_dir": str(folders / "mixture")}
+    command = command_of({"model_name_or_path": str(folders / "base")} | served, ["--port", "8001"])
+    assert command[command.index("--model") + 1] == str(folders / "mixture")
+    assert command[-2:] == ["--port", "8001"]
+    overrides = json.loads(command[command.index("--hf-overrides") + 1])
+    assert overrides["weights"] == pytest.approx([0.7, 0.3])
+    assert overrides["scheme"] == "logit"
+    assert overrides["alpha_range"] == [0.0, 1.0]
+    again = command_of({"model_name_or_path": str(folders / "mixture"), "alpha": 0.6, "alpha_range": [-1.0, 1.0]})
+    assert json.loads(again[again.index("--hf-overrides") + 1])["weights"] == pytest.approx([0.4, 0.6])
+    with pytest.raises(ValueError, match="mixture exists"):
+        command_of({"model_name_or_path": str(folders / "base")} | served)
+
+
+def test_the_mixture_is_saved_with_its_scheme(folders):
+    served = {"model_name_or_path": str(folders / "base"), "anchor": str(folders / "sft"), "scheme": "prob"}
+    served["output_dir"] = str(folders / "mixture")
+    with pytest.raises(ValueError, match="scheme 'prob' needs weights >= 0"):
+        command_of(served | {"alpha": 2.0, "alpha_range": [0.0, 3.0]})
+    command_of(served | {"alpha": 0.3})  # the refusal left nothing behind
+    again = command_of({"model_name_or_path": str(folders / "mixture")})
+    assert json.loads(again[again.index("--hf-overrides") + 1])["scheme"] == "prob"
+
+
+def test_the_documentations_command_becomes_the_other(folders, monkeypatch):
+    page = (ROOT / "docs" / "serving.md").read_text()
+    two_models, vllms = re.findall(r"^(logitmix serve --.*?|python -m vllm.*?)\n```", page, re.DOTALL | re.MULTILINE)
+    (folders / "path/to").mkdir(parents=True)
+    for name in ("base", "sft"):
+        (folders / name).rename(folders / "path/to" / name)
+    monkeypatch.chdir(folders)
+    monkeypatch.setattr(serve, "find_spec", lambda name: name)
+    become = []
+    monkeypatch.setattr(serve.os, "execv", lambda path, command: become.append(command))
+    assert main(shlex.split(two_models)[1:]) == 0
+    assert main(["serve", "mixture", "--port", "8000"]) == 0
+
+    def parsed(command):
+        return [json.loads(word) if word.startswith("{") else word for word in command[1:]]
+
+    assert parsed(become[0]) == parsed(become[1]) == parsed(shlex.split(vllms.replace("\\\n", "")))
+
+
+@pytest.mark.parametrize(
+    ("args", "flags", "sentence"),
+    [
+        ({}, [], "needs the folder of a mixture"),
+        ({"model_name_or_path": "base"}, [], "is no mixture; give --anchor"),
+        ({"model_name_or_path": "base", "anchor": "sft"}, [], "--output_dir has to name a new folder"),
+        ({"model_name_or_path": "base", "alpha_range": [1.0, 0.0]}, [], "two numbers, the lower first"),
+        ({"model_name_or_path": "base"}, ["--hf-overrides", "{}"], "--hf-overrides is taken"),
+        ({"model_name_or_path": "base"}, ["--model", "other"], "--model is taken by the first word"),
+        ({"model_name_or_path": "base", "alpha": 0.9, "alpha_range": [0.0, 0.5]}, [], r"alpha_range is \[0.0, 0.5\]"),
+        ({"model_name_or_path": "base"}, ["--hf_overrides={}"], "--hf-overrides is taken"),
+        ({"model_name_or_path": "base"}, ["--hf-overrides.scheme", "prob"], "--hf-overrides is taken"),
+    ],
+)
+def test_refusals(folders, monkeypatch, args, flags, sentence):
+    monkeypatch.chdir(folders)
+    with pytest.raises(ValueError, match=sentence):
+        command_of(args, flags)
+
+
+def test_without_vllm_and_without_what_transformers_server_needs(monkeypatch, capsys):
+    monkeypatch.setattr(serve, "find_spec", lambda name: None)
+    monkeypatch.setattr(serve, "is_serve_available", lambda: False)
+    assert main(["serve", "somewhere"]) == 2
+    assert "pip install 'logitmix[serve]'" in capsys.readouterr().err
+
+
+def test_without_vllm_its_flags_are_refused(monkeypatch, capsys):
+    monkeypatch.setattr(serve, "find_spec", lambda name: None)
+    monkeypatch.setattr(serve, "is_serve_available", lambda: True)
+    assert main(["serve", "somewhere", "--port", "8001", "--max-model-len", "128"]) == 2
+    assert "vLLM is not installed, which --max-model-len is for" in capsys.readouterr().err

@@ -1,0 +1,214 @@
+"""Reports of training runs: which runs are one arm, the curves, and the files that are made of them."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from logitmix.cli.__main__ import main
+from logitmix.evaluation.report.curves import PANELS, arms_of, curve, panel_lines, points, read_run
+from tests.helpers.browser import Parsed, assert_self_contained, page_in_chromium
+
+UPDATES = 2  # optimizer updates an outer step, in the runs below
+
+
+def answer(alpha: float, seed: int, step: int) -> float:
+    return 0.3 + 0.1 * alpha + 0.01 * seed + 0.005 * step
+
+
+def write_run(folder: Path, seed: int = 0, alpha: float = 0.5, last: int = 8, mixture: bool = True, **more) -> Path:
+    """A run of 8 updates, as far as update `last`."""
+    arguments = {
+        "seed": seed,
+        "alpha": alpha,
+        "max_steps": 8,
+        "output_dir": str(folder),
+        "anchor": "sft" if mixture else None,
+    }
+    arguments |= {"steps_per_generation": 4, "gradient_accumulation_steps": 2, "num_iterations": 1} | more
+    folder.mkdir(parents=True)
+    (folder / "run.jsonl").write_text(json.dumps({"arguments": arguments}) + "\n")
+    evaluations, metrics = [], []
+    for step in range(0, last + 1, 4):
+        for name in ("policy", "anchor", "mixture") if mixture else ("model",):
+            value = answer(alpha, seed, step) if name in ("mixture", "model") else 0.1
+            evaluations.append({"step": step, "name": name, "n": 100, "answer": value, "format": 0.9})
+    for step in range(1, last + 1):
+        log = {"step": step, "reward": 0.5, "format_rate": 0.8, "entropy": 0.1, "completions/mean_length": 20.0}
+        metrics.append(
+            log | ({"alpha": alpha, "mixture/kl_policy": 0.02, "mixture/kl_anchor": 0.03} if mixture else {})
+        )
+    metrics.append({"step": last, "train_runtime": 1.0})
+    for name, rows in (("evaluations", evaluations), ("metrics", metrics)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path) -> Path:
+    """Two seeds of one arm, one run of another alpha, and one without an anchor."""
+    for seed in (0, 1):
+        write_run(tmp_path / f"fixed-{seed}", seed)
+    write_run(tmp_path / "other", alpha=0.3)
+    write_run(tmp_path / "plain", mixture=False)
+    return tmp_path
+
+
+def test_runs_that_differ_in_the_seed_alone_are_one_arm(runs):
+    arms = arms_of(run for folder in sorted(runs.iterdir()) for run in read_run(str(folder)))
+    found = [(arm.label, [run.folder.name for run in arm.runs]) for arm in arms]
+    assert found == [("fixed-0", ["fixed-0", "fixed-1"]), ("other", ["other"]), ("plain", ["plain"])]
+
+
+def test_a_name_makes_an_arm_and_a_folder_of_runs_is_all_of_them(runs):
+    arms = arms_of([*read_run(f"mine={runs / 'other'}"), *read_run(f"mine={runs / 'plain'}")])
+    assert [(arm.label, len(arm.runs)) for arm in arms] == [("mine", 2)]
+    assert [run.folder.name for run in read_run(str(runs))] == ["fixed-0", "fixed-1", "other", "plain"]
+
+
+def test_runs_without_arguments_are_arms_of_their_own(runs):
+    for name in ("fixed-0", "fixed-1"):
+        (runs / name / "run.jsonl").unlink()
+    arms = arms_of([*read_run(str(runs / "fixed-0")), *read_run(str(runs / "fixed-1"))])
+    assert [arm.label for arm in arms] == ["fixed-0", "fixed-1"]
+    assert list(points(arms[0].runs[0], "main", "answer")) == [0, 4, 8], "then an update is an outer step"
+
+
+def test_a_curve_is_the_mean_and_the_range_of_the_seeds_by_outer_step(runs):
+    (arm,) = arms_of([*read_run(str(runs / "fixed-0")), *read_run(str(runs / "fixed-1"))])
+    found = curve(arm, "main", "answer", 100)
+    assert found is not None
+    assert found.steps == [0, 4 / UPDATES, 8 / UPDATES]
+    for values, expected in (
+        (found.low, [answer(0.5, 0, step) for step in (0, 4, 8)]),
+        (found.high, [answer(0.5, 1, step) for step in (0, 4, 8)]),
+        (found.mean, [(answer(0.5, 0, step) + answer(0.5, 1, step)) / 2 for step in (0, 4, 8)]),
+    ):
+        assert values == pytest.approx([100 * value for value in expected])
+    policy = curve(arm, "policy", "answer")
+    assert policy is not None
+    assert policy.mean == pytest.approx([0.1] * 3)
+    assert curve(arm, "metrics", "no such key") is None
+
+
+def test_panels_take_what_each_run_has(runs):
+    arms = arms_of(read_run(str(runs)))
+    by_file = {panel.file: {line.label: line for line in panel_lines(panel, arms)} for panel in PANELS}
+    assert list(by_file["answer"]) == ["fixed-0, 2 seeds", "other", "plain"]
+    assert list(by_file["policy"]) == ["fixed-0, 2 seeds", "other"]
+    assert list(by_file["kl"])[:2] == ["fixed-0: kl_policy, 2 seeds", "fixed-0: kl_anchor, 2 seeds"]
+    assert by_file["cut"] == by_file["validation"] == {}
+    assert by_file["alpha"]["other"].curve.mean == [0.3] * 8
+    assert {lines["other"].arm for lines in by_file.values() if "other" in lines} == {1}, (
+        "it looks the same everywhere"
+    )
+
+
+def report(runs: Path, *sources: str, **flags: str) -> tuple[int, Path]:
+    out = runs.parent / f"{runs.name}-report"
+    return main(["report", *(sources or (str(runs),)), "--output_dir", str(out)]), out
+
+
+def test_the_command_writes_figures_a_page_and_every_number(runs, capsys):
+    status, out = report(runs)
+    assert status == 0
+    printed = capsys.readouterr().out
+    assert "fixed-0" in printed
+    html = (out / "report.html").read_text(encoding="utf-8")
+    assert_self_contained(html)
+    with (out / "report.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    main_answers = [row for row in rows if (row["of"], row["quantity"]) == ("mixture", "answer")]
+    assert [float(row["value"]) for row in main_answers if row["seed"] == "1"] == [
+        answer(0.5, 1, step) for step in (0, 4, 8)
+    ]
+    assert {row["outer_step"] for row in main_answers} == {"0", "2", "4"}
+    drawn = {path.stem for path in out.glob("*.png")}
+    assert drawn == {path.stem for path in out.glob("*.svg")}
+    assert drawn == {"answer", "format", "policy", "alpha", "reward", "format_rate", "kl", "length", "entropy"}
+    assert (out / "answer.png").read_bytes().startswith(b"\x89PNG")
+    text = Parsed(html).text
+    for said in ("outer step (one sampling of rollouts)", "answer-correct, greedy (%)", "fixed-0, 2 seeds", "at 4"):
+        assert said in text
+
+
+def test_a_run_in_progress_is_reported_as_far_as_it_is(runs, capsys):
+    """Its files end in a line that is half written; another seed is further."""
+    shutil.rmtree(runs / "fixed-1")
+    folder = write_run(runs / "fixed-1", seed=1, last=4)
+    for name in ("evaluations.jsonl", "metrics.jsonl"):
+        with (folder / name).open("a") as file:
+            file.write('{"step": 5, "rew')
+    status, out = report(runs)
+    assert status == 0
+    assert "4 of 8 so far" in " ".join(Parsed((out / "report.html").read_text()).text.split())
+    (arm,) = arms_of([*read_run(str(runs / "fixed-0")), *read_run(str(folder))])
+    found = curve(arm, "main", "answer")
+    assert found is not None
+    assert found.mean[-1] == pytest.approx(answer(0.5, 0, 8)), "the mean of those that got there"
+
+
+def test_labels_are_shown_as_they_are(runs, tmp_path):
+    for label in ("$x_1$ & $", "_hidden", "<script>alert(1)</script>"):
+        status, out = report(runs, f"{label}={runs / 'other'}")
+        assert status == 0
+        html = (out / "report.html").read_text(encoding="utf-8")
+        assert_self_contained(html)
+        assert Parsed(html).text.count(label) >= 9, "in the table, and in every figure's legend"
+
+
+def test_the_page_in_a_browser(runs):
+    _, out = report(runs)
+    for width in (1100, 375):
+        with page_in_chromium(out / "report.html", width) as (page, requests):
+            assert page.locator("figure svg").count() == 9
+            assert page.locator("figure#answer").inner_text().count("fixed-0, 2 seeds") == 1
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            boxes = page.evaluate(
+                "[...document.querySelectorAll('figure svg')].map(s => s.getBoundingClientRect().height)"
+            )
+            assert min(boxes) > 150
+            letters = "[...document.querySelectorAll('figure svg text')].map(t => t.getBoundingClientRect().height)"
+            assert min(page.evaluate(letters)) > 8, "pixels: they can be read"
+            cells = "[...document.querySelectorAll('td')].map(cell => cell.getBoundingClientRect().height)"
+            assert max(page.evaluate(cells)) < 40, "a cell is one line; the table scrolls where it is too wide"
+            assert len(requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("no/such/run", "no/such/run is no folder; give the --output_dir of a training run"),
+        ("sft", "has no evaluations (evaluations.jsonl); train with --eval_every STEPS"),
+        ("begun", "is empty as yet; wait for the first evaluation"),
+    ],
+)
+def test_runs_that_cannot_be_reported(runs, capsys, source, message):
+    (runs / "sft").mkdir()
+    (runs / "sft" / "metrics.jsonl").write_text('{"step": 1}\n')
+    (runs / "begun").mkdir()
+    (runs / "begun" / "evaluations.jsonl").write_text("")
+    status, out = report(runs, source if "/" in source else str(runs / source))
+    assert status == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not out.exists()
+
+
+def test_a_folder_of_a_run_is_not_written_into(runs, capsys):
+    folder = next(path for path in sorted(runs.iterdir()) if (path / "run.jsonl").exists())
+    before = sorted(folder.iterdir())
+    assert main(["report", str(folder), "--output_dir", str(folder)]) == 2
+    assert f"holds a run or a model (run.jsonl); give the report its own folder: {folder}/report" in (
+        capsys.readouterr().err.replace("\n", " ")
+    )
+    assert sorted(folder.iterdir()) == before
+
+
+def test_a_run_given_twice_is_refused(runs, capsys):
+    run = next(path for path in sorted(runs.iterdir()) if (path / "evaluations.jsonl").exists())
+    status, out = report(runs, str(run), f"{run}/")
+    assert status == 2
+    assert "is given twice, and would be compared with itself" in capsys.readouterr().err
+    assert not out.exists()

@@ -1,0 +1,174 @@
+"""The sweep over alpha: the weight merge, the choice of alpha, the command."""
+
+import json
+
+import pytest
+import torch
+
+from logitmix.cli.__main__ import main
+from logitmix.evaluation.decode import decoder, in_batches, requests_for
+from logitmix.evaluation.sweep import choose_alpha, merge_weights, set_merge, sweep_rates
+from logitmix.mixture.modeling import LogitMixForCausalLM
+from logitmix.paper.tiny_model import character_tokenizer, tiny_model
+from logitmix.tasks import Arithmetic
+from tests.helpers.members import tiny_member
+
+
+def test_merged_weights_are_the_weighted_mean_and_leave_the_members_alone():
+    policy, anchor = tiny_member(seed=1), tiny_member(seed=2)
+    before = {name: weight.clone() for name, weight in policy.named_parameters()}
+    merged = merge_weights(policy, anchor)
+    anchors = dict(anchor.named_parameters())
+    for alpha in (0.3, 0.0, 1.0):  # one copy takes every alpha in turn
+        set_merge(merged, policy, anchor, alpha)
+        for name, weight in merged.named_parameters():
+            expected = (1 - alpha) * before[name].double() + alpha * anchors[name].double()
+            torch.testing.assert_close(weight.double(), expected, atol=1e-6, rtol=1e-6)
+    assert all(torch.equal(weight, before[name]) for name, weight in policy.named_parameters())
+
+
+def test_a_merge_of_tied_members_stays_tied():
+    merged = merge_weights(*(tiny_member(seed=seed, tie_word_embeddings=True) for seed in (1, 2)))
+    set_merge(
+        merged, tiny_member(seed=1, tie_word_embeddings=True), tiny_member(seed=2, tie_word_embeddings=True), 0.4
+    )
+    assert merged.get_output_embeddings().weight is merged.get_input_embeddings().weight
+
+
+def test_merging_in_bfloat16_rounds_once():
+    policy, anchor = (tiny_member(seed=seed, dtype=torch.bfloat16) for seed in (1, 2))
+    merged = merge_weights(policy, anchor)
+    set_merge(merged, policy, anchor, 0.3)
+    anchors = dict(anchor.named_parameters())
+    for name, weight in merged.named_parameters():
+        expected = torch.lerp(policy.get_parameter(name).float(), anchors[name].float(), 0.3).bfloat16()
+        assert torch.equal(weight, expected)
+
+
+def test_models_of_other_shapes_are_not_merged():
+    with pytest.raises(ValueError, match=r"cannot be merged: .*; leave the merge out, with --mixes logit prob"):
+        merge_weights(tiny_member("qwen2"), tiny_member("llama"))
+
+
+def test_members_that_share_a_model_are_not_merged():
+    member = tiny_member()
+    with pytest.raises(ValueError, match="share one model with adapters"):
+        merge_weights(member, member)
+
+
+def responses(name: str, alpha: float, answers: list[bool]) -> list[dict]:
+    same = {"name": name, "alpha": alpha, "sample": 0, "lenient_ok": True, "length": 3, "truncated": False}
+    return [same | {"problem": i, "format_ok": True, "answer_ok": ok} for i, ok in enumerate(answers)]
+
+
+def test_alpha_is_chosen_on_one_half_and_reported_on_the_other():
+    """At 0.3 the even problems are right and the odd ones are not; at 0.6 nearly all of both."""
+    n = 40
+    rows = responses("policy", 0.0, [False] * n) + responses("anchor", 1.0, [i % 4 == 1 for i in range(n)])
+    rows += responses("logit", 0.3, [i % 2 == 0 for i in range(n)]) + responses(
+        "logit", 0.6, [i > 1 for i in range(n)]
+    )
+    rows += responses("prob", 0.6, [False] * n)
+    logit, prob = choose_alpha(rows)
+    assert (logit.mix, logit.alpha, logit.chosen_on.value, logit.reported_on.value) == ("logit", 0.3, 1.0, 0.0)
+    assert (logit.policy.value, logit.anchor.value) == (0.0, 0.5)
+    assert logit.p_value == pytest.approx(2 / 2**10), "ten problems that the anchor alone has right"
+    assert (prob.mix, prob.alpha, prob.p_value) == ("prob", 0.0, prob.p_value), "all are as bad: the smallest"
+    assert choose_alpha(list(reversed(rows))) == [logit, prob]
+
+
+def test_the_members_alone_are_the_ends_of_every_mix():
+    rows = responses("policy", 0.0, [False] * 10) + responses("anchor", 1.0, [True] * 10)
+    rows += responses("logit", 0.5, [True] * 5 + [False] * 5) + responses("merge", 0.5, [True] * 10)
+    table = sweep_rates(rows)
+    assert [(row["scheme"], row["alpha"], row["answer"]) for row in table] == [
+        ("logit", 0.0, 0.0), ("logit", 0.5, 0.5), ("logit", 1.0, 1.0),
+        ("merge", 0.0, 0.0), ("merge", 0.5, 1.0), ("merge", 1.0, 1.0),
+    ]  # fmt: skip
+    assert all(row["answer_low"] <= row["answer"] <= row["answer_high"] for row in table)
+
+
+# --- the command --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory) -> tuple[str, str]:
+    root = tmp_path_factory.mktemp("pair")
+    tokenizer = character_tokenizer(Arithmetic.alphabet)
+    for seed, name in enumerate(("base", "sft")):
+        torch.manual_seed(seed)
+        tiny_model(len(tokenizer)).save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    return str(root / "base"), str(root / "sft")
+
+
+def sweep(pair, *flags) -> int:
+    base, sft = pair
+    return main([
+        "sweep", "--model_name_or_path", base, "--anchor", sft, "--eval_limit", "3", "--max_new_tokens", "6", *flags,
+    ])  # fmt: skip
+
+
+def test_the_command_sweeps_all_three_mixes_and_goes_on_where_it_stopped(pair, tmp_path, capsys):
+    folder = tmp_path / "sweep"
+    flags = ("--alphas", "0.5", "0.25", "--output_dir", str(folder))
+    assert sweep(pair, *flags) == 0
+    printed = capsys.readouterr().out
+    path = folder / "responses.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    asked = [("policy", 0.0), ("anchor", 1.0), *((mix, a) for mix in ("logit", "prob", "merge") for a in (0.25, 0.5))]
+    assert [(row["name"], row["alpha"], row["problem"]) for row in rows] == [
+        (*who, i) for who in asked for i in range(3)
+    ]
+    written = json.loads((folder / "sweep.json").read_text())
+    assert len(written["rates"]) == 12
+    assert [choice["mix"] for choice in written["choices"]] == ["logit", "prob", "merge"]
+    assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (folder / "sweep.svg").read_text()
+
+    whole = path.read_text()
+    for kept in (4, 13, 20):
+        path.write_text("\n".join(whole.splitlines()[:kept]) + "\n" + whole.splitlines()[kept][:30])
+        assert sweep(pair, *flags) == 0
+        assert path.read_text() == whole
+        assert capsys.readouterr().out == printed
+
+
+def test_the_responses_are_those_of_each_mix_on_its_own(pair, tmp_path):
+    assert sweep(pair, "--alphas", "0.5", "--output_dir", str(tmp_path / "sweep")) == 0
+    lines = (tmp_path / "sweep" / "responses.jsonl").read_text().splitlines()
+    rows = {(row["name"], row["problem"]): row["response"] for row in map(json.loads, lines)}
+    task, tokenizer = Arithmetic(), character_tokenizer(Arithmetic.alphabet)
+    models = {mix: LogitMixForCausalLM.from_members(*pair, alpha=0.5, scheme=mix).eval() for mix in ("logit", "prob")}
+    policy, anchor = models["logit"].members
+    models["merge"] = merge_weights(policy, anchor)
+    set_merge(models["merge"], policy, anchor, 0.5)
+    for mix, model in models.items():
+        decode = decoder(model, tokenizer, task, task.problems("test", 3), 6)
+        (batch,) = decode(in_batches(requests_for({mix: None}, 3), 8))
+        assert [response.response for response in batch] == [rows[mix, i] for i in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--alphas", "-0.5"], "scheme 'prob' needs weights >= 0 that sum to 1 (alpha within [0, 1])"),
+        (["--alphas", "nan"], "not finite"),
+        (["--mixes", "logits"], "there is no mix 'logits'; --mixes takes some of logit, prob, merge"),
+        (["--eval_limit", "1"], "raise it above 1"),
+        (["--anchor", "no/such"], "no model at 'no/such'"),
+    ],
+)
+def test_wrong_input(pair, tmp_path, capsys, flags, message):
+    assert sweep(pair, "--output_dir", str(tmp_path / "out"), *flags) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_is_no_mixture(pair, capsys):
+    assert main(["sweep", "--model_name_or_path", pair[0]]) == 2
+    assert "is no mixture; give its anchor with --anchor" in capsys.readouterr().err
+
+
+def test_beyond_zero_and_one_the_logit_scheme_is_swept(pair):
+    assert sweep(pair, "--alphas", "-0.5", "1.5", "--mixes", "logit") == 0

@@ -1,0 +1,214 @@
+"""Reading a member's output head: many architectures, and what is refused."""
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from logitmix.mixture.head import HeadForm, inside_heads, last_hidden_states, measure_head, read_head
+from tests.helpers.members import tiny_member
+
+SMALL = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+}
+OLD = {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "bos_token_id": 1}
+MOE = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 16}
+
+# What each member does to its head's output, stated here from its modeling file.
+CONFIGS = {
+    "Qwen2": (SMALL, HeadForm()),
+    "Qwen2 tied": (SMALL | {"tie_word_embeddings": True}, HeadForm()),
+    "Qwen3": (SMALL | {"head_dim": 16}, HeadForm()),
+    "Qwen3Moe": (SMALL | MOE, HeadForm()),
+    "Llama": (SMALL, HeadForm()),
+    "Mistral": (SMALL, HeadForm()),
+    "Olmo2": (SMALL, HeadForm()),
+    "Phi": (SMALL, HeadForm()),  # its head has a bias
+    "Phi3": (SMALL, HeadForm()),
+    "StableLm": (SMALL, HeadForm()),
+    "GPTNeoX": (SMALL, HeadForm()),
+    "GPT2": (OLD, HeadForm()),
+    "GPTJ": (OLD | {"rotary_dim": 8}, HeadForm()),  # a bias
+    "Falcon": (SMALL, HeadForm()),
+    "Bloom": ({"vocab_size": 61, "hidden_size": 32, "n_layer": 2, "n_head": 2}, HeadForm()),
+    # projects its hidden states to the width of the embeddings
+    "OPT": (SMALL | {"ffn_dim": 48, "word_embed_proj_dim": 16}, HeadForm()),
+    "Gemma": (SMALL | {"head_dim": 16}, HeadForm()),
+    "Gemma2": (SMALL | {"head_dim": 16, "final_logit_softcapping": 30.0}, HeadForm(softcap=30.0)),
+    "Gemma2 uncapped": (SMALL | {"head_dim": 16, "final_logit_softcapping": None}, HeadForm()),
+    "Gemma3Text": (SMALL | {"head_dim": 16, "final_logit_softcapping": 7.5}, HeadForm(softcap=7.5)),
+    "Cohere": (SMALL | {"logit_scale": 0.0625}, HeadForm(scale=0.0625)),
+    "Cohere2": (SMALL | {"logit_scale": 0.3}, HeadForm(scale=0.3)),
+    "Granite": (SMALL | {"logits_scaling": 8.0}, HeadForm(scale=0.125)),
+    "FalconH1": (
+        SMALL | {"lm_head_multiplier": 0.25, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8,
+                 "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8},
+        HeadForm(scale=0.25),
+    ),
+    # its configuration names a scale, which it does not apply
+    "Mpt": ({"vocab_size": 61, "d_model": 32, "n_layers": 2, "n_heads": 2, "logit_scale": 0.5}, HeadForm()),
+}  # fmt: skip
+
+
+def member(name: str, dtype: torch.dtype = torch.float32):
+    values, form = CONFIGS[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = getattr(transformers, name.split()[0] + "Config")(**values)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype), form
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_hidden_states_and_head_give_the_members_own_logits(name):
+    model, form = member(name)
+    assert measure_head(model) == form
+    model.eval()
+    ids = torch.arange(1, 13).view(2, 6)
+    mask = torch.ones_like(ids)
+    own = model(input_ids=ids, attention_mask=mask).logits
+    ours = read_head(model, form).logits(last_hidden_states(model, input_ids=ids, attention_mask=mask))
+    torch.testing.assert_close(ours, own.to(ours), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["Qwen2", "Gemma2", "Cohere2", "Granite", "Phi"])
+def test_a_member_in_bfloat16_and_training_mode_is_read_the_same_and_left_as_it_was(name):
+    model, form = member(name, torch.bfloat16)
+    model.train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    generator = torch.get_rng_state()
+    assert measure_head(model) == form
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert model.training
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def refused(model, match: str) -> None:
+    with pytest.raises(ValueError, match=match) as error:
+        measure_head(model, "anchor_0")
+    assert "the head of anchor_0" in str(error.value)
+    assert 'loss_head="reference"' in str(error.value)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def with_forward(model, change):
+    forward = model.forward
+
+    def changed(**kwargs):
+        output = forward(**kwargs)
+        output.logits = change(output.logits)
+        return output
+
+    model.forward = changed
+    return model
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda z: z + 1, lambda z: z**3, lambda z: z.log_softmax(-1), lambda z: z.clamp(max=5), lambda z: z.roll(1, -1)],
+    ids=["shift", "power", "softmax", "clamp", "roll"],
+)
+def test_an_unknown_change_of_the_logits_is_refused(change):
+    refused(with_forward(tiny_member("qwen2"), change), "something else to its logits")
+
+
+def test_logits_of_another_size_are_refused():
+    refused(with_forward(tiny_member("qwen2"), lambda z: z[..., :-1]), "gives 61 values and its logits are 60")
+
+
+def test_a_head_that_does_more_than_multiply_is_refused():
+    class Doubled(nn.Linear):
+        def forward(self, hidden):
+            return 2 * super().forward(hidden)
+
+    model = tiny_member("qwen2")
+    head = Doubled(32, 61, bias=False)
+    model.set_output_embeddings(head)
+    refused(model, "its output head, a Doubled, does more than multiply")
+
+
+def test_a_head_without_a_matrix_is_refused():
+    model = tiny_member("qwen2")
+    model.set_output_embeddings(nn.Sequential(nn.Linear(32, 61)))
+    refused(model, "its output head is a Sequential")
+
+
+def test_an_adapter_on_the_head_is_refused_though_it_does_nothing_yet():
+    from peft import LoraConfig, inject_adapter_in_model
+
+    model = tiny_member("qwen2", tie_word_embeddings=False)
+    refused(
+        inject_adapter_in_model(LoraConfig(target_modules=["lm_head"]), model), "has a parameter 'base_layer.weight'"
+    )
+
+
+def test_adapters_in_the_layers_are_part_of_the_hidden_states():
+    from peft import LoraConfig, inject_adapter_in_model
+
+    config = LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = inject_adapter_in_model(config, tiny_member("qwen2"))
+    ids = torch.arange(1, 13).view(2, 6)
+    ours = read_head(model, measure_head(model)).logits(last_hidden_states(model, input_ids=ids))
+    torch.testing.assert_close(ours, model(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_change_of_the_hidden_states_before_the_head_is_refused():
+    model = tiny_member("qwen2")
+    model.lm_head.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    refused(model, "changes the hidden states between")
+
+
+def test_a_head_that_is_not_called_is_refused():
+    model = tiny_member("qwen2")
+    model.get_output_embeddings = lambda: nn.Linear(32, 61)
+    refused(model, "in a way of its own")
+
+
+def test_a_bare_decoder_is_refused():
+    refused(transformers.Qwen2Model(tiny_member("qwen2").config), "without one matrix of weights")
+
+
+# --- inside the heads' forwards --------------------------------------------------------------------------------------
+
+
+def test_what_runs_inside_heads_sees_what_their_hooks_do_and_each_head_is_called_once():
+    first, second = nn.Linear(3, 5), nn.Linear(3, 5)
+    calls = []
+    for name, head in (("first", first), ("second", second)):
+        head.register_forward_pre_hook(lambda module, inputs, name=name: calls.append(name) or (*inputs,))
+    first.register_forward_pre_hook(lambda module, inputs: tuple(x + 1 for x in inputs))  # as FSDP2 wraps inputs
+    first.register_forward_hook(lambda module, inputs, outputs: (*outputs, torch.ones(())))
+    hidden = [torch.zeros(2, 3), torch.full((2, 3), 5.0), torch.full((2, 3), 7.0)]
+
+    def then(states):
+        calls.append("then")
+        return tuple(state.mean() for state in states)
+
+    found = inside_heads([first, second, first], hidden, then)
+    assert [x.item() for x in found] == [1.0, 5.0, 8.0, 1.0]
+    assert calls == ["first", "second", "then"]
+
+
+def test_heads_are_as_before_also_after_an_error():
+    head = nn.Linear(3, 5)
+    own = head.forward = lambda hidden: hidden * 2  # somebody else's, which stays
+
+    def fail(states):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        inside_heads([head], [torch.ones(2, 3)], fail)
+    assert head.forward is own
+    plain = nn.Linear(3, 5)
+    with pytest.raises(ZeroDivisionError):
+        inside_heads([plain], [torch.ones(2, 3)], fail)
+    assert "forward" not in vars(plain)

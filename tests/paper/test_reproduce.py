@@ -1,0 +1,180 @@
+"""`logitmix reproduce`: every piece through the other commands, a report of all, interruptions, wrong input."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from logitmix.cli import reproduce
+from logitmix.cli.__main__ import main
+from logitmix.cli.train import parse_train
+from logitmix.paper.claims import CLAIMS
+from logitmix.paper.presets import SCALES, pieces, scale_of
+from logitmix.paper.recipes import ARMS, PAPER_CELLS
+from tests.helpers.browser import Parsed, assert_self_contained, page_in_chromium
+
+KINDS = ["base", "sft", "sweep", *ARMS]
+
+
+def rows_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory) -> Path:
+    """The smoke scale, stopped by Ctrl-C in its second arm and gone on with."""
+    folder = tmp_path_factory.mktemp("reproduce") / "smoke"
+    flags = ["reproduce", "--scale", "smoke", "--seeds", "1", "--output_dir", str(folder)]
+    train = reproduce.COMMANDS["train"]
+
+    def stop(argv):
+        train(argv)
+        if "arithmetic/tiny/base_anchor" in argv:
+            (folder / "seed-0" / "base_anchor" / "training_args.bin").unlink()  # as if it had not come to its end
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reproduce, "COMMANDS", {**reproduce.COMMANDS, "train": stop})
+        assert main(flags) == 130
+    assert [row["kind"] for row in rows_of(folder / "times.jsonl")] == KINDS[:5]
+    assert not (folder / "report").exists()
+    assert main(flags) == 0
+    return folder
+
+
+@pytest.mark.slow
+def test_what_is_whole_is_not_made_again(interrupted):
+    made = [row["kind"] for row in rows_of(interrupted / "times.jsonl")]
+    assert made == [*KINDS[:5], *KINDS[4:]], "base_anchor twice"
+    starts = {kind: len(rows_of(interrupted / "seed-0" / kind / "run.jsonl")) for kind in KINDS[1:]}
+    assert starts == dict.fromkeys(KINDS[1:], 1) | {"base_anchor": 2}
+    evaluations = rows_of(interrupted / "seed-0" / "base_anchor" / "evaluations.jsonl")
+    assert [row["step"] for row in evaluations if row["name"] == "mixture"] == [0, 1, 2]
+
+
+@pytest.mark.slow
+def test_a_trainer_writes_its_arguments_last(interrupted):
+    """By which a piece is known to be whole."""
+    for kind in set(KINDS) - {"sweep"}:
+        folder = interrupted / "seed-0" / kind
+        written = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
+        model = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+        assert max(written[name] for name in model) <= written["training_args.bin"]
+
+
+@pytest.mark.slow
+def test_the_report_holds_every_claim_table_and_figure(interrupted):
+    report = interrupted / "report"
+    rows = rows_of(report / "results.jsonl")
+    about, *numbers = rows
+    assert about["command"] == "logitmix reproduce --scale smoke --seeds 1"
+    assert {row["arm"] for row in numbers if row["what"] == "evaluation"} == set(ARMS)
+    assert len([row for row in numbers if row["what"] == "sweep"]) == 3 * 11
+    assert len([row for row in numbers if row["what"] == "training"]) == 2 * len(ARMS)
+    assert len(json.loads((report / "claims.json").read_text())) == len(CLAIMS)
+    pictures = {"figure-2", "figure-3", "figure-6", "figure-8", "figure-9", "table-4", "alpha", "reward"}
+    for name in pictures:
+        assert (report / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert "<svg" in (report / f"{name}.svg").read_text()
+    readme = (report / "README.md").read_text()
+    for text in ("Table 1", "Table 2", "Table 3", "Table 4", *(f"({name}.png)" for name in pictures)):
+        assert text in readme
+    page = (report / "index.html").read_text()
+    assert_self_contained(page)
+    parsed = Parsed(page)
+    assert parsed.tags.count("svg") == len(pictures)
+    assert parsed.text.count("What decides:") == len(CLAIMS)
+    assert "logitmix reproduce --scale math-3b" in parsed.text, "and that it was not run"
+
+
+@pytest.mark.slow
+def test_the_report_can_be_committed(interrupted):
+    files = list((interrupted / "report").iterdir())
+    assert sum(file.stat().st_size for file in files) < 2e6
+    for file in files:
+        assert str(interrupted).encode() not in file.read_bytes(), file.name
+        assert str(Path.home()).encode() + b"/" not in file.read_bytes(), file.name
+
+
+@pytest.mark.slow
+def test_the_page_asks_nothing_of_the_network_and_fits_a_phone(interrupted):
+    with page_in_chromium(interrupted / "report" / "index.html", width=390) as (page, requests):
+        assert len(requests) == 1
+        assert page.locator(".claims li").count() == len(CLAIMS)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+@pytest.mark.slow
+def test_another_scale_in_its_folder_is_refused(interrupted, capsys):
+    before = (interrupted / "run.jsonl").read_text()
+    assert main(["reproduce", "--scale", "tiny", "--output_dir", str(interrupted)]) == 2
+    assert "was started with scale 'smoke', now 'tiny'" in capsys.readouterr().err
+    assert (interrupted / "run.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--seeds", "0"], "seeds is 0, but must be at least 1"),
+        (["--scale", "math-3"], "there is no scale 'math-3'; did you mean 'math-3b'?"),
+        (["--scale", "tinny"], "did you mean 'tiny'? The scales are smoke, tiny, math-1.5b"),
+        (["--eval_limit", "5"], "eval_limit is 5, but with so few problems"),
+        (["--eval_limit", "0"], "eval_limit is 0, but with so few problems"),
+    ],
+)
+def test_wrong_input(tmp_path, capsys, flags, message):
+    assert main(["reproduce", "--output_dir", str(tmp_path / "out"), *flags]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_with_something_else_is_refused(tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    assert main(["reproduce", "--output_dir", str(tmp_path)]) == 2
+    assert "holds something else (thesis.tex); choose another --output_dir" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_dry_run_prints_the_commands_and_makes_nothing(tmp_path, capsys):
+    folder = tmp_path / "out"
+    assert (
+        main(["reproduce", "--scale", "math-3b", "--seeds", "2", "--dry_run", "true", "--output_dir", str(folder)])
+        == 0
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 * (2 + len(ARMS))
+    arm = next(line for line in lines if "math/3b/fixed_mixing" in line)
+    assert f"--seed 0 --output_dir {folder}/seed-0/fixed_mixing" in arm
+    assert f"--anchor {folder}/seed-0/sft" in arm
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("name", ["tiny", *(cell.replace("/", "-") for cell in PAPER_CELLS)])
+def test_every_scale_trains_what_the_paper_compares(name, tmp_path):
+    """Policy and anchor of every arm, as the recipe's parser understands the command."""
+    planned = pieces(scale_of(name), 1, tmp_path)
+    scale = SCALES[name]
+    sft = str(tmp_path / "seed-0" / "sft")
+    (stage,) = [piece for piece in planned if piece.kind == "sft"]
+    base = str(stage.flags["model_name_or_path"])
+    assert base.startswith("Qwen/") == (scale.base_steps is None)
+    expected = dict.fromkeys(ARMS, (base, sft)) | {"base_anchor": (base, base)}
+    expected |= {"grpo": (sft, None), "grpo_kl": (sft, None)}
+    for piece in planned:
+        if piece.verb == "train":
+            _, task_args, model_args, _, eval_args, args = parse_train(
+                [*piece.argv, "--use_cpu", "true", "--bf16", "false"]
+            )
+            assert (model_args.model_name_or_path, args.anchor) == expected[piece.kind]
+            assert task_args.eval_limit == 500, "as in the paper"
+            assert eval_args.eval_every
+            assert args.output_dir == str(tmp_path / "seed-0" / piece.kind)
+
+
+def test_the_time_left_is_that_of_the_same_pieces_before():
+    spent = [("sft", 0, 40.0), ("sft", 0, 20.0), ("grpo", 0, 120.0), ("grpo", 1, 240.0)]  # the first was interrupted
+    times = [{"kind": kind, "seed": seed, "seconds": seconds} for kind, seed, seconds in spent]
+    assert reproduce.time_left([], ["sft"]) == ""
+    assert reproduce.time_left(times, ["sft", "grpo"]) == ", about 4 min left"
+    assert reproduce.time_left(times, ["prob_mixing"] * 2) == ", about 4 min left", "what no piece took: the mean"
+    assert reproduce.time_left(times[:1], []) == ", less than a minute left"
