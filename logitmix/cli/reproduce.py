@@ -1,6 +1,6 @@
 """`logitmix reproduce`: every arm, table and figure of the paper at one scale, and its claims against what came out.
 
-Everything is made by the other commands, piece by piece, each in a folder of its own: what is whole is not made again.
+Everything is made by the other commands, stage by stage, each in a folder of its own: what is whole is not made again.
 """
 
 import shutil
@@ -22,7 +22,7 @@ from logitmix.evaluation.metrics import rates
 from logitmix.evaluation.sweep import by_mix
 from logitmix.paper.claims import check_size
 from logitmix.paper.outcomes import packed_outcomes
-from logitmix.paper.presets import BASE, SWEEP, Piece, Scale, pieces, scale_of
+from logitmix.paper.presets import BASE, SWEEP, Preset, Stage, load_preset, stages
 from logitmix.paper.recipes import ARMS
 from logitmix.paper.report import write_reproduction
 from logitmix.paper.tiny_model import character_tokenizer, tiny_model
@@ -58,11 +58,11 @@ def main(argv: Sequence[str]) -> None:
         (ReproduceArguments,),
         argv,
     )
-    scale = scale_of(args.scale)
+    scale = load_preset(args.scale)
     if args.seeds < 1:
         raise ValueError(f"seeds is {args.seeds}, but must be at least 1; with 3 the differences between them show")
     folder = Path(args.output_dir or f"runs/reproduce-{args.scale}")
-    planned = pieces(scale, args.seeds, folder, args.eval_limit)
+    planned = stages(scale, args.seeds, folder, args.eval_limit)
     check_size(planned[-1].flags["eval_limit"])
     if args.dry_run:
         print_plan(planned)
@@ -70,8 +70,8 @@ def main(argv: Sequence[str]) -> None:
     open_folder(folder, {"command": "reproduce", "scale": args.scale, "eval_limit": args.eval_limit})
     try:
         for seed in range(args.seeds):
-            made = [piece for piece in planned if piece.seed <= seed]
-            run_pieces(made, planned, folder)
+            made = [stage for stage in planned if stage.seed <= seed]
+            run_stages(made, planned, folder)
             write(folder, args.scale, scale, made)
     except KeyboardInterrupt:
         console.print("The same command goes on from here: what is whole is not made again.")
@@ -99,54 +99,54 @@ def open_folder(folder: Path, arguments: Mapping[str, Any]) -> None:
     record_start(str(folder), arguments)
 
 
-def print_plan(planned: Sequence[Piece]) -> None:
-    """The command of every piece; one that was run by hand, on several GPUs for instance, counts as whole."""
-    for piece in planned:
-        command = f"logitmix {' '.join((piece.verb, *piece.argv))}"
-        print(f"# made here: the base model of {piece.name}" if piece.verb == BASE else command)
+def print_plan(planned: Sequence[Stage]) -> None:
+    """The command of every stage; one that was run by hand, on several GPUs for instance, counts as whole."""
+    for stage in planned:
+        command = f"logitmix {' '.join((stage.verb, *stage.argv))}"
+        print(f"# made here: the base model of {stage.name}" if stage.verb == BASE else command)
 
 
-def run_pieces(wanted: Sequence[Piece], planned: Sequence[Piece], folder: Path) -> None:
+def run_stages(wanted: Sequence[Stage], planned: Sequence[Stage], folder: Path) -> None:
     """Make what is not whole; `planned` is all, for the time left."""
-    for piece in wanted:
-        if piece.is_whole:
+    for stage in wanted:
+        if stage.is_whole:
             continue
         times = read_jsonl(folder / TIMES_FILE) if (folder / TIMES_FILE).exists() else []
         todo = [other for other in planned if not other.is_whole]
-        place = f"[{planned.index(piece) + 1}/{len(planned)}]"
-        console.print(f"{place} {piece.name}{time_left(times, [p.kind for p in todo])}", markup=False, highlight=False)
+        place = f"[{planned.index(stage) + 1}/{len(planned)}]"
+        console.print(f"{place} {stage.name}{time_left(times, [p.kind for p in todo])}", markup=False, highlight=False)
         started = time.monotonic()
         try:
             with (folder / LOG_FILE).open("a") as log, redirect_stdout(log):
-                run_piece(piece)
+                run_stage(stage)
         finally:  # what was spent before an interruption counts too
             seconds = round(time.monotonic() - started, 1)
-            append_jsonl(folder / TIMES_FILE, [{"seed": piece.seed, "kind": piece.kind, "seconds": seconds}])
+            append_jsonl(folder / TIMES_FILE, [{"seed": stage.seed, "kind": stage.kind, "seconds": seconds}])
 
 
-def run_piece(piece: Piece) -> None:
-    """Make a piece, from its last checkpoint where it was interrupted and has one."""
-    if piece.verb == BASE:
-        make_base(piece)
-    elif piece.verb != SWEEP and (piece.folder / RUN_FILE).exists():
-        COMMANDS[piece.verb]([*piece.argv, "--resume_from_checkpoint", "true"])
+def run_stage(stage: Stage) -> None:
+    """Make a stage, from its last checkpoint where it was interrupted and has one."""
+    if stage.verb == BASE:
+        make_base(stage)
+    elif stage.verb != SWEEP and (stage.folder / RUN_FILE).exists():
+        COMMANDS[stage.verb]([*stage.argv, "--resume_from_checkpoint", "true"])
     else:  # a sweep goes on by itself
-        COMMANDS[piece.verb](piece.argv)
+        COMMANDS[stage.verb](stage.argv)
 
 
-def make_base(piece: Piece) -> None:
+def make_base(stage: Stage) -> None:
     """The quickstart's base model. Seeds differ in its first weights and in the order of its corpus."""
-    shutil.rmtree(piece.folder, ignore_errors=True)  # what an interruption left
+    shutil.rmtree(stage.folder, ignore_errors=True)  # what an interruption left
     task = Arithmetic()
     tokenizer = character_tokenizer(task.alphabet)
-    set_seed(piece.seed)
+    set_seed(stage.seed)
     model = tiny_model(len(tokenizer))
     corpus = task.base_corpus(CORPUS_SIZE)
-    train_on(model, corpus, piece.folder, tokenizer, "base model", piece.flags["max_steps"], 5e-3, piece.seed)
+    train_on(model, corpus, stage.folder, tokenizer, "base model", stage.flags["max_steps"], 5e-3, stage.seed)
 
 
 def time_left(times: Sequence[Mapping[str, Any]], todo: Sequence[str]) -> str:
-    """What the pieces to do will take if each takes what its kind took before, or what all took; empty at first."""
+    """What the stages to do will take if each takes what its kind took before, or what all took; empty at first."""
     if not times:
         return ""
     spent: dict[str, dict[int, float]] = {}
@@ -159,10 +159,10 @@ def time_left(times: Sequence[Mapping[str, Any]], todo: Sequence[str]) -> str:
     return f", about {minutes:.0f} min left" if minutes >= 1 else ", less than a minute left"
 
 
-def write(folder: Path, name: str, scale: Scale, made: Sequence[Piece]) -> None:
-    """The report of the pieces, which are whole: a folder without a machine's paths, to be kept or committed."""
+def write(folder: Path, name: str, scale: Preset, made: Sequence[Stage]) -> None:
+    """The report of the stages, which are whole: a folder without a machine's paths, to be kept or committed."""
     *_, start = starts = read_jsonl(folder / RUN_FILE)
-    seeds = len({piece.seed for piece in made})
+    seeds = len({stage.seed for stage in made})
     command = f"logitmix reproduce --scale {name} --seeds {seeds}"
     if start["arguments"]["eval_limit"] is not None:
         command += f" --eval_limit {start['arguments']['eval_limit']}"
@@ -178,35 +178,35 @@ def write(folder: Path, name: str, scale: Scale, made: Sequence[Piece]) -> None:
         "started": starts[0]["started"],
     }
     # of what made the numbers, which may be another machine and version than what draws them
-    *_, maker = read_jsonl([piece for piece in made if piece.verb == "train"][-1].folder / RUN_FILE)
+    *_, maker = read_jsonl([stage for stage in made if stage.verb == "train"][-1].folder / RUN_FILE)
     about |= {key: maker[key] for key in ("versions", "python", "platform", "devices", "processor", "git")}
-    rows = [about, *(row for piece in made for row in results(piece))]
-    arms = {arm: [piece.folder for piece in made if piece.kind == arm] for arm in ARMS}
+    rows = [about, *(row for stage in made for row in results(stage))]
+    arms = {arm: [stage.folder for stage in made if stage.kind == arm] for arm in ARMS}
     write_reproduction(folder / REPORT, rows, arms)
 
 
-def results(piece: Piece) -> list[dict[str, Any]]:
-    """What a whole piece measured, as rows of `results.jsonl`."""
-    if piece.kind == SWEEP:
-        responses = read_jsonl(piece.folder / RESPONSES_FILE)
+def results(stage: Stage) -> list[dict[str, Any]]:
+    """What a whole stage measured, as rows of `results.jsonl`."""
+    if stage.kind == SWEEP:
+        responses = read_jsonl(stage.folder / RESPONSES_FILE)
         return [
-            {"what": "sweep", "seed": piece.seed, "scheme": scheme, "alpha": alpha}
+            {"what": "sweep", "seed": stage.seed, "scheme": scheme, "alpha": alpha}
             | asdict(rates(rows))
             | packed_outcomes(rows)
             for scheme, by_alpha in by_mix(responses).items()
             for alpha, rows in sorted(by_alpha.items())
         ]
-    if piece.verb != "train":
+    if stage.verb != "train":
         return []
-    which = {"seed": piece.seed, "arm": piece.kind}
-    evaluations = read_jsonl(piece.folder / EVALUATIONS_FILE)
+    which = {"seed": stage.seed, "arm": stage.kind}
+    evaluations = read_jsonl(stage.folder / EVALUATIONS_FILE)
     first = min(row["step"] for row in evaluations)
     rows = [
         {"what": "evaluation"} | which | row
         for row in evaluations
         if row["name"] != "anchor" or row["step"] == first  # it is frozen
     ]
-    for row in read_jsonl(piece.folder / METRICS_FILE):
+    for row in read_jsonl(stage.folder / METRICS_FILE):
         logged = {key: row[key] for key in LOGGED if key in row}
         rows += [{"what": "training"} | which | {"step": row["step"]} | logged] if "reward" in row else []
     return rows

@@ -13,7 +13,7 @@ from logitmix.runs.files import RESPONSES_FILE, RUN_FILE, read_jsonl
 from logitmix.runs.folder import HELD, append_jsonl, console, progress_bar, record_start
 
 # May differ between an evaluation and its continuation: it is how a batch is made to fit into memory
-MAY_CHANGE = {"batch_size"}
+IGNORED_ARGUMENTS = {"batch_size"}
 
 
 class Responses:
@@ -93,7 +93,7 @@ def open_responses(output_dir: str | None, arguments: Mapping[str, Any]) -> Resp
     now = json.loads(json.dumps(arguments, default=str))
     if (folder / RUN_FILE).exists():
         before = read_jsonl(folder / RUN_FILE)[-1]["arguments"]
-        changed = [key for key in before | now if key not in MAY_CHANGE and before.get(key) != now.get(key)]
+        changed = [key for key in before | now if key not in IGNORED_ARGUMENTS and before.get(key) != now.get(key)]
         if changed:
             differences = ", ".join(f"{key} {before.get(key)!r}, now {now.get(key)!r}" for key in changed)
             raise ValueError(

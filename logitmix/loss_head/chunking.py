@@ -1,4 +1,4 @@
-"""What the passes of the fused loss head share: the job, its cuts into chunks and tiles, its matrix products.
+"""What the passes of the fused loss head share: the inputs, its cuts into chunks and tiles, its matrix products.
 
 Shape legend: K members, N tokens, n tokens of a chunk, V vocabulary, v of a tile, D width of a member's hidden states.
 """
@@ -25,7 +25,7 @@ _MAX_CHUNK = {"cpu": 512, "cuda": 8192}
 
 
 @dataclass(frozen=True)
-class Job:
+class LossHeadInputs:
     """What a call of `fused_log_probs` is about, beside the tensors that gradients may reach."""
 
     heads: list[Head]

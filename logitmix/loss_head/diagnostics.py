@@ -9,7 +9,7 @@ from torch import Tensor
 from logitmix.mixture.diagnostics import MixtureDiagnostics
 
 
-class Comparison:
+class TiledDiagnostics:
     """What `mixture_diagnostics` finds in whole rows of logits, from one tile after another.
 
     `KL(mixture || member k) = sum_v p_v (z_v - z_kv) - log sum exp z + log sum exp z_k`, all sums running ones.

@@ -6,14 +6,18 @@ Shape legend: K members, N tokens, n tokens of a chunk, V vocabulary, D width of
 import torch
 from torch import Tensor
 
-from logitmix.loss_head.chunking import Gradients, Job, add_product, multiply
+from logitmix.loss_head.chunking import Gradients, LossHeadInputs, add_product, multiply
 from logitmix.mixture.diagnostics import mixture_diagnostics
 from logitmix.mixture.logprobs import Head, log_probs_and_entropy
 from logitmix.mixture.mixing import mix_logits
 
 
 def run_general(
-    job: Job, hidden: list[Tensor], scores: Tensor, gradients: Gradients, grad_scores: tuple[Tensor, Tensor] | None
+    inputs: LossHeadInputs,
+    hidden: list[Tensor],
+    scores: Tensor,
+    gradients: Gradients,
+    grad_scores: tuple[Tensor, Tensor] | None,
 ) -> None:
     """Whole rows of the vocabulary. The heads' products are ours, what follows up to the scores is autograd's."""
     wants = [
@@ -21,16 +25,16 @@ def run_general(
         for k in range(len(hidden))
     ]
     # in rows of logits, what a member takes with autograd's intermediate results: about 6 with a gradient, 3 without
-    for tokens in job.chunks(job.vocab_size * (3 * len(hidden) + 3 * sum(wants)), least=32):
-        raw = [_raw_logits(job, head, h[tokens], scores) for head, h in zip(job.heads, hidden, strict=True)]
+    for tokens in inputs.chunks(inputs.vocab_size * (3 * len(hidden) + 3 * sum(wants)), least=32):
+        raw = [_raw_logits(inputs, head, h[tokens], scores) for head, h in zip(inputs.heads, hidden, strict=True)]
         leaves = [z.requires_grad_() for z, want in zip(raw, wants, strict=True) if want]
-        weights = job.weights if job.weights.dim() == 1 else job.weights[tokens]
+        weights = inputs.weights if inputs.weights.dim() == 1 else inputs.weights[tokens]
         with torch.set_grad_enabled(any(wants)):
-            logits = [head.of_raw(z) for head, z in zip(job.heads, raw, strict=True)]
-            mixed = mix_logits(logits, weights, job.scheme)
-            chunk_scores = log_probs_and_entropy(mixed, job.targets_N[tokens], job.temperature)
-        if job.diagnostics is not None:
-            job.diagnostics.append(mixture_diagnostics(logits, mixed, job.temperature))
+            logits = [head.of_raw(z) for head, z in zip(inputs.heads, raw, strict=True)]
+            mixed = mix_logits(logits, weights, inputs.scheme)
+            chunk_scores = log_probs_and_entropy(mixed, inputs.targets_N[tokens], inputs.temperature)
+        if inputs.diagnostics is not None:
+            inputs.diagnostics.append(mixture_diagnostics(logits, mixed, inputs.temperature))
         del logits, mixed
         for out, score in zip(scores, chunk_scores, strict=True):
             out[tokens] = score.detach()
@@ -41,30 +45,36 @@ def run_general(
         slopes = iter(torch.autograd.grad(chunk_scores, leaves, upstream))
         coefficients_n = ones_n
         if gradients.of_heads and grad_scores is None:
-            assert job.coefficients is not None
-            coefficients_n = job.coefficients(scores[0, tokens], tokens).to(ones_n)
+            assert inputs.coefficients is not None
+            coefficients_n = inputs.coefficients(scores[0, tokens], tokens).to(ones_n)
         for k, want in enumerate(wants):
             if want:
-                _add_gradients(job, k, next(slopes), hidden[k], tokens, coefficients_n, gradients)
+                _add_gradients(inputs, k, next(slopes), hidden[k], tokens, coefficients_n, gradients)
 
 
-def _raw_logits(job: Job, head: Head, hidden_nD: Tensor, like: Tensor) -> Tensor:
+def _raw_logits(inputs: LossHeadInputs, head: Head, hidden_nD: Tensor, like: Tensor) -> Tensor:
     """The head's products and bias `[n, V]`, in the dtype of `like`."""
-    z_nV = like.new_empty(len(hidden_nD), job.vocab_size)
-    for tile in job.tiles:
-        z_nV[:, tile] = multiply(hidden_nD, head.weight[tile].T, like.dtype, job.half)
-    return z_nV if head.bias is None else z_nV.add_(head.bias[: job.vocab_size])
+    z_nV = like.new_empty(len(hidden_nD), inputs.vocab_size)
+    for tile in inputs.tiles:
+        z_nV[:, tile] = multiply(hidden_nD, head.weight[tile].T, like.dtype, inputs.half)
+    return z_nV if head.bias is None else z_nV.add_(head.bias[: inputs.vocab_size])
 
 
 def _add_gradients(
-    job: Job, k: int, slope_nV: Tensor, hidden_ND: Tensor, tokens: slice, coefficients_n: Tensor, gradients: Gradients
+    inputs: LossHeadInputs,
+    k: int,
+    slope_nV: Tensor,
+    hidden_ND: Tensor,
+    tokens: slice,
+    coefficients_n: Tensor,
+    gradients: Gradients,
 ) -> None:
     by_hidden, by_weight, by_bias = gradients.hidden[k], gradients.weight[k], gradients.bias[k]
     weighted_nD = hidden_ND[tokens].to(slope_nV) * coefficients_n.unsqueeze(-1)
-    for tile in job.tiles:
+    for tile in inputs.tiles:
         if by_hidden is not None:
-            add_product(by_hidden[tokens], slope_nV[:, tile], job.heads[k].weight[tile], job.half)
+            add_product(by_hidden[tokens], slope_nV[:, tile], inputs.heads[k].weight[tile], inputs.half)
         if by_weight is not None:
-            add_product(by_weight[tile], slope_nV[:, tile].T, weighted_nD, job.half)
+            add_product(by_weight[tile], slope_nV[:, tile].T, weighted_nD, inputs.half)
     if by_bias is not None:
-        by_bias[: job.vocab_size].addmv_(slope_nV.T, coefficients_n)
+        by_bias[: inputs.vocab_size].addmv_(slope_nV.T, coefficients_n)

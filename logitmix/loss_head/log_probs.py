@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from logitmix.loss_head.chunking import Coefficients, Gradients, Job
+from logitmix.loss_head.chunking import Coefficients, Gradients, LossHeadInputs
 from logitmix.loss_head.general_pass import run_general
 from logitmix.loss_head.linear_pass import run_linear
 from logitmix.mixture.diagnostics import MixtureDiagnostics
@@ -88,14 +88,14 @@ def fused_log_probs(
         nothing = torch.stack([h.sum(-1, dtype=torch.float32) for h in hidden]).sum(0)
         return nothing, nothing.detach()
     heads = [heads[k] for k in active]
-    job = Job(
+    inputs = LossHeadInputs(
         heads, weights[..., active], targets_N, scheme, temperature, vocab_size, coefficients, chunk, tile,
         diagnostics, _half_dtype(hidden[active[0]]),
     )  # fmt: skip
     tensors = [*(hidden[k] for k in active), *(head.weight for head in heads), *(head.bias for head in heads)]
     if not torch.is_grad_enabled():  # which the function below could not see
         tensors = [tensor if tensor is None else tensor.detach() for tensor in tensors]
-    scores: tuple[Tensor, Tensor] = _FusedLogProbs.apply(job, *tensors)  # type: ignore[no-untyped-call]
+    scores: tuple[Tensor, Tensor] = _FusedLogProbs.apply(inputs, *tensors)  # type: ignore[no-untyped-call]
     return scores
 
 
@@ -120,22 +120,22 @@ def clipped_coefficients(
 
 
 class _FusedLogProbs(torch.autograd.Function):
-    """`apply(job, *hidden, *head weights, *biases)`; see `fused_log_probs`."""
+    """`apply(inputs, *hidden, *head weights, *biases)`; see `fused_log_probs`."""
 
     @staticmethod
-    def forward(ctx: Any, job: Job, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-        wants, K = ctx.needs_input_grad[1:], len(job.heads)
+    def forward(ctx: Any, inputs: LossHeadInputs, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        wants, K = ctx.needs_input_grad[1:], len(inputs.heads)
         of_heads = any(wants[K:])
         used: list[Tensor] = []
 
         def remembered(log_probs: Tensor, tokens: slice) -> Tensor:
-            used.append(job.coefficients(log_probs, tokens).to(log_probs))  # type: ignore[misc]
+            used.append(inputs.coefficients(log_probs, tokens).to(log_probs))  # type: ignore[misc]
             return used[-1]
 
-        ctx.is_taken = not of_heads or job.coefficients is not None
+        ctx.is_taken = not of_heads or inputs.coefficients is not None
         now = wants if ctx.is_taken else [False] * len(wants)
-        log_probs, entropy, gradients = run_passes(replace(job, coefficients=remembered), tensors, now)
-        ctx.job, ctx.wants, ctx.gradients = replace(job, coefficients=None, diagnostics=None), wants, gradients
+        log_probs, entropy, gradients = run_passes(replace(inputs, coefficients=remembered), tensors, now)
+        ctx.inputs, ctx.wants, ctx.gradients = replace(inputs, coefficients=None, diagnostics=None), wants, gradients
         ctx.used = torch.cat(used) if used else None
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
@@ -168,10 +168,10 @@ class _FusedLogProbs(torch.autograd.Function):
 def _computed_again(ctx: Any, grad: Tensor | None, grad_entropy: Tensor | None) -> Any:
     """The gradients, now that the loss's derivatives by the scores are known."""
     if grad_entropy is None:
-        job = replace(ctx.job, coefficients=lambda log_probs, tokens: grad[tokens])  # type: ignore[index]
-        return run_passes(job, ctx.saved_tensors, ctx.wants)[2]
+        inputs = replace(ctx.inputs, coefficients=lambda log_probs, tokens: grad[tokens])  # type: ignore[index]
+        return run_passes(inputs, ctx.saved_tensors, ctx.wants)[2]
     grad = torch.zeros_like(grad_entropy) if grad is None else grad
-    return run_passes(ctx.job, ctx.saved_tensors, ctx.wants, (grad, grad_entropy))[2]
+    return run_passes(ctx.inputs, ctx.saved_tensors, ctx.wants, (grad, grad_entropy))[2]
 
 
 def _common_factor(grad_N: Tensor, used_N: Tensor) -> float | None:
@@ -220,7 +220,7 @@ def _require_valid(hidden: Sequence[Tensor], active: list[int], targets_N: Tenso
 
 
 def run_passes(
-    job: Job,
+    inputs: LossHeadInputs,
     tensors: Sequence[Tensor | None],
     wants: Sequence[bool],
     grad_scores: tuple[Tensor, Tensor] | None = None,
@@ -231,13 +231,13 @@ def run_passes(
     are of `sum(coefficients * log_probs)`, the coefficients taken as constants. With `grad_scores`, the loss's
     derivatives by log-probs and entropies, all gradients are of the loss itself.
     """
-    K, N = len(job.heads), len(job.targets_N)
+    K, N = len(inputs.heads), len(inputs.targets_N)
     hidden: list[Tensor] = list(tensors[:K])  # type: ignore[arg-type]
-    job = replace(
-        job,
+    inputs = replace(
+        inputs,
         heads=[
             replace(head, weight=weight, bias=bias)  # type: ignore[arg-type]
-            for head, weight, bias in zip(job.heads, tensors[K : 2 * K], tensors[2 * K :], strict=True)
+            for head, weight, bias in zip(inputs.heads, tensors[K : 2 * K], tensors[2 * K :], strict=True)
         ],
     )
     dtype = torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
@@ -246,11 +246,11 @@ def run_passes(
         for t, want in zip(tensors, wants, strict=True)
     ]
     gradients = Gradients(zeros[:K], zeros[K : 2 * K], zeros[2 * K :])
-    scores = torch.empty(2, N, dtype=dtype, device=job.targets_N.device)
-    is_linear = job.scheme == "logit" and all(head.softcap is None for head in job.heads)
+    scores = torch.empty(2, N, dtype=dtype, device=inputs.targets_N.device)
+    is_linear = inputs.scheme == "logit" and all(head.softcap is None for head in inputs.heads)
     with torch.no_grad(), torch.autocast(scores.device.type, enabled=False):
         if is_linear and grad_scores is None:
-            run_linear(job, hidden, scores, gradients)
+            run_linear(inputs, hidden, scores, gradients)
         else:
-            run_general(job, hidden, scores, gradients, grad_scores)
+            run_general(inputs, hidden, scores, gradients, grad_scores)
     return scores[0], scores[1], gradients

@@ -11,7 +11,7 @@ from torch import Tensor
 from logitmix.loss_head import Coefficients, fused_log_probs
 from logitmix.mixture.configuration import resolve_weights
 from logitmix.mixture.diagnostics import MixtureDiagnostics
-from logitmix.mixture.head import HeadForm, inside_heads, last_hidden_states, measure_head, read_head
+from logitmix.mixture.head import HeadTransform, inside_heads, last_hidden_states, measure_head, read_head
 from logitmix.mixture.mixing import Weights
 from logitmix.mixture.modeling import LogitMixForCausalLM
 
@@ -36,7 +36,7 @@ class FusedScorer:
 
     def __init__(self, model: LogitMixForCausalLM) -> None:
         self.model = model
-        self._forms: dict[str, HeadForm] = {
+        self._forms: dict[str, HeadTransform] = {
             name: measure_head(getattr(model, name), name) for name in model.config.model_names
         }
 

@@ -20,11 +20,11 @@ from transformers.cache_utils import Cache, DynamicCache
 from logitmix.mixture.adapters import OFF, Adapters, adapter_layers, adapter_parameters
 from logitmix.mixture.cache import member_caches, require_cached_tokens
 from logitmix.mixture.configuration import LogitMixConfig
-from logitmix.mixture.head import HeadForm, measure_head
+from logitmix.mixture.head import HeadTransform, measure_head
 from logitmix.mixture.mixing import mix_logits
 
 
-class HoldsMembers(PreTrainedModel):
+class MixtureBase(PreTrainedModel):
     """What a model of a trainable policy and frozen anchors does otherwise than a single model.
 
     Its submodules are named by `config.model_names`, the policy first. An anchor that is not among them shares the
@@ -35,7 +35,7 @@ class HoldsMembers(PreTrainedModel):
     policy: PreTrainedModel
     adapters: Adapters | None
     _cache_layers: list[int]
-    _head_form: HeadForm | None = None  # of the policy's model; measured when members that share it first run
+    _head_form: HeadTransform | None = None  # of the policy's model; measured when members that share it first run
     _head_is_measured = False
     tokenizer: PreTrainedTokenizerBase | None
 
@@ -191,7 +191,7 @@ class HoldsMembers(PreTrainedModel):
             logits = [by_name.get(name, by_name[running[0]]) for name in self.config.members]
         return logits, weights, past_key_values, list(outputs.values())
 
-    def _shared_head(self, running: Sequence[str]) -> HeadForm | None:
+    def _shared_head(self, running: Sequence[str]) -> HeadTransform | None:
         """The form of the one head that all running members share, None where they do not or it is not linear."""
         shared = len(running) > 1 and {self.config.model_of(name) for name in running} == {"policy"}
         if not shared or self.config.scheme != "logit":
@@ -205,7 +205,7 @@ class HoldsMembers(PreTrainedModel):
                 self._head_form = None
         return self._head_form
 
-    def _one_head_product(self, hidden_KBTD: Sequence[Tensor], weights: Tensor, form: HeadForm) -> Tensor:
+    def _one_head_product(self, hidden_KBTD: Sequence[Tensor], weights: Tensor, form: HeadTransform) -> Tensor:
         """`sum_k w_k (W h_k + b) = W (sum_k w_k h_k) + (sum_k w_k) b`, the mixture's logits `[B, T, V]`."""
         head = self.policy.get_output_embeddings()
         hidden_BTD = mix_logits(hidden_KBTD, weights).to(hidden_KBTD[0].dtype)

@@ -8,10 +8,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from logitmix.mixture.adapters import OFF, adapter_layers
-from logitmix.mixture.base import HoldsMembers
+from logitmix.mixture.base import MixtureBase
 
 
-def export_member(mixture: HoldsMembers, name: str, folder: str | os.PathLike[str], merge: bool = False) -> None:
+def export_member(mixture: MixtureBase, name: str, folder: str | os.PathLike[str], merge: bool = False) -> None:
     """Save the member `name` (`"policy"`, `"anchor"`, of several `"anchor_0"`, …) alone, with the tokenizer if known.
 
     A member that is an adapter becomes a folder of PEFT, which names its base; with `merge`, or where it is no

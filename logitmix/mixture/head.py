@@ -25,7 +25,7 @@ _REFERENCE = 'score the mixture from its members\' logits instead, with loss_hea
 
 
 @dataclass(frozen=True)
-class HeadForm:
+class HeadTransform:
     """What a member does to its head's output `z`: `softcap(scale * z)`; see [`logitmix.mixture.logprobs.Head`]."""
 
     scale: float = 1.0
@@ -38,7 +38,7 @@ def last_hidden_states(member: PreTrainedModel, **inputs: Any) -> Tensor:
     return hidden_BTD
 
 
-def read_head(member: PreTrainedModel, form: HeadForm) -> Head:
+def read_head(member: PreTrainedModel, form: HeadTransform) -> Head:
     """The member's head as it is now. Wrappers (FSDP, DeepSpeed) replace its parameters: see `inside_heads`."""
     head = member.get_output_embeddings()
     return Head(head.weight, getattr(head, "bias", None), form.scale, form.softcap)
@@ -80,7 +80,7 @@ def inside_heads(
 
 
 @torch.no_grad()
-def measure_head(member: PreTrainedModel, name: str = "the model") -> HeadForm:
+def measure_head(member: PreTrainedModel, name: str = "the model") -> HeadTransform:
     """What the member does between `last_hidden_states` and its logits, beside its head's weight and bias.
 
     Runs two tokens through the member and changes nothing in it.
@@ -102,7 +102,7 @@ def _whole(member: PreTrainedModel) -> AbstractContextManager[None]:
     return gathered
 
 
-def _measure(member: PreTrainedModel, name: str) -> HeadForm:
+def _measure(member: PreTrainedModel, name: str) -> HeadTransform:
     head, decoder = member.get_output_embeddings(), member.get_decoder()
     weight = getattr(head, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
@@ -149,13 +149,13 @@ def _known_values(output: Tensor) -> Tensor:
     return (magnitudes * signs).view(output.shape)
 
 
-def _form(known: Tensor, logits: Tensor, name: str) -> HeadForm:
+def _form(known: Tensor, logits: Tensor, name: str) -> HeadTransform:
     """The scale is the slope at 0, the cap the limit far from it."""
     scale = (logits.flatten()[0] / known.flatten()[0]).item()
     for softcap in (None, logits.abs().max().item()):
         head = Head(torch.ones(1, 1, dtype=torch.float64, device=known.device), None, scale, softcap)
         if torch.allclose(head.logits(known.unsqueeze(-1)).squeeze(-1), logits, rtol=1e-5, atol=0):
-            return HeadForm(_rounded(scale), softcap if softcap is None else _rounded(softcap))
+            return HeadTransform(_rounded(scale), softcap if softcap is None else _rounded(softcap))
     raise _unknown(name, "it does something else to its logits than to scale and soft-cap them")
 
 

@@ -26,7 +26,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from logitmix.mixture.adapters import ADAPTER_WEIGHTS, OFF, Adapters, add_adapter, from_record
-from logitmix.mixture.base import HoldsMembers, concatenate
+from logitmix.mixture.base import MixtureBase, concatenate
 from logitmix.mixture.configuration import Alpha, LogitMixConfig, resolve_weights
 from logitmix.mixture.diagnostics import MixtureDiagnostics
 from logitmix.mixture.export import export_member
@@ -35,7 +35,7 @@ from logitmix.mixture.logprobs import mixture_log_probs
 from logitmix.mixture.mixing import Scheme, Weights, mix_logits
 
 
-class LogitMixForCausalLM(HoldsMembers, GenerationMixin):
+class LogitMixForCausalLM(MixtureBase, GenerationMixin):
     """A policy and K - 1 frozen anchors, mixed in the logits: `z_mix = sum_k w_k z_k` (arXiv 2605.20555, eq. 1).
 
     Build one with [`LogitMixForCausalLM.from_members`]; save and load it like any model of transformers. The policy

@@ -14,7 +14,7 @@ LAST_FILE = "training_args.bin"  # what a trainer writes last into the folder of
 
 
 @dataclass(frozen=True)
-class Scale:
+class Preset:
     """A cell of the recipes, and what is to be other than they say, by flag.
 
     With `base_steps` the base model is made here, as in the quickstart; without, it is the recipe's.
@@ -29,16 +29,16 @@ class Scale:
 
 _SMOKE = {"max_steps": 2, "per_device_train_batch_size": 16, "num_generations": 4, "eval_every": 1}
 _SMOKE |= {"eval_limit": 8, "validation_size": 4}
-SCALES = {
-    "smoke": Scale(
+PRESETS = {
+    "smoke": Preset(
         "arithmetic/tiny", "Every part once, in a minute; its numbers mean nothing", 12, {"max_steps": 6}, _SMOKE
     ),
-    "tiny": Scale("arithmetic/tiny", "Arithmetic on a CPU", 600, {}, {"eval_every": 2, "eval_limit": 500}),
-} | {cell.replace("/", "-"): Scale(cell, "A cell of the paper, on GPUs") for cell in PAPER_CELLS}
+    "tiny": Preset("arithmetic/tiny", "Arithmetic on a CPU", 600, {}, {"eval_every": 2, "eval_limit": 500}),
+} | {cell.replace("/", "-"): Preset(cell, "A cell of the paper, on GPUs") for cell in PAPER_CELLS}
 
 
 @dataclass(frozen=True)
-class Piece:
+class Stage:
     """A part of a reproduction that is either whole or not: a command that ends by writing the file `last`."""
 
     seed: int
@@ -61,20 +61,20 @@ class Piece:
         return [string for key, value in self.flags.items() for string in (f"--{key}", str(value))]
 
 
-def scale_of(name: str) -> Scale:
+def load_preset(name: str) -> Preset:
     """The scale of that name. Raises `ValueError` that names the nearest for one that does not exist."""
-    if name not in SCALES:
-        nearest = get_close_matches(name, SCALES, n=1, cutoff=0.0)[0]
-        raise ValueError(f"there is no scale {name!r}; did you mean {nearest!r}? The scales are {', '.join(SCALES)}")
-    return SCALES[name]
+    if name not in PRESETS:
+        nearest = get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]
+        raise ValueError(f"there is no scale {name!r}; did you mean {nearest!r}? The scales are {', '.join(PRESETS)}")
+    return PRESETS[name]
 
 
-def pieces(scale: Scale, seeds: int, folder: Path, eval_limit: int | None = None) -> list[Piece]:
-    """All pieces in order: seed by seed the base where it is made here, the SFT model, the sweep, and every arm."""
-    return [piece for seed in range(seeds) for piece in _of_seed(scale, seed, folder / f"seed-{seed}", eval_limit)]
+def stages(scale: Preset, seeds: int, folder: Path, eval_limit: int | None = None) -> list[Stage]:
+    """All stages in order: seed by seed the base where it is made here, the SFT model, the sweep, and every arm."""
+    return [stage for seed in range(seeds) for stage in _of_seed(scale, seed, folder / f"seed-{seed}", eval_limit)]
 
 
-def _of_seed(scale: Scale, seed: int, folder: Path, eval_limit: int | None) -> list[Piece]:
+def _of_seed(scale: Preset, seed: int, folder: Path, eval_limit: int | None) -> list[Stage]:
     recipes = {arm: {k: v.value for k, v in load_recipe(f"{scale.cell}/{arm}").values.items()} for arm in (SFT, *ARMS)}
     any_arm = recipes["fixed_mixing"] | scale.train
     limit = any_arm["eval_limit"] if eval_limit is None else eval_limit
@@ -98,8 +98,8 @@ def _of_seed(scale: Scale, seed: int, folder: Path, eval_limit: int | None) -> l
         "output_dir": folder / SWEEP,
     }
     return [
-        *([Piece(seed, BASE, BASE, {"max_steps": scale.base_steps}, folder / BASE)] if scale.base_steps else []),
-        Piece(seed, SFT, "sft", recipe(SFT, **scale.sft), folder / SFT),
-        Piece(seed, SWEEP, "sweep", swept, folder / SWEEP, last=SWEEP_FILE),
-        *(Piece(seed, arm, "train", recipe(arm, **scale.train | {"eval_limit": limit}), folder / arm) for arm in ARMS),
+        *([Stage(seed, BASE, BASE, {"max_steps": scale.base_steps}, folder / BASE)] if scale.base_steps else []),
+        Stage(seed, SFT, "sft", recipe(SFT, **scale.sft), folder / SFT),
+        Stage(seed, SWEEP, "sweep", swept, folder / SWEEP, last=SWEEP_FILE),
+        *(Stage(seed, arm, "train", recipe(arm, **scale.train | {"eval_limit": limit}), folder / arm) for arm in ARMS),
     ]

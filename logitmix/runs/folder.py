@@ -27,7 +27,7 @@ from logitmix.training.checkpointing.folders import (
 # A folder that holds one of these is somebody's: a run, or a model
 HELD = (RUN_FILE, "checkpoint-*", "config.json", "*.safetensors", "*.bin")
 # What may differ between a run and its resumption: how far it goes, and what is written on the way
-MAY_CHANGE = {
+IGNORED_ARGUMENTS = {
     *(
         "output_dir",
         "max_steps",
@@ -71,7 +71,7 @@ def find_checkpoint(output_dir: str, arguments: Mapping[str, Any], resume: str |
     before = _last_start(folder)
     if before is not None:
         then, now = before["arguments"], json.loads(json.dumps(arguments, default=str))
-        changed = [key for key in then if key not in MAY_CHANGE and then[key] != now.get(key)]
+        changed = [key for key in then if key not in IGNORED_ARGUMENTS and then[key] != now.get(key)]
         if changed:
             differences = ", ".join(f"{key} {then[key]!r}, now {now.get(key)!r}" for key in changed)
             raise ValueError(f"the run in {output_dir} was started with {differences}; resume it with the same")

@@ -41,18 +41,18 @@ class Batches:
         return self.rows * self.gradient_accumulation_steps * self.processes
 
     @property
-    def rollouts_per_generation(self) -> int:
+    def rollouts_per_outer_step(self) -> int:
         """Rollouts that are sampled together: an outer step of the paper."""
         return self.rows * self.steps_per_generation * self.processes
 
     @property
-    def updates_per_generation(self) -> float:
+    def updates_per_outer_step(self) -> float:
         return self.steps_per_generation * self.num_iterations / self.gradient_accumulation_steps
 
     def updates_in(self, questions: int) -> int:
         """Updates in one pass over so many questions; those that fill no whole generation step are left out."""
-        generations = questions * self.num_generations // self.rollouts_per_generation
-        return int(generations * self.updates_per_generation)
+        generations = questions * self.num_generations // self.rollouts_per_outer_step
+        return int(generations * self.updates_per_outer_step)
 
 
 @dataclass(frozen=True)

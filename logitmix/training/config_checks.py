@@ -16,7 +16,7 @@ from logitmix.training.config import GROUP_LOSS, DynamicSampling, LogitMixGRPOCo
 LOSS_TYPES_OF_TRL = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
 
 
-def refuse_unsuitable_options(args: LogitMixGRPOConfig, model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
+def validate_config(args: LogitMixGRPOConfig, model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
     if is_peft_model(model) and isinstance(model.get_base_model(), LogitMixForCausalLM):
         raise ValueError(
             "the model is a mixture that PEFT has wrapped; TRL would not see it. Build it with "
@@ -32,13 +32,13 @@ def refuse_unsuitable_options(args: LogitMixGRPOConfig, model: PreTrainedModel, 
             "mask_truncated_completions would mask every completion that a stop string ended, since TRL takes it for "
             "truncated; set it to False, or leave out stop_strings"
         )
-    refuse_unknown_choices(args)
-    refuse_unsuitable_numbers(args)
-    refuse_idle_options(args)
+    validate_choices(args)
+    validate_numbers(args)
+    validate_options_are_read(args)
     if args.use_vllm and not is_vllm_available():
         raise ValueError("use_vllm is set, but vLLM is not installed: pip install vllm, or leave out use_vllm")
-    refuse_unsuitable_sampling(args)
-    refuse_unclear_kl(args, model)
+    validate_sampling(args)
+    validate_kl(args, model)
     if not isinstance(model, LogitMixForCausalLM):
         return
     for option, reason in {
@@ -56,7 +56,7 @@ def refuse_unsuitable_options(args: LogitMixGRPOConfig, model: PreTrainedModel, 
         )
 
 
-def refuse_unknown_choices(args: LogitMixGRPOConfig) -> None:
+def validate_choices(args: LogitMixGRPOConfig) -> None:
     for name, choices in (
         ("alpha_controller", CONTROLLERS),
         ("loss_head", get_args(LossHead)),
@@ -68,7 +68,7 @@ def refuse_unknown_choices(args: LogitMixGRPOConfig) -> None:
             raise ValueError(f"{name} is {getattr(args, name)!r}; it must be one of {', '.join(map(repr, choices))}")
 
 
-def refuse_unsuitable_numbers(args: LogitMixGRPOConfig) -> None:
+def validate_numbers(args: LogitMixGRPOConfig) -> None:
     if args.max_steps == 0:  # for which transformers would take num_train_epochs
         raise ValueError("max_steps is 0; it must be above 0, or -1 to train for num_train_epochs")
     for name in ("epsilon", "epsilon_high", "beta"):
@@ -77,7 +77,7 @@ def refuse_unsuitable_numbers(args: LogitMixGRPOConfig) -> None:
             raise ValueError(f"{name} is {value}; it must be at least 0")
 
 
-def refuse_idle_options(args: LogitMixGRPOConfig) -> None:
+def validate_options_are_read(args: LogitMixGRPOConfig) -> None:
     """Raise `ValueError` for an option that is set and that nothing would read: something else was meant."""
     defaults = {f.name: f.default for f in fields(args)}
     validates = args.alpha_controller in VALIDATING
@@ -95,7 +95,7 @@ def refuse_idle_options(args: LogitMixGRPOConfig) -> None:
             )
 
 
-def refuse_unclear_kl(args: LogitMixGRPOConfig, model: PreTrainedModel) -> None:
+def validate_kl(args: LogitMixGRPOConfig, model: PreTrainedModel) -> None:
     is_mixture = isinstance(model, LogitMixForCausalLM)
     if args.kl_to not in (None, "anchor"):
         raise ValueError(f"kl_to is {args.kl_to!r}; it must be 'anchor', or left out")
@@ -114,7 +114,7 @@ def refuse_unclear_kl(args: LogitMixGRPOConfig, model: PreTrainedModel) -> None:
         )
 
 
-def refuse_unsuitable_sampling(args: LogitMixGRPOConfig) -> None:
+def validate_sampling(args: LogitMixGRPOConfig) -> None:
     if args.rollout_batch_size is not None and args.rollout_batch_size < 1:
         raise ValueError(
             f"rollout_batch_size is {args.rollout_batch_size}, but must be at least 1; leave it out to sample all "

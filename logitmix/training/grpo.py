@@ -26,11 +26,11 @@ from trl.trainer.utils import FusedCausalLMOutput
 from logitmix.mixture.generation import GREEDY, end_of_sequence_ids, generate_completions
 from logitmix.mixture.loading import require_same_tokenizer, require_tokenizer
 from logitmix.mixture.modeling import LogitMixForCausalLM
-from logitmix.training.alpha.callback import AlphaControl, refuse_unsuitable_control
+from logitmix.training.alpha.callback import AlphaControl, validate_alpha_controller
 from logitmix.training.alpha.validation import FreshQuestions, validation_questions
 from logitmix.training.checkpointing.resume import ResumableGRPO
 from logitmix.training.config import GROUP_LOSS, LogitMixGRPOConfig, build_model
-from logitmix.training.config_checks import refuse_unsuitable_options, require_prompts_fit, require_questions
+from logitmix.training.config_checks import require_prompts_fit, require_questions, validate_config
 from logitmix.training.fsdp import ShardableGRPOTrainer
 from logitmix.training.monitoring.trainer import WatchedGRPOTrainer
 from logitmix.training.rollouts.dynamic_sampling import QuestionStream, has_spread, refill
@@ -85,8 +85,8 @@ class LogitMixGRPOTrainer(ResumableGRPO, ShardableGRPOTrainer, WatchedGRPOTraine
         is_mixture = isinstance(model, LogitMixForCausalLM)
         if is_mixture:
             kwargs.pop("peft_config", None)  # its policy has the adapter; TRL would wrap the mixture
-        refuse_unsuitable_options(args, model, kwargs)
-        refuse_unsuitable_control(args, model, validation_dataset, kwargs)
+        validate_config(args, model, kwargs)
+        validate_alpha_controller(args, model, validation_dataset, kwargs)
         if kwargs.get("processing_class") is None:
             source = model.policy if is_mixture else model
             kwargs["processing_class"] = (model.tokenizer if is_mixture else None) or require_tokenizer(

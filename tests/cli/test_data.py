@@ -6,12 +6,12 @@ import string
 from pathlib import Path
 
 import pytest
-from test_cli import error_of, save_member
 
 from logitmix.cli.__main__ import main
 from logitmix.cli.options.data import RunsDataArguments
 from logitmix.cli.options.parser import DataArguments
 from logitmix.runs.files import RUN_FILE, read_jsonl
+from tests.helpers.commands import error_of, save_member
 
 SMALL = ["--eval_limit", "4", "--max_new_tokens", "2"]
 

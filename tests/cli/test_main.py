@@ -20,30 +20,10 @@ from logitmix.cli.train import hold_out
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.paper.outcomes import unpack
 from logitmix.paper.recipes import TITLES
-from logitmix.paper.tiny_model import character_tokenizer, tiny_model
 from logitmix.runs.files import read_jsonl
 from logitmix.tasks import Arithmetic
+from tests.helpers.commands import TINY, error_of, save_member
 from tests.helpers.paths import ROOT
-
-TINY = [
-    "--bf16", "false", "--use_cpu", "true", "--report_to", "none", "--max_completion_length", "24", "--logging_steps",
-    "1", "--per_device_train_batch_size", "16", "--num_generations", "4", "--learning_rate", "1e-4", "--train_limit",
-    "64", "--save_strategy", "no",
-]  # fmt: skip
-
-
-def save_member(folder: Path, seed: int, alphabet: str = Arithmetic.alphabet) -> str:
-    tokenizer = character_tokenizer(alphabet)
-    torch.manual_seed(seed)
-    tiny_model(len(tokenizer)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def members(tmp_path_factory) -> tuple[str, str]:
-    folder = tmp_path_factory.mktemp("members")
-    return save_member(folder / "base", 0), save_member(folder / "sft", 1)
 
 
 @pytest.fixture
@@ -51,15 +31,6 @@ def train(members, tmp_path):
     """Arguments of a tiny training, into tmp_path / "run"."""
     base, sft = members
     return ["train", "--model_name_or_path", base, "--anchor", sft, "--output_dir", str(tmp_path / "run"), *TINY]
-
-
-def error_of(capsys, argv) -> str:
-    assert main(argv) == 2
-    captured = capsys.readouterr()
-    message = captured.err.splitlines()[-1]
-    assert message.startswith("logitmix: error: ")
-    assert "Traceback" not in captured.err
-    return message
 
 
 @pytest.mark.slow

@@ -8,10 +8,10 @@ import inspect
 import re
 
 import pytest
-from test_grpo import trainer_of
 from trl import GRPOConfig, GRPOTrainer
 
 from logitmix.training.config_checks import LOSS_TYPES_OF_TRL
+from tests.helpers.grpo import trainer_of
 
 SUSPECT = re.compile(r"ref_|head|liger|kernel|vllm|continuous|paged|sync|engine|fused|router|kl|beta$|peft|rollout")
 

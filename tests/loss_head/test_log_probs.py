@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from logitmix.loss_head import clipped_coefficients, fused, fused_log_probs, job, linear
+from logitmix.loss_head import chunking, clipped_coefficients, fused_log_probs, linear_pass, log_probs
 from logitmix.mixture.diagnostics import mixture_diagnostics
 from logitmix.mixture.logprobs import Head, log_probs_and_entropy
 from logitmix.mixture.mixing import SCHEMES, mix_logits
@@ -184,8 +184,8 @@ def test_onednn_multiplies_in_the_layouts_of_the_passes(tokens, rows, width):
     masses = torch.randn(tokens, rows + 5)[:, :rows]
     for a, b in ((hidden, weight.T), (masses, weight), (masses.T, hidden)):
         start, expected = torch.randn(len(a), b.shape[1]), a.double() @ b.double()
-        torch.testing.assert_close(job.multiply(a, b, torch.float32).double(), expected, rtol=1e-5, atol=5e-4)
-        job.add_product(sums := start.clone(), a, b)
+        torch.testing.assert_close(chunking.multiply(a, b, torch.float32).double(), expected, rtol=1e-5, atol=5e-4)
+        chunking.add_product(sums := start.clone(), a, b)
         torch.testing.assert_close(sums.double(), start.double() + expected, rtol=1e-5, atol=5e-4)
 
 
@@ -200,13 +200,13 @@ def test_without_onednn_the_result_is_the_same():
 def passes(monkeypatch) -> list[tuple[bool, ...]]:
     """Which gradients each pass over the vocabulary took."""
     taken = []
-    run = fused.run_passes
+    run = log_probs.run_passes
 
-    def counted(job, tensors, wants, *args):
+    def counted(inputs, tensors, wants, *args):
         taken.append(tuple(wants))
-        return run(job, tensors, wants, *args)
+        return run(inputs, tensors, wants, *args)
 
-    monkeypatch.setattr(fused, "run_passes", counted)
+    monkeypatch.setattr(log_probs, "run_passes", counted)
     return taken
 
 
@@ -290,14 +290,14 @@ def test_members_of_one_head_share_its_matrix_products(monkeypatch):
 
     def multiply(a, b, *args):
         products.append((tuple(a.shape), tuple(b.shape)))
-        return job.multiply(a, b, *args)
+        return chunking.multiply(a, b, *args)
 
     def add_product(out, a, b, *args):
         products.append((tuple(a.shape), tuple(b.shape)))
-        job.add_product(out, a, b, *args)
+        chunking.add_product(out, a, b, *args)
 
-    monkeypatch.setattr(linear, "multiply", multiply)
-    monkeypatch.setattr(linear, "add_product", add_product)
+    monkeypatch.setattr(linear_pass, "multiply", multiply)
+    monkeypatch.setattr(linear_pass, "add_product", add_product)
     hidden, heads, targets = random_problem(1)
     head = Head(heads[0].weight.detach())
     fused_log_probs([hidden[0], hidden[0].detach()], [head, head], [0.3, 0.7], targets)

@@ -5,13 +5,13 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig
-from test_grpo import PROMPTS, generated, mixture, trainer_of
 from torch import nn
 from transformers import set_seed
 
-from logitmix.loss_head import fused as fused_head
+from logitmix.loss_head import log_probs as fused_head
 from logitmix.loss_head.scorer import FusedScorer
 from logitmix.mixture.modeling import LogitMixForCausalLM
+from tests.helpers.grpo import PROMPTS, generated, mixture, trainer_of
 from tests.helpers.members import tiny_member
 
 both_schemes = pytest.mark.parametrize("scheme", ["logit", "prob"])
@@ -168,7 +168,7 @@ def test_only_completion_tokens_are_projected(tmp_path, monkeypatch):
     inputs, _, _ = generated(trainer)
     tokens, run = [], fused_head.run_passes
     monkeypatch.setattr(
-        fused_head, "run_passes", lambda job, *args: tokens.append(len(job.targets_N)) or run(job, *args)
+        fused_head, "run_passes", lambda inputs, *args: tokens.append(len(inputs.targets_N)) or run(inputs, *args)
     )
     trainer._compute_loss(trainer.model, inputs)
     assert tokens == [inputs["completion_mask"].sum().item()]

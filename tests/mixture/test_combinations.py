@@ -3,12 +3,12 @@
 import pytest
 import torch
 from datasets import Dataset
-from test_grpo import PROMPTS
 from transformers import set_seed
 
 from logitmix.training.config import LogitMixGRPOConfig
 from logitmix.training.grpo import LogitMixGRPOTrainer
 from tests.helpers.adapters import anchor_of, lora, save_folders
+from tests.helpers.grpo import PROMPTS
 from tests.helpers.members import character_tokenizer
 
 

@@ -6,7 +6,7 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from logitmix.mixture.head import HeadForm, inside_heads, last_hidden_states, measure_head, read_head
+from logitmix.mixture.head import HeadTransform, inside_heads, last_hidden_states, measure_head, read_head
 from tests.helpers.members import tiny_member
 
 SMALL = {
@@ -25,37 +25,37 @@ MOE = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 16, 
 
 # What each member does to its head's output, stated here from its modeling file.
 CONFIGS = {
-    "Qwen2": (SMALL, HeadForm()),
-    "Qwen2 tied": (SMALL | {"tie_word_embeddings": True}, HeadForm()),
-    "Qwen3": (SMALL | {"head_dim": 16}, HeadForm()),
-    "Qwen3Moe": (SMALL | MOE, HeadForm()),
-    "Llama": (SMALL, HeadForm()),
-    "Mistral": (SMALL, HeadForm()),
-    "Olmo2": (SMALL, HeadForm()),
-    "Phi": (SMALL, HeadForm()),  # its head has a bias
-    "Phi3": (SMALL, HeadForm()),
-    "StableLm": (SMALL, HeadForm()),
-    "GPTNeoX": (SMALL, HeadForm()),
-    "GPT2": (OLD, HeadForm()),
-    "GPTJ": (OLD | {"rotary_dim": 8}, HeadForm()),  # a bias
-    "Falcon": (SMALL, HeadForm()),
-    "Bloom": ({"vocab_size": 61, "hidden_size": 32, "n_layer": 2, "n_head": 2}, HeadForm()),
+    "Qwen2": (SMALL, HeadTransform()),
+    "Qwen2 tied": (SMALL | {"tie_word_embeddings": True}, HeadTransform()),
+    "Qwen3": (SMALL | {"head_dim": 16}, HeadTransform()),
+    "Qwen3Moe": (SMALL | MOE, HeadTransform()),
+    "Llama": (SMALL, HeadTransform()),
+    "Mistral": (SMALL, HeadTransform()),
+    "Olmo2": (SMALL, HeadTransform()),
+    "Phi": (SMALL, HeadTransform()),  # its head has a bias
+    "Phi3": (SMALL, HeadTransform()),
+    "StableLm": (SMALL, HeadTransform()),
+    "GPTNeoX": (SMALL, HeadTransform()),
+    "GPT2": (OLD, HeadTransform()),
+    "GPTJ": (OLD | {"rotary_dim": 8}, HeadTransform()),  # a bias
+    "Falcon": (SMALL, HeadTransform()),
+    "Bloom": ({"vocab_size": 61, "hidden_size": 32, "n_layer": 2, "n_head": 2}, HeadTransform()),
     # projects its hidden states to the width of the embeddings
-    "OPT": (SMALL | {"ffn_dim": 48, "word_embed_proj_dim": 16}, HeadForm()),
-    "Gemma": (SMALL | {"head_dim": 16}, HeadForm()),
-    "Gemma2": (SMALL | {"head_dim": 16, "final_logit_softcapping": 30.0}, HeadForm(softcap=30.0)),
-    "Gemma2 uncapped": (SMALL | {"head_dim": 16, "final_logit_softcapping": None}, HeadForm()),
-    "Gemma3Text": (SMALL | {"head_dim": 16, "final_logit_softcapping": 7.5}, HeadForm(softcap=7.5)),
-    "Cohere": (SMALL | {"logit_scale": 0.0625}, HeadForm(scale=0.0625)),
-    "Cohere2": (SMALL | {"logit_scale": 0.3}, HeadForm(scale=0.3)),
-    "Granite": (SMALL | {"logits_scaling": 8.0}, HeadForm(scale=0.125)),
+    "OPT": (SMALL | {"ffn_dim": 48, "word_embed_proj_dim": 16}, HeadTransform()),
+    "Gemma": (SMALL | {"head_dim": 16}, HeadTransform()),
+    "Gemma2": (SMALL | {"head_dim": 16, "final_logit_softcapping": 30.0}, HeadTransform(softcap=30.0)),
+    "Gemma2 uncapped": (SMALL | {"head_dim": 16, "final_logit_softcapping": None}, HeadTransform()),
+    "Gemma3Text": (SMALL | {"head_dim": 16, "final_logit_softcapping": 7.5}, HeadTransform(softcap=7.5)),
+    "Cohere": (SMALL | {"logit_scale": 0.0625}, HeadTransform(scale=0.0625)),
+    "Cohere2": (SMALL | {"logit_scale": 0.3}, HeadTransform(scale=0.3)),
+    "Granite": (SMALL | {"logits_scaling": 8.0}, HeadTransform(scale=0.125)),
     "FalconH1": (
         SMALL | {"lm_head_multiplier": 0.25, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8,
                  "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8},
-        HeadForm(scale=0.25),
+        HeadTransform(scale=0.25),
     ),
     # its configuration names a scale, which it does not apply
-    "Mpt": ({"vocab_size": 61, "d_model": 32, "n_layers": 2, "n_heads": 2, "logit_scale": 0.5}, HeadForm()),
+    "Mpt": ({"vocab_size": 61, "d_model": 32, "n_layers": 2, "n_heads": 2, "logit_scale": 0.5}, HeadTransform()),
 }  # fmt: skip
 
 

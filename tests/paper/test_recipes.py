@@ -73,8 +73,8 @@ def test_a_run_is_40_outer_steps_of_2048_rollouts_in_8_updates(name):
         args.per_device_train_batch_size, args.gradient_accumulation_steps, args.steps_per_generation,
         args.num_iterations, args.num_generations, recipe_args.processes,
     )  # fmt: skip
-    assert (batches.rollouts_per_generation, batches.rollouts_per_update, args.num_generations) == (2048, 256, 8)
-    assert args.max_steps == 40 * batches.updates_per_generation == 320
+    assert (batches.rollouts_per_outer_step, batches.rollouts_per_update, args.num_generations) == (2048, 256, 8)
+    assert args.max_steps == 40 * batches.updates_per_outer_step == 320
     assert (eval_args.eval_every, task_args.eval_limit) == (8, 500)
 
 

@@ -1,4 +1,4 @@
-"""`logitmix reproduce`: every piece through the other commands, a report of all, interruptions, wrong input."""
+"""`logitmix reproduce`: every stage through the other commands, a report of all, interruptions, wrong input."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from logitmix.cli import reproduce
 from logitmix.cli.__main__ import main
 from logitmix.cli.train import parse_train
 from logitmix.paper.claims import CLAIMS
-from logitmix.paper.presets import SCALES, pieces, scale_of
+from logitmix.paper.presets import PRESETS, load_preset, stages
 from logitmix.paper.recipes import ARMS, PAPER_CELLS
 from tests.helpers.browser import Parsed, assert_self_contained, page_in_chromium
 
@@ -54,7 +54,7 @@ def test_what_is_whole_is_not_made_again(interrupted):
 
 @pytest.mark.slow
 def test_a_trainer_writes_its_arguments_last(interrupted):
-    """By which a piece is known to be whole."""
+    """By which a stage is known to be whole."""
     for kind in set(KINDS) - {"sweep"}:
         folder = interrupted / "seed-0" / kind
         written = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
@@ -152,23 +152,23 @@ def test_a_dry_run_prints_the_commands_and_makes_nothing(tmp_path, capsys):
 @pytest.mark.parametrize("name", ["tiny", *(cell.replace("/", "-") for cell in PAPER_CELLS)])
 def test_every_scale_trains_what_the_paper_compares(name, tmp_path):
     """Policy and anchor of every arm, as the recipe's parser understands the command."""
-    planned = pieces(scale_of(name), 1, tmp_path)
-    scale = SCALES[name]
+    planned = stages(load_preset(name), 1, tmp_path)
+    scale = PRESETS[name]
     sft = str(tmp_path / "seed-0" / "sft")
-    (stage,) = [piece for piece in planned if piece.kind == "sft"]
+    (stage,) = [stage for stage in planned if stage.kind == "sft"]
     base = str(stage.flags["model_name_or_path"])
     assert base.startswith("Qwen/") == (scale.base_steps is None)
     expected = dict.fromkeys(ARMS, (base, sft)) | {"base_anchor": (base, base)}
     expected |= {"grpo": (sft, None), "grpo_kl": (sft, None)}
-    for piece in planned:
-        if piece.verb == "train":
+    for stage in planned:
+        if stage.verb == "train":
             _, task_args, model_args, _, eval_args, args = parse_train(
-                [*piece.argv, "--use_cpu", "true", "--bf16", "false"]
+                [*stage.argv, "--use_cpu", "true", "--bf16", "false"]
             )
-            assert (model_args.model_name_or_path, args.anchor) == expected[piece.kind]
+            assert (model_args.model_name_or_path, args.anchor) == expected[stage.kind]
             assert task_args.eval_limit == 500, "as in the paper"
             assert eval_args.eval_every
-            assert args.output_dir == str(tmp_path / "seed-0" / piece.kind)
+            assert args.output_dir == str(tmp_path / "seed-0" / stage.kind)
 
 
 def test_the_time_left_is_that_of_the_same_pieces_before():
@@ -176,5 +176,5 @@ def test_the_time_left_is_that_of_the_same_pieces_before():
     times = [{"kind": kind, "seed": seed, "seconds": seconds} for kind, seed, seconds in spent]
     assert reproduce.time_left([], ["sft"]) == ""
     assert reproduce.time_left(times, ["sft", "grpo"]) == ", about 4 min left"
-    assert reproduce.time_left(times, ["prob_mixing"] * 2) == ", about 4 min left", "what no piece took: the mean"
+    assert reproduce.time_left(times, ["prob_mixing"] * 2) == ", about 4 min left", "what no stage took: the mean"
     assert reproduce.time_left(times[:1], []) == ", less than a minute left"

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_cli import TINY, error_of, members  # noqa: F401
 
 from logitmix.evaluation.report.curves import PANELS
+from tests.helpers.commands import TINY, error_of
 
 RATES = ("answer", "format", "lenient", "truncated", "mean_length")
 # of a run with a mixture; `kl` is that of an arm with a penalty
@@ -19,7 +19,7 @@ DRAWN = {f"train/{key}" for panel in PANELS if panel.of == "metrics" for key in 
 
 
 @pytest.fixture
-def train(members, tmp_path):  # noqa: F811
+def train(members, tmp_path):
     """A command that trains two steps with validation and evaluates before, between and after."""
     base, sft = members
     return [

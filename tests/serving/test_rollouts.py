@@ -10,8 +10,6 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed; `make test-serving` has an environment with it")
 
 import torch
-from test_cli import TINY
-from test_grpo import PROMPTS, trainer_of
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, Qwen2Config
 from trl.generation import vllm_generation
 from vllm import LLM
@@ -20,8 +18,10 @@ from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 from logitmix.mixture.configuration import LogitMixConfig
 from logitmix.mixture.generation import GREEDY
 from logitmix.mixture.modeling import LogitMixForCausalLM
-from logitmix.training.rollouts.vllm import refuse_shared_classes, sampling_settings
+from logitmix.training.rollouts.vllm import sampling_settings, validate_architectures
+from tests.helpers.commands import TINY
 from tests.helpers.engines import mixture_of, save_adapter, save_member
+from tests.helpers.grpo import PROMPTS, trainer_of
 
 
 @pytest.fixture(autouse=True)
@@ -181,5 +181,5 @@ def test_members_whose_classes_vllm_would_change_are_refused_in_one_process():
     with pytest.raises(
         ValueError, match="anchor_0 is a GPTNeoXForCausalLM, which vLLM runs by transformers' own classes"
     ):
-        refuse_shared_classes(config)
-    refuse_shared_classes(LogitMixConfig.from_member_configs([Qwen2Config(), LlamaConfig()]))
+        validate_architectures(config)
+    validate_architectures(LogitMixConfig.from_member_configs([Qwen2Config(), LlamaConfig()]))

@@ -6,14 +6,14 @@ import json
 import pytest
 import torch
 from peft import LNTuningConfig, PeftModel, get_peft_model
-from test_cli import TINY, error_of, members  # noqa: F401
-from test_grpo import assert_same_weights, generated, sampled, trainer_of
 from transformers import AutoModelForCausalLM
 from trl import GRPOTrainer
 
 from logitmix.cli.__main__ import main
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from tests.helpers.adapters import KINDS, anchor_of, logits, lora, merged_mixture, mixture, reference, save_folders
+from tests.helpers.commands import TINY, error_of
+from tests.helpers.grpo import assert_same_weights, generated, sampled, trainer_of
 from tests.helpers.members import tiny_member
 
 
@@ -169,7 +169,7 @@ def few_logits(model, **kwargs):
         return model(input_ids=torch.arange(3, 9)[None], **kwargs).logits
 
 
-def test_an_adapter_for_an_anchor_then_one_for_the_policy_on_one_base(members, tmp_path, capsys, monkeypatch):  # noqa: F811
+def test_an_adapter_for_an_anchor_then_one_for_the_policy_on_one_base(members, tmp_path, capsys, monkeypatch):
     base, _ = members
     monkeypatch.setenv("COLUMNS", "500")
     sft = ["sft", "--model_name_or_path", base, "--output_dir", str(tmp_path / "sft"), *CPU, "--max_steps", "2"]
@@ -221,7 +221,7 @@ def test_an_adapter_for_an_anchor_then_one_for_the_policy_on_one_base(members, t
         ("train", ["--use_peft", "--lora_r", "0"], "adapter of policy does not fit"),
     ],
 )
-def test_flags_that_make_no_adapter_are_refused(members, verb, flags, message, tmp_path, capsys):  # noqa: F811
+def test_flags_that_make_no_adapter_are_refused(members, verb, flags, message, tmp_path, capsys):
     base, sft = members
     anchor = ["--anchor", sft] if verb == "train" else []
     command = [verb, "--model_name_or_path", base, *anchor, "--output_dir", str(tmp_path / "run"), *CPU, *flags]

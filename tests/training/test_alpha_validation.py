@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 from datasets import Dataset
-from test_grpo import PROMPTS, count_vowels, mixture
 from transformers import TrainerCallback
 
 from logitmix.mixture.generation import GREEDY, generate_completions
@@ -14,6 +13,7 @@ from logitmix.training.alpha.controllers import VALIDATING, Counts, adaptive, va
 from logitmix.training.alpha.validation import FreshQuestions, HeldOut, validate
 from logitmix.training.config import LogitMixGRPOConfig
 from logitmix.training.grpo import LogitMixGRPOTrainer
+from tests.helpers.grpo import PROMPTS, count_vowels, mixture
 from tests.helpers.members import character_tokenizer, tiny_member
 from tests.helpers.torchrun import run_two_processes
 
@@ -259,12 +259,12 @@ def test_validation_does_not_touch_training(tmp_path):
 def fresh(rows=50, questions=4, size=3, seed=0, done=0, **kwargs):
     dataset = Dataset.from_dict({"prompt": [str(i) for i in range(rows)]})
     kwargs = {"repeats": 2, "passes": 3} | kwargs
-    return FreshQuestions(dataset, questions, size, seed=seed, generations_done=lambda: done, **kwargs)
+    return FreshQuestions(dataset, questions, size, seed=seed, outer_steps_done=lambda: done, **kwargs)
 
 
 def test_fresh_questions_are_never_trained_on_in_their_pass():
     sampler = fresh()
-    assert sampler.generations == 7  # 50 // (4 + 3)
+    assert sampler.outer_steps == 7  # 50 // (4 + 3)
     for number in range(3):
         trained_on = {str(i) for i in fresh(done=7 * number)}
         validated = [row["prompt"] for g in range(7 * number, 7 * number + 7) for row in sampler.after(g)]
@@ -435,7 +435,7 @@ import json, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from test_validation import QUESTIONS, controlled, logged, validate
+from tests.training.test_alpha_validation import QUESTIONS, controlled, logged, validate
 
 folder = Path(sys.argv[1])
 folder.mkdir(exist_ok=True)

@@ -234,8 +234,8 @@ def test_the_batches_of_the_paper():
         num_generations=8,
         processes=8,
     )
-    assert batches.rollouts_per_generation == 256 * 8
+    assert batches.rollouts_per_outer_step == 256 * 8
     assert batches.rollouts_per_update == 256
-    assert batches.updates_per_generation == 8
+    assert batches.updates_per_outer_step == 8
     assert batches.updates_in(questions=256 * 3 + 255) == 3 * 8
-    assert replace(batches, num_iterations=2).updates_per_generation == 16
+    assert replace(batches, num_iterations=2).updates_per_outer_step == 16

@@ -5,12 +5,13 @@ Shape legend: Q questions, G rollouts each, N = Q·G.
 
 import math
 
+import grpo_loop
 import pytest
 import torch
-from test_grpo import EPS, PROMPTS, grpo_loop, trainer_of
 
 from logitmix.training.grpo import group_factors
 from logitmix.training.rollouts.dynamic_sampling import QuestionStream, has_spread, replaced, shareable
+from tests.helpers.grpo import EPS, PROMPTS, trainer_of
 from tests.helpers.torchrun import run_two_processes
 
 G = 4
@@ -193,7 +194,7 @@ TWO_PROCESSES = """
     import sys
     from pathlib import Path
     import torch
-    from test_sampling import ROWS, losses, prompts_and_rewards, training_trainer
+    from tests.training.test_dynamic_sampling import ROWS, losses, prompts_and_rewards, training_trainer
     trainer = training_trainer(Path(sys.argv[1]), dynamic_sampling="refill", max_refills=30,
                                per_device_train_batch_size=6, ddp_backend="gloo")
     rank = trainer.accelerator.process_index

@@ -6,10 +6,10 @@ import re
 
 import pytest
 import torch
-from test_grpo import PROMPTS, count_vowels, mixture, trainer_of
 from transformers import TrainerCallback
 
 from logitmix.training.monitoring.finite import broken_parameter, broken_reward
+from tests.helpers.grpo import PROMPTS, count_vowels, mixture, trainer_of
 from tests.helpers.torchrun import run_two_processes
 
 NAN, INF = math.nan, math.inf
@@ -160,8 +160,8 @@ TWO_PROCESSES = """
     import sys
     from pathlib import Path
     import torch
-    from test_guards import INF, OFF_POLICY, stopped
-    from test_grpo import trainer_of
+    from tests.training.test_finite import INF, OFF_POLICY, stopped
+    from tests.helpers.grpo import trainer_of
     trainer = trainer_of(Path(sys.argv[1]), per_device_train_batch_size=6, ddp_backend="gloo", **OFF_POLICY)
 
     def break_advantages_of_one_process(trainer):

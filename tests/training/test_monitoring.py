@@ -4,9 +4,9 @@ import time
 
 import pytest
 import torch
-from test_grpo import generated, mixture, trainer_of
 
 from logitmix.training.monitoring.clock import Clock
+from tests.helpers.grpo import generated, mixture, trainer_of
 from tests.helpers.members import tiny_member
 from tests.helpers.torchrun import run_two_processes
 
@@ -132,8 +132,8 @@ TWO_PROCESSES = """
     import sys
     from pathlib import Path
     import pytest, torch
-    from test_grpo import generated, trainer_of
-    from test_watched import means_over_tokens
+    from tests.helpers.grpo import generated, trainer_of
+    from tests.training.test_monitoring import means_over_tokens
     trainer = trainer_of(Path(sys.argv[1]), ddp_backend="gloo")
     rank = trainer.accelerator.process_index
     inputs, ids, mask = generated(trainer)

@@ -10,19 +10,16 @@ import sys
 import time
 from pathlib import Path
 
+import kill_and_resume
 import pytest
 import torch
 from datasets import Dataset
+from kill_and_resume import FLAGS, Run, differences
 from trl.trainer.utils import RepeatSampler
 
 from logitmix.runs.files import read_jsonl
 from logitmix.training.checkpointing.folders import FILE_LIST, STAGING, fault, last_whole_checkpoint
 from logitmix.training.checkpointing.resume import EpochRepeatSampler
-from tests.helpers.paths import ROOT
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import kill_and_resume
-from kill_and_resume import FLAGS, Run, differences
 
 RESUME = ("--resume_from_checkpoint", "true")
 

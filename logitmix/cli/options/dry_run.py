@@ -53,8 +53,8 @@ def dry_run_train(
     updates = args.max_steps
     if updates <= 0:
         updates = int(batches.updates_in(train_size(task_args)) * args.num_train_epochs)
-    generations = math.ceil(updates / batches.updates_per_generation)
-    rollouts = generations * batches.rollouts_per_generation
+    generations = math.ceil(updates / batches.updates_per_outer_step)
+    rollouts = generations * batches.rollouts_per_outer_step
     decodes = 0
     if eval_args.eval_every:
         times = 1 + math.ceil(updates / eval_args.eval_every)
@@ -66,7 +66,7 @@ def dry_run_train(
     show_budget(
         {
             "updates": f"{updates:,}, of {batches.rollouts_per_update:,} rollouts each",
-            "generation steps": f"{generations:,}, of {batches.rollouts_per_generation:,} rollouts each",
+            "generation steps": f"{generations:,}, of {batches.rollouts_per_outer_step:,} rollouts each",
             "questions": f"{rollouts // args.num_generations:,}, of {args.num_generations} rollouts each",
             "greedy responses": f"{decodes:,} to evaluate, {validated:,} to set alpha",
             "tokens sampled": f"at most {(rollouts + decodes + validated) * args.max_completion_length:,}",

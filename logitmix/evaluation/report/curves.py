@@ -9,7 +9,7 @@ from typing import Any
 from logitmix.runs.files import EVALUATIONS_FILE, METRICS_FILE, RUN_FILE, read_jsonl
 
 # Two runs that differ in nothing else are one arm with two seeds
-NOT_THE_ARM = {
+IGNORED_ARGUMENTS = {
     *("seed", "data_seed", "output_dir", "run_name", "logging_dir", "resume_from_checkpoint", "max_steps"),
     *("num_train_epochs", "report_to", "disable_tqdm", "hub_model_id", "hub_token"),
 }
@@ -157,7 +157,7 @@ def arms_of(runs: Iterable[Run]) -> list[Arm]:
     for run in runs:
         key: Any = run.label
         if key is None:
-            arguments = [f"{k}={v!r}" for k, v in sorted(run.arguments.items()) if k not in NOT_THE_ARM]
+            arguments = [f"{k}={v!r}" for k, v in sorted(run.arguments.items()) if k not in IGNORED_ARGUMENTS]
             key = tuple(arguments) or run.folder
         if key not in arms:
             label = run.label or run.folder.name

@@ -23,7 +23,7 @@ from logitmix.training.alpha.controllers import (
     standardised_gain,
     validation_weighted,
 )
-from logitmix.training.alpha.validation import FreshQuestions, HeldOut, Rows, updates_per_generation, validate
+from logitmix.training.alpha.validation import FreshQuestions, HeldOut, Rows, updates_per_outer_step, validate
 from logitmix.training.config import LogitMixGRPOConfig
 
 STATE = "alpha"  # in the checkpoint's trainer_state.json, under stateful_callbacks
@@ -45,7 +45,7 @@ class AlphaControl(TrainerCallback):
     ) -> None:
         config = self.trainer.args
         if config.alpha_controller in SCHEDULES:
-            done = state.global_step - state.global_step % updates_per_generation(config)
+            done = state.global_step - state.global_step % updates_per_outer_step(config)
             self._set(state, scheduled_alpha(config, done, state.max_steps))
         elif STATE in state.stateful_callbacks:
             self._set(state, state.stateful_callbacks[STATE]["attributes"]["alpha"])
@@ -57,7 +57,7 @@ class AlphaControl(TrainerCallback):
         if trainer._step % (trainer.args.steps_per_generation * trainer.num_iterations) != 0:
             return  # TRL will not generate before the next update
         if self.questions is not None:
-            done = state.global_step // updates_per_generation(trainer.args)
+            done = state.global_step // updates_per_outer_step(trainer.args)
             self._set(state, self._validated_alpha(self.questions.after(done - 1)))
         else:
             self._set(state, scheduled_alpha(trainer.args, state.global_step, state.max_steps))
@@ -98,7 +98,7 @@ def scheduled_alpha(args: LogitMixGRPOConfig, step: int, max_steps: int) -> floa
     return schedule(step / max_steps, args.alpha, args.alpha_end)
 
 
-def refuse_unsuitable_control(
+def validate_alpha_controller(
     args: LogitMixGRPOConfig, model: PreTrainedModel, validation_dataset: Dataset | None, kwargs: dict[str, Any]
 ) -> None:
     """Raise `ValueError` where `args.alpha_controller` could not do what it says."""
@@ -145,10 +145,10 @@ def refuse_unsuitable_control(
                     "a question, without it"
                 )
     if controller == "adaptive":
-        _refuse_scale(args)
+        _validate_adaptive_scale(args)
 
 
-def _refuse_scale(args: LogitMixGRPOConfig) -> None:
+def _validate_adaptive_scale(args: LogitMixGRPOConfig) -> None:
     if not args.adaptive_scale > 0:
         raise ValueError(f"adaptive_scale is {args.adaptive_scale}, but must be above 0: alpha rises with the gain")
     n = args.validation_size

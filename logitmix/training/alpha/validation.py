@@ -37,11 +37,11 @@ def validation_questions(trainer: GRPOTrainer, held_out: Dataset | None) -> "Hel
         repeats=trainer.num_generations,
         passes=trainer.num_iterations * args.steps_per_generation,
         seed=args.seed if trainer.shuffle_dataset else None,
-        generations_done=lambda: trainer.state.global_step // updates_per_generation(args),
+        outer_steps_done=lambda: trainer.state.global_step // updates_per_outer_step(args),
     )
 
 
-def updates_per_generation(args: LogitMixGRPOConfig) -> int:
+def updates_per_outer_step(args: LogitMixGRPOConfig) -> int:
     """Optimizer steps of an outer step."""
     return args.steps_per_generation * args.num_iterations // args.gradient_accumulation_steps
 
@@ -72,7 +72,7 @@ class FreshQuestions(Sampler[int]):
         questions: of a generation.
         repeats, passes: how often a question stands in a generation, and a generation in the updates.
         seed: of the order; None keeps the data's.
-        generations_done: since the run's start; asked at the start of each pass, so that a resumed run finds its own.
+        outer_steps_done: since the run's start; asked at the start of each pass, so that a resumed run finds its own.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class FreshQuestions(Sampler[int]):
         repeats: int,
         passes: int,
         seed: int | None,
-        generations_done: Callable[[], int],
+        outer_steps_done: Callable[[], int],
     ) -> None:
         if len(dataset) < questions + size:
             raise ValueError(
@@ -91,15 +91,15 @@ class FreshQuestions(Sampler[int]):
                 f"the {size} of validation_size; lower validation_size, use more data, or give a validation_dataset"
             )
         self.dataset, self.questions, self.size = dataset, questions, size
-        self.repeats, self.passes, self.seed, self.generations_done = repeats, passes, seed, generations_done
-        self.generations = len(dataset) // (questions + size)
+        self.repeats, self.passes, self.seed, self.outer_steps_done = repeats, passes, seed, outer_steps_done
+        self.outer_steps = len(dataset) // (questions + size)
 
     def after(self, generation: int) -> Rows:
         """The validation questions that follow a generation, counted from 0 over the whole run."""
         return [self.dataset[i] for i in self._run(generation)[self.questions :]]
 
     def _run(self, generation: int) -> list[int]:
-        number, i = divmod(generation, self.generations)
+        number, i = divmod(generation, self.outer_steps)
         order = torch.arange(len(self.dataset))
         if self.seed is not None:
             order = torch.randperm(len(order), generator=torch.Generator().manual_seed(self.seed + number))
@@ -107,14 +107,14 @@ class FreshQuestions(Sampler[int]):
         return order[i * length : (i + 1) * length].tolist()
 
     def __iter__(self) -> Iterator[int]:
-        first = self.generations_done() // self.generations * self.generations
-        for generation in range(first, first + self.generations):
+        first = self.outer_steps_done() // self.outer_steps * self.outer_steps
+        for generation in range(first, first + self.outer_steps):
             trained_on = self._run(generation)[: self.questions]
             for _ in range(self.passes):
                 yield from (i for i in trained_on for _ in range(self.repeats))
 
     def __len__(self) -> int:
-        return self.generations * self.questions * self.repeats * self.passes
+        return self.outer_steps * self.questions * self.repeats * self.passes
 
 
 def validate(trainer: GRPOTrainer, rows: Rows, alpha: float, with_anchor: bool) -> Counts:

@@ -117,7 +117,7 @@ def mixture_for_vllm(model: LogitMixForCausalLM, tokenizer: Any, args: GRPOConfi
     """
     state, folder, own_name = PartialState(), Path(args.output_dir) / ".vllm", model.name_or_path
     if args.vllm_mode == "colocate":
-        refuse_shared_classes(model.config)
+        validate_architectures(model.config)
         if state.is_main_process:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
@@ -133,7 +133,7 @@ def mixture_for_vllm(model: LogitMixForCausalLM, tokenizer: Any, args: GRPOConfi
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def refuse_shared_classes(config: LogitMixConfig) -> None:
+def validate_architectures(config: LogitMixConfig) -> None:
     """Raise `ValueError` for a member that vLLM runs by transformers' classes.
 
     It changes them for the whole process, after which the trainer's own model of that class fails.
