@@ -15,7 +15,7 @@ from logitmix.evaluation.complement import complement
 from logitmix.evaluation.decode import decoder, in_batches, members_of, requests_for
 from logitmix.evaluation.report.tables import print_complement
 from logitmix.evaluation.responses import Responses, open_responses
-from logitmix.mixture.loading import load_member, require_same_tokenizer, require_tokenizer
+from logitmix.mixture.loading import load_member, require_tokenizer, validate_same_tokenizer
 from logitmix.runs.files import RESPONSES_FILE, read_jsonl
 from logitmix.runs.folder import console
 
@@ -73,7 +73,7 @@ def evaluate(
 ) -> dict[str, Rows]:
     """Greedy responses of the checkpoints, one loaded at a time; of one alone those of its policy and its anchor."""
     # before the first decodes: a second that does not exist must not cost the first's hours
-    require_same_tokenizer([require_tokenizer(source) for source in checkpoints])
+    validate_same_tokenizer([require_tokenizer(source) for source in checkpoints])
     data_args = asked.of_runs(*checkpoints)
     task = data_args.load()
     problems = task.problems("test", asked.eval_limit)

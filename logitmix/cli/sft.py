@@ -7,7 +7,7 @@ from trl import SFTConfig
 from logitmix.cli.options.dry_run import dry_run_sft
 from logitmix.cli.options.lora import AdapterArguments
 from logitmix.cli.options.parser import ModelArguments, RecipeArguments, TaskArguments, parse
-from logitmix.mixture.adapters import read_adapter_config, require_all_trained
+from logitmix.mixture.adapters import read_adapter_config, validate_adapter_targets
 from logitmix.mixture.loading import load_member, require_tokenizer
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.runs.callbacks import run_training
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
     if isinstance(model, LogitMixForCausalLM):
         raise ValueError(f"{model_args.model_name_or_path} is a mixture; SFT makes an anchor from a single model")
     if peft_config is not None:
-        require_all_trained(model, peft_config)
+        validate_adapter_targets(model, peft_config)
     tokenizer = require_tokenizer(model_args.model_name_or_path)
     dataset, dropped = sft_dataset(rows, tokenizer, args.max_length)
     if dropped:

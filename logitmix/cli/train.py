@@ -15,7 +15,7 @@ from logitmix.cli.options.lora import AdapterArguments, say_what_is_shared
 from logitmix.cli.options.parser import EvaluationArguments, ModelArguments, RecipeArguments, TaskArguments, parse
 from logitmix.evaluation.decode import BATCH_SIZE, greedy_responses, members_of
 from logitmix.evaluation.metrics import rates_by
-from logitmix.mixture.generation import require_chat_template
+from logitmix.mixture.generation import validate_chat_template
 from logitmix.mixture.loading import require_tokenizer
 from logitmix.paper.outcomes import packed_outcomes
 from logitmix.paper.recipes import SFT, load_recipe
@@ -119,7 +119,7 @@ def build_trainer(
     """The trainer of one arm on a task's problems, rewarded as the paper does."""
     tokenizer = require_tokenizer(model_name_or_path, padding_side="left", truncation_side="left")
     if task.template.chat:
-        require_chat_template(tokenizer)
+        validate_chat_template(tokenizer)
     return LogitMixGRPOTrainer(
         model_name_or_path,
         reward_funcs=TaskReward(task),

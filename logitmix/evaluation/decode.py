@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from logitmix.mixture.generation import GREEDY, end_of_sequence_ids, generate_completions, tokenize_prompts
+from logitmix.mixture.context import context_length, validate_fits_context
+from logitmix.mixture.generation import GREEDY, generate_completions, get_eos_token_ids, tokenize_prompts
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.tasks import Problem, Task
 
@@ -117,8 +118,10 @@ def decoder(
     prompts = [task.prompt(problem) for problem in problems]
     prompt_ids = tokenize_prompts(tokenizer, prompts)
     texts = [p if isinstance(p, str) else tokenizer.decode(ids) for p, ids in zip(prompts, prompt_ids, strict=True)]
-    settings = sampling_at(temperature) | {"max_new_tokens": _new_tokens(model, prompt_ids, max_new_tokens)}
-    ends = end_of_sequence_ids(model, tokenizer)
+    settings = sampling_at(temperature) | {
+        "max_new_tokens": _resolve_max_new_tokens(model, prompt_ids, max_new_tokens)
+    }
+    ends = get_eos_token_ids(model, tokenizer)
 
     def respond(request: Request, ids: list[int]) -> Response:
         problem = problems[request.problem]
@@ -195,19 +198,12 @@ def _seeded(name: str) -> Iterator[None]:
         yield
 
 
-def _new_tokens(model: PreTrainedModel, prompt_ids: list[list[int]], max_new_tokens: int | None) -> int:
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def _resolve_max_new_tokens(model: PreTrainedModel, prompt_ids: list[list[int]], max_new_tokens: int | None) -> int:
+    """`max_new_tokens`, or the default cut to what the longest prompt leaves of the context."""
+    context = context_length(model.config)
     longest = max(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
-    room = None if context is None else context - len(prompt_ids[longest])
-    wanted = max_new_tokens if max_new_tokens is not None else min(MAX_NEW_TOKENS, max(1, room or MAX_NEW_TOKENS))
-    if room is not None and room < 1:
-        raise ValueError(
-            f"prompt {longest} has {len(prompt_ids[longest])} tokens, which leaves no room for a response in the "
-            f"context of {context}; drop the problem"
-        )
-    if room is not None and wanted > room:
-        raise ValueError(
-            f"prompt {longest} has {len(prompt_ids[longest])} tokens; with max_new_tokens {wanted} that exceeds the "
-            f"context of {context}. Drop the problem, or lower max_new_tokens"
-        )
-    return wanted
+    length = len(prompt_ids[longest])
+    if max_new_tokens is None:
+        max_new_tokens = MAX_NEW_TOKENS if context is None else max(1, min(MAX_NEW_TOKENS, context - length))
+    validate_fits_context(context, length, max_new_tokens, prompt=f"prompt {longest}")
+    return max_new_tokens

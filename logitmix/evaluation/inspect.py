@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from logitmix.mixture.context import context_length, validate_fits_context
 from logitmix.mixture.generation import GREEDY, generate_completions, tokenize_prompts
 from logitmix.mixture.mixing import mix_logits
 from logitmix.mixture.modeling import LogitMixForCausalLM
@@ -79,12 +80,7 @@ def inspect(
     the prompt leaves no room for the response in the context.
     """
     (prompt_ids,) = tokenize_prompts(tokenizer, [prompt])
-    context = model.config.max_position_embeddings
-    if context is not None and len(prompt_ids) + max_new_tokens > context:
-        raise ValueError(
-            f"the prompt has {len(prompt_ids)} tokens; with max_new_tokens {max_new_tokens} that exceeds the members' "
-            f"context of {context}. Shorten the question, or lower max_new_tokens"
-        )
+    validate_fits_context(context_length(model.config), len(prompt_ids), max_new_tokens)
     alphas = {"policy": 0.0, "anchor": 1.0, "mixture": model.alpha}
     settings = GREEDY | {"max_new_tokens": max_new_tokens}
     completions = {
@@ -108,7 +104,7 @@ def _tokens(
     V = model.config.vocab_size
     members = []
     for name in model.config.members:
-        with model.running(name) as member:
+        with model.as_member(name) as member:
             output = member(text, attention_mask=torch.ones_like(text), logits_to_keep=len(ids) + 1)
             members.append(output.logits[0, :-1, :V])
     tokens: list[InspectedToken] = []

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from logitmix.mixture.diagnostics import MixtureDiagnostics
-from logitmix.mixture.logprobs import Head
+from logitmix.mixture.head import Head
 from logitmix.mixture.mixing import Scheme
 
 Coefficients = Callable[[Tensor, slice], Tensor]

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from logitmix.loss_head.chunking import Gradients, LossHeadInputs, add_product, multiply
 from logitmix.mixture.diagnostics import mixture_diagnostics
-from logitmix.mixture.logprobs import Head, log_probs_and_entropy
+from logitmix.mixture.head import Head
+from logitmix.mixture.log_probs import log_probs_and_entropy
 from logitmix.mixture.mixing import mix_logits
 
 
@@ -30,7 +31,7 @@ def run_general(
         leaves = [z.requires_grad_() for z, want in zip(raw, wants, strict=True) if want]
         weights = inputs.weights if inputs.weights.dim() == 1 else inputs.weights[tokens]
         with torch.set_grad_enabled(any(wants)):
-            logits = [head.of_raw(z) for head, z in zip(inputs.heads, raw, strict=True)]
+            logits = [head.transform(z) for head, z in zip(inputs.heads, raw, strict=True)]
             mixed = mix_logits(logits, weights, inputs.scheme)
             chunk_scores = log_probs_and_entropy(mixed, inputs.targets_N[tokens], inputs.temperature)
         if inputs.diagnostics is not None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from logitmix.loss_head.chunking import Gradients, LossHeadInputs, add_product, multiply
 from logitmix.loss_head.diagnostics import TiledDiagnostics
-from logitmix.mixture.logprobs import Head
+from logitmix.mixture.head import Head
 
 
 class _Group:

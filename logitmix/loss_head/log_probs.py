@@ -20,8 +20,8 @@ from logitmix.loss_head.chunking import Coefficients, Gradients, LossHeadInputs
 from logitmix.loss_head.general_pass import run_general
 from logitmix.loss_head.linear_pass import run_linear
 from logitmix.mixture.diagnostics import MixtureDiagnostics
-from logitmix.mixture.logprobs import Head
-from logitmix.mixture.mixing import Scheme, Weights, check_weights
+from logitmix.mixture.head import Head
+from logitmix.mixture.mixing import Scheme, Weights, validate_weights
 
 # How far the coefficients may be from those that the loss has in the end, relative to the largest.
 _TOLERANCE = 1e-5
@@ -68,7 +68,7 @@ def fused_log_probs(
 
     Raises `ValueError` for weights that do not fit, targets outside the vocabulary, hidden states that are not finite.
     """
-    weights = check_weights(weights, len(hidden), scheme, batch=len(targets_N))
+    weights = validate_weights(weights, len(hidden), scheme, batch=len(targets_N))
     smallest = min(len(head.weight) for head in heads)
     vocab_size = smallest if vocab_size is None else vocab_size
     if not 0 < vocab_size <= smallest:

@@ -11,9 +11,10 @@ from torch import Tensor
 from logitmix.loss_head import Coefficients, fused_log_probs
 from logitmix.mixture.configuration import resolve_weights
 from logitmix.mixture.diagnostics import MixtureDiagnostics
-from logitmix.mixture.head import HeadTransform, inside_heads, last_hidden_states, measure_head, read_head
+from logitmix.mixture.head import HeadTransform, infer_head_transform, last_hidden_states, read_head, run_inside_heads
 from logitmix.mixture.mixing import Weights
 from logitmix.mixture.modeling import LogitMixForCausalLM
+from logitmix.mixture.padding import position_ids_from_mask
 
 AnchorStates = list[dict[str, Tensor]]
 """For each sequence the last hidden states of its scored tokens, `[tokens, D]` of each anchor that was run."""
@@ -36,8 +37,8 @@ class FusedScorer:
 
     def __init__(self, model: LogitMixForCausalLM) -> None:
         self.model = model
-        self._forms: dict[str, HeadTransform] = {
-            name: measure_head(getattr(model, name), name) for name in model.config.model_names
+        self._head_transforms: dict[str, HeadTransform] = {
+            name: infer_head_transform(getattr(model, name), name) for name in model.config.model_names
         }
 
     def __call__(
@@ -84,7 +85,10 @@ class FusedScorer:
         def of_hidden(hidden: list[Tensor]) -> tuple[Tensor, Tensor]:
             return fused_log_probs(
                 hidden,
-                [read_head(member, self._forms[model]) for member, model in zip(members, models, strict=True)],
+                [
+                    read_head(member, self._head_transforms[model])
+                    for member, model in zip(members, models, strict=True)
+                ],
                 weights_K,
                 targets_BT[scored_BT],
                 config.scheme,
@@ -95,7 +99,7 @@ class FusedScorer:
                 check=False,  # a guard of the trainer looks at the outcome
             )
 
-        log_probs_N, entropy_N = inside_heads([m.get_output_embeddings() for m in members], hidden, of_hidden)
+        log_probs_N, entropy_N = run_inside_heads([m.get_output_embeddings() for m in members], hidden, of_hidden)
         kept = None
         if keep_anchor_states:
             kept = _by_sequence(
@@ -108,9 +112,11 @@ class FusedScorer:
 
     def _hidden_states(self, name: str, input_ids: Tensor, attention_mask: Tensor, scored_BT: Tensor) -> Tensor:
         """The last hidden states `[N, D]` of the member `name` where the next token is scored."""
-        # As `generate` numbers them: a member with absolute positions must not see the left padding
-        position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-        with self.model.running(name) as member, torch.set_grad_enabled(torch.is_grad_enabled() and name == "policy"):
+        position_ids = position_ids_from_mask(attention_mask)
+        with (
+            self.model.as_member(name) as member,
+            torch.set_grad_enabled(torch.is_grad_enabled() and name == "policy"),
+        ):
             hidden_BTD = last_hidden_states(
                 member, input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids
             )

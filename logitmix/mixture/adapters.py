@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import find_adapter_config_file
 
-OFF = "off"  # the anchor that is the policy's model without an adapter
+NO_ADAPTER = "off"  # the anchor that is the policy's model without an adapter
 _PREFIX = "base_model.model."  # of the names in an adapter's file
 # Loaded in float32 beside a base in half precision, as PEFT creates and trains them
 ADAPTER_WEIGHTS = ["lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"]
@@ -46,13 +46,13 @@ def read_adapter_config(source: str) -> LoraConfig | None:
     if found is None:
         return None
     config = PeftConfig.from_pretrained(source)
-    require_supported(config, f"the adapter {source!r}")
+    validate_adapter_config(config, f"the adapter {source!r}")
     if not config.base_model_name_or_path:
         raise ValueError(f"the adapter {source!r} does not say which model it was made on (base_model_name_or_path)")
     return config
 
 
-def require_supported(config: PeftConfig, what: str = "peft_config") -> None:
+def validate_adapter_config(config: PeftConfig, what: str = "peft_config") -> None:
     """Raise `ValueError` for an adapter that would change what the members share, or is no LoRA."""
     if not isinstance(config, PeftConfig):
         raise ValueError(f"{what} is a {type(config).__name__}; give a LoraConfig of PEFT")
@@ -76,7 +76,7 @@ def require_supported(config: PeftConfig, what: str = "peft_config") -> None:
             raise ValueError(f"{what} cannot be a member of a mixture: {reason}, and members share the base")
 
 
-def require_all_trained(model: nn.Module, config: PeftConfig) -> None:
+def validate_adapter_targets(model: nn.Module, config: PeftConfig) -> None:
     """Raise `ValueError` for a new adapter of which a part would not train; PEFT passes over unknown names."""
     if getattr(config, "lora_alpha", None) == 0:  # other kinds of adapter, without an anchor, have none
         raise ValueError("lora_alpha is 0, which scales the adapter to nothing, so that it would not train")
@@ -137,7 +137,7 @@ def add_adapter(model: PreTrainedModel, name: str, config: LoraConfig, source: s
                 f"{len(missing)} of its weights are missing and {len(loaded.unexpected_keys)} have no place, "
                 f"{(missing + list(loaded.unexpected_keys))[0]!r} for instance"
             )
-    return to_record(config)
+    return adapter_config_to_dict(config)
 
 
 def merge_adapter(model: PreTrainedModel, source: str) -> PreTrainedModel:
@@ -160,7 +160,7 @@ class Adapters:
                 [name] if isinstance(layer, BaseTunerLayer) or name in layer._get_available_adapters() else []
                 for layer in self._layers
             ]
-            for name in [*names, OFF]
+            for name in [*names, NO_ADAPTER]
         }
 
     def activate(self, name: str) -> None:
@@ -181,7 +181,7 @@ class Adapters:
         self.activate(name)
 
     @contextmanager
-    def running(self, name: str, then: str) -> Iterator[None]:
+    def as_member(self, name: str, then: str) -> Iterator[None]:
         """The model is the member `name`, without dropout; afterwards it is the member `then`, in the mode it had."""
         training = [module for module in self.model.modules() if module.training]
         for module in training:
@@ -195,12 +195,12 @@ class Adapters:
                 module.training = True
 
     @torch.no_grad()
-    def require_effect(self, name: str, source: str) -> None:
+    def validate_adapter_effect(self, name: str, source: str) -> None:
         """Raise `ValueError` where the adapter leaves the model's logits as they are without one."""
         ids = torch.arange(1, 1 + _PROBE_TOKENS, device=self.model.device).unsqueeze(0)
         logits = []
-        for member in (name, OFF):
-            with self.running(member, then="policy"):
+        for member in (name, NO_ADAPTER):
+            with self.as_member(member, then="policy"):
                 logits.append(self.model(input_ids=ids, use_cache=False).logits)
         if torch.equal(*logits):
             raise ValueError(
@@ -209,14 +209,14 @@ class Adapters:
             )
 
 
-def to_record(config: LoraConfig) -> dict[str, Any]:
-    """The configuration as JSON has it; [`from_record`] reads it back."""
+def adapter_config_to_dict(config: LoraConfig) -> dict[str, Any]:
+    """The configuration as JSON has it; [`adapter_config_from_dict`] reads it back."""
     values = {key: value for key, value in config.to_dict().items() if key != "runtime_config"}
     record: dict[str, Any] = json.loads(json.dumps(values, default=lambda value: sorted(value)))
     return record
 
 
-def from_record(record: dict[str, Any]) -> LoraConfig:
+def adapter_config_from_dict(record: dict[str, Any]) -> LoraConfig:
     return PeftConfig.from_peft_type(**record)
 
 

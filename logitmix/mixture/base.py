@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicCache
 
-from logitmix.mixture.adapters import OFF, Adapters, adapter_layers, adapter_parameters
-from logitmix.mixture.cache import member_caches, require_cached_tokens
+from logitmix.mixture.adapters import NO_ADAPTER, Adapters, adapter_layers, adapter_parameters
+from logitmix.mixture.cache import member_caches, validate_cached_tokens
 from logitmix.mixture.configuration import LogitMixConfig
-from logitmix.mixture.head import HeadTransform, measure_head
+from logitmix.mixture.head import HeadTransform, infer_head_transform
 from logitmix.mixture.mixing import mix_logits
 
 
@@ -35,7 +35,9 @@ class MixtureBase(PreTrainedModel):
     policy: PreTrainedModel
     adapters: Adapters | None
     _cache_layers: list[int]
-    _head_form: HeadTransform | None = None  # of the policy's model; measured when members that share it first run
+    _head_transform: HeadTransform | None = (
+        None  # of the policy's model; measured when members that share it first run
+    )
     _head_is_measured = False
     tokenizer: PreTrainedTokenizerBase | None
 
@@ -50,7 +52,7 @@ class MixtureBase(PreTrainedModel):
         return [getattr(self, name) for name in self.config.model_names[1:]]
 
     @contextmanager
-    def running(self, name: str) -> Iterator[PreTrainedModel]:
+    def as_member(self, name: str) -> Iterator[PreTrainedModel]:
         """The model that is the member `name` for as long as the context lasts.
 
         After it the policy's model is the policy, also for a backward pass that computes activations again.
@@ -59,7 +61,7 @@ class MixtureBase(PreTrainedModel):
         if self.adapters is None or name not in self.config.adapters or name == "policy":
             yield model
         else:
-            with self.adapters.running(name, then="policy"):
+            with self.adapters.as_member(name, then="policy"):
                 yield model
 
     def _freeze_anchors(self) -> None:
@@ -117,7 +119,7 @@ class MixtureBase(PreTrainedModel):
         names = []
         for name, model in zip(self.config.members, self.members, strict=True):
             record, base = self.config.adapters.get(name), model.name_or_path or type(model).__name__
-            names.append(base if record in (None, OFF) else f"a LoRA adapter on {base}")
+            names.append(base if record in (None, NO_ADAPTER) else f"a LoRA adapter on {base}")
         return names
 
     def weight_bytes(self) -> tuple[int, int]:
@@ -164,7 +166,7 @@ class MixtureBase(PreTrainedModel):
         caches = dict(zip(self.config.members, member_caches(past_key_values, self._cache_layers), strict=True))
         running = [name for name, is_active in zip(self.config.members, active, strict=True) if is_active]
         if past_key_values is not None and not torch.compiler.is_compiling():
-            require_cached_tokens({name: caches[name] for name in running}, input_ids, attention_mask)
+            validate_cached_tokens({name: caches[name] for name in running}, input_ids, attention_mask)
 
         inputs = {
             "input_ids": input_ids,
@@ -176,7 +178,7 @@ class MixtureBase(PreTrainedModel):
         shared_head = self._shared_head(running) if one_head else None
         outputs: dict[str, Any] = {}
         for name in running:
-            with self.running(name) as model, torch.set_grad_enabled(torch.is_grad_enabled() and name == "policy"):
+            with self.as_member(name) as model, torch.set_grad_enabled(torch.is_grad_enabled() and name == "policy"):
                 if shared_head is not None:
                     outputs[name] = model.get_decoder()(**inputs, past_key_values=caches[name])
                 else:
@@ -192,20 +194,20 @@ class MixtureBase(PreTrainedModel):
         return logits, weights, past_key_values, list(outputs.values())
 
     def _shared_head(self, running: Sequence[str]) -> HeadTransform | None:
-        """The form of the one head that all running members share, None where they do not or it is not linear."""
+        """The transform of the one head that all running members share, None where they do not or it is not linear."""
         shared = len(running) > 1 and {self.config.model_of(name) for name in running} == {"policy"}
         if not shared or self.config.scheme != "logit":
             return None
         if not self._head_is_measured and not torch.compiler.is_compiling():
             self._head_is_measured = True
             try:
-                form = measure_head(self.policy)
-                self._head_form = form if form.softcap is None else None
+                transform = infer_head_transform(self.policy)
+                self._head_transform = transform if transform.softcap is None else None
             except ValueError:  # the head has adapters, say: then it is not one head
-                self._head_form = None
-        return self._head_form
+                self._head_transform = None
+        return self._head_transform
 
-    def _one_head_product(self, hidden_KBTD: Sequence[Tensor], weights: Tensor, form: HeadTransform) -> Tensor:
+    def _one_head_product(self, hidden_KBTD: Sequence[Tensor], weights: Tensor, transform: HeadTransform) -> Tensor:
         """`sum_k w_k (W h_k + b) = W (sum_k w_k h_k) + (sum_k w_k) b`, the mixture's logits `[B, T, V]`."""
         head = self.policy.get_output_embeddings()
         hidden_BTD = mix_logits(hidden_KBTD, weights).to(hidden_KBTD[0].dtype)
@@ -213,7 +215,7 @@ class MixtureBase(PreTrainedModel):
         if getattr(head, "bias", None) is not None:
             excess = (weights.sum(-1) - 1).to(logits_BTV)
             logits_BTV = logits_BTV + excess.view(-1, 1, 1) * head.bias
-        return logits_BTV if form.scale == 1 else logits_BTV * form.scale
+        return logits_BTV if transform.scale == 1 else logits_BTV * transform.scale
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -28,7 +28,7 @@ def member_caches(cache: Cache | None, num_layers: Sequence[int]) -> list[Cache 
     return views
 
 
-def require_cached_tokens(caches: dict[str, Cache], input_ids: Tensor, attention_mask: Tensor | None) -> None:
+def validate_cached_tokens(caches: dict[str, Cache], input_ids: Tensor, attention_mask: Tensor | None) -> None:
     """Raise `ValueError` where a member that is about to run lacks earlier tokens in its cache.
 
     `caches` are the views of the members that run, by name. A member lacks tokens if it was skipped, at weight 0,

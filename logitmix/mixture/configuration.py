@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.cache_utils import get_layer_types_and_kwargs
 
-from logitmix.mixture.mixing import Scheme, Weights, alpha_to_weights, check_weights
+from logitmix.mixture.mixing import Scheme, Weights, alpha_to_weights, validate_weights
 
 Alpha = float | Sequence[float] | Tensor
 FORMAT_VERSION = 1
@@ -101,7 +101,7 @@ class LogitMixConfig(PreTrainedConfig):
 
     def set_weights(self, weights: Weights) -> None:
         """Make `weights`, one number a member, the default of a forward pass."""
-        checked = check_weights(weights, len(self.members), self.scheme)
+        checked = validate_weights(weights, len(self.members), self.scheme)
         if checked.dim() != 1:
             raise ValueError(
                 f"a mixture's own weights are {len(self.members)} numbers, got {list(checked.shape)}; "
@@ -113,7 +113,7 @@ class LogitMixConfig(PreTrainedConfig):
         """The name of the model that runs the member: its own, or `"policy"` where it shares the policy's."""
         return "policy" if member in self.adapters else member
 
-    def member_named(self, name: str) -> str:
+    def resolve_member_name(self, name: str) -> str:
         """The member of that name as `members` has it; `"anchor"` is the one anchor of a pair.
 
         Raises `ValueError` for a name that no member has.
@@ -221,7 +221,7 @@ def resolve_weights(
         if num_members != 2:
             raise ValueError(f"{num_members} members have no default weights; pass weights=[{num_members} numbers]")
         weights = alpha_to_weights(0.5)
-    return check_weights(weights, num_members, scheme)
+    return validate_weights(weights, num_members, scheme)
 
 
 def _config_from_dict(values: dict[str, Any]) -> PreTrainedConfig:

@@ -7,7 +7,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from logitmix.mixture.adapters import OFF, adapter_layers
+from logitmix.mixture.adapters import NO_ADAPTER, adapter_layers
 from logitmix.mixture.base import MixtureBase
 
 
@@ -19,12 +19,12 @@ def export_member(mixture: MixtureBase, name: str, folder: str | os.PathLike[str
 
     Raises `ValueError` for a name that no member has, and for an adapter on a base that has no folder or hub id.
     """
-    name = mixture.config.member_named(name)
+    name = mixture.config.resolve_member_name(name)
     model: PreTrainedModel = getattr(mixture, mixture.config.model_of(name))
     record = mixture.config.adapters.get(name)
     if record is None:
         model.save_pretrained(folder)
-    elif record == OFF or merge:
+    elif record == NO_ADAPTER or merge:
         merged(model, name).save_pretrained(folder)
     elif not model.peft_config[name].base_model_name_or_path:
         raise ValueError(
@@ -32,7 +32,7 @@ def export_member(mixture: MixtureBase, name: str, folder: str | os.PathLike[str
             "base is; export it merged"
         )
     else:
-        with mixture.running(name):
+        with mixture.as_member(name):
             model.save_pretrained(folder)  # transformers saves the active adapter
     if mixture.tokenizer is not None:
         mixture.tokenizer.save_pretrained(folder)

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 
+from logitmix.mixture.padding import left_pad
 from logitmix.tasks.templates import Prompt
 
 GREEDY: dict[str, Any] = {"do_sample": False}
@@ -39,7 +40,7 @@ def generate_completions(
 
     No completion holds padding, also where padding and EOS are one token.
     """
-    eos_token_ids = end_of_sequence_ids(model, tokenizer)
+    eos_token_ids = get_eos_token_ids(model, tokenizer)
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     config = GenerationConfig(
         **({"eos_token_id": eos_token_ids, "pad_token_id": pad_token_id} | settings), disable_compile=True
@@ -68,11 +69,11 @@ def tokenize_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Promp
     """
     if all(isinstance(prompt, str) for prompt in prompts):
         return tokenizer(list(prompts))["input_ids"]
-    require_chat_template(tokenizer)
+    validate_chat_template(tokenizer)
     return tokenizer.apply_chat_template(list(prompts), add_generation_prompt=True, return_dict=True)["input_ids"]
 
 
-def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
+def validate_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise `ValueError` where a conversational prompt could not be rendered."""
     if tokenizer.chat_template is None:
         raise ValueError(
@@ -81,7 +82,7 @@ def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def end_of_sequence_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def get_eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every token that ends a completion: the tokenizer's EOS, the chat template's, those of the generation config.
 
     A base model's tokenizer may have a chat template whose turns end in another token than its EOS (Qwen2.5's does):
@@ -89,13 +90,13 @@ def end_of_sequence_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
     """
     declared = model.generation_config.eos_token_id if model.generation_config is not None else None
     ids = [] if declared is None else [declared] if isinstance(declared, int) else list(declared)
-    for end in (end_of_turn_id(tokenizer), tokenizer.eos_token_id):
+    for end in (get_end_of_turn_token_id(tokenizer), tokenizer.eos_token_id):
         if end is not None and end not in ids:
             ids.insert(0, end)
     return ids
 
 
-def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+def get_end_of_turn_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The special token with which the chat template closes the assistant's turn, if there is one."""
     if tokenizer.chat_template is None:
         return None
@@ -105,14 +106,6 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     ids = tokenizer(closing, add_special_tokens=False)["input_ids"]
     special = tokenizer.added_tokens_decoder
     return ids[0] if ids and ids[0] in special and special[ids[0]].special else None
-
-
-def left_pad(sequences: Sequence[Sequence[int]], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids and attention mask `[B, T]`, padded on the left to the longest sequence."""
-    T = max(len(ids) for ids in sequences)
-    ids = torch.tensor([[pad_token_id] * (T - len(ids)) + list(ids) for ids in sequences], device=device)
-    mask = torch.tensor([[0] * (T - len(ids)) + [1] * len(ids) for ids in sequences], device=device)
-    return ids, mask
 
 
 @contextmanager

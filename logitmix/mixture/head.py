@@ -4,8 +4,8 @@ Shape legend: B batch, T time, D width of the hidden states, V vocabulary.
 
 Architectures differ in what stands between the decoder and the logits: a bias, a scale (Cohere, Granite,
 Falcon-H1, …), a soft cap (Gemma). Their configurations name these things in many ways, and some name what they do not
-do. So nothing is read from a name: `measure_head` runs the member once, puts known numbers in the place of its head's
-output, and looks at what comes out as logits. What it cannot explain it refuses.
+do. So nothing is read from a name: `infer_head_transform` runs the member once, puts known numbers in the place of its
+head's output, and looks at what comes out as logits. What it cannot explain it refuses.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,15 +18,35 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from logitmix.mixture.logprobs import Head
-
 _PROBE_TOKENS = 2
 _REFERENCE = 'score the mixture from its members\' logits instead, with loss_head="reference"'
 
 
 @dataclass(frozen=True)
+class Head:
+    """How a member turns its last hidden states into logits: `softcap(scale * (h @ weight.T + bias))`.
+
+    `weight` is `[V, D]`, `bias` `[V]` or None, `softcap(z) = cap * tanh(z / cap)`, or nothing where it is None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits `[..., V]` of hidden states `[..., D]`, in their dtype: the reference for the fused loss head."""
+        return self.transform(torch.nn.functional.linear(hidden, self.weight, self.bias))
+
+    def transform(self, z: Tensor) -> Tensor:
+        """Logits from the products `h @ weight.T + bias`."""
+        z = z if self.scale == 1.0 else z * self.scale
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+
+
+@dataclass(frozen=True)
 class HeadTransform:
-    """What a member does to its head's output `z`: `softcap(scale * z)`; see [`logitmix.mixture.logprobs.Head`]."""
+    """What a member does to its head's output `z`: `softcap(scale * z)`; see [`logitmix.mixture.log_probs.Head`]."""
 
     scale: float = 1.0
     softcap: float | None = None
@@ -38,13 +58,13 @@ def last_hidden_states(member: PreTrainedModel, **inputs: Any) -> Tensor:
     return hidden_BTD
 
 
-def read_head(member: PreTrainedModel, form: HeadTransform) -> Head:
-    """The member's head as it is now. Wrappers (FSDP, DeepSpeed) replace its parameters: see `inside_heads`."""
+def read_head(member: PreTrainedModel, transform: HeadTransform) -> Head:
+    """The member's head as it is now. Wrappers (FSDP, DeepSpeed) replace its parameters: see `run_inside_heads`."""
     head = member.get_output_embeddings()
-    return Head(head.weight, getattr(head, "bias", None), form.scale, form.softcap)
+    return Head(head.weight, getattr(head, "bias", None), transform.scale, transform.softcap)
 
 
-def inside_heads(
+def run_inside_heads(
     heads: Sequence[nn.Module], hidden: Sequence[Tensor], then: Callable[[list[Tensor]], tuple[Tensor, ...]]
 ) -> tuple[Tensor, ...]:
     """`then(hidden)`, run inside the forward of each of the heads, `hidden` being their inputs.
@@ -80,7 +100,7 @@ def inside_heads(
 
 
 @torch.no_grad()
-def measure_head(member: PreTrainedModel, name: str = "the model") -> HeadTransform:
+def infer_head_transform(member: PreTrainedModel, name: str = "the model") -> HeadTransform:
     """What the member does between `last_hidden_states` and its logits, beside its head's weight and bias.
 
     Runs two tokens through the member and changes nothing in it.
@@ -139,7 +159,7 @@ def _measure(member: PreTrainedModel, name: str) -> HeadTransform:
         raise _unknown(name, f"its output head, a {type(head).__name__}, does more than multiply by its weight")
     if logits.shape != seen["known"].shape:
         raise _unknown(name, f"its head gives {seen['known'].shape[-1]} values and its logits are {logits.shape[-1]}")
-    return _form(seen["known"], logits.double(), name)
+    return _fit_transform(seen["known"], logits.double(), name)
 
 
 def _known_values(output: Tensor) -> Tensor:
@@ -149,7 +169,7 @@ def _known_values(output: Tensor) -> Tensor:
     return (magnitudes * signs).view(output.shape)
 
 
-def _form(known: Tensor, logits: Tensor, name: str) -> HeadTransform:
+def _fit_transform(known: Tensor, logits: Tensor, name: str) -> HeadTransform:
     """The scale is the slope at 0, the cap the limit far from it."""
     scale = (logits.flatten()[0] / known.flatten()[0]).item()
     for softcap in (None, logits.abs().max().item()):

@@ -9,20 +9,20 @@ from peft import LoraConfig, PeftConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from logitmix.mixture.adapters import (
-    OFF,
+    NO_ADAPTER,
     Adapters,
     add_adapter,
     merge_adapter,
     read_adapter_config,
-    require_all_trained,
-    require_supported,
+    validate_adapter_config,
+    validate_adapter_targets,
 )
 from logitmix.mixture.configuration import LogitMixConfig, member_names
 
 Member: TypeAlias = PreTrainedModel | str | os.PathLike[str]
 
 
-def open_members(
+def load_members(
     sources: Sequence[Member], peft_config: PeftConfig | None = None, **kwargs: Any
 ) -> tuple[list[PreTrainedModel], dict[str, Any], PreTrainedTokenizerBase | None]:
     """The members, loaded where they are folders or hub ids, their adapters, and their one tokenizer.
@@ -37,11 +37,11 @@ def open_members(
     # The tokenizers first: they are small, and what they rule out need not be loaded.
     paths = [source.name_or_path if isinstance(source, PreTrainedModel) else str(source) for source in sources]
     tokenizers = [load_tokenizer(path) for path in paths if path]
-    tokenizer = require_same_tokenizer([t for t in tokenizers if t is not None])
+    tokenizer = validate_same_tokenizer([t for t in tokenizers if t is not None])
 
     trained = [None if isinstance(source, PreTrainedModel) else read_adapter_config(str(source)) for source in sources]
     if peft_config is not None:
-        require_supported(peft_config)
+        validate_adapter_config(peft_config)
         if trained[0] is not None:
             raise ValueError(
                 f"the policy {paths[0]!r} is an adapter already, and peft_config asks for a new one; leave out "
@@ -64,7 +64,7 @@ def open_members(
         if with_adapter and config is not None and _same(str(config.base_model_name_or_path), base):
             adapters[name] = add_adapter(policy, name, config, path)
         elif with_adapter and _is_base(source, sources[0], base):
-            adapters[name] = OFF
+            adapters[name] = NO_ADAPTER
         if name in adapters:
             members.append(policy)
         else:
@@ -72,11 +72,11 @@ def open_members(
     if with_adapter:
         folder = None if trained[0] is None else paths[0]
         if peft_config is not None:
-            require_all_trained(policy, peft_config)
+            validate_adapter_targets(policy, peft_config)
         adapters["policy"] = add_adapter(policy, "policy", trained[0] or copy.deepcopy(peft_config), folder)
     for name, path in zip(member_names(len(sources))[1:], paths[1:], strict=True):
-        if adapters.get(name, OFF) != OFF:
-            Adapters(policy, list(adapters)).require_effect(name, path)
+        if adapters.get(name, NO_ADAPTER) != NO_ADAPTER:
+            Adapters(policy, list(adapters)).validate_adapter_effect(name, path)
     _require_mixable(members, tokenizer)
     return members, adapters, tokenizer
 
@@ -187,7 +187,7 @@ def require_tokenizer(source: str, **kwargs: Any) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def require_same_tokenizer(tokenizers: Sequence[PreTrainedTokenizerBase]) -> PreTrainedTokenizerBase | None:
+def validate_same_tokenizer(tokenizers: Sequence[PreTrainedTokenizerBase]) -> PreTrainedTokenizerBase | None:
     """The first of the tokenizers, if all give the same ids to the same tokens.
 
     Raises `ValueError` that names the first token, in the order of ids, on which two of them differ.

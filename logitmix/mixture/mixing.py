@@ -34,7 +34,7 @@ def alpha_to_weights(alpha: float | Sequence[float] | Tensor) -> Tensor:
     return torch.stack([1 - alpha, alpha], dim=-1)
 
 
-def check_weights(weights: Weights, num_members: int, scheme: str, batch: int | None = None) -> Tensor:
+def validate_weights(weights: Weights, num_members: int, scheme: str, batch: int | None = None) -> Tensor:
     """`weights` as a float64 CPU tensor `[K]` or `[B, K]`, or a `ValueError` that says what is wrong with them.
 
     The scheme `"logit"` takes any real weights: negative ones are contrastive decoding, DExperts and proxy tuning.
@@ -78,9 +78,9 @@ def mix_logits(logits: Sequence[Tensor], weights: Weights, scheme: Scheme = "log
     >>> mixed = mix_logits([policy, anchor], alpha_to_weights(0.3))
     >>> torch.testing.assert_close(mixed, 0.7 * policy + 0.3 * anchor)
 
-    Raises `ValueError` for weights that `check_weights` refuses.
+    Raises `ValueError` for weights that `validate_weights` refuses.
     """
-    weights = check_weights(weights, len(logits), scheme, batch=len(logits[0]))
+    weights = validate_weights(weights, len(logits), scheme, batch=len(logits[0]))
     active = [k for k in range(len(logits)) if (weights[..., k] != 0).any()]
     if not active:  # every weight is 0: the uniform distribution
         return torch.zeros_like(_upcast(logits[0]))

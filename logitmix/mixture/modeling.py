@@ -25,14 +25,15 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from logitmix.mixture.adapters import ADAPTER_WEIGHTS, OFF, Adapters, add_adapter, from_record
+from logitmix.mixture.adapters import ADAPTER_WEIGHTS, NO_ADAPTER, Adapters, adapter_config_from_dict, add_adapter
 from logitmix.mixture.base import MixtureBase, concatenate
 from logitmix.mixture.configuration import Alpha, LogitMixConfig, resolve_weights
 from logitmix.mixture.diagnostics import MixtureDiagnostics
 from logitmix.mixture.export import export_member
-from logitmix.mixture.loading import Member, load_tokenizer, open_members
-from logitmix.mixture.logprobs import mixture_log_probs
+from logitmix.mixture.loading import Member, load_members, load_tokenizer
+from logitmix.mixture.log_probs import mixture_log_probs
 from logitmix.mixture.mixing import Scheme, Weights, mix_logits
+from logitmix.mixture.padding import position_ids_from_mask
 
 
 class LogitMixForCausalLM(MixtureBase, GenerationMixin):
@@ -73,8 +74,8 @@ class LogitMixForCausalLM(MixtureBase, GenerationMixin):
                 for member_config in config.member_configs
             ]
             for name, record in config.adapters.items():
-                if record != OFF:
-                    add_adapter(members[0], name, from_record(record))
+                if record != NO_ADAPTER:
+                    add_adapter(members[0], name, adapter_config_from_dict(record))
         for name, member in zip(config.members, members, strict=True):
             if name in config.model_names:
                 self.add_module(name, member)
@@ -117,7 +118,7 @@ class LogitMixForCausalLM(MixtureBase, GenerationMixin):
         if len(sources) < 2:
             raise ValueError("a mixture needs at least one anchor, got none")
         resolved = resolve_weights(alpha, weights, len(sources), scheme)
-        members, adapters, tokenizer = open_members(sources, peft_config, **kwargs)
+        members, adapters, tokenizer = load_members(sources, peft_config, **kwargs)
         config = LogitMixConfig.from_member_configs(
             [member.config for member in members], resolved, scheme, adapters, dtype=members[0].dtype
         )
@@ -258,8 +259,7 @@ class LogitMixForCausalLM(MixtureBase, GenerationMixin):
         wanted = (targets != -100).any(0).nonzero()
         T = targets.shape[1]
         keep = T - int(wanted[0]) if len(wanted) else 1
-        # As `generate` numbers them: a member with absolute positions must not see the left padding
-        position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+        position_ids = position_ids_from_mask(attention_mask)
         # Never by one head product: the diagnostics need each member's logits, and the ratio of two scores, of which
         # one was diagnosed, must not differ from 1 by the rounding of another order of operations.
         logits, weights, _, _ = self._logits_and_weights(

@@ -20,7 +20,7 @@ def request_weights(config: LogitMixConfig, extra_args: dict[str, Any] | None) -
     if len(given) > 1:
         raise ValueError(f"pass one of {', '.join(given)}, not {len(given)}")
     if "member" in given:
-        member = config.member_named(given["member"])
+        member = config.resolve_member_name(given["member"])
         return [float(name == member) for name in config.members]
     ((key, value),) = given.items()
     is_list = isinstance(value, list)

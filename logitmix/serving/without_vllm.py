@@ -21,6 +21,7 @@ from transformers.cli.serving.server import build_server
 from transformers.cli.serving.transcription import TranscriptionHandler
 from transformers.cli.serving.utils import GenerateManager, GenerationState
 
+from logitmix.mixture.context import context_length, validate_fits_context
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.serving.requests import KEYS, request_weights
 
@@ -128,13 +129,12 @@ def _seeded(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _keep_within_context(model: LogitMixForCausalLM, inputs: Any, config: GenerationConfig) -> None:
-    length, context = inputs["input_ids"].shape[-1], model.config.max_position_embeddings
+    length, context = inputs["input_ids"].shape[-1], context_length(model.config)
     if length == 0:
         raise ValueError("the prompt is empty")
     if context is None:
         return
-    if length >= context:
-        raise ValueError(f"the prompt has {length} tokens, but the members' context is {context}")
+    validate_fits_context(context, length, max_new_tokens=1)
     room = context - length
     config.max_new_tokens = room if config.max_new_tokens is None else min(config.max_new_tokens, room)
 

@@ -7,7 +7,7 @@ from peft import PeftConfig
 from transformers import PreTrainedModel
 from trl import GRPOConfig
 
-from logitmix.mixture.adapters import read_adapter_config, require_all_trained
+from logitmix.mixture.adapters import read_adapter_config, validate_adapter_targets
 from logitmix.mixture.loading import load_member
 from logitmix.mixture.mixing import Scheme
 from logitmix.mixture.modeling import LogitMixForCausalLM
@@ -146,7 +146,7 @@ def build_model(
         )
     if not isinstance(model, LogitMixForCausalLM):
         if peft_config is not None:
-            require_all_trained(model, peft_config)
+            validate_adapter_targets(model, peft_config)
         if args.alpha is not None or args.scheme is not None:
             raise ValueError(
                 f"alpha is {args.alpha} and scheme {args.scheme}, but there is no anchor to mix with; set anchor"

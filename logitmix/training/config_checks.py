@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from trl import GRPOTrainer
 from trl.import_utils import is_vllm_available
 
+from logitmix.mixture.context import context_length, validate_fits_context
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.training.alpha.controllers import CONTROLLERS, VALIDATING
 from logitmix.training.config import GROUP_LOSS, DynamicSampling, LogitMixGRPOConfig, LossHead, StatesOfAnchors
@@ -156,15 +157,12 @@ def require_questions(trainer: GRPOTrainer) -> None:
 
 def require_prompts_fit(trainer: GRPOTrainer, dataset: Any, name: str = "prompt") -> None:
     """Raise `ValueError` before the first step where a prompt and its completion exceed the context."""
-    context = getattr(trainer.model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_length(trainer.model.config)
     if context is None or not isinstance(dataset, Dataset):
         return
     for start in range(0, len(dataset), 1000):
         prompts = dataset[start : start + 1000]["prompt"]
         for offset, ids in enumerate(trainer._tokenize_prompts(prompts)[0]):
-            if len(ids) + trainer.max_completion_length > context:
-                raise ValueError(
-                    f"{name} {start + offset} has {len(ids)} tokens; with max_completion_length "
-                    f"{trainer.max_completion_length} that exceeds the members' context of {context}. "
-                    "Shorten or drop the prompt, or lower max_completion_length"
-                )
+            validate_fits_context(
+                context, len(ids), trainer.max_completion_length, f"{name} {start + offset}", "max_completion_length"
+            )

@@ -23,8 +23,8 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
-from logitmix.mixture.generation import GREEDY, end_of_sequence_ids, generate_completions
-from logitmix.mixture.loading import require_same_tokenizer, require_tokenizer
+from logitmix.mixture.generation import GREEDY, generate_completions, get_eos_token_ids
+from logitmix.mixture.loading import require_tokenizer, validate_same_tokenizer
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.training.alpha.callback import AlphaControl, validate_alpha_controller
 from logitmix.training.alpha.validation import FreshQuestions, validation_questions
@@ -93,7 +93,7 @@ class LogitMixGRPOTrainer(ResumableGRPO, ShardableGRPOTrainer, WatchedGRPOTraine
                 source.name_or_path, padding_side="left", truncation_side="left"
             )
         elif is_mixture and model.tokenizer is not None:
-            require_same_tokenizer([kwargs["processing_class"], model.tokenizer])
+            validate_same_tokenizer([kwargs["processing_class"], model.tokenizer])
         beta = args.beta
         if is_mixture:
             args.beta = 0.0  # else TRL would load a reference model; the anchor is there already
@@ -117,7 +117,7 @@ class LogitMixGRPOTrainer(ResumableGRPO, ShardableGRPOTrainer, WatchedGRPOTraine
             # `_generate_and_score_completions` does below, that is eq. 6's division by each question's tokens.
             self.loss_type = "dapo"
         self.stop_strings = list(args.stop_strings or [])
-        self.eos_token_ids = end_of_sequence_ids(self.model, self._tokenizer)
+        self.eos_token_ids = get_eos_token_ids(self.model, self._tokenizer)
         if in_vllm:
             self.vllm_generation.generation_kwargs = sampling_settings(
                 args.generation_kwargs, self.stop_strings, self.eos_token_ids

@@ -7,7 +7,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import SFTTrainer
 
-from logitmix.mixture.generation import require_chat_template
+from logitmix.mixture.generation import validate_chat_template
 from logitmix.training.checkpointing.resume import Resumable
 
 
@@ -34,7 +34,7 @@ def sft_dataset(
         # one token more: the end-of-sequence token that TRL adds
         lengths = [len(ids) + 1 for ids in tokenizer(whole)["input_ids"]]
     else:
-        require_chat_template(tokenizer)
+        validate_chat_template(tokenizer)
         lengths = [len(ids) for ids in tokenizer.apply_chat_template(whole, return_dict=True)["input_ids"]]
     kept = [row for row, n in zip(rows, lengths, strict=True) if max_length is None or n <= max_length]
     if not kept:

@@ -10,7 +10,7 @@ from trl import SFTConfig, SFTTrainer
 from logitmix.cli.__main__ import main
 from logitmix.cli.train import build_trainer
 from logitmix.evaluation.decode import greedy_responses
-from logitmix.mixture.generation import end_of_sequence_ids, end_of_turn_id, tokenize_prompts
+from logitmix.mixture.generation import get_end_of_turn_token_id, get_eos_token_ids, tokenize_prompts
 from logitmix.paper.tiny_model import EOS, PAD, character_tokenizer, tiny_model
 from logitmix.tasks import load_task
 from logitmix.training.config import LogitMixGRPOConfig
@@ -58,11 +58,11 @@ def test_a_prompt_of_messages_is_rendered_up_to_the_assistants_turn(tokenizer):
 
 def test_the_end_of_a_turn_ends_a_completion_as_eos_does(tokenizer):
     model = member(tokenizer)
-    assert end_of_turn_id(tokenizer) == tokenizer.convert_tokens_to_ids(END)
-    assert {tokenizer.convert_tokens_to_ids(t) for t in (END, EOS)} == set(end_of_sequence_ids(model, tokenizer))
+    assert get_end_of_turn_token_id(tokenizer) == tokenizer.convert_tokens_to_ids(END)
+    assert {tokenizer.convert_tokens_to_ids(t) for t in (END, EOS)} == set(get_eos_token_ids(model, tokenizer))
     plain = character_tokenizer("abc")
-    assert end_of_turn_id(plain) is None
-    assert PAD not in plain.decode(end_of_sequence_ids(model, plain))
+    assert get_end_of_turn_token_id(plain) is None
+    assert PAD not in plain.decode(get_eos_token_ids(model, plain))
 
 
 @pytest.mark.skipif(not TOKENIZER.exists(), reason=f"the Qwen2.5 tokenizer is not at {TOKENIZER}")
@@ -70,7 +70,7 @@ def test_qwens_turn_ends_in_im_end():
     from transformers import AutoTokenizer
 
     qwen = AutoTokenizer.from_pretrained(TOKENIZER)
-    assert qwen.decode([end_of_turn_id(qwen)]) == END
+    assert qwen.decode([get_end_of_turn_token_id(qwen)]) == END
 
 
 def test_sft_rows_are_measured_as_trl_tokenizes_them(tokenizer, tmp_path):

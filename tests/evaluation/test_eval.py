@@ -197,7 +197,7 @@ def test_an_evaluation_with_other_arguments_is_refused(members, tmp_path, capsys
         (["--batch_size", "0"], "batch_size is 0"),
         (["--scheme", "prob", "--alpha", "1.5"], "scheme 'prob' needs weights >= 0 that sum to 1"),
         (["--alpha", "nan"], "not finite"),
-        (["--max_new_tokens", "1000"], "exceeds the context of 256"),
+        (["--max_new_tokens", "1000"], "exceeds the members' context of 256"),
     ],
 )
 def test_wrong_input(members, tmp_path, capsys, flags, message):

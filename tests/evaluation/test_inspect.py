@@ -165,7 +165,7 @@ def test_a_question_that_begins_with_a_minus(pair, tmp_path):
     [
         (["--question", " "], "the question is empty"),
         (["--max_new_tokens", "0"], "max_new_tokens is 0"),
-        (["--max_new_tokens", "300"], "exceeds the members' context of 256. Shorten the question, or lower"),
+        (["--max_new_tokens", "300"], "exceeds the members' context of 256; shorten or drop the prompt, or lower"),
         (["--output_file", "no/such/folder/page.html"], "give a file in a folder that exists"),
         (["--scheme", "prob", "--alpha", "-1"], "scheme 'prob' needs weights >= 0"),
         (["--template", "boxed"], "has no chat template"),

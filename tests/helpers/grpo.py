@@ -2,11 +2,13 @@
 
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import GenerationConfig
 from trl import GRPOConfig
 
-from logitmix.mixture.generation import default_generation_config, left_pad
+from logitmix.mixture.generation import default_generation_config
 from logitmix.mixture.modeling import LogitMixForCausalLM
+from logitmix.mixture.padding import left_pad
 from logitmix.training.config import LogitMixGRPOConfig
 from logitmix.training.grpo import LogitMixGRPOTrainer
 from tests.helpers.members import character_tokenizer, tiny_member
@@ -98,3 +100,24 @@ def generated(trainer):
     # far enough for the clip to act on both sides
     inputs["old_per_token_logps"] = now + 0.3 * torch.randn(now.shape, generator=torch.Generator().manual_seed(1))
     return inputs, ids, mask
+
+
+def mixture_with_adapters():
+    base = tiny_member("qwen2", seed=0)
+    config = LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    return LogitMixForCausalLM.from_members(base, base, alpha=0.4, peft_config=config)
+
+
+# One mixture for each way in which the loss head treats its members' heads
+LOSS_HEAD_MODELS = {
+    "untied heads": lambda: mixture(),
+    "tied heads": lambda: LogitMixForCausalLM.from_members(
+        tiny_member("qwen2", seed=0, tie_word_embeddings=True), tiny_member("gpt2", seed=1), alpha=0.4
+    ),
+    "soft cap": lambda: mixture(policy="gemma2"),
+    "prob": lambda: mixture("prob"),
+    "one frozen head": mixture_with_adapters,
+    "another vocabulary": lambda: LogitMixForCausalLM.from_members(
+        tiny_member("qwen2", seed=0, vocab_size=70), tiny_member("llama", seed=1), alpha=0.4
+    ),
+}

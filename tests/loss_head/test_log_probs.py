@@ -14,7 +14,8 @@ from torch import Tensor
 
 from logitmix.loss_head import chunking, clipped_coefficients, fused_log_probs, linear_pass, log_probs
 from logitmix.mixture.diagnostics import mixture_diagnostics
-from logitmix.mixture.logprobs import Head, log_probs_and_entropy
+from logitmix.mixture.head import Head
+from logitmix.mixture.log_probs import log_probs_and_entropy
 from logitmix.mixture.mixing import SCHEMES, mix_logits
 
 N, V, WIDTHS = 7, 11, (5, 3, 4)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from logitmix.mixture import logprobs
+from logitmix.mixture import log_probs as log_probs_module
 from logitmix.mixture.diagnostics import mixture_diagnostics
 from logitmix.mixture.mixing import SCHEMES, mix_logits
 from logitmix.mixture.modeling import LogitMixForCausalLM
@@ -104,7 +104,7 @@ def test_neither_wins_where_the_mixture_takes_a_third_token():
 @both_schemes
 @pytest.mark.parametrize("chunk_elements", [1, 1 << 26])
 def test_a_models_diagnostics_stand_where_its_scores_stand(monkeypatch, scheme, chunk_elements):
-    monkeypatch.setattr(logprobs, "_CHUNK_ELEMENTS", chunk_elements)
+    monkeypatch.setattr(log_probs_module, "_CHUNK_ELEMENTS", chunk_elements)
     model = LogitMixForCausalLM.from_members(
         tiny_member("qwen2", seed=0), tiny_member("llama", seed=1), alpha=0.4, scheme=scheme
     )

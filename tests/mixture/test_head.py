@@ -6,7 +6,7 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from logitmix.mixture.head import HeadTransform, inside_heads, last_hidden_states, measure_head, read_head
+from logitmix.mixture.head import HeadTransform, infer_head_transform, last_hidden_states, read_head, run_inside_heads
 from tests.helpers.members import tiny_member
 
 SMALL = {
@@ -60,32 +60,32 @@ CONFIGS = {
 
 
 def member(name: str, dtype: torch.dtype = torch.float32):
-    values, form = CONFIGS[name]
+    values, transform = CONFIGS[name]
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config = getattr(transformers, name.split()[0] + "Config")(**values)
-        return AutoModelForCausalLM.from_config(config, dtype=dtype), form
+        return AutoModelForCausalLM.from_config(config, dtype=dtype), transform
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_hidden_states_and_head_give_the_members_own_logits(name):
-    model, form = member(name)
-    assert measure_head(model) == form
+    model, transform = member(name)
+    assert infer_head_transform(model) == transform
     model.eval()
     ids = torch.arange(1, 13).view(2, 6)
     mask = torch.ones_like(ids)
     own = model(input_ids=ids, attention_mask=mask).logits
-    ours = read_head(model, form).logits(last_hidden_states(model, input_ids=ids, attention_mask=mask))
+    ours = read_head(model, transform).logits(last_hidden_states(model, input_ids=ids, attention_mask=mask))
     torch.testing.assert_close(ours, own.to(ours), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["Qwen2", "Gemma2", "Cohere2", "Granite", "Phi"])
 def test_a_member_in_bfloat16_and_training_mode_is_read_the_same_and_left_as_it_was(name):
-    model, form = member(name, torch.bfloat16)
+    model, transform = member(name, torch.bfloat16)
     model.train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     generator = torch.get_rng_state()
-    assert measure_head(model) == form
+    assert infer_head_transform(model) == transform
     assert torch.equal(torch.get_rng_state(), generator)
     assert model.training
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
@@ -94,7 +94,7 @@ def test_a_member_in_bfloat16_and_training_mode_is_read_the_same_and_left_as_it_
 
 def refused(model, match: str) -> None:
     with pytest.raises(ValueError, match=match) as error:
-        measure_head(model, "anchor_0")
+        infer_head_transform(model, "anchor_0")
     assert "the head of anchor_0" in str(error.value)
     assert 'loss_head="reference"' in str(error.value)
     assert not any(module._forward_hooks for module in model.modules())
@@ -157,7 +157,7 @@ def test_adapters_in_the_layers_are_part_of_the_hidden_states():
     config = LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     model = inject_adapter_in_model(config, tiny_member("qwen2"))
     ids = torch.arange(1, 13).view(2, 6)
-    ours = read_head(model, measure_head(model)).logits(last_hidden_states(model, input_ids=ids))
+    ours = read_head(model, infer_head_transform(model)).logits(last_hidden_states(model, input_ids=ids))
     torch.testing.assert_close(ours, model(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
 
 
@@ -193,7 +193,7 @@ def test_what_runs_inside_heads_sees_what_their_hooks_do_and_each_head_is_called
         calls.append("then")
         return tuple(state.mean() for state in states)
 
-    found = inside_heads([first, second, first], hidden, then)
+    found = run_inside_heads([first, second, first], hidden, then)
     assert [x.item() for x in found] == [1.0, 5.0, 8.0, 1.0]
     assert calls == ["first", "second", "then"]
 
@@ -206,9 +206,9 @@ def test_heads_are_as_before_also_after_an_error():
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        inside_heads([head], [torch.ones(2, 3)], fail)
+        run_inside_heads([head], [torch.ones(2, 3)], fail)
     assert head.forward is own
     plain = nn.Linear(3, 5)
     with pytest.raises(ZeroDivisionError):
-        inside_heads([plain], [torch.ones(2, 3)], fail)
+        run_inside_heads([plain], [torch.ones(2, 3)], fail)
     assert "forward" not in vars(plain)

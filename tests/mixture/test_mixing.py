@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from logitmix.mixture.mixing import SCHEMES, alpha_to_weights, check_weights, mix_logits
+from logitmix.mixture.mixing import SCHEMES, alpha_to_weights, mix_logits, validate_weights
 
 INF = torch.inf
 B, T, V = 3, 4, 7
@@ -440,7 +440,7 @@ def test_alpha_of_too_many_axes():
 )
 def test_weights_refused(weights, num_members, scheme, message):
     with pytest.raises(ValueError, match=message):
-        check_weights(weights, num_members, scheme)
+        validate_weights(weights, num_members, scheme)
     with pytest.raises(ValueError, match=message):
         mix_logits([torch.zeros(2, V)] * num_members, weights, scheme)
 
@@ -453,6 +453,8 @@ def test_rows_of_weights_for_another_batch_are_refused(scheme, rows):
 
 
 def test_weights_accepted():
-    assert check_weights([1, 2, -2], 3, "logit").tolist() == [1, 2, -2]
-    assert check_weights(torch.tensor([1 / 3] * 3), 3, "prob").shape == (3,)  # float32 thirds do not sum to 1 exactly
-    assert check_weights([[0.5, 0.5]] * 4, 2, "prob", batch=4).shape == (4, 2)
+    assert validate_weights([1, 2, -2], 3, "logit").tolist() == [1, 2, -2]
+    assert validate_weights(torch.tensor([1 / 3] * 3), 3, "prob").shape == (
+        3,
+    )  # float32 thirds do not sum to 1 exactly
+    assert validate_weights([[0.5, 0.5]] * 4, 2, "prob", batch=4).shape == (4, 2)

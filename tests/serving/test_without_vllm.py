@@ -95,7 +95,10 @@ def test_a_seed_holds_among_other_requests(client):
 
 def test_it_ends_where_the_context_does(client):
     assert len(ask(client, "a" * 100, max_tokens=1000, fields={"alpha": 0.0})) <= 28
-    with pytest.raises(openai.BadRequestError, match="the prompt has 200 tokens, but the members' context is 128"):
+    with pytest.raises(
+        openai.BadRequestError,
+        match="the prompt has 200 tokens, which leaves no room for a completion in the members' context of 128",
+    ):
         ask(client, "a" * 200)
 
 

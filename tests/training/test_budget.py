@@ -11,7 +11,7 @@ from transformers import AutoConfig, Qwen2Config, Qwen2ForCausalLM, TrainerCallb
 
 from logitmix.cli.train import build_trainer
 from logitmix.loss_head import fused_log_probs
-from logitmix.mixture.logprobs import Head
+from logitmix.mixture.head import Head
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.paper.tiny_model import character_tokenizer, tiny_model
 from logitmix.tasks import Arithmetic

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from logitmix.mixture import logprobs
-from logitmix.mixture.logprobs import log_probs_and_entropy, mixture_log_probs
+from logitmix.mixture import log_probs as log_probs_module
+from logitmix.mixture.log_probs import log_probs_and_entropy, mixture_log_probs
 from logitmix.mixture.mixing import SCHEMES, mix_logits
 
 INF = torch.inf
@@ -82,11 +82,13 @@ def test_chunks_change_neither_values_nor_gradients(monkeypatch, scheme, rows, w
         return [log_probs.detach(), entropy.detach(), *torch.autograd.grad(sums, logits)]
 
     calls = []
-    monkeypatch.setattr(logprobs, "mix_logits", lambda zs, *args: calls.append(len(zs[0])) or mix_logits(zs, *args))
+    monkeypatch.setattr(
+        log_probs_module, "mix_logits", lambda zs, *args: calls.append(len(zs[0])) or mix_logits(zs, *args)
+    )
     whole = scores_and_gradients()
     assert set(calls) == {B}
     calls.clear()
-    monkeypatch.setattr(logprobs, "_CHUNK_ELEMENTS", rows * T * V)
+    monkeypatch.setattr(log_probs_module, "_CHUNK_ELEMENTS", rows * T * V)
     chunked = scores_and_gradients()
     assert max(calls) == rows
     for actual, expected in zip(chunked, whole, strict=True):
@@ -96,7 +98,7 @@ def test_chunks_change_neither_values_nor_gradients(monkeypatch, scheme, rows, w
 def test_a_sequence_larger_than_a_chunk_is_taken_whole(monkeypatch):
     logits = random_logits()
     expected = mixture_log_probs(logits, [0.5, 0.5], TARGETS_BT)
-    monkeypatch.setattr(logprobs, "_CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(log_probs_module, "_CHUNK_ELEMENTS", 1)
     torch.testing.assert_close(mixture_log_probs(logits, [0.5, 0.5], TARGETS_BT), expected)
 
 
@@ -225,7 +227,7 @@ def test_a_mixture_with_ruled_out_tokens_scores_without_nan(scheme):
 @pytest.mark.parametrize("rows", [1, B + 1])
 @pytest.mark.parametrize("chunk_elements", [1, 1 << 26])
 def test_rows_of_weights_for_another_batch_are_refused(monkeypatch, rows, chunk_elements):
-    monkeypatch.setattr(logprobs, "_CHUNK_ELEMENTS", chunk_elements)
+    monkeypatch.setattr(log_probs_module, "_CHUNK_ELEMENTS", chunk_elements)
     with pytest.raises(ValueError, match=f"weights have {rows} rows for a batch of {B} sequences"):
         mixture_log_probs(random_logits(), [[0.5, 0.5]] * rows, TARGETS_BT)
 

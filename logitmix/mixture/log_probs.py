@@ -4,39 +4,16 @@ Shape legend: K members, B batch, T time, V vocabulary, D width of a member's hi
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from logitmix.mixture.diagnostics import MixtureDiagnostics, mixture_diagnostics
-from logitmix.mixture.mixing import Scheme, Weights, check_weights, mix_logits
+from logitmix.mixture.mixing import Scheme, Weights, mix_logits, validate_weights
 
 # Elements of a member's logits that are mixed at a time, 256 MB in float32; at least one whole sequence.
 _CHUNK_ELEMENTS = 1 << 26
-
-
-@dataclass(frozen=True)
-class Head:
-    """How a member turns its last hidden states into logits: `softcap(scale * (h @ weight.T + bias))`.
-
-    `weight` is `[V, D]`, `bias` `[V]` or None, `softcap(z) = cap * tanh(z / cap)`, or nothing where it is None.
-    """
-
-    weight: Tensor
-    bias: Tensor | None = None
-    scale: float = 1.0
-    softcap: float | None = None
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits `[..., V]` of hidden states `[..., D]`, in their dtype: the reference for the fused loss head."""
-        return self.of_raw(torch.nn.functional.linear(hidden, self.weight, self.bias))
-
-    def of_raw(self, z: Tensor) -> Tensor:
-        """Logits from the products `h @ weight.T + bias`."""
-        z = z if self.scale == 1.0 else z * self.scale
-        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
 
 def log_probs_and_entropy(logits_BTV: Tensor, targets_BT: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -68,7 +45,7 @@ def mixture_log_probs(
     Where `diagnostics` is a list, the mixture's diagnostics are appended to it, chunk by chunk, without gradients.
     """
     B, T, V = logits[0].shape
-    weights = check_weights(weights, len(logits), scheme, batch=B)
+    weights = validate_weights(weights, len(logits), scheme, batch=B)
     rows = max(1, _CHUNK_ELEMENTS // max(1, T * V))
 
     def chunk(weights_BK: Tensor, targets: Tensor, *chunk_logits: Tensor) -> tuple[Tensor, Tensor]:
