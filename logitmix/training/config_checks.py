@@ -1,18 +1,20 @@
 """What is refused of a training run before anything is sampled, with the reason and the way out."""
 
 from dataclasses import fields
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from transformers import PreTrainedModel
-from trl import GRPOTrainer
 from trl.import_utils import is_vllm_available
 
 from logitmix.mixture.context import context_length, validate_fits_context
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.training.alpha.controllers import CONTROLLERS, VALIDATING
 from logitmix.training.config import GROUP_LOSS, DynamicSampling, LogitMixGRPOConfig, LossHead, StatesOfAnchors
+
+if TYPE_CHECKING:
+    from logitmix.training.trl_patches import PatchedGRPOTrainer
 
 LOSS_TYPES_OF_TRL = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
 
@@ -139,7 +141,7 @@ def validate_sampling(args: LogitMixGRPOConfig) -> None:
             )
 
 
-def require_questions(trainer: GRPOTrainer) -> None:
+def require_questions(trainer: "PatchedGRPOTrainer") -> None:
     """Raise `ValueError` where a generation step needs more questions than there are: no step would be taken."""
     if trainer.args.dynamic_sampling == "refill" and not isinstance(trainer.train_dataset, Dataset):
         raise ValueError(
@@ -155,14 +157,14 @@ def require_questions(trainer: GRPOTrainer) -> None:
         )
 
 
-def require_prompts_fit(trainer: GRPOTrainer, dataset: Any, name: str = "prompt") -> None:
+def require_prompts_fit(trainer: "PatchedGRPOTrainer", dataset: Any, name: str = "prompt") -> None:
     """Raise `ValueError` before the first step where a prompt and its completion exceed the context."""
     context = context_length(trainer.model.config)
     if context is None or not isinstance(dataset, Dataset):
         return
     for start in range(0, len(dataset), 1000):
         prompts = dataset[start : start + 1000]["prompt"]
-        for offset, ids in enumerate(trainer._tokenize_prompts(prompts)[0]):
+        for offset, ids in enumerate(trainer.tokenize_prompts(prompts)):
             validate_fits_context(
                 context, len(ids), trainer.max_completion_length, f"{name} {start + offset}", "max_completion_length"
             )

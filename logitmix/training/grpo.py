@@ -1,13 +1,18 @@
-"""GRPO of the mixture, on TRL's trainer.
+"""GRPO of a mixture: the algorithm, over TRL's trainer. Read it from top to bottom.
 
-It departs from canonical GRPO in four things (Gan & Zhu, arXiv 2605.20555, eq. 3-6):
+It differs from canonical GRPO in four points (Gan & Zhu, arXiv 2605.20555, eq. 3-6):
 
-- rollouts are sampled token by token from the mixture `softmax((1 - alpha) z_policy + alpha z_anchor)`;
-- both sides of the ratio, and so the clip, are the mixture's probabilities, never the policy's alone;
-- the normaliser is per question, the tokens of that question's G rollouts (`loss_type="group"`);
-- there is no KL term, and the gradient flows into the policy only, through the factor 1 - alpha.
+- rollouts are sampled token by token from the mixture `softmax((1 - alpha) z_policy + alpha z_anchor)`: `sample`;
+- both sides of the ratio, and so its clip, are probabilities of the mixture, never of the policy alone: `score`;
+- the normaliser is per question, the tokens of that question's G rollouts (`loss_type="group"`): `question_weights`;
+- the loss has no KL term, and its gradient reaches the policy only, with the factor 1 - alpha: `loss`.
 
-All else (advantages, buffering, logging, several processes) is TRL's. A model without an anchor trains as TRL would.
+`make_batch` runs once an outer step, `loss` once a micro-batch. Advantages, buffering, logging and several processes
+are TRL's. A model without an anchor trains as in TRL. What happens beside the algorithm is in collaborators:
+`checkpointing`, `monitor`, and the callback of `alpha/`.
+
+Shape legend: Q questions, G rollouts each, N = Q·G rollouts of all processes, B those of a process, T completion
+tokens, F reward functions.
 """
 
 from collections.abc import Sequence
@@ -20,7 +25,7 @@ from accelerate.utils import set_seed
 from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import Sampler
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import FusedCausalLMOutput
 
 from logitmix.mixture.generation import GREEDY, generate_completions, get_eos_token_ids
@@ -28,46 +33,33 @@ from logitmix.mixture.loading import require_tokenizer, validate_same_tokenizer
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.training.alpha.callback import AlphaControl, validate_alpha_controller
 from logitmix.training.alpha.validation import FreshQuestions, validation_questions
-from logitmix.training.checkpointing.resume import ResumableGRPO
+from logitmix.training.checkpointing.resume import Checkpointing, State
 from logitmix.training.config import GROUP_LOSS, LogitMixGRPOConfig, build_model
 from logitmix.training.config_checks import require_prompts_fit, require_questions, validate_config
-from logitmix.training.fsdp import ShardableGRPOTrainer
-from logitmix.training.monitoring.trainer import WatchedGRPOTrainer
+from logitmix.training.fsdp import prepare_fsdp
+from logitmix.training.model_card import write_model_card
+from logitmix.training.monitoring.finite import require_finite_parameters
+from logitmix.training.monitoring.monitor import Monitor
 from logitmix.training.rollouts.dynamic_sampling import QuestionStream, has_spread, refill
 from logitmix.training.rollouts.vllm import mixture_for_vllm, sampling_settings
-from logitmix.training.scoring import MixtureScoring
-
-CARD = """---
-library_name: transformers
-tags: [trl, grpo, logitmix]
----
-# {folder}
-
-A mixture of language models, scheme {config.scheme}, trained with GRPO through logit averaging
-([arXiv 2605.20555](https://arxiv.org/abs/2605.20555)). Members, the policy first: {members}; weights {config.weights}.
-
-```python
-from logitmix import LogitMixForCausalLM
-
-model = LogitMixForCausalLM.from_pretrained("{folder}")
-```
-"""
+from logitmix.training.scoring import MixtureScorer, loss_coefficients
+from logitmix.training.trl_patches import Batch, PatchedGRPOTrainer, TokenScores, without_reference_model
 
 
-class LogitMixGRPOTrainer(ResumableGRPO, ShardableGRPOTrainer, WatchedGRPOTrainer):
-    """TRL's `GRPOTrainer` for a mixture: same arguments, same dataset, same reward functions.
+class LogitMixGRPOTrainer(PatchedGRPOTrainer):
+    """TRL's `GRPOTrainer` for a mixture: the same arguments, data sets and reward functions.
 
-    `model` is the policy (a model, a folder or a hub id) with `args.anchor` set, or a `LogitMixForCausalLM`.
-    `peft_config` gives the policy a LoRA adapter, as in TRL; [`LogitMixForCausalLM.from_members`] says which anchors
-    then share its weights.
-    `validation_dataset` are held-out questions for an `args.alpha_controller` that validates, with the columns of
-    `train_dataset`; without it these are training questions, which are left out of training in their pass.
+    Args:
+        model: the policy (a model, a folder or a hub id) with `args.anchor` set, or a `LogitMixForCausalLM`.
+        validation_dataset: held-out questions for an `args.alpha_controller` that validates, with the columns of
+            `train_dataset`. Without it, training questions are used and left out of training in that pass.
+        peft_config: gives the policy a LoRA adapter, as in TRL. [`LogitMixForCausalLM.from_members`] says which
+            anchors then share the policy's weights.
 
-    Raises `ValueError` for options under which TRL would score or sample something else than the mixture.
+    Raises `ValueError` for options under which TRL would score or sample something other than the mixture.
     """
 
     _tag_names = ("trl", "grpo", "logitmix")
-    _last_loaded_step: int  # TRL's: the step whose weights vLLM has
 
     def __init__(
         self,
@@ -80,66 +72,59 @@ class LogitMixGRPOTrainer(ResumableGRPO, ShardableGRPOTrainer, WatchedGRPOTraine
         args = LogitMixGRPOConfig() if args is None else args
         if not isinstance(args, LogitMixGRPOConfig):
             raise ValueError(f"args is a {type(args).__name__}; LogitMixGRPOTrainer needs a LogitMixGRPOConfig")
-        set_seed(args.seed)  # an adapter's start is drawn: by the seed, as in TRL, and the same on every process
+        set_seed(args.seed)  # a new adapter starts at random: by the seed as in TRL, and the same in every process
         model = build_model(model, args, kwargs.get("peft_config"))
         is_mixture = isinstance(model, LogitMixForCausalLM)
         if is_mixture:
-            kwargs.pop("peft_config", None)  # its policy has the adapter; TRL would wrap the mixture
+            kwargs.pop("peft_config", None)  # its policy has the adapter; TRL would wrap the whole mixture
         validate_config(args, model, kwargs)
         validate_alpha_controller(args, model, validation_dataset, kwargs)
-        if kwargs.get("processing_class") is None:
-            source = model.policy if is_mixture else model
-            kwargs["processing_class"] = (model.tokenizer if is_mixture else None) or require_tokenizer(
-                source.name_or_path, padding_side="left", truncation_side="left"
-            )
-        elif is_mixture and model.tokenizer is not None:
-            validate_same_tokenizer([kwargs["processing_class"], model.tokenizer])
-        beta = args.beta
-        if is_mixture:
-            args.beta = 0.0  # else TRL would load a reference model; the anchor is there already
+        kwargs["processing_class"] = _tokenizer(model, kwargs.get("processing_class"))
         in_vllm = args.use_vllm and is_mixture
-        with mixture_for_vllm(model, kwargs["processing_class"], args) if in_vllm else nullcontext():
+        with (
+            without_reference_model(args) if is_mixture else nullcontext(),
+            mixture_for_vllm(model, kwargs["processing_class"], args) if in_vllm else nullcontext(),
+        ):
             super().__init__(model, reward_funcs, args, **kwargs)
-        if is_mixture and beta != 0:
-            args.beta = self.beta = beta
-            self.ref_model = self._score_anchor
+        if is_mixture:
+            self.beta = args.beta
+            self.ref_model = self._score_anchor if args.beta != 0 else None
         require_questions(self)
         require_prompts_fit(self, self.train_dataset)
         require_prompts_fit(self, validation_dataset, "validation prompt")
-        self.validation_questions = validation_questions(self, validation_dataset)
-        self.scoring = MixtureScoring(model, self) if is_mixture else None
+        require_finite_parameters(self.model)
+
+        self.scorer = MixtureScorer(model, args) if is_mixture else None
+        self.anchor_states: list | None = None  # of the outer step being sampled, if they are kept
         if args.dynamic_sampling == "refill":
             self.refill_questions = QuestionStream(len(self.train_dataset), args.seed)
-        if args.alpha_controller != "fixed":
-            self.add_callback(AlphaControl(self, self.validation_questions))
-        if args.loss_type == GROUP_LOSS:
-            # TRL's "dapo" divides by the tokens of the whole batch; with the advantages scaled as
-            # `_generate_and_score_completions` does below, that is eq. 6's division by each question's tokens.
-            self.loss_type = "dapo"
+        self.validation_questions = validation_questions(self, validation_dataset)
         self.stop_strings = list(args.stop_strings or [])
-        self.eos_token_ids = get_eos_token_ids(self.model, self._tokenizer)
+        self.eos_token_ids = get_eos_token_ids(self.model, self.text_tokenizer)
         if in_vllm:
-            self.vllm_generation.generation_kwargs = sampling_settings(
-                args.generation_kwargs, self.stop_strings, self.eos_token_ids
-            )
+            settings = sampling_settings(args.generation_kwargs, self.stop_strings, self.eos_token_ids)
+            self.vllm_generation.generation_kwargs = settings
         elif not self.use_vllm:
             self.generation_kwargs["eos_token_id"] = self.eos_token_ids
 
-    def _score_anchor(self, **inputs: Any) -> FusedCausalLMOutput:
-        """The anchor's log-probabilities, for `kl_to="anchor"`: the mixture's, at weight 1 of the anchor."""
-        scores: FusedCausalLMOutput = self.model(**inputs, weights=[0.0, 1.0])
-        return scores
+        prepare_fsdp(self)
+        self.monitor = Monitor(self)
+        self.checkpointing = Checkpointing(self, self.rollout_states() | self._refill_states())
+        if args.alpha_controller != "fixed":
+            self.add_callback(AlphaControl(self, self.validation_questions))
 
-    def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> tuple[list[list[int]], None]:
+    # --- what is sampled (eq. 3) --------------------------------------------------------------------------------
+
+    def sample(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> tuple[list[list[int]], Any]:
         """Rollouts from the mixture, under the trainer's sampling settings and no checkpoint's."""
         if self.use_vllm or self.use_transformers_continuous_batching:
-            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+            return super().sample(prompt_ids, *args, **kwargs)
         return self.decode(prompt_ids, self.generation_kwargs), None
 
     def decode(
         self, prompt_ids: Sequence[Sequence[int]], settings: dict[str, Any], alphas: Sequence[float] | None = None
     ) -> list[list[int]]:
-        """Completions of the model in training, `rollout_batch_size` at a time; `alphas` are one a prompt."""
+        """Completions of the model in training, `rollout_batch_size` at a time; `alphas` holds one a prompt."""
         completion_ids = []
         with self.generation_model() as model:
             size = self.args.rollout_batch_size or len(prompt_ids)
@@ -147,116 +132,181 @@ class LogitMixGRPOTrainer(ResumableGRPO, ShardableGRPOTrainer, WatchedGRPOTraine
                 batch = prompt_ids[start : start + size]
                 alpha = {} if alphas is None else {"alpha": alphas[start : start + size]}
                 completion_ids += generate_completions(
-                    model, self._tokenizer, batch, settings, self.stop_strings, **alpha
+                    model, self.text_tokenizer, batch, settings, self.stop_strings, **alpha
                 )
         return completion_ids
 
     def decode_greedy(self, prompt_ids: Sequence[Sequence[int]], alphas: Sequence[float]) -> list[list[int]]:
-        """Greedy completions of the mixture in training, each prompt under its own alpha."""
+        """Greedy completions of the mixture in training, each prompt at its own alpha."""
         if self.use_vllm:
-            if self.state.global_step != self._last_loaded_step:
-                self.vllm_generation.sync_weights()
-                self._last_loaded_step = self.state.global_step
+            self.sync_stale_vllm_weights()
             completion_ids: list[list[int]] = self.vllm_generation.greedy(prompt_ids, alphas)
             return completion_ids
         settings = self.generation_kwargs | GREEDY | dict.fromkeys(("temperature", "top_k", "top_p", "min_p"))
         return self.decode(prompt_ids, settings, alphas)
 
-    def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
+    # --- what a completion earns (eq. 4) ------------------------------------------------------------------------
+
+    def compute_rewards(self, rows: Any, prompts: list, completions: list, completion_ids: list) -> Tensor:
+        """The rewards `[N, F]`, all of them finite; TRL turns their weighted sums into advantages."""
+        with self.monitor.timed("rewards"):
+            rewards_NF = super().compute_rewards(rows, prompts, completions, completion_ids)
+        self.monitor.require_finite_rewards(rewards_NF, prompts, completions)
+        return rewards_NF
+
+    # --- the batch of an outer step -----------------------------------------------------------------------------
+
+    def make_batch(self, rows: list[dict[str, Any]]) -> Batch:
+        """Sample G rollouts a question, reward and score them, choose the questions that count, and weigh them."""
+        batch, rewards_NF = self._sample_batch(rows)
+        kept_Q = None
+        if self.model.training:
+            batch, kept_Q = self._choose_questions(batch, rewards_NF)
+        if self.args.loss_type == GROUP_LOSS:
+            num_generations = self.num_generations if self.model.training else self.num_generations_eval
+            mask_BT = batch["completion_mask"] * batch.get("tool_mask", 1)
+            weights_N = question_weights(self.accelerator.gather(mask_BT.sum(1)), num_generations, kept_Q)
+            start = self.accelerator.process_index * len(mask_BT)
+            batch["question_weights"] = weights_N[start : start + len(mask_BT)]
+        return batch
+
+    def _sample_batch(self, rows: list[dict[str, Any]]) -> tuple[Batch, Tensor]:
+        """TRL's batch and rewards, with the anchors' states where scoring the old policy has computed them."""
+        self.anchor_states = [] if self._keeps_anchor_states() else None
+        batch, rewards_NF = self.trl_batch(rows)
+        if self.anchor_states:
+            batch["anchor_states"] = self.anchor_states
+        self.anchor_states = None
+        return batch, rewards_NF
+
+    def _keeps_anchor_states(self) -> bool:
+        """Whether updates reuse the anchors' states. A refill exchanges rows after scoring, and states with them."""
+        args = self.args
+        keeps = args.loss_head == "fused" and args.anchor_states != "recompute" and args.dynamic_sampling != "refill"
+        return self.scorer is not None and keeps and self.model.training
+
+    def _choose_questions(self, batch: Batch, rewards_NF: Tensor) -> tuple[Batch, Tensor | None]:
+        """Dynamic sampling: the batch, refilled if asked for, and which of its questions count (None: all)."""
+        metrics = self.step_metrics
+        spread_Q = has_spread(rewards_NF, self.reward_weights, self.num_generations)
+        metrics["groups/without_spread"].append(1 - spread_Q.float().mean().item())
+        if self.args.dynamic_sampling == "off":
+            return batch, None
+        if self.args.dynamic_sampling == "refill":
+            batch, spread_Q = refill(
+                self, batch, spread_Q, self._sample_batch, self.refill_questions, self.args.max_refills
+            )
+        metrics["groups/kept"].append(spread_Q.float().mean().item())
+        return batch, spread_Q
+
+    # --- what is scored (eq. 5) ---------------------------------------------------------------------------------
+
+    def score_tokens(self, model: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Log-probabilities without gradients: of the mixture that sampled, and of the anchor for a KL."""
+        if torch.is_grad_enabled():
+            return super().score_tokens(model, *args, **kwargs)
+        if model is self.model and self.anchor_states is not None:
+            model = self._score_and_keep
+        with self.monitor.timed("scoring"):
+            return super().score_tokens(model, *args, **kwargs)
+
+    def _score_and_keep(self, **inputs: Any) -> FusedCausalLMOutput:
+        """The mixture's scores; the anchors' states are kept for the updates on the same tokens."""
+        scores = self.model(**inputs, keep_anchor_states=True)
+        if self.anchor_states is not None and scores.anchor_states is not None:
+            self.anchor_states += scores.anchor_states.by_sequence
+        return scores
+
+    def _score_anchor(self, **inputs: Any) -> FusedCausalLMOutput:
+        """The anchor's scores, for `kl_to="anchor"`: the mixture's at weight 1 of the anchor."""
+        scores: FusedCausalLMOutput = self.model(**inputs, weights=[0.0, 1.0])
+        return scores
+
+    def score(self, model: Any, batch: Batch, loss_type: str) -> TokenScores:
+        """Log-probabilities of the mixture with gradients, one forward of the (wrapped) model.
+
+        The fused loss head computes its gradient in the forward pass where it knows the derivative of the loss.
+        """
+        input_ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+        attention_mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+        T = batch["completion_ids"].shape[1]
+        labels = input_ids.masked_fill(attention_mask == 0, -100)
+        labels[:, :-T] = -100
+        options: dict[str, Any] = {}
+        if torch.is_grad_enabled():
+            options["diagnose"] = all(self.model.config.weights)
+            if self.args.loss_head == "fused":
+                options["coefficients"] = loss_coefficients(self, batch, labels[:, 1:] != -100, loss_type)
+                options["anchor_states"] = batch.get("anchor_states")
+        with self.accelerator.autocast():
+            scores = model(
+                input_ids=input_ids, attention_mask=attention_mask, labels=labels, fused_lm_head=True, **options
+            )
+        return TokenScores(scores.log_probs[:, -T:], scores.entropy[:, -T:], diagnostics=scores.diagnostics)
+
+    # --- the loss (eq. 6) ---------------------------------------------------------------------------------------
+
+    def loss(self, model: Any, batch: Batch) -> Tensor:
+        """Eq. 6 on a micro-batch, or one of TRL's losses.
+
+            1/Q · Σ_q 1/(Σ_{i∈q} |y_i|) · Σ_{i∈q} Σ_t min(ρ A, clip(ρ, 1-ε, 1+ε) A)
+
+        It is TRL's "dapo", a mean over all tokens, of advantages that carry each question's weight.
+        """
+        loss_type = self.args.loss_type
+        if loss_type == GROUP_LOSS:
+            loss_type = "dapo"
+            # a checkpoint of logitmix 0.1.0 holds advantages that are weighted already
+            weights_B = batch.get("question_weights", torch.ones_like(batch["advantages"]))
+            batch = batch | {"advantages": batch["advantages"] * weights_B}
+        scores = None if self.scorer is None else self.score(model, batch, loss_type)
+        loss, scores = self.trl_loss(model, batch, loss_type, scores)
+        self.monitor.observe_loss(batch, scores, loss.detach())
+        return loss
+
+    # --- beside the algorithm -----------------------------------------------------------------------------------
+
+    def train_sampler(self, dataset: Dataset | None = None) -> Sampler:
+        """TRL's order of questions, or the one that leaves validation questions out."""
         if isinstance(self.validation_questions, FreshQuestions):
             return self.validation_questions
-        return super()._get_train_sampler(dataset)
+        return super().train_sampler(dataset)
 
-    def _progress(self) -> dict[str, Any]:
-        refills = self.refill_questions.state_dict() if self.args.dynamic_sampling == "refill" else None
-        return super()._progress() | {"refills": refills}
-
-    def _restore(self, progress: dict[str, Any]) -> None:
-        super()._restore(progress)
-        if progress["refills"] is not None:
-            self.refill_questions.load_state_dict(progress["refills"])
+    def _refill_states(self) -> dict[str, State]:
+        if self.args.dynamic_sampling != "refill":
+            return {}
+        return {"refills": State(self.refill_questions.state_dict, self.refill_questions.load_state_dict)}
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """The mixture's own card; TRL's names the one base model that a mixture does not have."""
         if not isinstance(self.model, LogitMixForCausalLM):
             super().create_model_card(*args, **kwargs)
         elif self.is_world_process_zero():
-            members = self.model.describe_members()
-            folder = Path(self.args.output_dir)
-            (folder / "README.md").write_text(
-                CARD.format(folder=folder.name, members=members, config=self.model.config)
-            )
-
-    def _generate(self, prompts: list) -> tuple:
-        mode = "train" if self.model.training else "eval"
-        output = super()._generate(prompts)
-        if self.stop_strings:
-            # TRL takes a completion without EOS for truncated
-            completion_ids, completions = output[1], output[3]
-            stopped = [
-                ids[-1] in self.eos_token_ids or any(stop in _text(completion) for stop in self.stop_strings)
-                for ids, completion in zip(completion_ids, completions, strict=True)
-            ]
-            self._log_truncation(mode, [len(ids) for ids in completion_ids], stopped)
-        return output
-
-    def _log_truncation(self, mode: str, lengths: list[int], stopped: list[bool]) -> None:
-        """TRL's metrics on completion lengths again, now that it is known which completions ended by themselves."""
-        device = self.accelerator.device
-        lengths_N = self.accelerator.gather(torch.tensor(lengths, device=device)).float()
-        stopped_N = self.accelerator.gather(torch.tensor(stopped, device=device))
-        ended_N = lengths_N[stopped_N] if stopped_N.any() else torch.zeros(1, device=device)
-        metrics = self._metrics[mode]
-        metrics["completions/clipped_ratio"][-1] = 1 - stopped_N.float().mean().item()
-        metrics["completions/mean_terminated_length"][-1] = ended_N.mean().item()
-        metrics["completions/min_terminated_length"][-1] = ended_N.min().item()
-        metrics["completions/max_terminated_length"][-1] = ended_N.max().item()
-
-    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        with nullcontext() if self.scoring is None else self.scoring.loss_of(inputs):
-            return super()._compute_loss(model, inputs)
-
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        sample = super()._generate_and_score_completions
-        output = sample(inputs) if self.scoring is None else self.scoring.sampled(sample, inputs)
-        kept_Q = None
-        if self.model.training:
-            spread_Q = has_spread(self._rewards_NF, self.reward_weights, self.num_generations)
-            self._metrics["train"]["groups/without_spread"].append(1 - spread_Q.float().mean().item())
-            if self.args.dynamic_sampling == "refill":
-                output, spread_Q = refill(
-                    self, output, lambda: self._rewards_NF, sample, self.refill_questions, self.args.max_refills
-                )
-            if self.args.dynamic_sampling != "off":
-                kept_Q = spread_Q
-                self._metrics["train"]["groups/kept"].append(kept_Q.float().mean().item())
-        if self.args.loss_type == GROUP_LOSS:
-            num_generations = self.num_generations if self.model.training else self.num_generations_eval
-            mask = output["completion_mask"] * output.get("tool_mask", 1)
-            lengths = self.accelerator.gather(mask.sum(1))
-            factors = group_factors(lengths, num_generations, kept_Q)
-            start = self.accelerator.process_index * len(mask)
-            output["advantages"] = output["advantages"] * factors[start : start + len(mask)]
-        return output
+            write_model_card(self.model, Path(self.args.output_dir))
 
 
-def group_factors(lengths_N: Tensor, num_generations: int, kept_Q: Tensor | None = None) -> Tensor:
-    """Factors `[N]` on the advantages that turn a mean over all tokens into eq. 6's mean over questions.
+def question_weights(lengths_N: Tensor, num_generations: int, kept_Q: Tensor | None = None) -> Tensor:
+    """Eq. 6's normaliser: weights `[N]` that turn a mean over all tokens into a mean over questions.
 
-    `lengths_N` are the completion lengths of N = Q·G rollouts, a question's G beside each other. A rollout of
-    question q gets `(Σ tokens) / (Q · tokens of q)`: since `min(ρA, clip(ρ)A)` scales with a positive factor on A,
+    `lengths_N` are the completion lengths of N = Q·G rollouts, a question's G next to each other. A rollout of
+    question q gets `(Σ tokens) / (Q · tokens of q)`. As `min(ρA, clip(ρ)A)` scales with a positive factor on A,
 
-        1/Σtokens · Σ_q Σ_{i∈q,t} min(ρA, clip(ρ)A) · factor_q  =  1/Q · Σ_q 1/tokens_q · Σ_{i∈q,t} min(ρA, clip(ρ)A)
+        1/Σtokens · Σ_q Σ_{i∈q,t} min(ρA, clip(ρ)A) · weight_q  =  1/Q · Σ_q 1/tokens_q · Σ_{i∈q,t} min(ρA, clip(ρ)A)
 
-    A question without any token has nothing to weigh and gets 0. Where `kept_Q` is given, the mean is over the
-    questions kept: Q is their number, and the others get 0.
+    A question without tokens gets 0. With `kept_Q` the mean is over the questions kept: Q is their number, and the
+    others get 0.
     """
     tokens_Q = lengths_N.view(-1, num_generations).sum(1).float()
     kept_Q = torch.ones_like(tokens_Q) if kept_Q is None else kept_Q.to(tokens_Q)
-    factors_Q = kept_Q * tokens_Q.sum() / (kept_Q.sum().clamp(min=1) * tokens_Q.clamp(min=1)) * (tokens_Q > 0)
-    return factors_Q.repeat_interleave(num_generations)
+    weights_Q = kept_Q * tokens_Q.sum() / (kept_Q.sum().clamp(min=1) * tokens_Q.clamp(min=1)) * (tokens_Q > 0)
+    return weights_Q.repeat_interleave(num_generations)
 
 
-def _text(completion: Any) -> str:
-    """A completion's text; TRL gives conversational ones as messages."""
-    return completion if isinstance(completion, str) else completion[-1]["content"]
+def _tokenizer(model: PreTrainedModel, given: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer given, which must be the mixture's, or the model's own."""
+    own = model.tokenizer if isinstance(model, LogitMixForCausalLM) else None
+    if given is None:
+        source = model.policy if isinstance(model, LogitMixForCausalLM) else model
+        return own or require_tokenizer(source.name_or_path, padding_side="left", truncation_side="left")
+    if own is not None:
+        validate_same_tokenizer([given, own])
+    return given

@@ -1,95 +1,80 @@
-"""How the trainer's scoring of tokens is answered by the mixture, through the fused loss head or the members' logits.
+"""Scores of tokens under the mixture, through the fused loss head or from the members' logits.
 
 Shape legend: B sequences, T tokens, N scored tokens of all sequences, one sequence after another.
 """
 
-import types
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from trl import GRPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from logitmix.loss_head import Coefficients, clipped_coefficients
 from logitmix.loss_head.scorer import AnchorStates, FusedScorer
+from logitmix.mixture.diagnostics import MixtureDiagnostics
 from logitmix.mixture.modeling import LogitMixForCausalLM
+from logitmix.training.config import LogitMixGRPOConfig
+from logitmix.training.trl_patches import Batch, PatchedGRPOTrainer, install_scoring_forward
 
-# Losses that are sums over tokens of eq. 6's clipped term, each token with a weight that is known beforehand
+# Losses that are sums over tokens of eq. 6's clipped term, each token with a weight known before the loss
 _TOKEN_LOSSES = ("dapo", "bnpo", "dr_grpo", "grpo")
 
 
-class MixtureScoring:
-    """Gives the model's forward TRL's scoring protocol, answered by the mixture.
-
-    TRL asks for log-probabilities with `model(..., labels=labels, fused_lm_head=True)`, a forward that it has put on
-    the model itself and that reads `base_model` and `get_output_embeddings()`. This takes that forward's place. It
-    stays a call of the model, so that wrappers (DDP, FSDP) see it, and heads are whole in it where they are sharded.
-    The loss, which has gradients, leaves the mixture's diagnostics with the trainer.
+@dataclass(frozen=True)
+class KeptStates:
+    """The anchors' states that a scoring returned. accelerate, which casts the tensors in a forward's output to
+    float32, does not look inside this object.
     """
 
-    def __init__(self, model: LogitMixForCausalLM, trainer: GRPOTrainer) -> None:
-        self.model, self.trainer, self.args = model, trainer, trainer.args
-        self._fused = FusedScorer(model) if self.args.loss_head == "fused" else None
-        self._inputs: dict[str, Any] | None = None  # of the loss under way
-        self._collected: AnchorStates | None = None  # in the generation step under way
+    by_sequence: AnchorStates
 
-        def forward(self_: Any, *args: Any, fused_lm_head: bool = False, labels: Any = None, **kwargs: Any) -> Any:
-            if not fused_lm_head:
-                return type(self_).forward(self_, *args, labels=labels, **kwargs)
-            return self._score(kwargs["input_ids"], kwargs["attention_mask"], labels, kwargs.get("weights"))
 
-        # `generate` checks its arguments against this signature
-        forward.__wrapped__ = type(model).forward  # type: ignore[attr-defined]
-        model.forward = types.MethodType(forward, model)
+@dataclass
+class MixtureScores(FusedCausalLMOutput):
+    """TRL's output of a scoring forward, with the mixture's diagnostics and the anchors' states where asked for."""
 
-    @contextmanager
-    def loss_of(self, inputs: dict[str, Any]) -> Iterator[None]:
-        """In this context the scores with gradients are those of the loss of `inputs`."""
-        self._inputs = inputs
-        try:
-            yield
-        finally:
-            self._inputs = None
+    diagnostics: MixtureDiagnostics | None = None
+    anchor_states: KeptStates | None = None
 
-    def sampled(self, sample: Callable[[Any], dict[str, Any]], inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """`sample(inputs)`; the anchors' states that its scoring comes by, if any, are its `anchor_states`."""
-        self._collected = []
-        try:
-            output = sample(inputs)
-        finally:
-            collected, self._collected = self._collected, None
-        return output | ({"anchor_states": collected} if collected else {})
 
-    def _score(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, weights: Any) -> FusedCausalLMOutput:
-        trainer, is_loss = self.trainer, torch.is_grad_enabled()
-        inputs = (input_ids, attention_mask, labels, trainer.temperature)
-        diagnose = is_loss and all(self.model.config.weights)
-        if self._fused is None:
-            if diagnose:
-                log_probs, entropy, trainer.diagnostics = self.model.score_and_diagnose(*inputs)
-            else:
-                log_probs, entropy = self.model.score(*inputs, weights=weights)
-            return FusedCausalLMOutput(log_probs=log_probs, entropy=entropy)
-        batch = self._inputs if is_loss else None
-        # Where rows are exchanged after scoring ("refill"), what was kept of them would no longer be theirs
-        keeps = self.args.anchor_states != "recompute" and self.args.dynamic_sampling != "refill"
-        keeps = keeps and self._collected is not None and weights is None and self.model.training
-        scores = self._fused(
-            *inputs,
-            weights=weights,
-            coefficients=None if batch is None else loss_coefficients(trainer, batch, labels[:, 1:] != -100),
-            diagnose=diagnose,
-            anchor_states=None if batch is None else batch.get("anchor_states"),
-            keep_anchor_states=keeps,
-        )
-        if scores.anchor_states is not None and self._collected is not None:
-            self._collected += self._stored(scores.anchor_states)
+class MixtureScorer:
+    """Scores labels under a mixture, as a forward of the model: `model(…, labels=labels, fused_lm_head=True)`."""
+
+    def __init__(self, model: LogitMixForCausalLM, args: LogitMixGRPOConfig) -> None:
+        self.model, self.args = model, args
+        self._fused = FusedScorer(model) if args.loss_head == "fused" else None
+        install_scoring_forward(model, self.score)
+
+    def score(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        weights: Any = None,
+        coefficients: Coefficients | None = None,
+        diagnose: bool = False,
+        anchor_states: AnchorStates | None = None,
+        keep_anchor_states: bool = False,
+    ) -> MixtureScores:
+        """Log-probabilities and entropies of the labels other than -100, `[B, T - 1]`; see `FusedScorer`."""
+        inputs = (input_ids, attention_mask, labels, self.args.temperature)
+        if self._fused is not None:
+            scores = self._fused(
+                *inputs, weights, coefficients, diagnose, anchor_states, keep_anchor_states=keep_anchor_states
+            )
+            kept = None if scores.anchor_states is None else KeptStates(self._stored(scores.anchor_states))
+            return MixtureScores(
+                log_probs=scores.log_probs,
+                entropy=scores.entropy,
+                diagnostics=scores.diagnostics,
+                anchor_states=kept,
+            )
         if diagnose:
-            trainer.diagnostics = scores.diagnostics
-        return FusedCausalLMOutput(log_probs=scores.log_probs, entropy=scores.entropy)
+            log_probs, entropy, diagnostics = self.model.score_and_diagnose(*inputs)
+            return MixtureScores(log_probs=log_probs, entropy=entropy, diagnostics=diagnostics)
+        log_probs, entropy = self.model.score(*inputs, weights=weights)
+        return MixtureScores(log_probs=log_probs, entropy=entropy)
 
     def _stored(self, states: AnchorStates) -> AnchorStates:
         if self.args.anchor_states != "offload":
@@ -97,46 +82,51 @@ class MixtureScoring:
         return [{name: hidden.to("cpu") for name, hidden in of_sequence.items()} for of_sequence in states]
 
 
-def loss_coefficients(trainer: GRPOTrainer, inputs: dict[str, Any], scored_BT: Tensor) -> Coefficients | None:
-    """The derivative of TRL's loss by each scored token's log-prob, up to a common factor; None where it depends on
-    more than that token (a sequence's ratio, the batch's entropies), or is not worked out here.
+def loss_coefficients(
+    trainer: PatchedGRPOTrainer, batch: Batch, scored_BT: Tensor, loss_type: str
+) -> Coefficients | None:
+    """The derivative of TRL's loss by each scored token's log-probability, up to a common factor.
 
-    `scored_BT` are the tokens scored, of which the last columns are the completions'.
+    None where it depends on more than that token (a sequence's ratio, the batch's entropies) or is not derived here;
+    the fused loss head then computes its gradient in the backward pass. The last columns of `scored_BT` are the
+    completions' tokens.
     """
     args = trainer.args
-    of_tokens_alone = (
-        trainer.loss_type in _TOKEN_LOSSES
+    depends_on_token_alone = (
+        loss_type in _TOKEN_LOSSES
         and trainer.importance_sampling_level == "token"
         and trainer.top_entropy_quantile == 1
         and trainer.off_policy_mask_threshold is None
         and args.delta is None
-        and not trainer._entropy_bonus_enabled
-        and "importance_sampling_ratio" not in inputs
+        and not trainer.has_entropy_bonus
+        and "importance_sampling_ratio" not in batch
     )
-    if not of_tokens_alone:
+    if not depends_on_token_alone:
         return None
-    mask_BT = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+    mask_BT = batch["completion_mask"] * batch.get("tool_mask", 1)
     scored_BT = scored_BT[:, -mask_BT.shape[1] :]
     weight_BT = mask_BT.float()
-    if trainer.loss_type == "grpo":
+    if loss_type == "grpo":
         weight_BT = weight_BT / weight_BT.sum(-1, keepdim=True).clamp(min=1)
-    advantages = inputs["advantages"]
+    advantages = batch["advantages"]
     advantages_BT = (advantages.unsqueeze(1) if advantages.dim() == 1 else advantages).expand_as(mask_BT)
     weight_N, advantages_N = weight_BT[scored_BT], advantages_BT[scored_BT]
-    old_BT, anchor_BT = inputs.get("old_per_token_logps"), inputs.get("ref_per_token_logps")
+    old_BT, anchor_BT = batch.get("old_per_token_logps"), batch.get("ref_per_token_logps")
     old_N = None if old_BT is None else old_BT[scored_BT]
     anchor_N = None if anchor_BT is None or trainer.beta == 0 else anchor_BT[scored_BT]
 
     def coefficients(log_probs: Tensor, tokens: slice) -> Tensor:
         old = None if old_N is None else old_N[tokens]
-        of_loss = clipped_coefficients(log_probs, advantages_N[tokens], old, trainer.epsilon_low, trainer.epsilon_high)
-        if anchor_N is not None:  # of TRL's estimate of the KL, exp(gap) - gap - 1, here times the ratio or not
+        derivative = clipped_coefficients(
+            log_probs, advantages_N[tokens], old, trainer.epsilon_low, trainer.epsilon_high
+        )
+        if anchor_N is not None:  # TRL estimates the KL by exp(gap) - gap - 1, times the ratio with the correction
             gap = anchor_N[tokens] - log_probs
             if args.use_bias_correction_kl:
                 ratio = 1 if old is None else torch.exp(log_probs - old)
-                of_loss = of_loss - trainer.beta * ratio * gap
+                derivative = derivative - trainer.beta * ratio * gap
             else:
-                of_loss = of_loss + trainer.beta * (1 - gap.exp())
-        return of_loss * weight_N[tokens]
+                derivative = derivative + trainer.beta * (1 - gap.exp())
+        return derivative * weight_N[tokens]
 
     return coefficients

@@ -1,18 +1,22 @@
-"""What makes an anchor: demonstrations, none of which is cut, and TRL's trainer, which a kill does not harm."""
+"""Supervised fine-tuning of an anchor, on demonstrations that are never truncated."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
-from trl import SFTTrainer
 
 from logitmix.mixture.generation import validate_chat_template
-from logitmix.training.checkpointing.resume import Resumable
+from logitmix.training.checkpointing.resume import Checkpointing
+from logitmix.training.trl_patches import PatchedSFTTrainer
 
 
-class ResumableSFTTrainer(Resumable, SFTTrainer):
-    """TRL's `SFTTrainer`; resumed from a checkpoint it goes on as if it had never been stopped."""
+class ResumableSFTTrainer(PatchedSFTTrainer):
+    """TRL's `SFTTrainer` with exact resume: a resumed run matches an uninterrupted one bit for bit."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.checkpointing = Checkpointing(self)
 
 
 def sft_dataset(

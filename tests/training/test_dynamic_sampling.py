@@ -9,7 +9,7 @@ import grpo_loop
 import pytest
 import torch
 
-from logitmix.training.grpo import group_factors
+from logitmix.training.grpo import question_weights
 from logitmix.training.rollouts.dynamic_sampling import QuestionStream, has_spread, replaced, shareable
 from tests.helpers.grpo import EPS, PROMPTS, trainer_of
 from tests.helpers.torchrun import run_two_processes
@@ -130,10 +130,10 @@ def test_a_run_with_refills_trains(tmp_path):
 def test_factors_over_the_questions_kept():
     lengths = torch.tensor([1, 3, 10, 30, 2, 2])
     per_token = torch.arange(48.0)
-    factors = group_factors(lengths, 2, torch.tensor([True, False, True])).repeat_interleave(lengths)
+    factors = question_weights(lengths, 2, torch.tensor([True, False, True])).repeat_interleave(lengths)
     expected = (per_token[:4].mean() + per_token[44:].mean()) / 2
     torch.testing.assert_close((factors * per_token).sum() / 48, expected)
-    assert group_factors(lengths, 2, torch.zeros(3, dtype=torch.bool)).tolist() == [0] * 6
+    assert question_weights(lengths, 2, torch.zeros(3, dtype=torch.bool)).tolist() == [0] * 6
 
 
 def test_spread_is_of_the_weighted_sum_of_what_was_given():

@@ -13,7 +13,7 @@ from trl import GRPOTrainer
 from logitmix.mixture.generation import generate_completions
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.training.config import LogitMixGRPOConfig
-from logitmix.training.grpo import LogitMixGRPOTrainer, group_factors
+from logitmix.training.grpo import LogitMixGRPOTrainer, question_weights
 from tests.helpers.grpo import EPS, PROMPTS, assert_same_weights, count_vowels, generated, mixture, sampled, trainer_of
 from tests.helpers.members import character_tokenizer, tiny_member
 
@@ -167,17 +167,17 @@ def test_prob_scheme_gradients_are_those_of_the_mixed_probabilities(tmp_path):
         torch.testing.assert_close(parameter.grad, model.policy.get_parameter(name).grad, atol=1e-5, rtol=1e-4)
 
 
-def test_group_factors_turn_a_token_mean_into_a_mean_over_questions():
+def test_question_weights_turn_a_token_mean_into_a_mean_over_questions():
     lengths = torch.tensor([1, 3, 10, 30])
     per_token = torch.arange(44.0)
-    factors = group_factors(lengths, 2).repeat_interleave(lengths)
+    factors = question_weights(lengths, 2).repeat_interleave(lengths)
     expected = (per_token[:4].mean() + per_token[4:].mean()) / 2
     torch.testing.assert_close((factors * per_token).sum() / 44, expected)
 
 
 def test_a_question_without_tokens_gets_factor_0():
-    assert group_factors(torch.tensor([0, 0, 2, 4]), 2).tolist() == [0, 0, 0.5, 0.5]
-    assert group_factors(torch.tensor([0, 0]), 2).tolist() == [0, 0]
+    assert question_weights(torch.tensor([0, 0, 2, 4]), 2).tolist() == [0, 0, 0.5, 0.5]
+    assert question_weights(torch.tensor([0, 0]), 2).tolist() == [0, 0]
 
 
 def test_groups_of_equal_rewards_leave_the_policy_unchanged(tmp_path):

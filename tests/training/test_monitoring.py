@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from logitmix.training.monitoring.clock import Clock
+from logitmix.training.scoring import MixtureScorer
 from tests.helpers.grpo import generated, mixture, trainer_of
 from tests.helpers.members import tiny_member
 from tests.helpers.torchrun import run_two_processes
@@ -52,13 +53,24 @@ def test_the_mixtures_diagnostics_are_means_over_the_completions_tokens(tmp_path
 
 
 @pytest.mark.parametrize("loss_head", ["fused", "reference"])
-def test_scoring_the_old_policy_diagnoses_nothing(tmp_path, loss_head):
+def test_diagnostics_are_computed_for_the_loss_and_not_for_the_old_policy(tmp_path, loss_head, monkeypatch):
+    diagnosed = []
+    score = MixtureScorer.score
+
+    def recorded(*args, **kwargs):
+        scores = score(*args, **kwargs)
+        diagnosed.append(scores.diagnostics is not None)
+        return scores
+
+    monkeypatch.setattr(MixtureScorer, "score", recorded)
     options = {"steps_per_generation": 2, "per_device_train_batch_size": 4, "num_iterations": 2}
     trainer = trainer_of(tmp_path, loss_head=loss_head, **options)
     inputs = trainer._generate_and_score_completions([{"prompt": "ab="}] * 8)
-    assert trainer.diagnostics is None
+    assert diagnosed
+    assert not any(diagnosed)
+    diagnosed.clear()
     trainer._compute_loss(trainer.model, inputs)
-    assert trainer.diagnostics is not None
+    assert diagnosed == [True]
 
 
 def test_every_step_logs_what_it_did_and_cost(tmp_path):

@@ -12,7 +12,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from transformers import AutoModelForCausalLM
 
-from logitmix.training.fsdp import check_fsdp
+from logitmix.training.fsdp import configure_plugin
 from tests.helpers.paths import ROOT
 from tests.helpers.two_processes import BATCHES, RECIPES, VARIANTS, mixture, trainer_of
 
@@ -151,7 +151,7 @@ def test_a_run_in_bf16_rounds_neither_log_probabilities_nor_alpha_nor_gradients(
 def test_the_first_version_of_fsdp_is_refused():
     plugin = FullyShardedDataParallelPlugin(fsdp_version=1)
     with pytest.raises(ValueError, match="fsdp_version is 1; a mixture is sharded by FSDP2 only"):
-        check_fsdp(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)))
+        configure_plugin(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)))
 
 
 def test_the_mixture_names_its_members_layers():

@@ -4,11 +4,10 @@ An outer step is one generation of rollouts and all the updates that use it. alp
 the ratio of eq. 5 compares two mixtures of one alpha.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from trl import GRPOTrainer
 
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.training.alpha.controllers import (
@@ -26,6 +25,9 @@ from logitmix.training.alpha.controllers import (
 from logitmix.training.alpha.validation import FreshQuestions, HeldOut, Rows, updates_per_outer_step, validate
 from logitmix.training.config import LogitMixGRPOConfig
 
+if TYPE_CHECKING:
+    from logitmix.training.grpo import LogitMixGRPOTrainer
+
 STATE = "alpha"  # in the checkpoint's trainer_state.json, under stateful_callbacks
 
 
@@ -37,7 +39,7 @@ class AlphaControl(TrainerCallback):
     cannot be; so this writes and reads its entry of the trainer state itself.)
     """
 
-    def __init__(self, trainer: GRPOTrainer, questions: HeldOut | FreshQuestions | None) -> None:
+    def __init__(self, trainer: "LogitMixGRPOTrainer", questions: HeldOut | FreshQuestions | None) -> None:
         self.trainer, self.questions = trainer, questions
 
     def on_train_begin(
@@ -54,8 +56,8 @@ class AlphaControl(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         trainer = self.trainer
-        if trainer._step % (trainer.args.steps_per_generation * trainer.num_iterations) != 0:
-            return  # TRL will not generate before the next update
+        if not trainer.outer_step_is_complete:
+            return
         if self.questions is not None:
             done = state.global_step // updates_per_outer_step(trainer.args)
             self._set(state, self._validated_alpha(self.questions.after(done - 1)))
@@ -64,7 +66,7 @@ class AlphaControl(TrainerCallback):
 
     def _validated_alpha(self, rows: Rows) -> float:
         trainer, args, alpha = self.trainer, self.trainer.args, self.trainer.model.alpha
-        with trainer.clock.timed("validation"):
+        with trainer.monitor.clock.timed("validation"):
             counts = validate(trainer, rows, alpha, with_anchor=args.alpha_controller == "validation_weighted")
         values = {
             "validation/policy_accuracy": counts.policy / counts.n,
@@ -79,7 +81,7 @@ class AlphaControl(TrainerCallback):
             alpha = adaptive(counts, args.adaptive_offset, args.adaptive_scale)
             values["validation/s3"] = standardised_gain(counts, args.adaptive_offset, args.adaptive_scale)
         for name, value in values.items():
-            trainer._metrics["train"][name].append(value)
+            trainer.step_metrics[name].append(value)
         return alpha
 
     def _set(self, state: TrainerState, alpha: float) -> None:

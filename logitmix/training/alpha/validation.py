@@ -2,21 +2,25 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
 from torch.utils.data import Sampler
-from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 
 from logitmix.training.alpha.controllers import VALIDATING, Counts
 from logitmix.training.config import LogitMixGRPOConfig
 
+if TYPE_CHECKING:
+    from logitmix.training.grpo import LogitMixGRPOTrainer
+
 Rows = Sequence[Mapping[str, Any]]
 
 
-def validation_questions(trainer: GRPOTrainer, held_out: Dataset | None) -> "HeldOut | FreshQuestions | None":
+def validation_questions(
+    trainer: "LogitMixGRPOTrainer", held_out: Dataset | None
+) -> "HeldOut | FreshQuestions | None":
     """Where the controller validates: the questions of `held_out`, or else training questions."""
     args, dataset = trainer.args, trainer.train_dataset
     if args.alpha_controller not in VALIDATING:
@@ -117,7 +121,7 @@ class FreshQuestions(Sampler[int]):
         return self.outer_steps * self.questions * self.repeats * self.passes
 
 
-def validate(trainer: GRPOTrainer, rows: Rows, alpha: float, with_anchor: bool) -> Counts:
+def validate(trainer: "LogitMixGRPOTrainer", rows: Rows, alpha: float, with_anchor: bool) -> Counts:
     """Greedy responses of the policy, the mixture at `alpha` and, if asked, the anchor, counted (eq. 7-8).
 
     All of a process's responses are one batch with an alpha a sequence. A response is correct where the weighted sum
@@ -135,15 +139,12 @@ def validate(trainer: GRPOTrainer, rows: Rows, alpha: float, with_anchor: bool) 
     trainer.model.eval()  # no dropout, which would also draw random numbers
     prompts = [row["prompt"] for row in asked]
     completion_ids = trainer.decode_greedy(
-        trainer._tokenize_prompts(prompts)[0], [alpha for alpha in alphas for _ in mine]
+        trainer.tokenize_prompts(prompts), [alpha for alpha in alphas for _ in mine]
     )
     completions: list[Any] = trainer.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
     if is_conversational(asked[0]):
         completions = [[{"role": "assistant", "content": text}] for text in completions]
-    rewards_NF = trainer._calculate_rewards(asked, prompts, completions, completion_ids)
-    # what the reward functions logged is about these responses, not about rollouts
-    trainer._pending_metrics.clear()
-    trainer._pending_extra_logs.clear()
+    rewards_NF = trainer.unlogged_rewards(asked, prompts, completions, completion_ids)
     trainer.model.train(was_training)
     rewards_N = (rewards_NF * trainer.reward_weights.to(rewards_NF.device)).nansum(1)
     # gathered by process, then alpha, then question; question i was asked by process i % processes

@@ -5,13 +5,15 @@ Shape legend: N completions of all processes, F reward functions.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from trl import GRPOTrainer
+
+if TYPE_CHECKING:
+    from logitmix.training.trl_patches import PatchedGRPOTrainer
 
 WAY_OUT = "Look at the batch, then go on from the last checkpoint with another setting (a lower learning_rate, say)"
 
@@ -61,7 +63,7 @@ def count_broken(values: Tensor, mask: Tensor | None = None) -> Tensor:
     return (broken if mask is None else broken & mask).sum()
 
 
-def stop_run(trainer: GRPOTrainer, what: str, content: dict[str, Any], together: bool = True) -> None:
+def stop_run(trainer: "PatchedGRPOTrainer", what: str, content: dict[str, Any], together: bool = True) -> None:
     """Save `content` under `output_dir/nonfinite-step-N`, a file a process, and raise `FloatingPointError`.
 
     Called by all processes, or by one with `together=False`. The optimizer has not seen the step.
@@ -82,11 +84,13 @@ def stop_run(trainer: GRPOTrainer, what: str, content: dict[str, Any], together:
     )
 
 
-def stop_at_batches(trainer: GRPOTrainer, what: str, batches: Sequence[dict[str, Any]]) -> None:
+def stop_at_batches(trainer: "PatchedGRPOTrainer", what: str, batches: Sequence[dict[str, Any]]) -> None:
     """`stop_run` with the batches as the loss takes them, and their texts."""
 
     def texts(ids_BT: Tensor, mask_BT: Tensor) -> list[str]:
-        return trainer._tokenizer.batch_decode([ids[mask.bool()] for ids, mask in zip(ids_BT, mask_BT, strict=True)])
+        return trainer.text_tokenizer.batch_decode(
+            [ids[mask.bool()] for ids, mask in zip(ids_BT, mask_BT, strict=True)]
+        )
 
     saved = []
     for batch in batches:
@@ -98,7 +102,7 @@ def stop_at_batches(trainer: GRPOTrainer, what: str, batches: Sequence[dict[str,
 
 
 def require_finite_rewards(
-    trainer: GRPOTrainer, rewards_NF: Tensor, prompts: Sequence[Any], completions: Sequence[Any]
+    trainer: "PatchedGRPOTrainer", rewards_NF: Tensor, prompts: Sequence[Any], completions: Sequence[Any]
 ) -> None:
     """Stop the run at a reward that is not finite. `rewards_NF` are of all processes, the rest of this one."""
     broken = broken_reward(rewards_NF, trainer.reward_weights, trainer.reward_func_names)

@@ -10,12 +10,14 @@ import math
 import random
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from trl import GRPOTrainer
+
+if TYPE_CHECKING:
+    from logitmix.training.trl_patches import PatchedGRPOTrainer
 
 Batch = dict[str, Any]
 
@@ -54,10 +56,10 @@ class QuestionStream:
 
 
 def refill(
-    trainer: GRPOTrainer,
+    trainer: "PatchedGRPOTrainer",
     batch: Batch,
-    rewards: Callable[[], Tensor],
-    sample: Callable[[list[dict[str, Any]]], Batch],
+    spread_Q: Tensor,
+    sample: Callable[[list[dict[str, Any]]], tuple[Batch, Tensor]],
     questions: QuestionStream,
     max_refills: int,
 ) -> tuple[Batch, Tensor]:
@@ -69,11 +71,11 @@ def refill(
     warning. The log is of the step's own questions.
     """
     accelerator, G = trainer.accelerator, trainer.num_generations
-    metrics = trainer._metrics["train"]
+    metrics = trainer.step_metrics
     logged = {name: len(values) for name, values in metrics.items()}
-    spread_Q = has_spread(rewards(), trainer.reward_weights, G)
+    spread_Q = spread_Q.clone()
     num_rows = len(batch["prompt_ids"])
-    pad_id = trainer._tokenizer.pad_token_id
+    pad_id = trainer.text_tokenizer.pad_token_id
     whole: Batch | None = None  # of all processes, once a place has to change
     for _ in range(max_refills):
         missing = (~spread_Q).nonzero().flatten().tolist()
@@ -82,8 +84,9 @@ def refill(
         indices = questions.draw(shareable(len(missing), G, accelerator.num_processes))
         rows = [trainer.train_dataset[i] for i in indices for _ in range(G)]
         share = len(rows) // accelerator.num_processes
-        extra = gathered(sample(rows[accelerator.process_index * share :][:share]), accelerator, pad_id)
-        found = has_spread(rewards(), trainer.reward_weights, G).nonzero().flatten().tolist()
+        sampled, rewards_NF = sample(rows[accelerator.process_index * share :][:share])
+        extra = gathered(sampled, accelerator, pad_id)
+        found = has_spread(rewards_NF, trainer.reward_weights, G).nonzero().flatten().tolist()
         whole = gathered(batch, accelerator, pad_id) if whole is None else whole
         places = missing[: len(found)]
         whole = replaced(whole, extra, places, found[: len(places)], G, pad_id)
