@@ -1,6 +1,6 @@
-"""The fused loss head: the mixture's log-probs and their gradient, without ever holding the logits of all tokens."""
+"""The fused loss head: the mixture's log-probs and their gradient without the logits of all tokens in memory."""
 
-from logitmix.loss_head.chunking import Coefficients
-from logitmix.loss_head.log_probs import clipped_coefficients, fused_log_probs
+from logitmix.loss_head.coefficients import Coefficients, clipped_coefficients
+from logitmix.loss_head.log_probs import fused_log_probs
 
 __all__ = ["Coefficients", "clipped_coefficients", "fused_log_probs"]

@@ -1,32 +1,29 @@
-"""What the passes of the fused loss head share: the inputs, its cuts into chunks and tiles, its matrix products.
+"""The inputs that the passes of the fused loss head share, and how they are cut into chunks and tiles.
 
-Shape legend: K members, N tokens, n tokens of a chunk, V vocabulary, v of a tile, D width of a member's hidden states.
+Shape legend: K members, N tokens, n tokens of a chunk, V vocabulary, v tokens of a tile, D hidden width of a member.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from logitmix.loss_head.coefficients import Coefficients
 from logitmix.mixture.diagnostics import MixtureDiagnostics
 from logitmix.mixture.head import Head
 from logitmix.mixture.mixing import Scheme
 
-Coefficients = Callable[[Tensor, slice], Tensor]
-"""From the log-probs `[n]` of a chunk, and where its tokens stand among all N: the loss's derivative by them, `[n]`,
-up to one factor common to all tokens (an accumulation's, or a loss scaler's)."""
-
-# Bytes of a chunk's logits; from here on, reading the heads again for each chunk costs little.
+# Bytes of a chunk's logits, enough that reading the heads again for each chunk costs little
 CHUNK_BYTES = {"cpu": 32_000_000, "cuda": 1_000_000_000}
-# Vocabulary rows of a tile: on a CPU it stays in the cache, on a device fewer and larger operations count.
+# Vocabulary rows of a tile: small enough for a CPU's cache; a GPU prefers fewer and larger operations
 _TILE = {"cpu": 2048, "cuda": 1 << 15}
 _MAX_CHUNK = {"cpu": 512, "cuda": 8192}
 
 
 @dataclass(frozen=True)
 class LossHeadInputs:
-    """What a call of `fused_log_probs` is about, beside the tensors that gradients may reach."""
+    """The arguments of a call of `fused_log_probs`, except the hidden states, which gradients may reach."""
 
     heads: list[Head]
     weights: Tensor  # [K] or [N, K], float64 on the CPU
@@ -37,12 +34,14 @@ class LossHeadInputs:
     coefficients: Coefficients | None = None
     chunk: int | None = None
     tile: int | None = None
-    diagnostics: list[MixtureDiagnostics] | None = None  # one a chunk is appended
-    half: torch.dtype | None = None  # in which a CUDA device multiplies
+    diagnostics: list[MixtureDiagnostics] | None = None  # each chunk appends one
+    half_dtype: torch.dtype | None = None  # the dtype of a CUDA device's matrix products
 
     def chunks(self, columns: int, least: int) -> Iterator[slice]:
-        """Slices of tokens, so few that `columns` values a token fit the budget, but `least` at least, below which
-        matrix products are slow."""
+        """Slices of the tokens such that `columns` float32 values a token fit the memory budget.
+
+        A slice has at least `least` tokens: below that, matrix products are slow.
+        """
         N, device = len(self.targets_N), self.targets_N.device.type
         fitting = CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"]) // (4 * columns)
         size = self.chunk or max(least, min(_MAX_CHUNK.get(device, _MAX_CHUNK["cuda"]), fitting))
@@ -58,8 +57,8 @@ class LossHeadInputs:
         V, width = self.vocab_size, self.tile_width
         return [slice(start, min(start + width, V)) for start in range(0, V, width)]
 
-    def weights_of(self, k: int, tokens: slice, like: Tensor) -> Tensor:
-        """Weights `[n, 1]` of member k."""
+    def member_weights(self, k: int, tokens: slice, like: Tensor) -> Tensor:
+        """Weights `[n, 1]` of member k at each token."""
         weights = self.weights[..., k]
         weights = weights[tokens] if weights.dim() else weights.expand(tokens.stop - tokens.start)
         return weights.to(like).unsqueeze(-1)
@@ -67,9 +66,10 @@ class LossHeadInputs:
 
 @dataclass
 class Gradients:
-    """Of the log-probs by the hidden states, a row a token; of the loss by head weights and biases, up to a factor.
+    """Gradients that the passes fill in; None where none is needed.
 
-    None where it is not asked for.
+    `hidden` are those of each token's log-prob by the hidden states, `weight` and `bias` those of the loss by the
+    heads, up to the factor that the coefficients leave open.
     """
 
     hidden: list[Tensor | None]
@@ -77,32 +77,5 @@ class Gradients:
     bias: list[Tensor | None]
 
     @property
-    def of_heads(self) -> bool:
+    def reach_heads(self) -> bool:
         return any(gradient is not None for gradient in (*self.weight, *self.bias))
-
-
-def multiply(a: Tensor, b: Tensor, dtype: torch.dtype, half: torch.dtype | None = None) -> Tensor:
-    """`a @ b`, added up in `dtype`; a CUDA device multiplies in `half` if given."""
-    if half is not None and a.is_cuda:
-        return torch.mm(a.to(half), b.to(half), out_dtype=dtype)
-    a, b = a.to(dtype), b.to(dtype)  # a CPU in half precision would round the sums as well
-    if _multiplies_by_onednn(a):
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "")
-        return product
-    return a @ b
-
-
-def add_product(out: Tensor, a: Tensor, b: Tensor, half: torch.dtype | None = None) -> None:
-    """`out += a @ b`, with the precision of `multiply`."""
-    if half is not None and out.is_cuda:
-        torch.addmm(out, a.to(half), b.to(half), out_dtype=out.dtype, out=out)
-    elif _multiplies_by_onednn(out):
-        out.add_(multiply(a, b, out.dtype))
-    else:
-        out.addmm_(a.to(out.dtype), b.to(out.dtype))
-
-
-def _multiplies_by_onednn(like: Tensor) -> bool:
-    """Where oneDNN is up to twice as fast as `torch.mm`, that is MKL's, which uses AVX-512 on Intel's CPUs alone."""
-    is_asked = like.device.type == "cpu" and like.dtype == torch.float32 and bool(torch.backends.mkldnn.enabled)
-    return is_asked and torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]

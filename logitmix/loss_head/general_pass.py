@@ -1,12 +1,13 @@
-"""The general pass of the fused loss head: any scheme, soft caps, and the gradient through the entropy.
+"""The general pass of the fused loss head: any scheme, soft caps, and gradients through the entropy.
 
-Shape legend: K members, N tokens, n tokens of a chunk, V vocabulary, D width of a member's hidden states.
+Shape legend: K members, N tokens, n tokens of a chunk, V vocabulary, D hidden width of a member.
 """
 
 import torch
 from torch import Tensor
 
-from logitmix.loss_head.chunking import Gradients, LossHeadInputs, add_product, multiply
+from logitmix.loss_head.chunking import Gradients, LossHeadInputs
+from logitmix.loss_head.matmul import add_product, multiply
 from logitmix.mixture.diagnostics import mixture_diagnostics
 from logitmix.mixture.head import Head
 from logitmix.mixture.log_probs import log_probs_and_entropy
@@ -20,18 +21,21 @@ def run_general(
     gradients: Gradients,
     grad_scores: tuple[Tensor, Tensor] | None,
 ) -> None:
-    """Whole rows of the vocabulary. The heads' products are ours, what follows up to the scores is autograd's."""
-    wants = [
+    """Fill in `scores` (log-probs and entropies, `[2, N]`) and `gradients`, from whole rows of logits.
+
+    The products with the heads are differentiated here, everything from the logits to the scores by autograd.
+    """
+    needs_grad = [
         any(g is not None for g in (gradients.hidden[k], gradients.weight[k], gradients.bias[k]))
         for k in range(len(hidden))
     ]
-    # in rows of logits, what a member takes with autograd's intermediate results: about 6 with a gradient, 3 without
-    for tokens in inputs.chunks(inputs.vocab_size * (3 * len(hidden) + 3 * sum(wants)), least=32):
-        raw = [_raw_logits(inputs, head, h[tokens], scores) for head, h in zip(inputs.heads, hidden, strict=True)]
-        leaves = [z.requires_grad_() for z, want in zip(raw, wants, strict=True) if want]
+    # rows of logits that a member takes with autograd's intermediate results: about 6 with a gradient, 3 without
+    for tokens in inputs.chunks(inputs.vocab_size * (3 * len(hidden) + 3 * sum(needs_grad)), least=32):
+        products = [_project(inputs, head, h[tokens], scores) for head, h in zip(inputs.heads, hidden, strict=True)]
+        leaves = [z.requires_grad_() for z, needed in zip(products, needs_grad, strict=True) if needed]
         weights = inputs.weights if inputs.weights.dim() == 1 else inputs.weights[tokens]
-        with torch.set_grad_enabled(any(wants)):
-            logits = [head.transform(z) for head, z in zip(inputs.heads, raw, strict=True)]
+        with torch.set_grad_enabled(any(needs_grad)):
+            logits = [head.transform(z) for head, z in zip(inputs.heads, products, strict=True)]
             mixed = mix_logits(logits, weights, inputs.scheme)
             chunk_scores = log_probs_and_entropy(mixed, inputs.targets_N[tokens], inputs.temperature)
         if inputs.diagnostics is not None:
@@ -43,39 +47,40 @@ def run_general(
             continue
         ones_n = torch.ones_like(scores[0, tokens])
         upstream = (ones_n, torch.zeros_like(ones_n)) if grad_scores is None else tuple(g[tokens] for g in grad_scores)
-        slopes = iter(torch.autograd.grad(chunk_scores, leaves, upstream))
+        grad_logits = iter(torch.autograd.grad(chunk_scores, leaves, upstream))
         coefficients_n = ones_n
-        if gradients.of_heads and grad_scores is None:
+        if gradients.reach_heads and grad_scores is None:
             assert inputs.coefficients is not None
             coefficients_n = inputs.coefficients(scores[0, tokens], tokens).to(ones_n)
-        for k, want in enumerate(wants):
-            if want:
-                _add_gradients(inputs, k, next(slopes), hidden[k], tokens, coefficients_n, gradients)
+        for k, needed in enumerate(needs_grad):
+            if needed:
+                _add_gradients(inputs, k, next(grad_logits), hidden[k], tokens, coefficients_n, gradients)
 
 
-def _raw_logits(inputs: LossHeadInputs, head: Head, hidden_nD: Tensor, like: Tensor) -> Tensor:
-    """The head's products and bias `[n, V]`, in the dtype of `like`."""
+def _project(inputs: LossHeadInputs, head: Head, hidden_nD: Tensor, like: Tensor) -> Tensor:
+    """`h @ weight.T + bias`, `[n, V]`, in the dtype of `like`."""
     z_nV = like.new_empty(len(hidden_nD), inputs.vocab_size)
     for tile in inputs.tiles:
-        z_nV[:, tile] = multiply(hidden_nD, head.weight[tile].T, like.dtype, inputs.half)
+        z_nV[:, tile] = multiply(hidden_nD, head.weight[tile].T, like.dtype, inputs.half_dtype)
     return z_nV if head.bias is None else z_nV.add_(head.bias[: inputs.vocab_size])
 
 
 def _add_gradients(
     inputs: LossHeadInputs,
     k: int,
-    slope_nV: Tensor,
+    grad_nV: Tensor,
     hidden_ND: Tensor,
     tokens: slice,
     coefficients_n: Tensor,
     gradients: Gradients,
 ) -> None:
-    by_hidden, by_weight, by_bias = gradients.hidden[k], gradients.weight[k], gradients.bias[k]
-    weighted_nD = hidden_ND[tokens].to(slope_nV) * coefficients_n.unsqueeze(-1)
+    """Add the chunk's part to the gradients of member k, from the gradient `grad_nV` by its logits."""
+    grad_hidden, grad_weight, grad_bias = gradients.hidden[k], gradients.weight[k], gradients.bias[k]
+    weighted_nD = hidden_ND[tokens].to(grad_nV) * coefficients_n.unsqueeze(-1)
     for tile in inputs.tiles:
-        if by_hidden is not None:
-            add_product(by_hidden[tokens], slope_nV[:, tile], inputs.heads[k].weight[tile], inputs.half)
-        if by_weight is not None:
-            add_product(by_weight[tile], slope_nV[:, tile].T, weighted_nD, inputs.half)
-    if by_bias is not None:
-        by_bias[: inputs.vocab_size].addmv_(slope_nV.T, coefficients_n)
+        if grad_hidden is not None:
+            add_product(grad_hidden[tokens], grad_nV[:, tile], inputs.heads[k].weight[tile], inputs.half_dtype)
+        if grad_weight is not None:
+            add_product(grad_weight[tile], grad_nV[:, tile].T, weighted_nD, inputs.half_dtype)
+    if grad_bias is not None:
+        grad_bias[: inputs.vocab_size].addmv_(grad_nV.T, coefficients_n)

@@ -1,6 +1,6 @@
 """Scoring tokens under a mixture through the fused loss head.
 
-Shape legend: K members, B batch, T time, N scored tokens, V vocabulary, D width of a member's hidden states.
+Shape legend: K members, B batch, T time, N scored tokens, V vocabulary, D hidden width of a member.
 """
 
 from typing import NamedTuple
@@ -11,17 +11,23 @@ from torch import Tensor
 from logitmix.loss_head import Coefficients, fused_log_probs
 from logitmix.mixture.configuration import resolve_weights
 from logitmix.mixture.diagnostics import MixtureDiagnostics
-from logitmix.mixture.head import HeadTransform, infer_head_transform, last_hidden_states, read_head, run_inside_heads
+from logitmix.mixture.head import (
+    HeadTransform,
+    infer_head_transform,
+    last_hidden_states,
+    read_head,
+    run_inside_heads,
+)
 from logitmix.mixture.mixing import Weights
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.mixture.padding import position_ids_from_mask
 
 AnchorStates = list[dict[str, Tensor]]
-"""For each sequence the last hidden states of its scored tokens, `[tokens, D]` of each anchor that was run."""
+"""For each sequence, the last hidden states `[tokens, D]` at its scored tokens of each anchor that ran."""
 
 
 class Scores(NamedTuple):
-    """Entry t is about the token at t + 1, `[B, T - 1]`, and 0 where that is not scored."""
+    """Entry t, of `[B, T - 1]`, scores the token at t + 1; it is 0 for tokens that are not scored."""
 
     log_probs: Tensor
     entropy: Tensor
@@ -30,9 +36,9 @@ class Scores(NamedTuple):
 
 
 class FusedScorer:
-    """Scores tokens under a mixture without its logits: members run up to their last hidden states, at scored tokens.
+    """Scores tokens under a mixture without its logits, from the members' last hidden states at those tokens.
 
-    Raises `ValueError` for a member whose output head the fused loss head does not know.
+    Raises `ValueError` for a member whose output head the fused loss head cannot read.
     """
 
     def __init__(self, model: LogitMixForCausalLM) -> None:
@@ -56,17 +62,17 @@ class FusedScorer:
         """Scores of the labels other than -100, equal to those of [`LogitMixForCausalLM.score`] up to rounding.
 
         Args:
-            coefficients: the loss's derivative by the log-probs, those of all sequences one after another; see
-                [`fused_log_probs`].
-            diagnose: compare the mixture to its members, whose weights must then differ from 0.
-            anchor_states: those of an earlier call with these tokens and labels; the anchors are then not run.
-            keep_anchor_states: return them.
+            coefficients: derivative of the loss by the log-probs of all sequences in a row; see [`fused_log_probs`].
+            diagnose: also compare the mixture with its members. Requires non-zero weights.
+            anchor_states: the states that an earlier call returned for these tokens and labels; the anchors do not
+                run again.
+            keep_anchor_states: return the anchors' states.
         """
         config = self.model.config
         resolved = resolve_weights(None, weights, len(config.members), config.scheme, config.weights)
-        used = (resolved.view(-1, resolved.shape[-1]) != 0).any(0).tolist()
-        places = [k for k, is_used in enumerate(used) if is_used] or [0]
-        names = [config.members[k] for k in places]
+        is_active = (resolved.view(-1, resolved.shape[-1]) != 0).any(0)
+        active = is_active.nonzero().flatten().tolist() or [0]  # all weights 0: the uniform distribution
+        names = [config.members[k] for k in active]
         targets_BT = labels[:, 1:]
         scored_BT = targets_BT != -100
         hidden = [
@@ -75,19 +81,19 @@ class FusedScorer:
             else self._hidden_states(name, input_ids, attention_mask, scored_BT)
             for name in names
         ]
-        models = [config.model_of(name) for name in names]
-        members = [getattr(self.model, model) for model in models]
-        weights_K = resolved[..., places]
-        if weights_K.dim() == 2:  # a row a sequence; the loss head takes a row a token
+        model_names = [config.model_of(name) for name in names]
+        models = [getattr(self.model, name) for name in model_names]
+        weights_K = resolved[..., active]
+        if weights_K.dim() == 2:  # from one row a sequence to one row a token
             weights_K = weights_K.repeat_interleave(scored_BT.sum(1).cpu(), dim=0)
         chunks: list[MixtureDiagnostics] = []
 
-        def of_hidden(hidden: list[Tensor]) -> tuple[Tensor, Tensor]:
+        def score(hidden: list[Tensor]) -> tuple[Tensor, Tensor]:
             return fused_log_probs(
                 hidden,
                 [
-                    read_head(member, self._head_transforms[model])
-                    for member, model in zip(members, models, strict=True)
+                    read_head(model, self._head_transforms[name])
+                    for model, name in zip(models, model_names, strict=True)
                 ],
                 weights_K,
                 targets_BT[scored_BT],
@@ -96,46 +102,46 @@ class FusedScorer:
                 config.vocab_size,
                 coefficients,
                 diagnostics=chunks if diagnose else None,
-                check=False,  # a guard of the trainer looks at the outcome
+                check=False,  # the trainer checks the loss, without another synchronisation
             )
 
-        log_probs_N, entropy_N = run_inside_heads([m.get_output_embeddings() for m in members], hidden, of_hidden)
+        log_probs_N, entropy_N = run_inside_heads([m.get_output_embeddings() for m in models], hidden, score)
         kept = None
         if keep_anchor_states:
-            kept = _by_sequence(
-                {name: h for name, h in zip(names, hidden, strict=True) if name != "policy"}, scored_BT
-            )
-        found = None
+            anchors = {name: h for name, h in zip(names, hidden, strict=True) if name != "policy"}
+            kept = _split_by_sequence(anchors, scored_BT)
+        diagnostics = None
         if chunks:
-            found = MixtureDiagnostics(*(_placed(torch.cat(parts), scored_BT) for parts in zip(*chunks, strict=True)))
-        return Scores(_placed(log_probs_N, scored_BT), _placed(entropy_N, scored_BT), found, kept)
+            fields = (_scatter(torch.cat(parts), scored_BT) for parts in zip(*chunks, strict=True))
+            diagnostics = MixtureDiagnostics(*fields)
+        return Scores(_scatter(log_probs_N, scored_BT), _scatter(entropy_N, scored_BT), diagnostics, kept)
 
     def _hidden_states(self, name: str, input_ids: Tensor, attention_mask: Tensor, scored_BT: Tensor) -> Tensor:
-        """The last hidden states `[N, D]` of the member `name` where the next token is scored."""
-        position_ids = position_ids_from_mask(attention_mask)
-        with (
-            self.model.as_member(name) as member,
-            torch.set_grad_enabled(torch.is_grad_enabled() and name == "policy"),
-        ):
+        """The last hidden states `[N, D]` of the member `name` at the tokens that predict a scored one."""
+        needs_grad = torch.is_grad_enabled() and name == "policy"
+        with self.model.as_member(name) as member, torch.set_grad_enabled(needs_grad):
             hidden_BTD = last_hidden_states(
-                member, input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids
+                member,
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids_from_mask(attention_mask),
             )
         return hidden_BTD[:, :-1][scored_BT]
 
 
-def _placed(scores_N: Tensor, scored_BT: Tensor) -> Tensor:
-    """`[N, ...]` put where it was scored, 0 elsewhere: `[B, T - 1, ...]`."""
+def _scatter(scores_N: Tensor, scored_BT: Tensor) -> Tensor:
+    """`[N, ...]` at the scored tokens of `[B, T - 1, ...]`, 0 elsewhere."""
     rest = scores_N.shape[1:]
     mask = scored_BT.view(*scored_BT.shape, *(1 for _ in rest)).expand(*scored_BT.shape, *rest)
     return scores_N.new_zeros(mask.shape).masked_scatter(mask, scores_N)
 
 
-def _by_sequence(hidden: dict[str, Tensor], scored_BT: Tensor) -> AnchorStates:
+def _split_by_sequence(hidden: dict[str, Tensor], scored_BT: Tensor) -> AnchorStates:
     lengths = scored_BT.sum(1).tolist()
     device = scored_BT.device.type
-    kept = {}
+    parts = {}
     for name, hidden_ND in hidden.items():
-        if torch.is_autocast_enabled(device):  # as a head would take them
+        if torch.is_autocast_enabled(device):  # the dtype in which a head would take them
             hidden_ND = hidden_ND.to(torch.get_autocast_dtype(device))
-        kept[name] = torch.split(hidden_ND, lengths)
-    return [{name: parts[i] for name, parts in kept.items()} for i in range(len(lengths))]
+        parts[name] = torch.split(hidden_ND, lengths)
+    return [{name: states[i] for name, states in parts.items()} for i in range(len(lengths))]

@@ -1,7 +1,7 @@
-"""LoRA adapters of PEFT on one model: several members of a mixture on weights that are held once.
+"""LoRA adapters of PEFT on one model: several members of a mixture whose base is in memory once.
 
-An adapter is named after its member (`policy`, `anchor_0`, …). Running a member means running the model while its
-adapter is the active one, or none.
+Each adapter has the name of its member (`policy`, `anchor_0`, …). A member runs as the model with its adapter active,
+or with no adapter.
 """
 
 import json
@@ -19,13 +19,16 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import find_adapter_config_file
 
-NO_ADAPTER = "off"  # the anchor that is the policy's model without an adapter
-_PREFIX = "base_model.model."  # of the names in an adapter's file
-# Loaded in float32 beside a base in half precision, as PEFT creates and trains them
+from logitmix.mixture.peft_patches import set_active_adapters
+from logitmix.mixture.transformers_patches import mark_adapters_loaded, mark_initialized
+
+NO_ADAPTER = "off"  # in a configuration: the anchor that is the policy's model without an adapter
+_PREFIX = "base_model.model."  # of the weights' names in an adapter file
+# Kept in float32 on a base in half precision, as PEFT creates and trains them
 ADAPTER_WEIGHTS = ["lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"]
-# Ways to start an adapter that take a part out of the base's weights, which other members and exports rely on
+# Initialisations that subtract from the base's weights, which other members and exports share
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-_UNTRIED = (
+_UNTESTED_VARIANTS = (
     *("alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "velora_config"),
     *("use_bdlora", "use_qalora", "megatron_config", "target_parameters"),
 )
@@ -33,7 +36,7 @@ _PROBE_TOKENS = 8
 
 
 def read_adapter_config(source: str) -> LoraConfig | None:
-    """The configuration of the adapter at a folder or hub id, None where there is a model or nothing.
+    """The configuration of the adapter at a folder or hub id; None if that is a model or does not exist.
 
     Raises `ValueError` for an adapter that a mixture cannot hold.
     """
@@ -48,38 +51,39 @@ def read_adapter_config(source: str) -> LoraConfig | None:
     config = PeftConfig.from_pretrained(source)
     validate_adapter_config(config, f"the adapter {source!r}")
     if not config.base_model_name_or_path:
-        raise ValueError(f"the adapter {source!r} does not say which model it was made on (base_model_name_or_path)")
+        raise ValueError(
+            f"the adapter {source!r} does not name its base model; set base_model_name_or_path in its "
+            "adapter_config.json"
+        )
     return config
 
 
 def validate_adapter_config(config: PeftConfig, what: str = "peft_config") -> None:
-    """Raise `ValueError` for an adapter that would change what the members share, or is no LoRA."""
+    """Raise `ValueError` for an adapter that is no LoRA adapter, or changes the base that members share."""
     if not isinstance(config, PeftConfig):
-        raise ValueError(f"{what} is a {type(config).__name__}; give a LoraConfig of PEFT")
+        raise ValueError(f"{what} is a {type(config).__name__}; pass a LoraConfig of PEFT")
     if config.peft_type != PeftType.LORA:
-        raise ValueError(f"{what} is of type {config.peft_type}; members of a mixture can be LoRA adapters only")
-    start = config.init_lora_weights
-    variant = next((name for name in _UNTRIED if getattr(config, name, None)), None)
+        raise ValueError(f"{what} is of type {config.peft_type}; a member of a mixture can only be a LoRA adapter")
+    variant = next((name for name in _UNTESTED_VARIANTS if getattr(config, name, None)), None)
     if variant is not None:
-        raise ValueError(
-            f"{what} has {variant} set, a variant of LoRA with which mixtures are not tested; leave it out"
-        )
+        raise ValueError(f"{what} sets {variant}, a variant of LoRA that mixtures are not tested with; leave it out")
+    start = config.init_lora_weights
     for reason in (
         f"bias={config.bias!r} trains the base's own biases" if config.bias != "none" else None,
         "layer_replication changes the base's layers" if config.layer_replication else None,
         "trainable_token_indices changes the base's embeddings" if config.trainable_token_indices else None,
-        f"init_lora_weights={start!r} takes a part out of the base's weights"
+        f"init_lora_weights={start!r} subtracts from the base's weights"
         if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE)
         else None,
     ):
         if reason is not None:
-            raise ValueError(f"{what} cannot be a member of a mixture: {reason}, and members share the base")
+            raise ValueError(f"{what} cannot be a member of a mixture: {reason}, which the members share")
 
 
 def validate_adapter_targets(model: nn.Module, config: PeftConfig) -> None:
-    """Raise `ValueError` for a new adapter of which a part would not train; PEFT passes over unknown names."""
-    if getattr(config, "lora_alpha", None) == 0:  # other kinds of adapter, without an anchor, have none
-        raise ValueError("lora_alpha is 0, which scales the adapter to nothing, so that it would not train")
+    """Raise `ValueError` if part of a new adapter would not train; PEFT ignores names that match no module."""
+    if getattr(config, "lora_alpha", None) == 0:  # adapters other than LoRA, for a run without an anchor, have none
+        raise ValueError("lora_alpha is 0, which scales the adapter to 0, so it would not train; set it above 0")
     paths = [path for path, _ in model.named_modules()]
     for option in ("target_modules", "modules_to_save"):
         names = getattr(config, option, None)
@@ -89,14 +93,19 @@ def validate_adapter_targets(model: nn.Module, config: PeftConfig) -> None:
 
 
 def adapter_layers(model: nn.Module) -> list[tuple[str, Any]]:
-    """The layers of the model that hold adapters, and their paths."""
+    """The paths and layers of the model that have adapters."""
     kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
     return [(path, module) for path, module in model.named_modules() if isinstance(module, kinds)]
 
 
 def adapter_parameters(layer: Any) -> list[nn.Parameter]:
-    """The parameters of all adapters of a layer; the base's are the others."""
+    """The parameters of all adapters of a layer, without the base's."""
     return [parameter for adapters in _adapter_dicts(layer) for parameter in adapters.parameters()]
+
+
+def has_adapter(layer: Any, name: str) -> bool:
+    """Whether the layer has weights of the adapter `name`."""
+    return any(name in adapters for adapters in _adapter_dicts(layer))
 
 
 def _adapter_dicts(layer: Any) -> list[Any]:
@@ -104,44 +113,48 @@ def _adapter_dicts(layer: Any) -> list[Any]:
 
 
 def add_adapter(model: PreTrainedModel, name: str, config: LoraConfig, source: str | None = None) -> dict[str, Any]:
-    """Give the model an adapter under `name`, untrained or with the weights at `source`; returns its record.
+    """Add an adapter `name` to the model, new or with the weights at `source`; return its configuration as a dict.
 
-    Its weights are float32 where the model's are of half precision, as in PEFT.
+    Its weights are float32 even if the model's are half precision, as in PEFT.
 
     Raises `ValueError` for an adapter that does not fit the model.
     """
     config.base_model_name_or_path = config.base_model_name_or_path or model.name_or_path or None
-    _require_untied(model, config)
+    _validate_untied(model, config)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are meant
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are intended
             inject_adapter_in_model(config, model, name)
     except ValueError as error:
         raise ValueError(f"the adapter of {name} does not fit {_name(model)}: {error}") from error
     for _, layer in adapter_layers(model):
         for adapters in _adapter_dicts(layer):
             for module in adapters.modules():
-                module._is_hf_initialized = True  # or the mixture's `post_init` would draw these weights anew
-    model._hf_peft_config_loaded = True  # what transformers goes by, in save_pretrained for instance
+                mark_initialized(module)
+    mark_adapters_loaded(model)
     cast_adapter_dtype(model, name)
     if source is not None:
-        weights = {key.removeprefix(_PREFIX): value for key, value in load_peft_weights(source, device="cpu").items()}
-        try:
-            loaded = set_peft_model_state_dict(model, weights, adapter_name=name)
-        except RuntimeError as error:
-            raise ValueError(f"the adapter {source!r} does not fit {_name(model)}: {error}") from error
-        missing = [key for key in loaded.missing_keys if f".{name}." in key or key.endswith(f".{name}")]
-        if missing or loaded.unexpected_keys:
-            raise ValueError(
-                f"the adapter {source!r} does not fit {_name(model)}: "
-                f"{len(missing)} of its weights are missing and {len(loaded.unexpected_keys)} have no place, "
-                f"{(missing + list(loaded.unexpected_keys))[0]!r} for instance"
-            )
+        _load_adapter_weights(model, name, source)
     return adapter_config_to_dict(config)
 
 
+def _load_adapter_weights(model: PreTrainedModel, name: str, source: str) -> None:
+    weights = {key.removeprefix(_PREFIX): value for key, value in load_peft_weights(source, device="cpu").items()}
+    try:
+        loaded = set_peft_model_state_dict(model, weights, adapter_name=name)
+    except RuntimeError as error:
+        raise ValueError(f"the adapter {source!r} does not fit {_name(model)}: {error}") from error
+    missing = [key for key in loaded.missing_keys if f".{name}." in key or key.endswith(f".{name}")]
+    unexpected = list(loaded.unexpected_keys)
+    if missing or unexpected:
+        raise ValueError(
+            f"the adapter {source!r} does not fit {_name(model)}: {len(missing)} weights are missing and "
+            f"{len(unexpected)} are unexpected, {(missing + unexpected)[0]!r} for example"
+        )
+
+
 def merge_adapter(model: PreTrainedModel, source: str) -> PreTrainedModel:
-    """The model with the adapter at `source` merged into its weights."""
+    """Merge the adapter at `source` into the model's weights; return the model in evaluation mode."""
     merged: PreTrainedModel = PeftModel.from_pretrained(model, source).merge_and_unload(safe_merge=True)
     merged.name_or_path = source
     merged.requires_grad_(True)  # PEFT froze it
@@ -149,30 +162,28 @@ def merge_adapter(model: PreTrainedModel, source: str) -> PreTrainedModel:
 
 
 class Adapters:
-    """The adapters of one model, of which one or none is active."""
+    """The adapters of one model, of which at most one is active."""
 
     def __init__(self, model: PreTrainedModel, names: Sequence[str]) -> None:
         self.model = model
         self._layers = [layer for _, layer in adapter_layers(model)]
-        # A layer of LoRA passes over an adapter that it does not have; a copy of a module (modules_to_save) does not.
+        # Of an adapter that it lacks, a LoRA layer ignores the name (and transformers reads the name there to save the
+        # active adapter), but a copy of a module (modules_to_save) fails.
         self._active = {
             name: [
-                [name] if isinstance(layer, BaseTunerLayer) or name in layer._get_available_adapters() else []
+                [name] if isinstance(layer, BaseTunerLayer) or has_adapter(layer, name) else []
                 for layer in self._layers
             ]
             for name in [*names, NO_ADAPTER]
         }
 
     def activate(self, name: str) -> None:
-        """Make the adapter of the member `name` the active one, or none where it has none.
-
-        PEFT's own `set_adapter` makes what it activates trainable, and visits every weight: too much, twice a token.
-        """
+        """Make the adapter of the member `name` the active one; no adapter if it has none."""
         for layer, active in zip(self._layers, self._active[name], strict=True):
-            layer._active_adapter = active
+            set_active_adapters(layer, active)
 
     def train_only(self, name: str, requires_grad: bool = True) -> None:
-        """Gradients for the adapter of the member `name`, for no other weight of the model; it becomes active."""
+        """Activate the adapter of the member `name`, and let it alone require gradients."""
         self.model.requires_grad_(False)
         for layer in self._layers:
             for adapters in _adapter_dicts(layer):
@@ -182,7 +193,10 @@ class Adapters:
 
     @contextmanager
     def as_member(self, name: str, then: str) -> Iterator[None]:
-        """The model is the member `name`, without dropout; afterwards it is the member `then`, in the mode it had."""
+        """Within the context the model is the member `name` in evaluation mode.
+
+        On exit the member `then` is active and every module is in the mode it had.
+        """
         training = [module for module in self.model.modules() if module.training]
         for module in training:
             module.training = False
@@ -196,7 +210,7 @@ class Adapters:
 
     @torch.no_grad()
     def validate_adapter_effect(self, name: str, source: str) -> None:
-        """Raise `ValueError` where the adapter leaves the model's logits as they are without one."""
+        """Raise `ValueError` if the adapter of the member `name` does not change the model's logits."""
         ids = torch.arange(1, 1 + _PROBE_TOKENS, device=self.model.device).unsqueeze(0)
         logits = []
         for member in (name, NO_ADAPTER):
@@ -204,38 +218,39 @@ class Adapters:
                 logits.append(self.model(input_ids=ids, use_cache=False).logits)
         if torch.equal(*logits):
             raise ValueError(
-                f"the anchor's adapter {source!r} changes nothing: with it the base gives the same logits as without "
-                "it (an untrained adapter does). Give the trained one, or the base itself as the anchor"
+                f"the anchor's adapter {source!r} does not change the base's logits, as an untrained adapter does "
+                "not; pass a trained adapter, or the base itself as the anchor"
             )
 
 
 def adapter_config_to_dict(config: LoraConfig) -> dict[str, Any]:
-    """The configuration as JSON has it; [`adapter_config_from_dict`] reads it back."""
+    """The configuration as JSON values, for `adapter_config_from_dict`."""
     values = {key: value for key, value in config.to_dict().items() if key != "runtime_config"}
-    record: dict[str, Any] = json.loads(json.dumps(values, default=lambda value: sorted(value)))
-    return record
+    json_values: dict[str, Any] = json.loads(json.dumps(values, default=lambda value: sorted(value)))
+    return json_values
 
 
-def adapter_config_from_dict(record: dict[str, Any]) -> LoraConfig:
-    return PeftConfig.from_peft_type(**record)
+def adapter_config_from_dict(values: dict[str, Any]) -> LoraConfig:
+    return PeftConfig.from_peft_type(**values)
 
 
 def _name(model: nn.Module) -> str:
     return repr(model.name_or_path) if getattr(model, "name_or_path", None) else f"the {type(model).__name__}"
 
 
-def _require_untied(model: PreTrainedModel, config: LoraConfig) -> None:
+def _validate_untied(model: PreTrainedModel, config: LoraConfig) -> None:
+    """Raise `ValueError` for an adapter on embeddings or a head that share one weight."""
     if not model.config.get_text_config(decoder=True).tie_word_embeddings:
         return
     names = {id(module): path for path, module in model.named_modules()}
-    ends = {
+    tied = {
         names[id(module)].rpartition(".")[2]
         for module in (model.get_input_embeddings(), model.get_output_embeddings())
     }
     targets = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules or []
-    touched = ends & {target.rpartition(".")[2] for target in [*targets, *(config.modules_to_save or [])]}
-    if touched:
+    adapted = tied & {target.rpartition(".")[2] for target in [*targets, *(config.modules_to_save or [])]}
+    if adapted:
         raise ValueError(
-            f"the adapter is on {sorted(touched)[0]!r}, but {_name(model)} ties its embeddings to its head; "
+            f"the adapter is on {sorted(adapted)[0]!r}, but {_name(model)} ties its embeddings to its head; "
             "leave them out of target_modules and modules_to_save"
         )

@@ -1,11 +1,11 @@
-"""How the members of a mixture are held and run.
+"""How a mixture holds and runs its members.
 
 Shape legend: K members, B batch, T time, V vocabulary, D width of the hidden states.
 
 Each member is a submodule, or the policy's submodule with an adapter of its own. One KV cache serves all members: each
-sees its own run of layers. Members run through their own forward, so whatever an architecture does to its logits
-(soft-capping, scaling, biases) happens before the mixing. Only where members share one head, and it is linear, are
-the hidden states mixed instead.
+sees its own range of layers. Members run through their own forward, so whatever an architecture does to its logits
+(soft caps, scaling, biases) happens before they are mixed. Only members that share one linear head mix their hidden
+states instead.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,20 +25,18 @@ from logitmix.mixture.mixing import mix_logits
 
 
 class MixtureBase(PreTrainedModel):
-    """What a model of a trainable policy and frozen anchors does otherwise than a single model.
+    """A model of a trainable policy and frozen anchors: whatever differs from a single model except its forward.
 
-    Its submodules are named by `config.model_names`, the policy first. An anchor that is not among them shares the
-    policy's model: it is that model with another adapter, or none.
+    Its submodules are named by `config.model_names`, the policy first. An anchor without a submodule shares the
+    policy's: it is that model with another adapter, or with none.
     """
 
     config: LogitMixConfig
     policy: PreTrainedModel
     adapters: Adapters | None
     _cache_layers: list[int]
-    _head_transform: HeadTransform | None = (
-        None  # of the policy's model; measured when members that share it first run
-    )
-    _head_is_measured = False
+    _head_transform: HeadTransform | None = None  # of the policy's head, if linear; inferred on first use
+    _head_transform_is_known = False
     tokenizer: PreTrainedTokenizerBase | None
 
     @property
@@ -48,14 +46,14 @@ class MixtureBase(PreTrainedModel):
 
     @property
     def anchors(self) -> list[PreTrainedModel]:
-        """The anchors that are models of their own."""
+        """The anchors that have a model of their own."""
         return [getattr(self, name) for name in self.config.model_names[1:]]
 
     @contextmanager
     def as_member(self, name: str) -> Iterator[PreTrainedModel]:
-        """The model that is the member `name` for as long as the context lasts.
+        """Within the context, the model yielded is the member `name`.
 
-        After it the policy's model is the policy, also for a backward pass that computes activations again.
+        Outside it the policy's model is the policy, also for a backward pass that recomputes activations.
         """
         model: PreTrainedModel = getattr(self, self.config.model_of(name))
         if self.adapters is None or name not in self.config.adapters or name == "policy":
@@ -72,14 +70,14 @@ class MixtureBase(PreTrainedModel):
             self.adapters.train_only("policy")
 
     def train(self, mode: bool = True) -> Self:
-        """Training mode for the policy; the anchors stay in evaluation mode (no dropout, no checkpointing)."""
+        """Set the policy's training mode; the anchors stay in evaluation mode (no dropout, no checkpointing)."""
         super().train(mode)
         for anchor in self.anchors:
             anchor.eval()
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
-        """Gradients for the policy (where it has an adapter, for that alone); the anchors stay frozen."""
+        """Let the policy require gradients, of a policy with an adapter only that; the anchors stay frozen."""
         if self.adapters is not None:
             self.adapters.train_only("policy", requires_grad)
         else:
@@ -87,7 +85,7 @@ class MixtureBase(PreTrainedModel):
         return self
 
     def get_input_embeddings(self) -> nn.Module:
-        """The policy's embeddings; those of the anchors stay as they are."""
+        """The policy's embeddings; the anchors keep theirs."""
         embeddings: nn.Module = self.policy.get_input_embeddings()
         return embeddings
 
@@ -101,36 +99,35 @@ class MixtureBase(PreTrainedModel):
         raise ValueError("a mixture cannot resize its vocabulary; resize every member, then build the mixture")
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Save the mixture: its two configurations, every member's weights, and the tokenizer if it is known."""
+        """Save the configurations, every member's weights, and the tokenizer if known."""
         for model in self.members:
             unknown = set(getattr(model, "peft_config", {})) - set(self.config.adapters)
-            if unknown:
-                # transformers would write the adapter's layers under names that it does not find again
+            if unknown:  # transformers would save the adapter's layers under names that it cannot load
                 raise ValueError(
-                    f"a member has an adapter {sorted(unknown)[0]!r} of PEFT that the mixture does not know; merge "
-                    "it, or build the mixture with from_members(…, peft_config=…)"
+                    f"a member has a PEFT adapter {sorted(unknown)[0]!r} that the mixture does not know; merge it, or "
+                    "build the mixture with from_members(…, peft_config=…)"
                 )
         super().save_pretrained(save_directory, *args, **kwargs)
         if self.tokenizer is not None and kwargs.get("is_main_process", True):
             self.tokenizer.save_pretrained(save_directory)
 
     def describe_members(self) -> list[str]:
-        """A name of each member for people: its model's folder or hub id, and what adapter it has."""
+        """A readable name of each member: its model's folder or hub id, and whether it is an adapter on it."""
         names = []
         for name, model in zip(self.config.members, self.members, strict=True):
-            record, base = self.config.adapters.get(name), model.name_or_path or type(model).__name__
-            names.append(base if record in (None, NO_ADAPTER) else f"a LoRA adapter on {base}")
+            adapter, base = self.config.adapters.get(name), model.name_or_path or type(model).__name__
+            names.append(base if adapter in (None, NO_ADAPTER) else f"a LoRA adapter on {base}")
         return names
 
     def weight_bytes(self) -> tuple[int, int]:
-        """Bytes that the weights take, and bytes that they would take more were every member a model of its own."""
+        """Bytes of the weights, and bytes saved by members that share a model instead of having one each."""
         held = {id(p): p for p in self.parameters()}
-        sharing = len(self.config.members) - len(self.config.model_names)
+        num_sharing = len(self.config.members) - len(self.config.model_names)
         adapters = {id(p) for _, layer in adapter_layers(self.policy) for p in adapter_parameters(layer)}
         base = {id(p): p for p in self.policy.parameters() if id(p) not in adapters}
-        return sum(map(_bytes, held.values())), sharing * sum(map(_bytes, base.values()))
+        return sum(map(_num_bytes, held.values())), num_sharing * sum(map(_num_bytes, base.values()))
 
-    # --- running ----------------------------------------------------------------------------------------------
+    # --- running the members ----------------------------------------------------------------------------------
 
     def _logits_and_weights(
         self,
@@ -142,31 +139,32 @@ class MixtureBase(PreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        one_head: bool = True,
+        mix_before_head: bool = True,
         **kwargs: Any,
     ) -> tuple[list[Tensor], Tensor, Cache | None, list[Any]]:
-        """What `mix_logits` is to mix and with which weights, the cache, and the outputs of the members that ran.
+        """Run the members; return the arguments of `mix_logits`, the cache, and the outputs of the members that ran.
 
-        These are each member's logits over the shared vocabulary (for a member of weight 0, which `mix_logits` leaves
-        out, the first active one's), or the mixture's own with weight 1 where one head product gives them
-        and `one_head` allows it.
+        The logits are those of each member over the shared vocabulary; a member of weight 0, which `mix_logits`
+        ignores, does not run and is represented by the first active one's. With `mix_before_head`, members that share
+        a linear head instead give the mixture's own logits, with weight 1.
         """
         if input_ids is None or inputs_embeds is not None:
-            raise ValueError("a mixture takes input_ids, not inputs_embeds: each member embeds tokens on its own")
+            raise ValueError("a mixture takes input_ids, not inputs_embeds: its members have different embeddings")
         if weights.dim() == 2 and len(weights) != len(input_ids):
             raise ValueError(f"weights have {len(weights)} rows for a batch of {len(input_ids)} sequences")
-        active = (weights.reshape(-1, weights.shape[-1]) != 0).any(0).tolist()
-        if not any(active):
-            active[0] = True  # all weights 0: the uniform distribution still needs a shape
+        is_active = (weights.reshape(-1, weights.shape[-1]) != 0).any(0).tolist()
+        if not any(is_active):
+            is_active[0] = True  # all weights 0: the uniform distribution still needs a shape
+        active = [name for name, runs in zip(self.config.members, is_active, strict=True) if runs]
+
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if self.training and self.policy.is_gradient_checkpointing:
             use_cache = False
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         caches = dict(zip(self.config.members, member_caches(past_key_values, self._cache_layers), strict=True))
-        running = [name for name, is_active in zip(self.config.members, active, strict=True) if is_active]
         if past_key_values is not None and not torch.compiler.is_compiling():
-            validate_cached_tokens({name: caches[name] for name in running}, input_ids, attention_mask)
+            validate_cached_tokens({name: caches[name] for name in active}, input_ids, attention_mask)
 
         inputs = {
             "input_ids": input_ids,
@@ -175,40 +173,41 @@ class MixtureBase(PreTrainedModel):
             "use_cache": use_cache,
             "return_dict": True,
         } | kwargs
-        shared_head = self._shared_head(running) if one_head else None
+        head_transform = self._shared_linear_head(active) if mix_before_head else None
         outputs: dict[str, Any] = {}
-        for name in running:
+        for name in active:
             with self.as_member(name) as model, torch.set_grad_enabled(torch.is_grad_enabled() and name == "policy"):
-                if shared_head is not None:
+                if head_transform is not None:
                     outputs[name] = model.get_decoder()(**inputs, past_key_values=caches[name])
                 else:
                     outputs[name] = model(**inputs, past_key_values=caches[name], logits_to_keep=logits_to_keep)
-        if shared_head is not None:
+        V = self.config.vocab_size
+        if head_transform is not None:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            hidden = [outputs[name].last_hidden_state[:, kept] for name in running]
-            mixture = self._one_head_product(hidden, weights[..., torch.tensor(active)], shared_head)
-            logits, weights = [mixture[..., : self.config.vocab_size]], torch.ones(1)
+            hidden = [output.last_hidden_state[:, kept] for output in outputs.values()]
+            mixed = self._mix_before_head(hidden, weights[..., torch.tensor(is_active)], head_transform)
+            logits, weights = [mixed[..., :V]], torch.ones(1)
         else:
-            by_name = {name: output.logits[..., : self.config.vocab_size] for name, output in outputs.items()}
-            logits = [by_name.get(name, by_name[running[0]]) for name in self.config.members]
+            by_name = {name: output.logits[..., :V] for name, output in outputs.items()}
+            logits = [by_name.get(name, by_name[active[0]]) for name in self.config.members]
         return logits, weights, past_key_values, list(outputs.values())
 
-    def _shared_head(self, running: Sequence[str]) -> HeadTransform | None:
-        """The transform of the one head that all running members share, None where they do not or it is not linear."""
-        shared = len(running) > 1 and {self.config.model_of(name) for name in running} == {"policy"}
-        if not shared or self.config.scheme != "logit":
+    def _shared_linear_head(self, active: Sequence[str]) -> HeadTransform | None:
+        """The transform of the head that all active members share; None if they do not, or it is not linear."""
+        is_shared = len(active) > 1 and {self.config.model_of(name) for name in active} == {"policy"}
+        if not is_shared or self.config.scheme != "logit":
             return None
-        if not self._head_is_measured and not torch.compiler.is_compiling():
-            self._head_is_measured = True
+        if not self._head_transform_is_known and not torch.compiler.is_compiling():
+            self._head_transform_is_known = True
             try:
                 transform = infer_head_transform(self.policy)
                 self._head_transform = transform if transform.softcap is None else None
-            except ValueError:  # the head has adapters, say: then it is not one head
+            except ValueError:  # for example a head with adapters, which then differs between members
                 self._head_transform = None
         return self._head_transform
 
-    def _one_head_product(self, hidden_KBTD: Sequence[Tensor], weights: Tensor, transform: HeadTransform) -> Tensor:
-        """`sum_k w_k (W h_k + b) = W (sum_k w_k h_k) + (sum_k w_k) b`, the mixture's logits `[B, T, V]`."""
+    def _mix_before_head(self, hidden_KBTD: Sequence[Tensor], weights: Tensor, transform: HeadTransform) -> Tensor:
+        """The mixture's logits `[B, T, V]`: `sum_k w_k (W h_k + b) = W (sum_k w_k h_k) + (sum_k w_k) b`."""
         head = self.policy.get_output_embeddings()
         hidden_BTD = mix_logits(hidden_KBTD, weights).to(hidden_KBTD[0].dtype)
         logits_BTV = head(hidden_BTD)
@@ -218,12 +217,12 @@ class MixtureBase(PreTrainedModel):
         return logits_BTV if transform.scale == 1 else logits_BTV * transform.scale
 
 
-def _bytes(tensor: Tensor) -> int:
+def _num_bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def concatenate(outputs: list[Any], field: str) -> tuple[Tensor, ...] | None:
-    """A field of the members' outputs, one after another; None where a member lacks it."""
+def concatenate_outputs(outputs: list[Any], field: str) -> tuple[Tensor, ...] | None:
+    """A field of the members' outputs, concatenated; None if a member lacks it."""
     fields = [getattr(output, field, None) for output in outputs]
     present = [values for values in fields if values is not None]
     return tuple(x for values in present for x in values) if len(present) == len(outputs) else None

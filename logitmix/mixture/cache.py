@@ -1,4 +1,4 @@
-"""One KV cache for all members: each member's view of it is its own run of layers."""
+"""One KV cache for all members: each member's view is its own range of layers."""
 
 from collections.abc import Sequence
 
@@ -9,12 +9,12 @@ from transformers.cache_utils import Cache
 def member_caches(cache: Cache | None, num_layers: Sequence[int]) -> list[Cache | None]:
     """A view of the shared cache for each member, of `num_layers` layers, in the order of the weights.
 
-    A view shares the layers' objects, so what a member writes is in the shared cache, and a member reads the
-    sequence's length from its own first layer: never from one that an earlier member has already extended.
+    A view holds the same layer objects, so what a member writes is in the shared cache, and each member reads the
+    sequence length from its own first layer, never from one that an earlier member has already extended.
     """
     if cache is None:
         return [None] * len(num_layers)
-    # A cache made without a config grows by layers as they are asked for; a view of it needs them to exist.
+    # A cache built without a config adds layers on first use, but a view needs them to exist
     while cache.layer_class_to_replicate is not None and len(cache.layers) < sum(num_layers):
         cache.layers.append(cache.layer_class_to_replicate())
     views, start = [], 0
@@ -29,10 +29,10 @@ def member_caches(cache: Cache | None, num_layers: Sequence[int]) -> list[Cache 
 
 
 def validate_cached_tokens(caches: dict[str, Cache], input_ids: Tensor, attention_mask: Tensor | None) -> None:
-    """Raise `ValueError` where a member that is about to run lacks earlier tokens in its cache.
+    """Raise `ValueError` if a member that is about to run has not cached every earlier token.
 
-    `caches` are the views of the members that run, by name. A member lacks tokens if it was skipped, at weight 0,
-    when they were read; mixing it in afterwards would be silently wrong.
+    `caches` are the views of the members that run, by name. A member skipped at weight 0 has not read those tokens;
+    mixing it in later would be silently wrong.
     """
     lengths = {name: int(cache.get_seq_length()) for name, cache in caches.items()}
     expected = max(lengths.values())
@@ -41,6 +41,6 @@ def validate_cached_tokens(caches: dict[str, Cache], input_ids: Tensor, attentio
     for name, length in lengths.items():
         if length != expected:
             raise ValueError(
-                f"the KV cache holds {length} tokens of {name}, but {expected} came before this one: the member was "
-                "skipped while its weight was 0. Start with a new cache when a weight leaves 0"
+                f"the KV cache has {length} tokens of {name}, but {expected} precede this step: the member was "
+                "skipped while its weight was 0; start a new cache when a weight changes from 0"
             )

@@ -1,4 +1,4 @@
-"""Configuration of a mixture: the configurations of its members, their weights and the scheme."""
+"""The configuration of a mixture: its members' configurations, their weights and the scheme."""
 
 from collections.abc import Sequence
 from dataclasses import field
@@ -10,32 +10,32 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from logitmix.mixture.mixing import Scheme, Weights, alpha_to_weights, validate_weights
+from logitmix.mixture.transformers_patches import Implementation, get_implementation
 
 Alpha = float | Sequence[float] | Tensor
 FORMAT_VERSION = 1
 
 
 def member_names(num_members: int) -> list[str]:
-    """`["policy", "anchor_0", "anchor_1", …]`. No bare integers: vLLM reads those in a weight's path as the layer."""
+    """`["policy", "anchor_0", …]`, without bare integers, which vLLM reads in a weight's path as its layer."""
     return ["policy", *(f"anchor_{i}" for i in range(num_members - 1))]
 
 
 class LogitMixConfig(PreTrainedConfig):
     """Configuration of a [`LogitMixForCausalLM`]: `z_mix = sum_k w_k z_k` over the policy and its anchors.
 
-    Each member's own configuration is an attribute named like the member (`config.policy`, `config.anchor_0`), so
-    that transformers treats them as sub-configurations. `members` lists the names in the order of `weights`, since
-    JSON sorts its keys.
+    Each member's configuration is an attribute with the member's name (`config.policy`, `config.anchor_0`), so that
+    transformers treats it as a sub-configuration. `members` lists the names in the order of `weights`, because JSON
+    sorts its keys.
 
     Args:
         members: names of the members, the policy first.
-        weights: one weight a member, the defaults of a forward pass that is given none.
-        scheme: `"logit"` (geometric mixture, eq. 1 of arXiv 2605.20555) or `"prob"` (arithmetic).
-        adapters: what the policy's model has of adapters, by member: the configuration of the member's LoRA adapter,
-            or `"off"` for an anchor that is the policy's model without one. An anchor named here is no model of its
-            own: it shares the policy's, and has no configuration of its own.
-        use_cache: whether a forward pass that does not say keeps the keys and values.
-        format_version: version of the checkpoint's layout.
+        weights: one weight per member, the default of a forward pass.
+        scheme: `"logit"` (geometric mixture, eq. 1 of arXiv 2605.20555) or `"prob"` (arithmetic mixture).
+        adapters: for each member that runs on the policy's model, the configuration of its LoRA adapter, or `"off"`
+            for the model without an adapter. An anchor listed here has no model and no configuration of its own.
+        use_cache: whether a forward pass returns the KV cache by default.
+        format_version: version of the checkpoint format.
     """
 
     model_type: ClassVar[str] = "logitmix"
@@ -54,24 +54,25 @@ class LogitMixConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if not self.members:
             raise ValueError(
-                "a LogitMixConfig needs its members; build a mixture of models with LogitMixForCausalLM.from_members"
+                "a LogitMixConfig needs members; build a mixture of models with LogitMixForCausalLM.from_members"
             )
         if self.format_version > FORMAT_VERSION:
             raise ValueError(
-                f"the checkpoint has format version {self.format_version}, this logitmix reads up to "
+                f"the checkpoint has format version {self.format_version}, but this logitmix reads versions up to "
                 f"{FORMAT_VERSION}; install a newer logitmix"
             )
         missing = [name for name in self.model_names if name not in kwargs]
         if missing:
-            raise ValueError(f"the configuration of member {missing[0]!r} is missing; it has {sorted(kwargs)}")
+            raise ValueError(f"the configuration of member {missing[0]!r} is missing; found {sorted(kwargs)}")
         for name in self.model_names:
             config = kwargs.pop(name)
             setattr(self, name, config if isinstance(config, PreTrainedConfig) else _config_from_dict(config))
         self.set_weights(self.weights)
-        # Asked for none, each member keeps its own: transformers would overwrite it with the mixture's, None
-        for key in ("attn_implementation", "experts_implementation"):
-            if kwargs.get(key) is None:
-                kwargs[key] = {name: getattr(getattr(self, name), f"_{key}") for name in self.model_names}
+        # By default each member keeps its own: transformers would overwrite it with the mixture's, which is None
+        if kwargs.get("attn_implementation") is None:
+            kwargs["attn_implementation"] = self._get_implementations("attn_implementation")
+        if kwargs.get("experts_implementation") is None:
+            kwargs["experts_implementation"] = self._get_implementations("experts_implementation")
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -83,9 +84,9 @@ class LogitMixConfig(PreTrainedConfig):
         adapters: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> "LogitMixConfig":
-        """Configuration of the mixture of `configs`, the policy's first; `weights` default to alpha = 0.5 (K = 2).
+        """Configuration of the mixture of `configs`, the policy's first. With K = 2 alpha defaults to 0.5.
 
-        The configuration of an anchor that shares the policy's model (`adapters=`) is not looked at.
+        The configuration of an anchor that shares the policy's model (`adapters=`) is ignored.
         """
         names, adapters = member_names(len(configs)), adapters or {}
         policy = configs[0].get_text_config(decoder=True)
@@ -100,23 +101,23 @@ class LogitMixConfig(PreTrainedConfig):
         )
 
     def set_weights(self, weights: Weights) -> None:
-        """Make `weights`, one number a member, the default of a forward pass."""
+        """Set the default weights of a forward pass, one per member."""
         checked = validate_weights(weights, len(self.members), self.scheme)
         if checked.dim() != 1:
             raise ValueError(
-                f"a mixture's own weights are {len(self.members)} numbers, got {list(checked.shape)}; "
+                f"the default weights of a mixture are {len(self.members)} numbers, got shape {list(checked.shape)}; "
                 "pass weights for each sequence to forward or generate"
             )
         self.weights = checked.tolist()
 
     def model_of(self, member: str) -> str:
-        """The name of the model that runs the member: its own, or `"policy"` where it shares the policy's."""
+        """The name of the model that runs the member: its own, or `"policy"` if it shares the policy's."""
         return "policy" if member in self.adapters else member
 
     def resolve_member_name(self, name: str) -> str:
-        """The member of that name as `members` has it; `"anchor"` is the one anchor of a pair.
+        """The name in `members`, of which `"anchor"` is short for the only anchor's.
 
-        Raises `ValueError` for a name that no member has.
+        Raises `ValueError` for an unknown member.
         """
         if name == "anchor" and len(self.members) == 2:
             return self.members[1]
@@ -126,7 +127,7 @@ class LogitMixConfig(PreTrainedConfig):
 
     @property
     def model_names(self) -> list[str]:
-        """The members that are models of their own: the submodules of the mixture, and what has a configuration."""
+        """The members with a model of their own: these are submodules of the mixture and have a configuration."""
         return [name for name in self.members if self.model_of(name) == name]
 
     @property
@@ -136,7 +137,7 @@ class LogitMixConfig(PreTrainedConfig):
 
     @property
     def sub_configs(self) -> dict[str, type[PreTrainedConfig]]:  # type: ignore[override]
-        """A property, not transformers' class attribute: the number of members belongs to the instance."""
+        """A property, not a class attribute as in transformers, because the members differ between instances."""
         return {name: type(getattr(self, name)) for name in self.model_names if hasattr(self, name)}
 
     @property
@@ -145,7 +146,7 @@ class LogitMixConfig(PreTrainedConfig):
 
     @property
     def vocab_size(self) -> int:
-        """Tokens that every member has a logit for; members may pad their vocabulary beyond it."""
+        """Number of tokens that every member has a logit for; members may pad their vocabulary beyond it."""
         return min(config.vocab_size for config in self._text_configs)
 
     @property
@@ -154,11 +155,11 @@ class LogitMixConfig(PreTrainedConfig):
 
     @property
     def max_position_embeddings(self) -> int | None:
-        """The shortest context of the members (`None` where none of them states one)."""
+        """The shortest context of the members, None if no member states one."""
         contexts = [getattr(config, "max_position_embeddings", None) for config in self._text_configs]
         return min((context for context in contexts if context is not None), default=None)
 
-    # What all members agree on is the mixture's too; where they differ, the attribute does not exist.
+    # Attributes on which all members agree; if they differ, the attribute does not exist.
 
     @property
     def num_attention_heads(self) -> int:
@@ -172,18 +173,21 @@ class LogitMixConfig(PreTrainedConfig):
     def head_dim(self) -> int:
         return self._shared("head_dim")
 
+    def _get_implementations(self, kind: Implementation) -> dict[str, str | None]:
+        return {name: get_implementation(getattr(self, name), kind) for name in self.model_names}
+
     def _shared(self, name: str) -> Any:
         values = [getattr(config, name) for config in self._text_configs]
         if any(value != values[0] for value in values):
             raise AttributeError(f"the members differ in {name}: {values}")
         return values[0]
 
-    # One KV cache serves all members, each with its own run of layers: what transformers reads to build a cache is
-    # therefore the concatenation of what it would read of the members.
+    # One KV cache serves all members, each with its own range of layers, so the attributes from which transformers
+    # builds a cache concatenate those of the members.
 
     @property
     def cache_layers(self) -> list[int]:
-        """Layers that each member has in the mixture's KV cache."""
+        """The number of layers of each member in the mixture's KV cache."""
         return [len(get_layer_types_and_kwargs(config)[0]) for config in self._text_configs]
 
     @property
@@ -205,21 +209,21 @@ class LogitMixConfig(PreTrainedConfig):
 def resolve_weights(
     alpha: Alpha | None, weights: Weights | None, num_members: int, scheme: str, default: Weights | None = None
 ) -> Tensor:
-    """The weights that `alpha` or `weights` ask for, or else `default`, checked: `[K]` or `[B, K]`.
+    """The validated weights `[K]` or `[B, K]` from `alpha`, `weights` or else `default`.
 
-    Without a default it is alpha = 0.5, the paper's, for a policy and one anchor; more anchors have none.
+    Without a default, alpha is 0.5 for one anchor, as in the paper; several anchors need weights.
     """
     if alpha is not None:
         if weights is not None:
             raise ValueError("pass alpha or weights, not both")
         if num_members != 2:
-            raise ValueError(f"alpha weighs one anchor against the policy; {num_members} members need weights")
+            raise ValueError(f"alpha is the weight of one anchor; {num_members} members need weights")
         weights = alpha_to_weights(alpha)
     elif weights is None:
         weights = default
     if weights is None:
         if num_members != 2:
-            raise ValueError(f"{num_members} members have no default weights; pass weights=[{num_members} numbers]")
+            raise ValueError(f"{num_members} members have no default weights; pass {num_members} weights")
         weights = alpha_to_weights(0.5)
     return validate_weights(weights, num_members, scheme)
 
@@ -229,7 +233,7 @@ def _config_from_dict(values: dict[str, Any]) -> PreTrainedConfig:
     model_type = values.pop("model_type")
     if model_type not in transformers.CONFIG_MAPPING:
         raise ValueError(
-            f"a member has model type {model_type!r}, which transformers {transformers.__version__} does not know; "
+            f"a member has model type {model_type!r}, which transformers {transformers.__version__} does not support; "
             "install a version that does"
         )
     return AutoConfig.for_model(model_type, **values)

@@ -1,4 +1,4 @@
-"""One member of a mixture as a checkpoint of its own, for transformers or PEFT without logitmix."""
+"""Exporting one member of a mixture as a checkpoint that transformers or PEFT loads without logitmix."""
 
 import copy
 import os
@@ -7,29 +7,30 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from logitmix.mixture.adapters import NO_ADAPTER, adapter_layers
+from logitmix.mixture.adapters import NO_ADAPTER, adapter_layers, has_adapter
 from logitmix.mixture.base import MixtureBase
+from logitmix.mixture.transformers_patches import mark_adapters_loaded
 
 
 def export_member(mixture: MixtureBase, name: str, folder: str | os.PathLike[str], merge: bool = False) -> None:
-    """Save the member `name` (`"policy"`, `"anchor"`, of several `"anchor_0"`, …) alone, with the tokenizer if known.
+    """Save one member alone: `"policy"`, `"anchor"`, or of several anchors `"anchor_0"`, …
 
-    A member that is an adapter becomes a folder of PEFT, which names its base; with `merge`, or where it is no
-    adapter, a checkpoint of transformers.
+    A member that is an adapter becomes a folder of PEFT that names its base. With `merge`, or if it is no adapter, it
+    becomes a checkpoint of transformers. The mixture's tokenizer, if known, is saved with it.
 
-    Raises `ValueError` for a name that no member has, and for an adapter on a base that has no folder or hub id.
+    Raises `ValueError` for an unknown member, and for an adapter on a base that has no folder or hub id.
     """
     name = mixture.config.resolve_member_name(name)
     model: PreTrainedModel = getattr(mixture, mixture.config.model_of(name))
-    record = mixture.config.adapters.get(name)
-    if record is None:
+    adapter = mixture.config.adapters.get(name)
+    if adapter is None:
         model.save_pretrained(folder)
-    elif record == NO_ADAPTER or merge:
-        merged(model, name).save_pretrained(folder)
+    elif adapter == NO_ADAPTER or merge:
+        merge_into_copy(model, name).save_pretrained(folder)
     elif not model.peft_config[name].base_model_name_or_path:
         raise ValueError(
-            f"the adapter of {name} is on a model that was given from memory, so an export could not say where its "
-            "base is; export it merged"
+            f"the adapter of {name} is on a model that was passed in memory, so the export cannot name its base; "
+            "export it with merge=True"
         )
     else:
         with mixture.as_member(name):
@@ -38,22 +39,22 @@ def export_member(mixture: MixtureBase, name: str, folder: str | os.PathLike[str
         mixture.tokenizer.save_pretrained(folder)
 
 
-def merged(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
-    """The model with the adapter of that name (if it has one) merged into its weights, and without any other.
+def merge_into_copy(model: PreTrainedModel, name: str) -> PreTrainedModel:
+    """A copy of the model without adapters, the adapter `name` (if it has one) merged into its weights.
 
-    Weights that the adapter does not change are the model's own, not copies.
+    Weights that the adapter does not change are shared with the model.
     """
     memo = {id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in model.parameters()}
     result: PreTrainedModel = copy.deepcopy(model, memo)
     for path, layer in adapter_layers(result):
         if isinstance(layer, BaseTunerLayer):
-            layer.merge(safe_merge=True, adapter_names=[adapter])  # safe: into a new tensor
+            layer.merge(safe_merge=True, adapter_names=[name])  # safe: into a new tensor
             result.set_submodule(path, layer.get_base_layer())
         else:
-            names = [adapter] if adapter in layer._get_available_adapters() else []
+            names = [name] if has_adapter(layer, name) else []
             layer.set_adapter(names)
             plain = layer.unload_and_optionally_merge_module(merge=bool(names), safe_merge=True, adapter_names=names)
             result.set_submodule(path, plain)
-    result._hf_peft_config_loaded = False
+    mark_adapters_loaded(result, False)
     del result.peft_config
     return result

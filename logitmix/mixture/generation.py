@@ -1,7 +1,7 @@
-"""Completions of a batch of prompts, sampled or greedy, under settings that are ours alone.
+"""Sampled or greedy completions of a batch of prompts, independent of the checkpoint's `generation_config`.
 
-A checkpoint may ship its own `generation_config` (Qwen2.5's sets temperature, top-k, top-p and a repetition penalty),
-and `generate` fills every field that the caller leaves open from it. Rollouts and evaluation must not depend on that.
+A checkpoint may ship its own (Qwen2.5's sets temperature, top-k, top-p and a repetition penalty), and `generate` takes
+every field from it that the caller does not set. Rollouts and evaluation must not depend on it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,18 +27,17 @@ def generate_completions(
     prompt_ids: Sequence[Sequence[int]],
     settings: dict[str, Any],
     stop_strings: Sequence[str] = (),
-    **forward_arguments: Any,
+    **model_kwargs: Any,
 ) -> list[list[int]]:
-    """The completion of each prompt, as token ids: up to and including EOS, or the token that ends a stop string.
+    """The completion of each prompt as token ids, up to and including EOS or the token that completes a stop string.
 
     Args:
-        settings: fields of `GenerationConfig` (`max_new_tokens`, `do_sample`, `temperature`, …). What they leave open
-            has transformers' defaults, whatever the checkpoint's own `generation_config` says; only its
-            end-of-sequence tokens are kept.
-        stop_strings: texts that end a completion as EOS does; they stay in it.
-        forward_arguments: for the model's forward, `alpha=` of a mixture for instance.
+        settings: fields of `GenerationConfig` (`max_new_tokens`, `do_sample`, `temperature`, …). Others have the
+            defaults of transformers; of the checkpoint's `generation_config` only the EOS tokens are kept.
+        stop_strings: texts that end a completion as EOS does; the completion contains them.
+        model_kwargs: arguments of the model's forward, for example `alpha=` of a mixture.
 
-    No completion holds padding, also where padding and EOS are one token.
+    Completions contain no padding, even if the padding token is also the EOS token.
     """
     eos_token_ids = get_eos_token_ids(model, tokenizer)
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -53,19 +52,20 @@ def generate_completions(
             attention_mask=attention_mask,
             generation_config=config,
             stopping_criteria=StoppingCriteriaList([criteria] if criteria is not None else []),
-            **forward_arguments,
+            **model_kwargs,
         )
     completions = sequences[:, input_ids.shape[1] :].tolist()
     if criteria is not None:
         ends = (criteria.lengths - input_ids.shape[1]).tolist()
         completions = [ids[:end] if end > 0 else ids for ids, end in zip(completions, ends, strict=True)]
-    return [_through_first(ids, eos_token_ids) for ids in completions]
+    return [_cut_after_first(ids, eos_token_ids) for ids in completions]
 
 
 def tokenize_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Each prompt's ids: of a text as it stands, of messages through the chat template, up to the assistant's turn.
+    """The token ids of each prompt, a text or the messages of a chat.
 
-    The prompts are all texts or all messages, as in TRL. Raises `ValueError` for messages without a chat template.
+    Messages are rendered by the chat template, up to the assistant's turn. The prompts are all texts or all messages,
+    as in TRL. Raises `ValueError` for messages without a chat template.
     """
     if all(isinstance(prompt, str) for prompt in prompts):
         return tokenizer(list(prompts))["input_ids"]
@@ -74,19 +74,19 @@ def tokenize_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Promp
 
 
 def validate_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise `ValueError` where a conversational prompt could not be rendered."""
+    """Raise `ValueError` if the tokenizer has no chat template to render messages with."""
     if tokenizer.chat_template is None:
         raise ValueError(
-            f"the prompts are chats, but the tokenizer of {tokenizer.name_or_path!r} has no chat template; give one "
-            "that has, or choose a --template that is text, r1 for instance"
+            f"the prompts are chats, but the tokenizer of {tokenizer.name_or_path!r} has no chat template; use a "
+            "tokenizer that has one, or a text --template such as r1"
         )
 
 
 def get_eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends a completion: the tokenizer's EOS, the chat template's, those of the generation config.
+    """Every token that ends a completion: the tokenizer's EOS, the chat template's, and the generation config's.
 
-    A base model's tokenizer may have a chat template whose turns end in another token than its EOS (Qwen2.5's does):
-    an SFT model that was taught in chats writes that one.
+    The chat template of a base model's tokenizer may end turns with another token than EOS (Qwen2.5's does), which a
+    model fine-tuned on chats then writes.
     """
     declared = model.generation_config.eos_token_id if model.generation_config is not None else None
     ids = [] if declared is None else [declared] if isinstance(declared, int) else list(declared)
@@ -97,7 +97,7 @@ def get_eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 
 
 def get_end_of_turn_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The special token with which the chat template closes the assistant's turn, if there is one."""
+    """The special token with which the chat template ends the assistant's turn, None if there is none."""
     if tokenizer.chat_template is None:
         return None
     reply = "The reply."
@@ -110,7 +110,7 @@ def get_end_of_turn_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 @contextmanager
 def default_generation_config(model: PreTrainedModel) -> Iterator[None]:
-    """Lay the model's own `generation_config` aside for a while."""
+    """Replace the model's `generation_config` by the defaults of transformers within the context."""
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     own = model.generation_config
     model.generation_config = GenerationConfig()
@@ -120,24 +120,23 @@ def default_generation_config(model: PreTrainedModel) -> Iterator[None]:
         model.generation_config = own
 
 
-def _through_first(ids: list[int], ends: Sequence[int]) -> list[int]:
+def _cut_after_first(ids: list[int], eos_token_ids: Sequence[int]) -> list[int]:
     for i, token in enumerate(ids):
-        if token in ends:
+        if token in eos_token_ids:
             return ids[: i + 1]
     return ids
 
 
 @lru_cache(maxsize=8)
 def _stop_criterion(tokenizer: PreTrainedTokenizerBase, stop_strings: tuple[str, ...]) -> StopStringCriteria:
-    """Kept, since building it looks at every token of the vocabulary: half a second for Qwen's."""
+    """Cached: building one reads every token of the vocabulary, which takes half a second for Qwen's."""
     return StopStringCriteria(tokenizer, list(stop_strings))
 
 
 class _StopStrings(StoppingCriteria):
-    """Transformers' stop strings, and the length at which each sequence met one (0: it did not).
+    """The stop strings of transformers, which also record the length at which each sequence met one (0: not yet).
 
-    The length is needed to cut a completion where it stopped: after a stop string `generate` fills up with padding,
-    which must not be taken for sampled tokens.
+    After a stop string `generate` pads a sequence; the length tells padding from sampled tokens.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_strings: Sequence[str]) -> None:

@@ -1,11 +1,11 @@
-"""A member's output head, read from what the member does with it.
+"""A member's output head, inferred from what the member does with it.
 
 Shape legend: B batch, T time, D width of the hidden states, V vocabulary.
 
-Architectures differ in what stands between the decoder and the logits: a bias, a scale (Cohere, Granite,
-Falcon-H1, …), a soft cap (Gemma). Their configurations name these things in many ways, and some name what they do not
-do. So nothing is read from a name: `infer_head_transform` runs the member once, puts known numbers in the place of its
-head's output, and looks at what comes out as logits. What it cannot explain it refuses.
+Architectures differ in what happens between the decoder and the logits: a bias, a scale (Cohere, Granite, Falcon-H1,
+…), a soft cap (Gemma). Their configurations use many names for these, some for operations that they do not apply. So
+`infer_head_transform` reads no names: it runs the member once, substitutes known numbers for the output of its head,
+and compares them with the logits. It rejects what it cannot explain.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,14 +19,14 @@ from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 _PROBE_TOKENS = 2
-_REFERENCE = 'score the mixture from its members\' logits instead, with loss_head="reference"'
+_REFERENCE = 'score from the members\' logits instead, with loss_head="reference"'
 
 
 @dataclass(frozen=True)
 class Head:
-    """How a member turns its last hidden states into logits: `softcap(scale * (h @ weight.T + bias))`.
+    """A member's map from its last hidden states to its logits: `softcap(scale * (h @ weight.T + bias))`.
 
-    `weight` is `[V, D]`, `bias` `[V]` or None, `softcap(z) = cap * tanh(z / cap)`, or nothing where it is None.
+    `weight` is `[V, D]`, `bias` is `[V]` or None, and `softcap(z) = cap * tanh(z / cap)`, or `z` without a cap.
     """
 
     weight: Tensor
@@ -35,48 +35,48 @@ class Head:
     softcap: float | None = None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits `[..., V]` of hidden states `[..., D]`, in their dtype: the reference for the fused loss head."""
+        """Logits `[..., V]` of hidden states `[..., D]`, in their dtype; the reference for the fused loss head."""
         return self.transform(torch.nn.functional.linear(hidden, self.weight, self.bias))
 
     def transform(self, z: Tensor) -> Tensor:
-        """Logits from the products `h @ weight.T + bias`."""
+        """`softcap(scale * z)`: logits from `z = h @ weight.T + bias`."""
         z = z if self.scale == 1.0 else z * self.scale
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
 
 @dataclass(frozen=True)
 class HeadTransform:
-    """What a member does to its head's output `z`: `softcap(scale * z)`; see [`logitmix.mixture.log_probs.Head`]."""
+    """What a member applies to the output `z` of its head: `softcap(scale * z)`; see [`Head`]."""
 
     scale: float = 1.0
     softcap: float | None = None
 
 
 def last_hidden_states(member: PreTrainedModel, **inputs: Any) -> Tensor:
-    """The hidden states `[B, T, D]` that the member's output head multiplies; `inputs` are those of its forward."""
+    """The input `[B, T, D]` of the member's output head, given the `inputs` of the member's forward."""
     hidden_BTD: Tensor = member.get_decoder()(**inputs, use_cache=False, return_dict=True).last_hidden_state
     return hidden_BTD
 
 
 def read_head(member: PreTrainedModel, transform: HeadTransform) -> Head:
-    """The member's head as it is now. Wrappers (FSDP, DeepSpeed) replace its parameters: see `run_inside_heads`."""
+    """The member's head with its present parameters, which FSDP and DeepSpeed replace: see `run_inside_heads`."""
     head = member.get_output_embeddings()
     return Head(head.weight, getattr(head, "bias", None), transform.scale, transform.softcap)
 
 
 def run_inside_heads(
-    heads: Sequence[nn.Module], hidden: Sequence[Tensor], then: Callable[[list[Tensor]], tuple[Tensor, ...]]
+    heads: Sequence[nn.Module], hidden: Sequence[Tensor], function: Callable[[list[Tensor]], tuple[Tensor, ...]]
 ) -> tuple[Tensor, ...]:
-    """`then(hidden)`, run inside the forward of each of the heads, `hidden` being their inputs.
+    """`function(hidden)`, run inside the forward of every head, with each head's hidden states as its inputs.
 
-    A wrapper that shards parameters has them whole there, and knows by a module's inputs and outputs when they are
-    needed in the backward pass.
+    Wrappers that shard parameters gather them for the forward of a module, and use its inputs and outputs to schedule
+    its backward pass.
     """
     received = list(hidden)
 
     def enter(modules: list[nn.Module]) -> tuple[Tensor, ...]:
         if not modules:
-            return then(received)
+            return function(received)
         module, *rest = modules
         places = [k for k, head in enumerate(heads) if head is module]
 
@@ -85,15 +85,15 @@ def run_inside_heads(
                 received[k] = states
             return enter(rest)
 
-        own = vars(module).get("forward")
+        own_forward = vars(module).get("forward")
         module.forward = forward
         try:
             outputs: tuple[Tensor, ...] = module(*(hidden[k] for k in places))
         finally:
-            if own is None:
+            if own_forward is None:
                 del module.forward
             else:
-                module.forward = own
+                module.forward = own_forward
         return outputs
 
     return enter(list(dict.fromkeys(heads)))
@@ -101,19 +101,19 @@ def run_inside_heads(
 
 @torch.no_grad()
 def infer_head_transform(member: PreTrainedModel, name: str = "the model") -> HeadTransform:
-    """What the member does between `last_hidden_states` and its logits, beside its head's weight and bias.
+    """The scale and soft cap between the output of the member's head and its logits.
 
     Runs two tokens through the member and changes nothing in it.
 
-    Raises `ValueError`, which names the member by `name`, where the member's logits are anything else than
+    Raises `ValueError`, which refers to the member as `name`, if its logits are not
     `softcap(scale * (h @ weight.T + bias))` of its last hidden states.
     """
-    with _whole(member):
-        return _measure(member, name)
+    with _gathered_parameters(member):
+        return _infer(member, name)
 
 
-def _whole(member: PreTrainedModel) -> AbstractContextManager[None]:
-    """In this context the member's parameters are whole, where DeepSpeed's ZeRO-3 partitions them on loading."""
+def _gathered_parameters(member: PreTrainedModel) -> AbstractContextManager[None]:
+    """Gathers the parameters that DeepSpeed's ZeRO-3 partitions on loading, within the context."""
     if not is_deepspeed_zero3_enabled():
         return nullcontext()
     import deepspeed
@@ -122,27 +122,27 @@ def _whole(member: PreTrainedModel) -> AbstractContextManager[None]:
     return gathered
 
 
-def _measure(member: PreTrainedModel, name: str) -> HeadTransform:
+def _infer(member: PreTrainedModel, name: str) -> HeadTransform:
     head, decoder = member.get_output_embeddings(), member.get_decoder()
     weight = getattr(head, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
-        raise _unknown(name, f"its output head is a {type(head).__name__}, without one matrix of weights")
+        raise _unreadable(name, f"its output head is a {type(head).__name__}, which has no single weight matrix")
     others = [key for key, _ in head.named_parameters() if key not in ("weight", "bias")]
-    if others:  # an adapter, which may do nothing yet
-        raise _unknown(name, f"its output head, a {type(head).__name__}, has a parameter {others[0]!r}")
+    if others:  # an adapter, which may have no effect yet
+        raise _unreadable(name, f"its output head, a {type(head).__name__}, has a parameter {others[0]!r}")
 
     seen: dict[str, Tensor] = {}
 
-    def see_decoder(module: nn.Module, args: Any, output: Any) -> None:
+    def record_hidden(module: nn.Module, args: Any, output: Any) -> None:
         seen["hidden"] = output[0]
 
     def replace_output(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         seen["input"], seen["output"] = args[0], output
-        # in float64, whatever the member's dtype, so that what is done to it can be measured well
+        # in float64 whatever the member's dtype, to infer the transform accurately
         seen["known"] = _known_values(output)
         return seen["known"]
 
-    hooks = [decoder.register_forward_hook(see_decoder), head.register_forward_hook(replace_output)]
+    hooks = [decoder.register_forward_hook(record_hidden), head.register_forward_hook(replace_output)]
     try:
         ids = torch.arange(_PROBE_TOKENS, device=weight.device).unsqueeze(0) + 1
         logits = member(input_ids=ids, use_cache=False, return_dict=True).logits
@@ -151,14 +151,16 @@ def _measure(member: PreTrainedModel, name: str) -> HeadTransform:
             hook.remove()
 
     if seen.keys() != {"hidden", "input", "output", "known"}:
-        raise _unknown(name, "its forward runs its decoder or its output head in a way of its own")
+        raise _unreadable(name, "its forward does not call its decoder and its output head in the usual way")
     if not torch.equal(seen["input"], seen["hidden"].to(seen["input"])):
-        raise _unknown(name, "it changes the hidden states between its decoder and its output head")
+        raise _unreadable(name, "it changes the hidden states between its decoder and its output head")
     expected = nn.functional.linear(seen["input"], weight, getattr(head, "bias", None))
     if expected.shape != seen["output"].shape or not _is_close(seen["output"], expected):
-        raise _unknown(name, f"its output head, a {type(head).__name__}, does more than multiply by its weight")
+        raise _unreadable(name, f"its output head, a {type(head).__name__}, does more than multiply by its weight")
     if logits.shape != seen["known"].shape:
-        raise _unknown(name, f"its head gives {seen['known'].shape[-1]} values and its logits are {logits.shape[-1]}")
+        raise _unreadable(
+            name, f"its head has {seen['known'].shape[-1]} outputs but it returns {logits.shape[-1]} logits"
+        )
     return _fit_transform(seen["known"], logits.double(), name)
 
 
@@ -170,17 +172,17 @@ def _known_values(output: Tensor) -> Tensor:
 
 
 def _fit_transform(known: Tensor, logits: Tensor, name: str) -> HeadTransform:
-    """The scale is the slope at 0, the cap the limit far from it."""
+    """The scale is the slope at 0, the soft cap the limit at infinity."""
     scale = (logits.flatten()[0] / known.flatten()[0]).item()
     for softcap in (None, logits.abs().max().item()):
         head = Head(torch.ones(1, 1, dtype=torch.float64, device=known.device), None, scale, softcap)
         if torch.allclose(head.logits(known.unsqueeze(-1)).squeeze(-1), logits, rtol=1e-5, atol=0):
             return HeadTransform(_rounded(scale), softcap if softcap is None else _rounded(softcap))
-    raise _unknown(name, "it does something else to its logits than to scale and soft-cap them")
+    raise _unreadable(name, "it changes its logits by more than a scale and a soft cap")
 
 
 def _rounded(x: float) -> float:
-    """To the precision of float32, in which a member may compute it: 0.3, not 0.30000001192."""
+    """Round to the precision of float32, in which a member may compute it: 0.3, not 0.30000001192."""
     return float(f"{x:.7g}")
 
 
@@ -190,5 +192,5 @@ def _is_close(actual: Tensor, expected: Tensor) -> bool:
     return bool(error <= rtol * expected.double().abs().max())
 
 
-def _unknown(name: str, reason: str) -> ValueError:
+def _unreadable(name: str, reason: str) -> ValueError:
     return ValueError(f"the fused loss head cannot read the head of {name}: {reason}; {_REFERENCE}")

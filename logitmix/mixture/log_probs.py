@@ -1,6 +1,6 @@
 """Log-probability and entropy of the mixture at given tokens, without keeping the mixture's logits.
 
-Shape legend: K members, B batch, T time, V vocabulary, D width of a member's hidden states.
+Shape legend: K members, B batch, T time, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -12,14 +12,14 @@ from torch.utils.checkpoint import checkpoint
 from logitmix.mixture.diagnostics import MixtureDiagnostics, mixture_diagnostics
 from logitmix.mixture.mixing import Scheme, Weights, mix_logits, validate_weights
 
-# Elements of a member's logits that are mixed at a time, 256 MB in float32; at least one whole sequence.
+# Elements of a member's logits to mix at a time, 256 MB in float32; at least one whole sequence
 _CHUNK_ELEMENTS = 1 << 26
 
 
 def log_probs_and_entropy(logits_BTV: Tensor, targets_BT: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """`log softmax(z / temperature)` at the targets, and the entropy of that softmax, both `[B, T]`.
 
-    Tokens of probability 0 (logits of -inf) count nothing in the entropy.
+    Tokens of probability 0 (a logit of -inf) add 0 to the entropy.
     """
     log_probs_BTV = torch.log_softmax(logits_BTV / temperature, dim=-1)
     picked_BT = log_probs_BTV.gather(-1, targets_BT.unsqueeze(-1)).squeeze(-1)
@@ -37,12 +37,13 @@ def mixture_log_probs(
 ) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy of the mixture at the targets, both `[B, T]` in float32 (or float64).
 
-    `log softmax(mix_logits(logits, weights, scheme) / temperature)` at `targets_BT`: the temperature divides the
-    *mixed* logits, as it does when `generate` samples from the mixture. `logits` are K tensors `[B, T, V]`.
-    The batch is taken in chunks of sequences whose mixture is computed again in the backward pass, so that of the
-    vocabulary-sized tensors only the members' own logits outlive the call.
+        log softmax(mix_logits(logits, weights, scheme) / temperature) at targets_BT
 
-    Where `diagnostics` is a list, the mixture's diagnostics are appended to it, chunk by chunk, without gradients.
+    The temperature divides the *mixed* logits, as when `generate` samples from the mixture. `logits` are K tensors
+    `[B, T, V]`. The backward pass recomputes the mixture of each chunk of sequences, so the members' own logits are
+    the only vocabulary-sized tensors that outlive the call.
+
+    Each chunk appends the mixture's diagnostics to the list `diagnostics`, if given, without gradients.
     """
     B, T, V = logits[0].shape
     weights = validate_weights(weights, len(logits), scheme, batch=B)
@@ -63,7 +64,7 @@ def mixture_log_probs(
             if needs_grad
             else chunk(*arguments)
         )
-        if diagnostics is not None:  # apart from `chunk`, which runs again in the backward pass
+        if diagnostics is not None:  # not in `chunk`, which the backward pass runs again
             with torch.no_grad():
                 mixed = mix_logits(chunk_logits, chunk_weights, scheme)
                 diagnostics.append(mixture_diagnostics(chunk_logits, mixed, temperature))

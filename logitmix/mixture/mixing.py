@@ -2,7 +2,7 @@
 
 Shape legend: K members, B batch, V vocabulary, `...` any axes between (time, usually).
 
-The convention of alpha lives here and nowhere else: **alpha is the weight of the anchor**, so alpha = 0
+The convention of alpha is defined here and nowhere else: **alpha is the weight of the anchor**, so alpha = 0
 is the policy alone and alpha = 1 the anchor alone (Gan & Zhu, arXiv 2605.20555, eq. 1).
 """
 
@@ -16,16 +16,13 @@ Scheme = Literal["logit", "prob"]
 SCHEMES: tuple[str, ...] = get_args(Scheme)
 
 Weights = Sequence[float] | Sequence[Sequence[float]] | Tensor
-"""K numbers, or one row of K numbers a sequence: `[K]` or `[B, K]`."""
+"""One weight per member, for the batch `[K]` or for each sequence `[B, K]`."""
 
 _SUM_TOLERANCE = 1e-6
 
 
 def alpha_to_weights(alpha: float | Sequence[float] | Tensor) -> Tensor:
-    """Weights of (policy, anchor) at the anchor weight `alpha`: `[1 - alpha, alpha]`.
-
-    `alpha` is a number (returns `[2]`) or one number a sequence, `[B]` (returns `[B, 2]`).
-    """
+    """The weights of policy and anchor, `[1 - alpha, alpha]`: `[2]` for one alpha, `[B, 2]` for one per sequence."""
     alpha = torch.as_tensor(alpha, dtype=torch.float64, device="cpu")
     if alpha.dim() > 1:
         raise ValueError(
@@ -35,14 +32,14 @@ def alpha_to_weights(alpha: float | Sequence[float] | Tensor) -> Tensor:
 
 
 def validate_weights(weights: Weights, num_members: int, scheme: str, batch: int | None = None) -> Tensor:
-    """`weights` as a float64 CPU tensor `[K]` or `[B, K]`, or a `ValueError` that says what is wrong with them.
+    """Return `weights` as a float64 CPU tensor `[K]` or `[B, K]`; raise `ValueError` if they are invalid.
 
-    The scheme `"logit"` takes any real weights: negative ones are contrastive decoding, DExperts and proxy tuning.
-    The scheme `"prob"` takes a distribution over the members only. `batch` is the number of sequences, where known.
+    The scheme `"logit"` takes any real weights: negative ones give contrastive decoding, DExperts and proxy tuning.
+    The scheme `"prob"` takes only a distribution over the members. `batch` is the number of sequences, if known.
     """
     if scheme not in SCHEMES:
         raise ValueError(f"scheme is {scheme!r}; it must be one of {', '.join(map(repr, SCHEMES))}")
-    # On the CPU, so that looking at the values never waits for a device.
+    # On the CPU, so that reading the values never synchronises with a device
     weights = torch.as_tensor(weights, dtype=torch.float64, device="cpu")
     if weights.dim() not in (1, 2) or weights.shape[-1] != num_members:
         raise ValueError(
@@ -52,7 +49,7 @@ def validate_weights(weights: Weights, num_members: int, scheme: str, batch: int
     if weights.dim() == 2 and batch is not None and len(weights) != batch:
         raise ValueError(f"weights have {len(weights)} rows for a batch of {batch} sequences")
     if not torch.isfinite(weights).all():
-        raise ValueError(f"weights hold a value that is not finite: {weights.tolist()}")
+        raise ValueError(f"weights are not finite: {weights.tolist()}")
     if scheme == "prob":
         is_distribution = (weights >= 0).all() and ((weights.sum(-1) - 1).abs() <= _SUM_TOLERANCE).all()
         if not is_distribution:
@@ -66,19 +63,19 @@ def validate_weights(weights: Weights, num_members: int, scheme: str, batch: int
 def mix_logits(logits: Sequence[Tensor], weights: Weights, scheme: Scheme = "logit") -> Tensor:
     """Logits `[B, ..., V]` of the mixture of K members, in float32 (float64 if a member's are).
 
-    `logits` are K tensors `[B, ..., V]`; `weights` are K numbers, or a row of K a sequence, `[B, K]`.
+    `logits` are K tensors `[B, ..., V]`; `weights` are `[K]`, or one row for each sequence, `[B, K]`.
 
     - `"logit"`, a geometric mean (eq. 1): `sum_k w_k * z_k`. The result is unnormalised, like any logits.
     - `"prob"`, an arithmetic mean (section 5): `log(sum_k w_k * softmax(z_k))`, normalised log-probabilities.
 
-    A member of weight 0 does not take part, even where its logits are infinite or NaN. A token that a member of
-    positive weight rules out with a logit of -inf stays ruled out, whatever members of negative weight say.
+    A member of weight 0 is ignored, even if its logits are infinite or NaN. A token that a member of positive weight
+    rules out with a logit of -inf stays ruled out, whatever the logits of members of negative weight.
 
     >>> policy, anchor = torch.randn(2, 5, 11), torch.randn(2, 5, 11)
     >>> mixed = mix_logits([policy, anchor], alpha_to_weights(0.3))
     >>> torch.testing.assert_close(mixed, 0.7 * policy + 0.3 * anchor)
 
-    Raises `ValueError` for weights that `validate_weights` refuses.
+    Raises `ValueError` for weights that `validate_weights` rejects.
     """
     weights = validate_weights(weights, len(logits), scheme, batch=len(logits[0]))
     active = [k for k in range(len(logits)) if (weights[..., k] != 0).any()]
@@ -102,7 +99,7 @@ def _weigh(z_BV: Tensor, weight: Tensor, scheme: str) -> Tensor:
     """`w * z` (logit) or `log w + log softmax(z)` (prob) for one member; `weight` is a scalar or `[B]`."""
     off = torch.empty(0, dtype=torch.long)
     if weight.dim() == 1:
-        weight = weight.to(z_BV.dtype)  # first, as one below float32's smallest is 0 then
+        weight = weight.to(z_BV.dtype)  # first: a weight below float32's smallest becomes 0
         off = (weight == 0).nonzero().squeeze(1).to(z_BV.device)
         weight = weight.to(z_BV.device).view(-1, *[1] * (z_BV.dim() - 1))
     if scheme == "prob":
@@ -112,19 +109,19 @@ def _weigh(z_BV: Tensor, weight: Tensor, scheme: str) -> Tensor:
         term_BV = torch.log_softmax(z_BV, dim=-1) + weight.log()
     else:
         term_BV = z_BV * weight
-    # the rows alone, in place: a pass over all logits for them would cost as much as the product
+    # only the rows of weight 0, in place: masking all logits would cost as much as the product
     return term_BV.index_fill_(0, off, -torch.inf if scheme == "prob" else 0.0) if len(off) else term_BV
 
 
 def _logsumexp(terms: list[Tensor]) -> Tensor:
-    """`log(sum_k exp(term_k))`; a token that every member rules out stays at -inf, with gradient 0."""
+    """`log(sum_k exp(term_k))`. A token that every member rules out stays at -inf, with gradient 0."""
     out = terms[0]
     for term in terms[1:]:
         if not (out.requires_grad or term.requires_grad):
             out = torch.logaddexp(out, term)
             continue
         ruled_out = torch.isneginf(out) & torch.isneginf(term)
-        # logaddexp's gradient at (-inf, -inf) is NaN, so those entries go through it as zeros
+        # the gradient of logaddexp at (-inf, -inf) is NaN, so it sees zeros there
         mixed = torch.logaddexp(out.masked_fill(ruled_out, 0.0), term.masked_fill(ruled_out, 0.0))
         out = mixed.masked_fill(ruled_out, -torch.inf)
     return out

@@ -3,7 +3,7 @@
 Shape legend: K members, B batch, T time, V vocabulary.
 
 `LogitMixForCausalLM` holds the policy and its frozen anchors as submodules (`policy`, `anchor_0`, …), runs them on
-the same tokens and returns their mixed logits. Members that are adapters of one base share the policy's submodule.
+the same tokens and returns the mixture's logits. Members that are adapters on one base share the policy's submodule.
 """
 
 import copy
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    GenerationMixin,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -26,7 +25,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from logitmix.mixture.adapters import ADAPTER_WEIGHTS, NO_ADAPTER, Adapters, adapter_config_from_dict, add_adapter
-from logitmix.mixture.base import MixtureBase, concatenate
+from logitmix.mixture.base import MixtureBase, concatenate_outputs
 from logitmix.mixture.configuration import Alpha, LogitMixConfig, resolve_weights
 from logitmix.mixture.diagnostics import MixtureDiagnostics
 from logitmix.mixture.export import export_member
@@ -34,16 +33,17 @@ from logitmix.mixture.loading import Member, load_members, load_tokenizer
 from logitmix.mixture.log_probs import mixture_log_probs
 from logitmix.mixture.mixing import Scheme, Weights, mix_logits
 from logitmix.mixture.padding import position_ids_from_mask
+from logitmix.mixture.transformers_patches import MixtureGenerationMixin, get_implementation
 
 
-class LogitMixForCausalLM(MixtureBase, GenerationMixin):
+class LogitMixForCausalLM(MixtureBase, MixtureGenerationMixin):
     """A policy and K - 1 frozen anchors, mixed in the logits: `z_mix = sum_k w_k z_k` (arXiv 2605.20555, eq. 1).
 
     Build one with [`LogitMixForCausalLM.from_members`]; save and load it like any model of transformers. The policy
-    is `model.policy`, an ordinary model: `model.policy.save_pretrained(folder)` exports it alone.
+    is an ordinary model, `model.policy`: `model.policy.save_pretrained(folder)` exports it alone.
 
-    `forward` and `generate` take `alpha` (K = 2) or `weights`, one for the batch or one for each sequence; without
-    them the weights of the configuration hold. Members of weight 0 throughout the batch are not run.
+    `forward` and `generate` take `alpha` (K = 2) or `weights`, for the batch or for each sequence, and default to the
+    weights of the configuration. A member whose weight is 0 for every sequence does not run.
 
     Example:
 
@@ -53,8 +53,8 @@ class LogitMixForCausalLM(MixtureBase, GenerationMixin):
 
     config_class = LogitMixConfig
     config: LogitMixConfig
-    # Not the policy's: code that reaches for a backbone and an output embedding (TRL's fused LM head) would then
-    # score the policy alone, silently, while `generate` samples from the mixture.
+    # Not the policy's: code that uses a backbone and an output embedding (TRL's fused LM head) would silently score
+    # the policy alone, while `generate` samples from the mixture.
     base_model_prefix = ""
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
@@ -69,13 +69,15 @@ class LogitMixForCausalLM(MixtureBase, GenerationMixin):
         if members is None:
             members = [
                 AutoModelForCausalLM.from_config(
-                    member_config, dtype=config.dtype, attn_implementation=member_config._attn_implementation
+                    member_config,
+                    dtype=config.dtype,
+                    attn_implementation=get_implementation(member_config, "attn_implementation"),
                 )
                 for member_config in config.member_configs
             ]
-            for name, record in config.adapters.items():
-                if record != NO_ADAPTER:
-                    add_adapter(members[0], name, adapter_config_from_dict(record))
+            for name, adapter in config.adapters.items():
+                if adapter != NO_ADAPTER:
+                    add_adapter(members[0], name, adapter_config_from_dict(adapter))
         for name, member in zip(config.members, members, strict=True):
             if name in config.model_names:
                 self.add_module(name, member)
@@ -83,7 +85,7 @@ class LogitMixForCausalLM(MixtureBase, GenerationMixin):
         self.adapters = Adapters(self.policy, config.members) if config.adapters else None
         self._keep_in_fp32_modules_strict = set(ADAPTER_WEIGHTS if config.adapters else [])
         self.tokenizer: PreTrainedTokenizerBase | None = None
-        self._cache_layers = config.cache_layers  # read at every decoded token; transformers takes its time to count
+        self._cache_layers = config.cache_layers  # read at every decoded token, slow to compute
         self.post_init()
         self._freeze_anchors()
 
@@ -98,21 +100,23 @@ class LogitMixForCausalLM(MixtureBase, GenerationMixin):
         peft_config: LoraConfig | None = None,
         **kwargs: Any,
     ) -> "LogitMixForCausalLM":
-        """The mixture of `policy` and `anchors` (models, folders or hub ids; folders or hub ids of LoRA adapters).
+        """Build the mixture of `policy` and `anchors`.
 
         Args:
-            alpha: weight of the anchor, with one anchor; 0 is the policy alone. Default 0.5, the paper's.
-            weights: one number a member, the policy's first; instead of `alpha`.
+            policy: a model, or the folder or hub id of a model or of a LoRA adapter.
+            anchors: one or several of the same kinds.
+            alpha: weight of the anchor (one anchor only); 0 is the policy alone. Default 0.5, as in the paper.
+            weights: one weight per member, the policy's first; replaces `alpha`.
             scheme: `"logit"` or `"prob"`.
-            peft_config: give the policy a new LoRA adapter, which then is all of it that trains. An anchor that is
-                an adapter on the same base, or that base itself, then shares the policy's weights; so it does where
-                the policy is given as an adapter. Any other anchor is a model of its own.
-            kwargs: for `AutoModelForCausalLM.from_pretrained` of the members given as folders or ids (`dtype=`, …).
+            peft_config: add a new LoRA adapter to the policy; only this adapter trains. If the policy has an adapter,
+                new or loaded, an anchor that is an adapter on the same base, or that base itself, shares the policy's
+                weights. Any other anchor is a model of its own.
+            kwargs: passed to `AutoModelForCausalLM.from_pretrained` for folders and hub ids (`dtype=`, …).
 
-        Members given as folders or ids must share one tokenizer, which the mixture keeps and saves.
+        Members given as folders or hub ids must share one tokenizer, which the mixture keeps and saves.
 
         Raises `ValueError` for a member that does not exist, tokenizers that differ, weights or adapters that do not
-        fit, or an anchor's adapter that changes nothing.
+        fit, or an anchor's adapter that does not change the base's logits.
         """
         sources = [policy, *(anchors if isinstance(anchors, (list, tuple)) else [anchors])]
         if len(sources) < 2:
@@ -130,9 +134,9 @@ class LogitMixForCausalLM(MixtureBase, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; the anchors come back frozen, and the tokenizer beside a local checkpoint is kept.
+        """As in transformers. The anchors are frozen, and the tokenizer of a local checkpoint is kept.
 
-        `alpha=` takes the place of the checkpoint's weights.
+        `alpha=` replaces the checkpoint's weights.
         """
         alpha = kwargs.pop("alpha", None)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
@@ -151,7 +155,7 @@ class LogitMixForCausalLM(MixtureBase, GenerationMixin):
     def alpha(self) -> float:
         """The anchor's weight in the configuration (K = 2, weights that sum to 1)."""
         if len(self.config.weights) != 2:
-            raise ValueError(f"a mixture of {len(self.config.weights)} members has weights, not an alpha")
+            raise ValueError(f"alpha needs 2 members, the mixture has {len(self.config.weights)}; use config.weights")
         return self.config.weights[1]
 
     @alpha.setter
@@ -179,13 +183,12 @@ class LogitMixForCausalLM(MixtureBase, GenerationMixin):
         weights: Weights | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits `[B, T, V]` of the mixture in float32, as any causal language model's forward gives its own.
+        """The mixture's logits `[B, T, V]` in float32, in the usual output of a causal language model.
 
-        `alpha` is one number or one a sequence `[B]`; `weights` are K numbers or `[B, K]`. `hidden_states` and
-        `attentions`, where asked for, are the members' tuples one after another.
+        `alpha` is a number or `[B]`; `weights` are `[K]` or `[B, K]`. `hidden_states` and `attentions`, if requested,
+        are the members' tuples, concatenated.
         """
         weights = self._resolve_weights(alpha, weights)
-        # HF's convention for a label of -100 and the shift by one hold, since the loss is of the mixed logits
         logits, weights, past_key_values, outputs = self._logits_and_weights(
             weights, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
             logits_to_keep, **kwargs,
@@ -198,8 +201,8 @@ class LogitMixForCausalLM(MixtureBase, GenerationMixin):
             loss=loss,
             logits=mixed,
             past_key_values=past_key_values,
-            hidden_states=concatenate(outputs, "hidden_states"),
-            attentions=concatenate(outputs, "attentions"),
+            hidden_states=concatenate_outputs(outputs, "hidden_states"),
+            attentions=concatenate_outputs(outputs, "attentions"),
         )
 
     def score(
@@ -211,9 +214,9 @@ class LogitMixForCausalLM(MixtureBase, GenerationMixin):
         alpha: Alpha | None = None,
         weights: Weights | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Log-probability under the mixture of each label, and the mixture's entropy there: two `[B, T - 1]`.
+        """Log-probability of each label under the mixture, and the mixture's entropy at it, both `[B, T - 1]`.
 
-        Entry t is about the token at t + 1. Where the label is -100 both are 0. The temperature divides the mixed
+        Entry t scores the token at t + 1. Both are 0 where the label is -100. The temperature divides the mixed
         logits, so these are the log-probabilities of the tokens as `generate(temperature=…)` samples them.
         """
         return self._score(input_ids, attention_mask, labels, temperature, self._resolve_weights(alpha, weights))
@@ -227,21 +230,23 @@ class LogitMixForCausalLM(MixtureBase, GenerationMixin):
         alpha: Alpha | None = None,
         weights: Weights | None = None,
     ) -> tuple[Tensor, Tensor, MixtureDiagnostics]:
-        """What `score` gives, and the mixture's diagnostics at the same places: `[B, T - 1]`, and `kl_K` with K more.
+        """As `score`, with the mixture's diagnostics `[B, T - 1]` of the same tokens (`kl_K` is `[B, T - 1, K]`).
 
-        Raises `ValueError` where a member has weight 0: it is not run, so nothing is known of it.
+        Raises `ValueError` if a weight is 0: that member does not run, so there is nothing to compare with.
         """
         resolved = self._resolve_weights(alpha, weights)
         if (resolved == 0).any():
-            raise ValueError(f"weights are {resolved.tolist()}; a member of weight 0 is not run, so not compared with")
+            raise ValueError(
+                f"weights are {resolved.tolist()}; diagnostics need the logits of every member, so no weight may be 0"
+            )
         chunks: list[MixtureDiagnostics] = []
         log_probs, entropy = self._score(input_ids, attention_mask, labels, temperature, resolved, chunks)
         ignored = labels[:, 1:] == -100
         fields = []
         for parts in zip(*chunks, strict=True):
-            found = torch.cat(parts)
-            padded = found.new_zeros(*ignored.shape, *found.shape[2:])
-            padded[:, ignored.shape[1] - found.shape[1] :] = found
+            values = torch.cat(parts)
+            padded = values.new_zeros(*ignored.shape, *values.shape[2:])
+            padded[:, ignored.shape[1] - values.shape[1] :] = values
             padded[ignored] = 0
             fields.append(padded)
         return log_probs, entropy, MixtureDiagnostics(*fields)
@@ -256,14 +261,19 @@ class LogitMixForCausalLM(MixtureBase, GenerationMixin):
         diagnostics: list[MixtureDiagnostics] | None = None,
     ) -> tuple[Tensor, Tensor]:
         targets = labels[:, 1:]
-        wanted = (targets != -100).any(0).nonzero()
-        T = targets.shape[1]
-        keep = T - int(wanted[0]) if len(wanted) else 1
+        T, scored = targets.shape[1], (targets != -100).any(0).nonzero()
+        keep = T - int(scored[0]) if len(scored) else 1
         position_ids = position_ids_from_mask(attention_mask)
-        # Never by one head product: the diagnostics need each member's logits, and the ratio of two scores, of which
-        # one was diagnosed, must not differ from 1 by the rounding of another order of operations.
+        # Mix the logits even of members that share a head: diagnostics need each member's, and the ratio of a score
+        # with diagnostics to one without must be exactly 1, not 1 up to the rounding of another order of operations.
         logits, weights, _, _ = self._logits_and_weights(
-            weights, input_ids, attention_mask, position_ids, use_cache=False, logits_to_keep=keep + 1, one_head=False
+            weights,
+            input_ids,
+            attention_mask,
+            position_ids,
+            use_cache=False,
+            logits_to_keep=keep + 1,
+            mix_before_head=False,
         )
         targets = targets[:, T - keep :]
         log_probs, entropy = mixture_log_probs(
@@ -279,23 +289,13 @@ class LogitMixForCausalLM(MixtureBase, GenerationMixin):
     # --- generation -------------------------------------------------------------------------------------------
 
     def generate(self, *args: Any, alpha: Alpha | None = None, weights: Weights | None = None, **kwargs: Any) -> Any:
-        """`GenerationMixin.generate`, sampling token by token from the mixture (eq. 3) at `alpha` or `weights`."""
+        """`GenerationMixin.generate`, sampling each token from the mixture (eq. 3) at `alpha` or `weights`."""
         resolved = self._resolve_weights(alpha, weights)
         if alpha is not None or weights is not None:
-            # A row a sequence is a tensor, which `generate` repeats along with beams and returned sequences; weights
-            # of the whole batch are a list, which it leaves alone.
+            # `generate` repeats tensors along with beams and returned sequences, as one row a sequence must be; it
+            # does not touch lists, as the weights of a whole batch must not be
             kwargs["weights"] = resolved if resolved.dim() == 2 else resolved.tolist()
         return super().generate(*args, **kwargs)
-
-    def _get_candidate_generator(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
-        """An assistant drafts with its own weights, if it has any (`generate` would hand it the mixture's)."""
-        model_kwargs = {key: value for key, value in model_kwargs.items() if key != "weights"}
-        return super()._get_candidate_generator(*args, model_kwargs=model_kwargs, **kwargs)
-
-    @staticmethod
-    def create_masks_for_generate(attention_mask: Tensor | None, **kwargs: Any) -> Tensor | None:
-        """Keep the 2D mask: each member builds the masks of its own layers (`generate` calls this by name)."""
-        return attention_mask
 
 
 AutoConfig.register(LogitMixConfig.model_type, LogitMixConfig)

@@ -137,4 +137,4 @@ def test_a_tokenizer_without_a_chat_template_is_refused(command, tmp_path, capsy
     plain.save_pretrained(tmp_path / "plain")
     flags = BOXED[:4] if command == "eval" else [*BOXED, "--output_dir", str(tmp_path / "run"), *QUIET]
     assert main([command, "--model_name_or_path", str(tmp_path / "plain"), *flags]) == 2
-    assert "has no chat template; give one that has, or choose a --template that is text" in capsys.readouterr().err
+    assert "has no chat template; use a tokenizer that has one, or a text --template" in capsys.readouterr().err

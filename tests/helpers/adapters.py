@@ -8,18 +8,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from logitmix.mixture.modeling import LogitMixForCausalLM
-from tests.helpers.members import PAD, character_tokenizer, tiny_member
+from tests.helpers.members import character_tokenizer, tiny_member
 
-INPUT = {
-    "input_ids": torch.tensor([[PAD, PAD, 5, 17, 9], [12, 50, 7, 33, 4]]),
-    "attention_mask": torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]),
-}
 KINDS = ["full anchor", "two adapters", "base anchor"]
-
-
-def logits(model, **kwargs):
-    with torch.no_grad():
-        return model(**INPUT, **kwargs).logits
 
 
 def lora(**kwargs):
@@ -98,9 +89,3 @@ VARIANTS = {
     "head": {"target_modules": ["q_proj", "lm_head"]},
     "embeddings": {"target_modules": ["q_proj", "embed_tokens"]},
 }
-
-
-def gradients(model, **kwargs):
-    model.zero_grad()
-    model(**INPUT, labels=INPUT["input_ids"], **kwargs).loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

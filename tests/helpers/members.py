@@ -22,6 +22,11 @@ from transformers import (
 VOCAB_SIZE = 61
 PAD = 0
 
+INPUT = {
+    "input_ids": torch.tensor([[PAD, PAD, 5, 17, 9], [12, 50, 7, 33, 4]]),
+    "attention_mask": torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]),
+}
+
 # Each architecture at a depth, a width and numbers of heads of its own.
 _CONFIGS: dict[str, Callable[..., PreTrainedConfig]] = {
     "qwen2": lambda **kwargs: Qwen2Config(
@@ -99,4 +104,22 @@ def character_tokenizer(characters: str = CHARACTERS) -> PreTrainedTokenizerFast
         eos_token="<eos>",
         unk_token="<pad>",  # AutoTokenizer reads it as Qwen2's beside a Qwen2 model, which would add a token for it
         padding_side="left",
+    )
+
+
+def logits(model, **kwargs):
+    with torch.no_grad():
+        return model(**INPUT, **kwargs).logits
+
+
+def gradients(model, **kwargs):
+    model.zero_grad()
+    model(**INPUT, labels=INPUT["input_ids"], **kwargs).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def is_frozen(model):
+    """Whether no anchor requires gradients or is in training mode."""
+    return all(not p.requires_grad for anchor in model.anchors for p in anchor.parameters()) and not any(
+        module.training for anchor in model.anchors for module in anchor.modules()
     )

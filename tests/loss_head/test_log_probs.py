@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from logitmix.loss_head import chunking, clipped_coefficients, fused_log_probs, linear_pass, log_probs
+from logitmix.loss_head import clipped_coefficients, fused_log_probs, linear_pass, log_probs, matmul
 from logitmix.mixture.diagnostics import mixture_diagnostics
 from logitmix.mixture.head import Head
 from logitmix.mixture.log_probs import log_probs_and_entropy
@@ -173,23 +173,6 @@ def test_gradcheck(scheme):
     assert torch.autograd.gradcheck(lambda *h: scores(*h, *(x.detach() for x in tensors[2:]))[0], tensors[:2])
 
 
-@pytest.mark.skipif(
-    torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkldnn.is_available(),
-    reason="oneDNN multiplies on CPUs with AVX-512 alone",
-)
-@pytest.mark.parametrize(("tokens", "rows", "width"), [(1, 1, 1), (1, 2048, 33), (7, 100, 1), (128, 2047, 64)])
-def test_onednn_multiplies_in_the_layouts_of_the_passes(tokens, rows, width):
-    """An assumption about torch: `torch.ops.mkldnn._linear_pointwise` takes strided factors, and is exact."""
-    torch.manual_seed(0)
-    hidden, weight = torch.randn(tokens, width), torch.randn(rows, width)
-    masses = torch.randn(tokens, rows + 5)[:, :rows]
-    for a, b in ((hidden, weight.T), (masses, weight), (masses.T, hidden)):
-        start, expected = torch.randn(len(a), b.shape[1]), a.double() @ b.double()
-        torch.testing.assert_close(chunking.multiply(a, b, torch.float32).double(), expected, rtol=1e-5, atol=5e-4)
-        chunking.add_product(sums := start.clone(), a, b)
-        torch.testing.assert_close(sums.double(), start.double() + expected, rtol=1e-5, atol=5e-4)
-
-
 def test_without_onednn_the_result_is_the_same():
     with torch.backends.mkldnn.flags(enabled=False):
         assert_agree(random_problem(bias=True, dtype=torch.float32), [0.4, 0.6], 2e-4, chunk=3, tile=4)
@@ -291,11 +274,11 @@ def test_members_of_one_head_share_its_matrix_products(monkeypatch):
 
     def multiply(a, b, *args):
         products.append((tuple(a.shape), tuple(b.shape)))
-        return chunking.multiply(a, b, *args)
+        return matmul.multiply(a, b, *args)
 
     def add_product(out, a, b, *args):
         products.append((tuple(a.shape), tuple(b.shape)))
-        chunking.add_product(out, a, b, *args)
+        matmul.add_product(out, a, b, *args)
 
     monkeypatch.setattr(linear_pass, "multiply", multiply)
     monkeypatch.setattr(linear_pass, "add_product", add_product)
@@ -487,7 +470,9 @@ def test_weights_of_0_alone_are_the_uniform_distribution():
 def test_a_target_outside_the_vocabulary_is_refused(target):
     hidden, heads, targets = random_problem(2, rows=(4, 0, 0))
     targets[3] = target
-    with pytest.raises(ValueError, match=rf"target {target} \(token 3\) is outside the vocabulary of {V} tokens"):
+    with pytest.raises(
+        ValueError, match=rf"target {target} \(token 3\) is outside the members' shared vocabulary of {V} tokens"
+    ):
         fused_log_probs(hidden, heads, [0.5, 0.5], targets)
 
 
@@ -496,7 +481,7 @@ def test_hidden_states_that_are_not_finite_are_named(value):
     hidden, heads, targets = random_problem(2)
     with torch.no_grad():
         hidden[1][4, 2] = value
-    with pytest.raises(ValueError, match="hidden states of member 1 hold a value that is not finite at token 4 of 7"):
+    with pytest.raises(ValueError, match="hidden states of member 1 are not finite at token 4 of 7"):
         fused_log_probs(hidden, heads, [0.5, 0.5], targets)
 
 
@@ -506,13 +491,15 @@ def test_what_does_not_fit_is_refused():
         fused_log_probs(hidden, heads, [0.2, 0.3, 0.5], targets)
     with pytest.raises(ValueError, match="scheme 'prob' needs weights >= 0 that sum to 1"):
         fused_log_probs(hidden, heads, [2.0, -1.0], targets, "prob")
-    with pytest.raises(ValueError, match=f"vocab_size is {V + 1}; the members' heads have {V} rows"):
+    with pytest.raises(
+        ValueError, match=f"vocab_size is {V + 1}; it must be between 1 and {V}, the rows of the smallest head"
+    ):
         fused_log_probs(hidden, heads, [0.5, 0.5], targets, vocab_size=V + 1)
     with pytest.raises(ValueError, match="temperature is 0; it must be above 0"):
         fused_log_probs(hidden, heads, [0.5, 0.5], targets, temperature=0)
     with pytest.raises(ValueError, match=r"of member 0 have shape \[7, 3\]; 7 targets and a head of width 5 need"):
         fused_log_probs(hidden[::-1], heads, [0.5, 0.5], targets)
-    with pytest.raises(ValueError, match="a member of weight 0 does not take part"):
+    with pytest.raises(ValueError, match="diagnostics need the logits of every member, so no weight may be 0"):
         fused_log_probs(hidden, heads, [1.0, 0.0], targets, diagnostics=[])
-    with pytest.raises(ValueError, match="hidden states of 1 members and 2 heads"):
+    with pytest.raises(ValueError, match="hidden states of 1 members but 2 heads"):
         fused_log_probs(hidden[:1], heads, [1.0], targets)

@@ -9,17 +9,8 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from logitmix.mixture.modeling import LogitMixForCausalLM
-from tests.helpers.adapters import (
-    KINDS,
-    VARIANTS,
-    logits,
-    lora,
-    mixture,
-    reference,
-    save_adapter,
-    save_folders,
-)  # fmt: skip
-from tests.helpers.members import character_tokenizer, tiny_member
+from tests.helpers.adapters import KINDS, VARIANTS, lora, mixture, reference, save_adapter, save_folders
+from tests.helpers.members import character_tokenizer, logits, tiny_member
 
 
 @pytest.fixture
@@ -147,5 +138,5 @@ def test_exports_that_cannot_be_are_refused(tmp_path):
     several = LogitMixForCausalLM.from_members(tiny_member("qwen2", 0), anchors, weights=[1.0, 0.5, -0.5])
     with pytest.raises(ValueError, match="there is no member 'anchor'; the members are policy, anchor_0, anchor_1"):
         several.export_member("anchor", tmp_path)
-    with pytest.raises(ValueError, match=r"model that was given from memory.*export it merged"):
+    with pytest.raises(ValueError, match=r"model that was passed in memory.*merge=True"):
         model.export_member("policy", tmp_path)

@@ -10,20 +10,17 @@ from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
 
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from tests.helpers.adapters import (
-    INPUT,
     KINDS,
     VARIANTS,
     anchor_of,
-    gradients,
-    logits,
     lora,
     merged_mixture,
     mixture,
     reference,
     save_adapter,
     save_folders,
-)  # fmt: skip
-from tests.helpers.members import tiny_member
+)
+from tests.helpers.members import INPUT, gradients, logits, tiny_member
 
 
 @pytest.fixture
@@ -255,7 +252,10 @@ def test_a_deep_copy_shares_nothing(folders):
 def test_an_anchors_adapter_that_changes_nothing_is_refused(folders, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(folders["base"])
     get_peft_model(base, lora()).save_pretrained(tmp_path / "untrained")
-    with pytest.raises(ValueError, match=r"adapter '.*untrained' changes nothing.*Give the trained one, or the base"):
+    with pytest.raises(
+        ValueError,
+        match=r"adapter '.*untrained' does not change the base's logits.*pass a trained adapter, or the base",
+    ):
         LogitMixForCausalLM.from_members(folders["base"], tmp_path / "untrained", peft_config=lora())
 
 
@@ -263,13 +263,13 @@ def test_an_anchors_adapter_that_changes_nothing_is_refused(folders, tmp_path):
     ("config", "message"),
     [
         (LoraConfig(bias="all"), "bias='all' trains the base's own biases"),
-        (LoraConfig(init_lora_weights="pissa"), "init_lora_weights='pissa' takes a part out of the base's weights"),
+        (LoraConfig(init_lora_weights="pissa"), "init_lora_weights='pissa' subtracts from the base's weights"),
         (LoraConfig(layer_replication=[(0, 2), (1, 2)]), "layer_replication changes the base's layers"),
         (LoraConfig(trainable_token_indices=[1, 2]), "trainable_token_indices changes the base's embeddings"),
-        (LoraConfig(alora_invocation_tokens=[1], task_type="CAUSAL_LM"), "alora_invocation_tokens set"),
-        (IA3Config(target_modules=["k_proj"], feedforward_modules=[]), "of type .*IA3.*can be LoRA adapters only"),
-        (LoraConfig(target_parameters=["mlp.down_proj.weight"]), "target_parameters set"),
-        ({"r": 8}, "peft_config is a dict; give a LoraConfig"),
+        (LoraConfig(alora_invocation_tokens=[1], task_type="CAUSAL_LM"), "sets alora_invocation_tokens"),
+        (IA3Config(target_modules=["k_proj"], feedforward_modules=[]), "of type .*IA3.*can only be a LoRA adapter"),
+        (LoraConfig(target_parameters=["mlp.down_proj.weight"]), "sets target_parameters"),
+        ({"r": 8}, "peft_config is a dict; pass a LoraConfig"),
         (LoraConfig(target_modules=["no_such_layer"]), "'no_such_layer' in target_modules is no module of"),
     ],
 )
@@ -289,7 +289,7 @@ def test_a_policy_that_is_an_adapter_takes_no_new_one(folders):
     with pytest.raises(ValueError, match=r"policy '.*policy_adapter' is an adapter already"):
         LogitMixForCausalLM.from_members(folders["policy adapter"], folders["sft"], peft_config=lora())
     policy = AutoModelForCausalLM.from_pretrained(folders["policy adapter"])
-    with pytest.raises(ValueError, match="the policy has an adapter of PEFT already"):
+    with pytest.raises(ValueError, match="the policy has a PEFT adapter already"):
         LogitMixForCausalLM.from_members(policy, folders["sft"], peft_config=lora())
 
 
@@ -298,8 +298,8 @@ def test_an_adapter_of_another_shape_or_of_a_missing_base_is_refused(folders, tm
     config = json.loads(path.read_text())
     tiny_member("qwen2", 0, num_hidden_layers=1).save_pretrained(tmp_path / "small")
     path.write_text(json.dumps(config | {"base_model_name_or_path": str(tmp_path / "small")}))
-    with pytest.raises(ValueError, match=r"anchor_adapter' does not fit '.*small': 0 .* missing and 4 have no place"):
+    with pytest.raises(ValueError, match=r"anchor_adapter' does not fit '.*small': 0 .* missing and 4 are unexpected"):
         LogitMixForCausalLM.from_members(tmp_path / "small", folders["anchor adapter"], peft_config=lora())
     path.write_text(json.dumps(config | {"base_model_name_or_path": str(tmp_path / "gone")}))
-    with pytest.raises(ValueError, match=r"adapter '.*anchor_adapter' was made on '.*gone'"):
+    with pytest.raises(ValueError, match=r"base of the adapter '.*anchor_adapter', '.*gone', cannot be loaded"):
         LogitMixForCausalLM.from_members(folders["base"], folders["anchor adapter"], peft_config=lora())

@@ -9,9 +9,7 @@ import itertools
 import pytest
 import torch
 from transformers import CompileConfig, DynamicCache, LogitsProcessor, LogitsProcessorList, StaticCache
-from transformers.cache_utils import Cache
 
-from logitmix.mixture.cache import member_caches
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from tests.helpers.members import PAD, VOCAB_SIZE, character_tokenizer, tiny_member
 
@@ -309,59 +307,5 @@ def test_a_cache_that_a_skipped_member_never_wrote_is_refused(pair, kind, before
     cache = DynamicCache(config=model.config) if kind is DynamicCache else StaticCache(model.config, max_cache_len=16)
     prompt = torch.tensor(PROMPTS[:1])
     model(prompt, past_key_values=cache, use_cache=True, alpha=before)
-    with pytest.raises(ValueError, match=f"holds 0 tokens of {late}, but 7 came before"):
+    with pytest.raises(ValueError, match=f"has 0 tokens of {late}, but 7 precede this step"):
         model(prompt[:, :1], past_key_values=cache, use_cache=True, alpha=0.5)
-
-
-# --- what the composite takes for granted about transformers ---------------------------------------------------------
-
-
-def test_views_of_a_cache_share_its_layers():
-    """`member_caches` rests on `Cache(layers=...)` keeping the layers it is given."""
-    model, _ = mixture("qwen2", "llama")
-    cache = DynamicCache(config=model.config)
-    views = member_caches(cache, model.config.cache_layers)
-    assert [len(view.layers) for view in views] == [2, 3]
-    assert all(ours is theirs for ours, theirs in zip(cache.layers, [x for v in views for x in v.layers], strict=True))
-    key = torch.randn(1, 1, 4, 12)
-    views[1].update(key, key, layer_idx=0)
-    assert torch.equal(cache.layers[2].keys, key)
-    assert (views[0].get_seq_length(), views[1].get_seq_length()) == (0, 4)
-
-
-def test_generate_asks_for_masks_by_the_name_that_the_mixture_overrides(pair, monkeypatch):
-    """With a static cache; were the name another, the members would be handed a mask of the mixture's."""
-    model = pair[0]
-    asked = []
-
-    def record(attention_mask, **kwargs):
-        asked.append(attention_mask)
-        return attention_mask
-
-    monkeypatch.setattr(model, "create_masks_for_generate", record)
-    generate(model, cache_implementation="static")
-    assert len(asked) == NEW_TOKENS
-    assert all(mask.dim() == 2 for mask in asked)
-
-
-def test_generate_repeats_tensors_for_returned_sequences_and_leaves_lists_alone(pair):
-    """Weights of the batch travel as a list for that reason, and rows of weights as a tensor."""
-    _, expanded = pair[0]._expand_inputs_for_generation(
-        2, input_ids=torch.ones(2, 3), rows=torch.tensor([[1.0], [2.0]]), numbers=[0.5, 0.5]
-    )
-    assert expanded["rows"].tolist() == [[1.0], [1.0], [2.0], [2.0]]
-    assert expanded["numbers"] == [0.5, 0.5]
-
-
-def test_generate_builds_one_cache_with_every_members_layers():
-    """`generate` reads the number and the kinds of the layers from the mixture's configuration."""
-    model, members = mixture("qwen2-sliding", "llama", "gemma2", weights=[0.5, 0.3, 0.2])
-    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    own = [layer for member in members for layer in DynamicCache(config=member.config).layers]
-    assert [type(layer) for layer in cache.layers] == [type(layer) for layer in own]
-    assert [getattr(x, "sliding_window", None) for x in cache.layers] == [
-        getattr(x, "sliding_window", None) for x in own
-    ]
-    assert isinstance(cache, Cache)
-    assert model.config.num_hidden_layers == len(own)
-    assert model.config.vocab_size == VOCAB_SIZE

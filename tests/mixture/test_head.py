@@ -118,11 +118,11 @@ def with_forward(model, change):
     ids=["shift", "power", "softmax", "clamp", "roll"],
 )
 def test_an_unknown_change_of_the_logits_is_refused(change):
-    refused(with_forward(tiny_member("qwen2"), change), "something else to its logits")
+    refused(with_forward(tiny_member("qwen2"), change), "changes its logits by more than a scale and a soft cap")
 
 
 def test_logits_of_another_size_are_refused():
-    refused(with_forward(tiny_member("qwen2"), lambda z: z[..., :-1]), "gives 61 values and its logits are 60")
+    refused(with_forward(tiny_member("qwen2"), lambda z: z[..., :-1]), "has 61 outputs but it returns 60 logits")
 
 
 def test_a_head_that_does_more_than_multiply_is_refused():
@@ -170,11 +170,11 @@ def test_a_change_of_the_hidden_states_before_the_head_is_refused():
 def test_a_head_that_is_not_called_is_refused():
     model = tiny_member("qwen2")
     model.get_output_embeddings = lambda: nn.Linear(32, 61)
-    refused(model, "in a way of its own")
+    refused(model, "does not call its decoder and its output head in the usual way")
 
 
 def test_a_bare_decoder_is_refused():
-    refused(transformers.Qwen2Model(tiny_member("qwen2").config), "without one matrix of weights")
+    refused(transformers.Qwen2Model(tiny_member("qwen2").config), "which has no single weight matrix")
 
 
 # --- inside the heads' forwards --------------------------------------------------------------------------------------

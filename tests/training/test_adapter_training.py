@@ -11,10 +11,10 @@ from trl import GRPOTrainer
 
 from logitmix.cli.__main__ import main
 from logitmix.mixture.modeling import LogitMixForCausalLM
-from tests.helpers.adapters import KINDS, anchor_of, logits, lora, merged_mixture, mixture, reference, save_folders
+from tests.helpers.adapters import KINDS, anchor_of, lora, merged_mixture, mixture, reference, save_folders
 from tests.helpers.commands import TINY, error_of
 from tests.helpers.grpo import assert_same_weights, generated, sampled, trainer_of
-from tests.helpers.members import tiny_member
+from tests.helpers.members import logits, tiny_member
 
 
 @pytest.fixture
@@ -217,7 +217,7 @@ def test_an_adapter_for_an_anchor_then_one_for_the_policy_on_one_base(members, t
             "'v_prj' in target_modules is no module",
         ),
         ("sft", ["--use_peft", "--lora_modules_to_save", "head"], "'head' in modules_to_save is no module of"),
-        ("train", ["--use_peft", "--lora_alpha", "0"], "lora_alpha is 0, which scales the adapter to nothing"),
+        ("train", ["--use_peft", "--lora_alpha", "0"], "lora_alpha is 0, which scales the adapter to 0"),
         ("train", ["--use_peft", "--lora_r", "0"], "adapter of policy does not fit"),
     ],
 )

@@ -1,0 +1,41 @@
+"""The private names of transformers that a mixture reads or sets, and the methods of `generate` that it overrides.
+
+`tests/mixture/test_transformers_patches.py` has a test of each, which fails when a new version changes the name.
+"""
+
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+
+Implementation = Literal["attn_implementation", "experts_implementation"]
+
+
+def get_implementation(config: PreTrainedConfig, kind: Implementation) -> str | None:
+    """The implementation that a member's configuration chose: transformers has a public setter but no getter."""
+    implementation: str | None = getattr(config, f"_{kind}")
+    return implementation
+
+
+def mark_initialized(module: nn.Module) -> None:
+    """Keep the weights of `module` when the mixture's `post_init` initialises those that no checkpoint filled."""
+    module._is_hf_initialized = True  # type: ignore[assignment]
+
+
+def mark_adapters_loaded(model: PreTrainedModel, loaded: bool = True) -> None:
+    """Tell `save_pretrained` whether `model` has PEFT adapters: only transformers' own `add_adapter` sets the flag."""
+    model._hf_peft_config_loaded = loaded
+
+
+class MixtureGenerationMixin(GenerationMixin):
+    """`generate`, for a model whose members build their own masks and whose forward takes `weights`."""
+
+    def _get_candidate_generator(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
+        """Drop `weights`, which `generate` would pass on to the assistant of assisted decoding."""
+        model_kwargs = {key: value for key, value in model_kwargs.items() if key != "weights"}
+        return super()._get_candidate_generator(*args, model_kwargs=model_kwargs, **kwargs)
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Tensor | None, **kwargs: Any) -> Tensor | None:
+        """Return the 2D mask unchanged: a 4D mask of the mixture would not fit each member's layers."""
+        return attention_mask

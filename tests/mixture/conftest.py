@@ -1,0 +1,14 @@
+import pytest
+
+from logitmix.mixture.modeling import LogitMixForCausalLM
+from tests.helpers.members import tiny_member
+
+
+@pytest.fixture
+def pair():
+    return tiny_member("qwen2", 0), tiny_member("llama", 1)
+
+
+@pytest.fixture
+def model(pair):
+    return LogitMixForCausalLM.from_members(*pair, alpha=0.3)
