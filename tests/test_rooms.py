@@ -1,0 +1,152 @@
+"""The structure of the package: nine rooms, imports that run downwards, and patches that are named so.
+
+DESIGN: docs/architecture.md. The tests read the source of `logitmix/` and run none of it.
+"""
+
+import ast
+import graphlib
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.paths import ROOT
+
+PACKAGE = ROOT / "logitmix"
+FLOORS = {
+    "tasks": 1,
+    "mixture": 2,
+    "loss_head": 3,
+    "serving": 3,
+    "training": 4,
+    "runs": 5,
+    "evaluation": 6,
+    "paper": 7,
+    "cli": 8,
+}
+MODULES = {path: ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def relative(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def dotted(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def room(module: str) -> str:
+    return module.split(".")[1]
+
+
+class WithoutTypeChecking(ast.NodeTransformer):
+    """Drops what is imported for annotations only."""
+
+    def visit_If(self, node: ast.If) -> ast.AST | None:
+        return None if ast.unparse(node.test) == "TYPE_CHECKING" else self.generic_visit(node)
+
+
+def imports(tree: ast.AST) -> list[tuple[int, str]]:
+    """Line and dotted name of each import from the package; a name imported from a package may be its module."""
+    found: list[tuple[int, str]] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"a relative import in line {node.lineno}"
+            found += [(node.lineno, f"{node.module}.{alias.name}") for alias in node.names]
+    return [(line, name) for line, name in found if name.split(".")[0] == "logitmix"]
+
+
+def test_there_is_no_loose_module():
+    assert sorted(path.name for path in PACKAGE.glob("*.py")) == ["__init__.py"]
+    assert {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"} == set(FLOORS)
+
+
+def upward(sources: dict[str, str]) -> list[str]:
+    """The imports of modules, by name and source, that lead to a room on the same floor or above."""
+    arrows = []
+    for module, source in sources.items():
+        for line, name in imports(ast.parse(source)):
+            parts = name.split(".")
+            is_room = len(parts) > 1 and parts[1] in FLOORS
+            if not is_room:
+                arrows.append(f"{module}:{line} imports {name}, which is in no room")
+            elif room(name) != room(module) and FLOORS[room(name)] >= FLOORS[room(module)]:
+                arrows.append(f"{module}:{line} imports {name}, which is not below it")
+    return arrows
+
+
+def test_imports_run_downwards():
+    sources = {dotted(path): path.read_text() for path in MODULES if path.parent != PACKAGE}
+    assert upward(sources) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["from logitmix.cli.train import run", "import logitmix.serving.http", "from logitmix import LogitMixConfig"],
+)
+def test_an_import_upwards_sideways_or_of_the_package_is_found(line):
+    assert len(upward({"logitmix.loss_head.chunking": f"def f():\n    {line}\n"})) == 1
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    names = {dotted(path) for path in MODULES}
+    graph: dict[str, set[str]] = {}
+    for path in MODULES:
+        targets = {name for _, name in imports(WithoutTypeChecking().visit(ast.parse(path.read_text())))}
+        found = {name if name in names else name.rpartition(".")[0] for name in targets}
+        graph[dotted(path)] = {name for name in found if name in names} - {dotted(path)}
+    order = graphlib.TopologicalSorter(graph)
+    try:
+        order.prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(f"modules import each other: {' -> '.join(error.args[1])}")
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def foreign_private_names(tree: ast.Module) -> list[tuple[int, str]]:
+    """Private attributes of objects that are not the module's own, and private names imported from libraries.
+
+    An attribute is the module's own where the module also assigns or defines it.
+    """
+    own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    for node in ast.walk(tree):
+        targets = (
+            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        )
+        for target in targets:
+            for part in ast.walk(target):
+                if isinstance(part, ast.Attribute) and isinstance(part.value, ast.Name) and part.value.id == "self":
+                    own.add(part.attr)
+                elif isinstance(part, ast.Name):
+                    own.add(part.id)
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and is_private(node.attr) and node.attr not in own:
+            found.append((node.lineno, node.attr))
+        elif isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("logitmix"):
+            found += [(node.lineno, alias.name) for alias in node.names if is_private(alias.name)]
+    return found
+
+
+def test_private_names_of_libraries_stand_in_patches_files():
+    found = [
+        f"{relative(path)}:{line} uses {name}"
+        for path, tree in MODULES.items()
+        if not path.name.endswith("_patches.py")
+        for line, name in foreign_private_names(tree)
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize("line", ["trainer._metrics", "from torch import _C", "self._step"])
+def test_a_private_name_of_a_library_is_found(line):
+    assert foreign_private_names(ast.parse(f"class A:\n    def f(self, trainer):\n        {line}\n"))
+
+
+def test_files_stay_short():
+    too_long = {relative(path): n for path in MODULES if (n := len(path.read_text().splitlines())) > 330}
+    assert too_long == {}
