@@ -5,6 +5,7 @@ DESIGN: docs/architecture.md. The tests read the source of `logitmix/` and run n
 
 import ast
 import graphlib
+import importlib
 from pathlib import Path
 
 import pytest
@@ -107,22 +108,18 @@ def is_private(name: str) -> bool:
     return name.startswith("_") and not name.startswith("__")
 
 
-def foreign_private_names(tree: ast.Module) -> list[tuple[int, str]]:
-    """Private attributes of objects that are not the module's own, and private names imported from libraries.
-
-    An attribute is the module's own where the module also assigns or defines it.
-    """
-    own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+def defined(tree: ast.Module) -> set[str]:
+    """Names that a module defines: functions, classes, variables, and attributes of `self`."""
+    names = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     for node in ast.walk(tree):
-        targets = (
-            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-        )
-        for target in targets:
-            for part in ast.walk(target):
-                if isinstance(part, ast.Attribute) and isinstance(part.value, ast.Name) and part.value.id == "self":
-                    own.add(part.attr)
-                elif isinstance(part, ast.Name):
-                    own.add(part.id)
+        if isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):
+            is_of_self = isinstance(node, ast.Attribute) and ast.unparse(node.value) == "self"
+            names |= {node.id} if isinstance(node, ast.Name) else {node.attr} if is_of_self else set()
+    return names
+
+
+def foreign_private_names(tree: ast.Module, own: set[str]) -> list[tuple[int, str]]:
+    """Private attributes that the package does not define, and private names imported from libraries."""
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and is_private(node.attr) and node.attr not in own:
@@ -132,19 +129,47 @@ def foreign_private_names(tree: ast.Module) -> list[tuple[int, str]]:
     return found
 
 
-def test_private_names_of_libraries_stand_in_patches_files():
+PLAIN = {path: tree for path, tree in MODULES.items() if not path.name.endswith("_patches.py")}
+
+
+def test_private_names_of_libraries_are_read_in_patches_files_only():
+    own = set().union(*(defined(tree) for tree in PLAIN.values()))
     found = [
         f"{relative(path)}:{line} uses {name}"
-        for path, tree in MODULES.items()
-        if not path.name.endswith("_patches.py")
-        for line, name in foreign_private_names(tree)
+        for path, tree in PLAIN.items()
+        for line, name in foreign_private_names(tree, own)
     ]
     assert found == []
 
 
 @pytest.mark.parametrize("line", ["trainer._metrics", "from torch import _C", "self._step"])
 def test_a_private_name_of_a_library_is_found(line):
-    assert foreign_private_names(ast.parse(f"class A:\n    def f(self, trainer):\n        {line}\n"))
+    assert foreign_private_names(ast.parse(f"class A:\n    def f(self, trainer):\n        {line}\n"), set())
+
+
+# What transformers documents for authors of models
+FOR_MODEL_AUTHORS = {"_init_weights", "_no_split_modules", "_reorder_cache", "_tied_weights_keys"}
+
+
+def overridden_private_names(path: Path) -> list[str]:
+    """Private names of library classes that the module's classes replace."""
+    try:
+        module = importlib.import_module(dotted(path))
+    except ImportError:  # vLLM is not installed
+        return []
+    found = []
+    for value in vars(module).values():
+        if isinstance(value, type) and value.__module__ == module.__name__:
+            bases = [base for base in value.__mro__[1:] if not base.__module__.startswith("logitmix")]
+            names = {name for name in vars(value) if is_private(name)} - FOR_MODEL_AUTHORS
+            names = {name for name in names if not name.startswith(("_supports_", "_abc_", "_backward_cls"))}
+            found += [f"{value.__name__}.{n} ({b.__name__}'s)" for n in names for b in bases if n in vars(b)]
+    return found
+
+
+def test_private_methods_of_libraries_are_replaced_in_patches_files_only():
+    found = [f"{relative(path)}: {name}" for path in PLAIN for name in overridden_private_names(path)]
+    assert found == []
 
 
 def test_files_stay_short():

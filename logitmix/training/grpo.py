@@ -59,8 +59,6 @@ class LogitMixGRPOTrainer(PatchedGRPOTrainer):
     Raises `ValueError` for options under which TRL would score or sample something other than the mixture.
     """
 
-    _tag_names = ("trl", "grpo", "logitmix")
-
     def __init__(
         self,
         model: PreTrainedModel | str,

@@ -68,6 +68,7 @@ class PatchedGRPOTrainer(PatchedTrainer, GRPOTrainer):
     """TRL's `GRPOTrainer` with exact resume, monitoring, and public names for what a subclass overrides."""
 
     RUNNING_TOTALS = (*PatchedSFTTrainer.RUNNING_TOTALS, "_step")
+    _tag_names = ("trl", "grpo", "logitmix")  # of the model card
     monitor: Monitor
     _last_loaded_step: int  # the step whose weights vLLM has
 
