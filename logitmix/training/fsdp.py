@@ -11,20 +11,17 @@ heads) is the root's unit. A mixture needs a change in three places:
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, StateDictType
+from transformers import Trainer
 
 from logitmix.mixture.modeling import LogitMixForCausalLM
 
-if TYPE_CHECKING:
-    from logitmix.training.trl_patches import PatchedGRPOTrainer
 
-
-def prepare_fsdp(trainer: "PatchedGRPOTrainer") -> None:
+def prepare_fsdp(trainer: Trainer) -> None:
     """Configure FSDP, if it is on, for the trainer's model, before the model is sharded.
 
     Raises `ValueError` for a mixture under the first version of FSDP.

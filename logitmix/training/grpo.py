@@ -33,6 +33,7 @@ from logitmix.mixture.loading import require_tokenizer, validate_same_tokenizer
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.training.alpha.callback import AlphaControl, validate_alpha_controller
 from logitmix.training.alpha.validation import FreshQuestions, validation_questions
+from logitmix.training.batch import Batch, TokenScores
 from logitmix.training.checkpointing.resume import Checkpointing, State
 from logitmix.training.config import GROUP_LOSS, LogitMixGRPOConfig, build_model
 from logitmix.training.config_checks import require_prompts_fit, require_questions, validate_config
@@ -43,7 +44,7 @@ from logitmix.training.monitoring.monitor import Monitor
 from logitmix.training.rollouts.dynamic_sampling import QuestionStream, has_spread, refill
 from logitmix.training.rollouts.vllm import mixture_for_vllm, sampling_settings
 from logitmix.training.scoring import MixtureScorer, loss_coefficients
-from logitmix.training.trl_patches import Batch, PatchedGRPOTrainer, TokenScores, without_reference_model
+from logitmix.training.trl_patches import PatchedGRPOTrainer, without_reference_model
 
 
 class LogitMixGRPOTrainer(PatchedGRPOTrainer):

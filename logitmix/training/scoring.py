@@ -14,8 +14,9 @@ from logitmix.loss_head import Coefficients, clipped_coefficients
 from logitmix.loss_head.scorer import AnchorStates, FusedScorer
 from logitmix.mixture.diagnostics import MixtureDiagnostics
 from logitmix.mixture.modeling import LogitMixForCausalLM
+from logitmix.training.batch import Batch
 from logitmix.training.config import LogitMixGRPOConfig
-from logitmix.training.trl_patches import Batch, PatchedGRPOTrainer, install_scoring_forward
+from logitmix.training.trl_patches import PatchedGRPOTrainer, install_scoring_forward
 
 # Losses that are sums over tokens of eq. 6's clipped term, each token with a weight known before the loss
 _TOKEN_LOSSES = ("dapo", "bnpo", "dr_grpo", "grpo")

@@ -22,7 +22,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MethodType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.utils.data import Sampler
@@ -30,23 +30,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import GRPOTrainer, SFTTrainer
 from trl.models import unwrap_model_for_generation
 
+from logitmix.training.batch import Batch, TokenScores
 from logitmix.training.checkpointing.resume import State, by_epoch
 from logitmix.training.fsdp import gathered_weights
 from logitmix.training.transformers_patches import PatchedTrainer, generate_without_fsdp_hooks
 
 if TYPE_CHECKING:
     from logitmix.training.monitoring.monitor import Monitor
-
-Batch = dict[str, Any]
-
-
-class TokenScores(NamedTuple):
-    """Scores of completion tokens, `[B, T]`, and for a mixture its diagnostics; `aux_loss` is TRL's, of an MoE."""
-
-    log_probs: Tensor
-    entropy: Tensor | None
-    aux_loss: Tensor | None = None
-    diagnostics: Any = None
 
 
 class PatchedSFTTrainer(PatchedTrainer, SFTTrainer):

@@ -10,7 +10,8 @@ from trl import GRPOTrainer, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput, RepeatSampler
 
 from logitmix.training import trl_patches
-from logitmix.training.trl_patches import PatchedGRPOTrainer, TokenScores
+from logitmix.training.batch import TokenScores
+from logitmix.training.trl_patches import PatchedGRPOTrainer
 from tests.helpers.contracts import assert_has, assert_parameters, assert_source_has
 from tests.helpers.grpo import generated, mixture, trainer_of
 

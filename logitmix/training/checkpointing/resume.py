@@ -19,9 +19,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import logging
 from trl.trainer.utils import RepeatSampler
@@ -33,9 +34,6 @@ from logitmix.training.checkpointing.folders import (
     last_whole_checkpoint,
     publish,
 )
-
-if TYPE_CHECKING:
-    from logitmix.training.trl_patches import PatchedGRPOTrainer, PatchedSFTTrainer
 
 logger = logging.get_logger(__name__)
 
@@ -50,13 +48,12 @@ class State(NamedTuple):
 class Checkpointing:
     """Writes complete checkpoints of a trainer's run, and restores from them all that later steps depend on.
 
+    `trainer` is a patched one (trl_patches.py), which calls these methods where it saves and resumes.
     `states` are parts of the run beyond what the trainer itself keeps, by their keys in the progress file. Each holds
     plain containers and tensors, as `torch.load(weights_only=True)` reads them.
     """
 
-    def __init__(
-        self, trainer: "PatchedGRPOTrainer | PatchedSFTTrainer", states: Mapping[str, State] | None = None
-    ) -> None:
+    def __init__(self, trainer: Trainer, states: Mapping[str, State] | None = None) -> None:
         self.trainer = trainer
         self.states = dict(states or {})
         self.staging_folder: str | None = None  # while a checkpoint is being written

@@ -7,19 +7,18 @@ Shape legend: B sequences of a process, T completion tokens, K members, N comple
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from trl import GRPOTrainer
 
 from logitmix.mixture.diagnostics import MixtureDiagnostics
 from logitmix.mixture.modeling import LogitMixForCausalLM
+from logitmix.training.batch import Batch, TokenScores
 from logitmix.training.monitoring import finite
 from logitmix.training.monitoring.clock import Clock, OptimizerClock
-
-if TYPE_CHECKING:
-    from logitmix.training.trl_patches import Batch, PatchedGRPOTrainer, TokenScores
 
 PHASES = ("rollouts", "rewards", "scoring", "update")
 
@@ -32,7 +31,7 @@ class Monitor:
     before the optimizer sees it, and save the batch under `output_dir/nonfinite-step-N`.
     """
 
-    def __init__(self, trainer: "PatchedGRPOTrainer") -> None:
+    def __init__(self, trainer: GRPOTrainer) -> None:
         self.trainer = trainer
         self.clock = Clock(trainer.accelerator.device)
         trainer.add_callback(OptimizerClock(self.clock))
@@ -92,7 +91,7 @@ class Monitor:
 
     # --- the loss -----------------------------------------------------------------------------------------------
 
-    def observe_loss(self, batch: "Batch", scores: "TokenScores", loss: Tensor) -> None:
+    def observe_loss(self, batch: Batch, scores: TokenScores, loss: Tensor) -> None:
         """Log what a micro-batch's loss was computed from, as means over the tokens of all processes.
 
         Stops the run where a number is not finite. Does nothing outside training.
@@ -145,7 +144,7 @@ class Monitor:
         names = list(self.trainer.model.config.members)
         return ["policy", "anchor"] if len(names) == 2 else names
 
-    def _members_not_finite(self, batch: "Batch") -> str:
+    def _members_not_finite(self, batch: Batch) -> str:
         """Which members' logits are not finite on a batch, found by scoring each member alone."""
         model, accelerator = self.trainer.model, self.trainer.accelerator
         if not isinstance(model, LogitMixForCausalLM):

@@ -1,0 +1,36 @@
+"""What passes between sampling, scoring and the loss.
+
+Shape legend: B sequences of a process, P prompt tokens (left padding), T completion tokens (right padding).
+"""
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from logitmix.mixture.diagnostics import MixtureDiagnostics
+
+Batch = dict[str, Any]
+"""The rollouts of an outer step, or a micro-batch of them, under TRL's keys and ours:
+
+| key | | |
+|---|---|---|
+| `prompt_ids`, `prompt_mask` | `[B, P]` | |
+| `completion_ids`, `completion_mask` | `[B, T]` | |
+| `tool_mask` | `[B, T]` | 0 at tokens that a tool wrote; absent without tools |
+| `old_per_token_logps` | `[B, T]` | under the mixture that sampled; absent where the first update uses them all |
+| `ref_per_token_logps` | `[B, T]` | under the anchor; with `beta > 0` |
+| `advantages` | `[B]` | eq. 4 |
+| `question_weights` | `[B]` | eq. 6's normaliser; with `loss_type="group"` |
+| `rewards` | `[B, F]` | of each reward function |
+| `anchor_states` | B | the anchors' last hidden states, one entry a sequence; where they are kept |
+| `num_items_in_batch` | | completion tokens of all processes |
+"""
+
+
+class TokenScores(NamedTuple):
+    """Scores of completion tokens, `[B, T]`, and for a mixture its diagnostics; `aux_loss` is TRL's, of an MoE."""
+
+    log_probs: Tensor
+    entropy: Tensor | None
+    aux_loss: Tensor | None = None
+    diagnostics: MixtureDiagnostics | None = None
