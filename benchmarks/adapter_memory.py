@@ -1,9 +1,9 @@
-"""Memory of mixtures whose members are LoRA adapters, beside two full members of the same size.
+"""Memory of mixtures whose members are LoRA adapters, compared with two full members of the same size.
 
     python benchmarks/adapter_memory.py [--layers 4] [--output benchmarks/results/adapter_memory.md]
 
-Each mixture is built in a process of its own, with random weights in float32. The table gives what its weights take,
-and the peak of the process's memory above that before the mixture was built (on a GPU: of what torch has allocated):
+Each mixture is built in its own process with random float32 weights. The table shows the size of its weights and the
+peak memory of the process (on a GPU, of torch's allocations) above the memory before the mixture was built:
 
 - forward: the logits of a batch at alpha = 0.5;
 - training step: a score with gradients, its backward pass with gradient checkpointing, and a step of AdamW.
@@ -21,7 +21,7 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # no member has a name on the hub, and asking for it takes long where there is none
+os.environ["HF_HUB_OFFLINE"] = "1"  # no member is on the hub; without a network, asking it is slow
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -35,7 +35,7 @@ KINDS = {
     "b": "b: policy and anchor two adapters on one base",
     "c": "c: policy an adapter, anchor the base",
 }
-BASE = "base"  # the name by which the anchor's adapter knows the base that is built in memory
+BASE = "base"  # the anchor's adapter has this name of the base, which is built in memory
 
 
 def member(args: argparse.Namespace, seed: int) -> Qwen2ForCausalLM:
@@ -82,11 +82,11 @@ def reset_peak() -> None:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to what is resident now
+        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to the resident memory
 
 
 def memory(field: str) -> int:
-    """Bytes: `VmRSS`, what is resident now, or `VmHWM`, the most that was since the last reset."""
+    """Bytes resident now (`VmRSS`), or the most since the last reset (`VmHWM`)."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() if field == "VmHWM" else torch.cuda.memory_allocated()
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -94,7 +94,7 @@ def memory(field: str) -> int:
 
 
 def measure(kind: str, args: argparse.Namespace, folder: Path) -> dict[str, int]:
-    torch.ones(8, 8, device=args.device) @ torch.ones(8, 8, device=args.device)  # the libraries' own buffers
+    torch.ones(8, 8, device=args.device) @ torch.ones(8, 8, device=args.device)  # allocate the libraries' buffers
     before = memory("VmRSS")
     model = mixture(kind, args, folder)
     result = {"weights": model.weight_bytes()[0]}
@@ -111,7 +111,7 @@ def measure(kind: str, args: argparse.Namespace, folder: Path) -> dict[str, int]
     model.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
     reset_peak()
-    for _ in range(2):  # the optimizer's state is there from the second on
+    for _ in range(2):  # the second step has the optimizer's state
         log_probs, _ = model.score(ids, mask, ids)
         (-log_probs.mean()).backward()
         optimizer.step()
@@ -163,7 +163,7 @@ def table(results: dict[str, dict[str, int]], args: argparse.Namespace) -> str:
             f"peft {version('peft')}. Members of {size:.0f} M parameters in float32 (hidden size {args.hidden_size}, "
             f"{args.layers} layers, vocabulary {args.vocab_size}, tied), LoRA of rank {args.rank} on all linear "
             f"layers; batches of {args.batch_size} sequences of {args.tokens} tokens. Printed by "
-            "`python benchmarks/adapter_memory.py`, whose first lines say what is measured.",
+            "`python benchmarks/adapter_memory.py`, whose docstring defines the columns.",
             "",
             *lines,
         ]

@@ -1,15 +1,15 @@
-"""What the adaptive weight costs: the greedy decodes of a step's validation beside the step's rollouts.
+"""Cost of the adaptive weight: the time of a step's validation relative to the step's rollouts.
 
     python benchmarks/adaptive_overhead.py [--rounds 7] [--output benchmarks/results/adaptive_overhead.md]
 
-At the paper's proportions: 200 greedy decodes (100 questions, by the policy and by the mixture) a step of 2,048
-rollouts are 9.8 %. The sizes here keep that proportion: 50 greedy decodes beside 512 rollouts. Rollouts and validation
-are the trainer's own (`_generate`, `validate`) on one model, in turns (A B A B ...).
+In the paper a step has 2,048 rollouts and 200 greedy decodes (100 questions, by the policy and by the mixture), which
+is 9.8 %. The sizes here keep that proportion: 512 rollouts and 50 greedy decodes. Rollouts and validation are the
+trainer's own (`_generate`, `validate`) on one model, alternating (A B A B ...).
 
-Every decode runs to its full length, since untrained members never end by themselves. In a real run both end earlier,
-and each batch takes as long as its longest response. A CPU's time goes with the number of sequences. A GPU's decoding
-step may take as long for 50 sequences as for 500: there the share also depends on how many batches the rollouts are
-(`rollout_batch_size`), since validation is at least one.
+Every decode runs to its full length, because untrained members never emit EOS. In a real run both end earlier, and
+each batch takes as long as its longest response. On a CPU the time is proportional to the number of sequences. On a
+GPU a decoding step may take as long for 50 sequences as for 500, so the share also depends on the number of batches of
+the rollouts (`rollout_batch_size`): validation is at least one batch.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def trainer_of(args: argparse.Namespace, folder: str, rollout_batch_size: int) -
 
 
 def seconds_of_a_step(trainer: LogitMixGRPOTrainer) -> tuple[float, float]:
-    """Of a step's rollouts, and of the validation that follows it."""
+    """Seconds of a step's rollouts and of the validation after it."""
     prompts = trainer.train_dataset["prompt"][: trainer.args.generation_batch_size // GROUP]
     trainer.model.train()
     start = now()
@@ -70,7 +70,7 @@ def table(seconds: dict[int, list[tuple[float, float]]], args: argparse.Namespac
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     packages = ", ".join(f"{name} {version(name)}" for name in ("logitmix", "torch", "transformers", "trl"))
     lines = [
-        "# What the adaptive weight costs",
+        "# Cost of the adaptive weight",
         "",
         f"`python benchmarks/adaptive_overhead.py`, {date.today()}, {device} ({platform.machine()}); {packages}.",
         f"Load of the machine at the end: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores.",
@@ -95,9 +95,9 @@ def table(seconds: dict[int, list[tuple[float, float]]], args: argparse.Namespac
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--rollouts", type=int, default=512, help="of a step, 8 a question")
-    parser.add_argument("--questions", type=int, default=25, help="of validation, two greedy decodes each")
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[64, 512], help="rollouts sampled at a time")
+    parser.add_argument("--rollouts", type=int, default=512, help="rollouts per step, 8 per question")
+    parser.add_argument("--questions", type=int, default=25, help="validation questions, with two greedy decodes each")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[64, 512], help="rollouts per sampling batch")
     parser.add_argument("--prompt_tokens", type=int, default=32)
     parser.add_argument("--completion_tokens", type=int, default=32)
     parser.add_argument("--vocab_size", type=int, default=4_000)

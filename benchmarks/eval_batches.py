@@ -1,9 +1,9 @@
-"""Greedy decoding of policy, anchor and mixture: one alpha a batch, or all in one; the table of docs/analysis.md.
+"""Greedy decoding of policy, anchor and mixture, in one batch per alpha or in one batch for all (docs/analysis.md).
 
     python benchmarks/eval_batches.py runs/quickstart/fixed_mixing [--rounds 5]
 
-The model is the checkpoint of an arithmetic mixture. The two ways run in turns on one thread, and the table has the
-best of the rounds.
+The model is a checkpoint of a mixture trained on arithmetic. The two ways alternate on one thread; the table shows the
+best round of each.
 """
 
 import argparse

@@ -1,15 +1,15 @@
-"""Kill a training run at random moments, resume it, and hold the result against the run that was never killed.
+"""Kill a training run at random moments, resume it, and compare the result with that of an uninterrupted run.
 
     python benchmarks/kill_and_resume.py [--kills 20] [--seed 0] [--output benchmarks/results/kill_and_resume.md]
 
-Each trial starts the same run of `logitmix train` (a tiny mixture, on a CPU, in float32), ends its process with
-SIGKILL, resumes it with `--resume_from_checkpoint true`, and compares what both leave: weights, configuration (alpha),
-completions and evaluations byte by byte, the metrics in every value but times.
+Each trial starts the same run of `logitmix train` (a tiny mixture on a CPU in float32), kills its process with
+SIGKILL, resumes it with `--resume_from_checkpoint true`, and compares the two runs' files: weights, configuration
+(alpha), completions and evaluations byte by byte, and every metric except times.
 
-Every other moment is drawn uniformly between the first evaluation and the end; the others lie within rollouts,
-updates, checkpoints, validations and evaluations in turn, of these one at random, up to 20 ms after it begins.
+Half of the kills are at a time drawn uniformly between the first evaluation and the end. The others cycle through
+rollouts, updates, checkpoints, validations and evaluations, each within 20 ms after a random one of them begins.
 
-A server process imports everything once and forks a process a run, so that a start costs no import.
+A server process imports everything once and forks a process for each run, so a start costs no imports.
 """
 
 import argparse
@@ -39,8 +39,8 @@ from logitmix.tasks import Arithmetic, Grade
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["logitmix.cli.train", "logitmix.cli.quickstart"])
 
-# Two epochs. A generation serves four micro-batches twice, so four updates; checkpoints fall between them, and logs
-# fall between checkpoints. One checkpoint is kept.
+# Two epochs. Each batch of rollouts serves four micro-batches twice, so four updates, with checkpoints between them
+# and logs between checkpoints. One checkpoint is kept.
 FLAGS = shlex.split("""
     --task kill_and_resume.EasyArithmetic --use_cpu true --bf16 false --gradient_checkpointing false --report_to none
     --per_device_train_batch_size 8 --num_generations 4 --max_completion_length 16
@@ -50,14 +50,14 @@ FLAGS = shlex.split("""
     --alpha 0.4 --alpha_controller adaptive --validation_size 8 --adaptive_offset 1 --adaptive_scale 4
     --dynamic_sampling refill
 """)
-# How often each happens in the run
+# Number of times that each phase occurs in the run
 PHASES = {"rollouts": 2, "update": 16, "checkpoint": 8, "validation": 2, "evaluation": 5}
 COMPARED = ("model.safetensors", "config.json", "completions.jsonl", "evaluations.jsonl")
 TIMES = re.compile(r"step_time|train_runtime|.*_per_second(/.*)?|time/.*")
 
 
 class EasyArithmetic(Arithmetic):
-    """Rewards what untrained members write by chance, so that every step has a gradient."""
+    """Rewards responses that untrained members produce by chance, so that every step has a gradient."""
 
     def grade(self, response: Any, problem: Any) -> Grade:
         right = sum(character.isdigit() for character in response) >= 4
@@ -65,7 +65,7 @@ class EasyArithmetic(Arithmetic):
 
 
 def make_members(folder: Path) -> list[str]:
-    """A policy and an anchor with weights from seeds, as flags of `logitmix train`."""
+    """Save a policy and an anchor with seeded weights; return them as flags of `logitmix train`."""
     from logitmix.paper.tiny_model import character_tokenizer, tiny_model
 
     tokenizer = character_tokenizer(Arithmetic.alphabet)
@@ -77,10 +77,12 @@ def make_members(folder: Path) -> list[str]:
 
 
 class Run:
-    """A command in a process of its own, which notes what it is doing in memory that both can see.
+    """A command in its own process, which reports its phase in shared memory.
 
-    `die_at` ends it from within, when Python is about to do that audit event ("open", "os.rename", …) to a path that
-    ends so. `file_size` is the most bytes that it can write to a file: there is no more room beyond.
+    Args:
+        die_at: an audit event of Python ("open", "os.rename", …) and a path suffix: the process kills itself before
+            that event on such a path.
+        file_size: the largest file in bytes that the process can write, to simulate a full disk.
     """
 
     def __init__(
@@ -97,7 +99,7 @@ class Run:
         return self._phase.value.decode()
 
     def until(self, phase: str) -> None:
-        """Wait for a phase, or the end."""
+        """Wait until a phase begins or the process ends."""
         while self.phase != phase and self.process.is_alive():
             time.sleep(0.0005)
 
@@ -108,7 +110,7 @@ class Run:
             time.sleep(0.0005)
 
     def signal(self, number: int) -> None:
-        """Send a signal; a process that has ended does not get it."""
+        """Send a signal, unless the process has ended."""
         assert self.process.pid is not None
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.process.pid, number)
@@ -131,13 +133,13 @@ def _command(argv: list[str], log: str, phase: Any, die_at: tuple[str, str] | No
 
     from logitmix.cli import train
     from logitmix.cli.__main__ import main
-    from logitmix.training.alpha import callback as weight_control
+    from logitmix.training.alpha import callback as alpha_control
 
     for owner, method, name in (
         (GRPOTrainer, "_generate_and_score_completions", "rollouts"),
         (Trainer, "training_step", "update"),
         (Trainer, "_save_checkpoint", "checkpoint"),
-        (weight_control, "validate", "validation"),
+        (alpha_control, "validate", "validation"),
         (train, "greedy_responses", "evaluation"),
     ):
         setattr(owner, method, _noting(getattr(owner, method), name, phase))
@@ -147,7 +149,7 @@ def _command(argv: list[str], log: str, phase: Any, die_at: tuple[str, str] | No
 
 
 def _noting(function: Callable[..., Any], name: str, phase: Any) -> Callable[..., Any]:
-    """The function, which says by `phase` when it runs: its name, and the how-manyeth time it is called."""
+    """Wrap a function to set `phase` to `name` and the number of the call while it runs."""
     calls = itertools.count(1)
 
     def noting(*args: Any, **kwargs: Any) -> Any:
@@ -166,7 +168,7 @@ def _die_at(die_at: tuple[str, str], event: str, args: tuple[Any, ...]) -> None:
 
 
 def differences(folder: Path, reference: Path, compared: Sequence[str] = COMPARED) -> list[str]:
-    """The files in which two runs differ, and the keys of the metrics."""
+    """The files in which two runs differ, and the metrics by step."""
     found = [name for name in compared if (folder / name).read_bytes() != (reference / name).read_bytes()]
     rows, expected = (metrics(path / "metrics.jsonl") for path in (folder, reference))
     if len(rows) != len(expected):
@@ -183,7 +185,7 @@ def metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Kill a run at random moments, resume it, compare.")
+    parser = argparse.ArgumentParser(description="Kill a run at random moments, resume it, and compare.")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path)
@@ -212,7 +214,7 @@ def trials(folder: Path, kills: int, chance: random.Random):
     yield ""
     yield f"{date.today()}, printed by `python benchmarks/kill_and_resume.py --kills {kills}`. A run: 8 steps in"
     yield f"{last - first:.1f} s from its first evaluation on, {first - before_first:.1f} s before. An update is a"
-    yield "micro-batch; phases are counted in the process that was killed."
+    yield "micro-batch; phases are counted in the killed process."
     yield ""
     yield "| kill | during | resumed from | differs in |"
     yield "|---|---|---|---|"
@@ -220,7 +222,7 @@ def trials(folder: Path, kills: int, chance: random.Random):
     for number in range(1, kills + 1):
         out = folder / f"run-{number}"
         status = 0
-        while status == 0:  # a moment drawn near the end may come after it
+        while status == 0:  # a time near the end may be drawn after the process has ended
             shutil.rmtree(out, ignore_errors=True)
             run = Run([*command, str(out)], folder / "log.txt")
             run.until_begun()
@@ -238,9 +240,9 @@ def trials(folder: Path, kills: int, chance: random.Random):
         found = differences(out, reference)
         same += not found
         source = Path(starts[-1]["resumed_from"] or "step 0").name
-        yield f"| {number} | {run.phase or 'what is between'} | {source} | {', '.join(found) or 'nothing'} |"
+        yield f"| {number} | {run.phase or 'between phases'} | {source} | {', '.join(found) or 'nothing'} |"
     yield ""
-    yield f"**{same} of {kills} resumed runs equal the run that was never killed, bit for bit.**"
+    yield f"**{same} of {kills} resumed runs match the uninterrupted run bit for bit.**"
 
 
 if __name__ == "__main__":

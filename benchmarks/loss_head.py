@@ -1,15 +1,15 @@
-"""The fused loss head against others: time and memory of one loss, forward and backward.
+"""The fused loss head compared with others: time and memory of one loss, forward and backward.
 
     python benchmarks/loss_head.py [--shapes A B] [--rounds 3] [--output benchmarks/results/loss_head.md]
     python benchmarks/loss_head.py --device cuda --output benchmarks/results/loss_head_cuda.md
 
-Each variant takes hidden states to the loss of eq. 6 and back to their gradient and the head's: of the mixture of two
-members, alpha = 0.5, or of a single policy. "Concatenated" are heads for one model, given the hidden states and the
-heads of both members side by side, whose product is the mixture's logits. Variants run in turns in one process (A B C
-A B C ...); ratios are of the same round, and the table has their medians. Memory is of a process of its own for each
-variant: the peak above what stands there before the loss, less the head's gradient ("workspace").
+Each variant computes the loss of eq. 6 from hidden states, and the gradients by them and by the head, for the mixture
+of two members at alpha = 0.5 or for a single policy. "Concatenated" variants are heads for one model, given the
+concatenated hidden states and heads of both members, whose product is the mixture's logits. Variants alternate in one
+process (A B C A B C ...); the table shows medians of the ratios within each round. Memory is measured in a separate
+process for each variant: the peak above the memory before the loss, minus the head's gradient ("workspace").
 
-Needs `pip install --no-deps liger-kernel==0.8.5` for Liger's rows, which are left out without it.
+Liger's rows require `pip install --no-deps liger-kernel==0.8.5`, and are left out without it.
 """
 
 import argparse
@@ -42,7 +42,7 @@ SHAPES = {
     "cpu": {"A": (2048, 256, 50_000), "B": (1024, 896, 151_936)},
     "cuda": {f"{n >> 10}k, D {d}": (n, d, 151_936) for d in (1536, 2048, 3584) for n in (1 << 14, 1 << 16)},
 }
-SEQUENCE = 512  # tokens of a completion, the paper's limit; Liger's head takes one at a time
+SEQUENCE = 512  # tokens of a completion, the paper's limit; Liger's head processes one at a time
 BETA = 0.01
 
 
@@ -61,7 +61,7 @@ class Inputs:
         self.both: Tensor | None = None
 
     def concatenate(self) -> None:
-        """The members side by side, in place of their own: one head whose product is the mixture's logits."""
+        """Concatenate the members: one head whose product is the mixture's logits."""
         self.both = torch.cat([0.5 * self.policy.detach(), 0.5 * self.anchor], 1).requires_grad_()
         self.both_heads = torch.cat([self.policy_head.detach(), self.anchor_head], 1).requires_grad_()
 
@@ -71,7 +71,7 @@ class Inputs:
                 x.grad = None
 
     def loss(self, log_probs: Tensor, anchor: Tensor | None = None) -> Tensor:
-        """Of the first update after a rollout, whose ratio is 1; with the KL to the anchor where that is given."""
+        """The loss of the first update after a rollout, whose ratio is 1; with a KL to the `anchor`'s log-probs."""
         loss = -(log_probs - log_probs.detach()).exp() * self.advantages
         if anchor is not None:
             gap = anchor - log_probs
@@ -127,7 +127,7 @@ def fused(x: Inputs) -> Tensor:
 
 
 def fused_again(x: Inputs) -> Tensor:
-    """As for a loss of whole sequences: the backward pass computes the chunks again."""
+    """Without coefficients, as for a loss of whole sequences: the backward pass recomputes the chunks."""
     heads = [Head(x.policy_head), Head(x.anchor_head)]
     return x.loss(fused_log_probs([x.policy, x.anchor], heads, [0.5, 0.5], x.targets)[0])
 
@@ -142,7 +142,7 @@ def fused_prob(x: Inputs) -> Tensor:
 
 
 def fused_single_kl(x: Inputs) -> Tensor:
-    """Canonical GRPO by the same technique: the anchor's log-probs, then the policy's with the KL to them."""
+    """Canonical GRPO with the same head: the anchor's log-probs, then the policy's with the KL to them."""
     with torch.no_grad():
         anchor, _ = fused_log_probs([x.anchor], [Head(x.anchor_head)], [1.0], x.targets)
 
@@ -159,7 +159,7 @@ def fused_shared(x: Inputs) -> Tensor:
 
 
 def products(x: Inputs) -> Tensor:
-    """The four matrix products of two members with a trained head, and nothing else."""
+    """Only the four matrix products of two members with a trained head."""
     hidden, head = x.policy.detach(), x.policy_head.detach()
     tokens = len(hidden)
     size = min(tokens, 256 if hidden.device.type == "cpu" else 2048)
@@ -183,12 +183,12 @@ VARIANTS: dict[str, tuple[str, Variant]] = {
     "fused": ("**ours**", fused),
     "single_kl": ("ours, single policy with KL", fused_single_kl),
     "shared": ("ours, one frozen head of both members", fused_shared),
-    "again": ("ours, computed again in the backward pass", fused_again),
+    "again": ("ours, recomputed in the backward pass", fused_again),
     "prob": ("ours, scheme prob", fused_prob),
     "products": ("the four matrix products alone, `torch.mm`", products),
 }
-ONLY_AT_A = ("trl", "trl_single", "again", "prob")  # minutes at B, where nothing is asked of them
-# ours, against, at shapes, time at most, workspace at most
+ONLY_AT_A = ("trl", "trl_single", "again", "prob")  # they take minutes at B, which has no bar for them
+# our variant, the other, shapes, largest ratio of times, largest ratio of workspaces
 BARS = {
     "cpu": [
         ("fused", "naive", "A", 0.60, 1 / 20),
@@ -237,14 +237,14 @@ def reset_peak(device: str) -> None:
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM becomes what is held now
+        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to the resident memory
 
 
 def measure_memory(name: str, shape: tuple[int, int, int], device: str, dtype: torch.dtype) -> int:
     """Workspace of one variant in this process, in bytes."""
     variant = VARIANTS[name][1]
     is_concatenated = name in ("trl", "liger")
-    small = Inputs(2 * SEQUENCE, 16, 64, device, dtype)  # what libraries take for themselves, once
+    small = Inputs(2 * SEQUENCE, 16, 64, device, dtype)  # allocate the libraries' buffers
     small.concatenate()
     step(small, variant, device)
     x = Inputs(*shape, device, dtype)
@@ -258,7 +258,7 @@ def measure_memory(name: str, shape: tuple[int, int, int], device: str, dtype: t
 
 
 def check(x: Inputs) -> None:
-    """All variants of one loss agree: a benchmark of something else would be of no use."""
+    """Check that all variants compute the same loss."""
     found = {}
     for name in ("naive", "trl", "liger", "fused", "again"):
         if available(name):
@@ -272,7 +272,7 @@ def check(x: Inputs) -> None:
         z = [x.policy @ x.policy_head.T, x.anchor @ x.anchor_head.T]
         log_probs_and_entropy(mix_logits(z, [0.5, 0.5]), x.targets)
     for name, gradients in found.items():
-        if name == "liger":  # its advantages are one a sequence
+        if name == "liger":  # it takes one advantage per sequence
             continue
         for ours, theirs in zip(found["fused"], gradients, strict=True):
             assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max(), name
@@ -292,14 +292,14 @@ def measure_times(names: list[str], shape: tuple[int, int, int], args: argparse.
 
 
 def in_process(args: argparse.Namespace, *flags: str, **environment: str) -> list:
-    """What this script prints with `flags`, in a process of its own."""
+    """The output of this script with `flags` in another process."""
     command = [sys.executable, __file__, "--device", args.device, "--threads", str(args.threads), *flags]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | environment)
     return json.loads(done.stdout)
 
 
 def memory_of(args: argparse.Namespace, name: str, shape: str) -> int:
-    # glibc gives back at once what is freed, so that the peak is of what is held
+    # makes glibc return freed memory at once, so that the peak is of memory in use
     bytes_: int = in_process(args, "--memory_of", f"{name}@{shape}", MALLOC_MMAP_THRESHOLD_=str(1 << 18))[0]
     return bytes_
 
@@ -323,7 +323,7 @@ def report(
         "",
         f"`{' '.join(['python', 'benchmarks/loss_head.py', *args.flags])}`, {date.today()}, {device} "
         f"({platform.machine()}), {str(args.dtype).removeprefix('torch.')}; {', '.join(packages)}.",
-        f"Medians of {args.rounds} rounds of all variants in turns. Workspace: a process's peak above inputs and the "
+        f"Medians of {args.rounds} rounds of alternating variants. Workspace: a process's peak above inputs and the "
         "head's gradient.",
         "",
     ]
@@ -344,7 +344,7 @@ def report(
             )
         lines.append("")
     lines += [
-        "## What it is to reach",
+        "## Targets",
         "",
         "| | shape | time | at most | workspace | at most | |",
         "|---|---|---|---|---|---|---|",
@@ -368,8 +368,8 @@ def report(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=SHAPES, default="cpu")
-    parser.add_argument("--shapes", nargs="+", help="default all of the device")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="default all")
+    parser.add_argument("--shapes", nargs="+", help="default: all of the device")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="default: all")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path)

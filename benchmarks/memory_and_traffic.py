@@ -1,4 +1,4 @@
-"""The table of docs/scaling.md: memory and traffic of a GPU in training, worked out from the members' sizes.
+"""Memory and traffic per GPU in training, computed from the members' sizes: the table of docs/scaling.md.
 
 python benchmarks/memory_and_traffic.py
 """
@@ -29,7 +29,7 @@ def parameters(hidden, layers, heads, kv_heads, intermediate):
 
 
 def row(name, gpus, how, P, A):
-    """P parameters are trained, A are the frozen anchor's; ring collectives move (n-1)/n of the data."""
+    """Print a row, for P trained parameters and A of the frozen anchor. Ring collectives move (n-1)/n of the data."""
     ring, shards = (gpus - 1) / gpus, gpus if how == "FSDP2" else 1
     states = (P * (FP32 + 2 * FP32 + FP32) + A * FP32) / shards  # weights, AdamW's moments, gradients; the anchor
     if how == "FSDP2":

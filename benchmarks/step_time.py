@@ -1,14 +1,14 @@
-"""Where a training step's time goes: a mixture against TRL's own GRPO with and without KL.
+"""Time of the phases of a training step: a mixture compared with TRL's GRPO with and without KL.
 
     python benchmarks/step_time.py [--rounds 5] [--output benchmarks/results/step_time.md]
 
-The mixture and TRL's with KL hold a trained and a frozen model of one size; all sample as many tokens, and make the
-same number of updates. They run in turns in one process (A B C A B C …); the table gives medians over the rounds, and
-the ratios of the first, the mixture as it trains by default, to the others in the same round. The mixture is also run
-with the anchor computed again in each update, and through its members' logits. The phases:
+The mixture and TRL with KL hold a trained and a frozen model of the same size; all arms sample the same number of
+tokens and make the same number of updates. They alternate in one process (A B C A B C …); the table shows medians over
+the rounds, and the ratios within each round of the first arm, the mixture with default settings, to the others. The
+mixture also runs with the anchor recomputed in each update, and with the reference loss head. The phases:
 
 - rollouts: sampling the completions;
-- scoring: log-probabilities under the old policy (both) and under the reference model (TRL's, for the KL);
+- scoring: log-probabilities under the old policy (both) and under the reference model (TRL with KL);
 - loss: forward and backward of the objective;
 - update: the optimizer's step.
 """
@@ -34,12 +34,12 @@ from trl import GRPOConfig, GRPOTrainer
 from logitmix import LogitMixForCausalLM, LogitMixGRPOConfig, LogitMixGRPOTrainer
 
 PHASES = ("rollouts", "scoring", "loss", "update")
-# an arm's time without rollouts over another's, at most
-BARS = (("mixture", "TRL, KL", 0.80), ("mixture, anchor again", "TRL, KL", 1.00))
+# the largest ratio of one arm's time to another's, without rollouts
+BARS = (("mixture", "TRL, KL", 0.80), ("mixture, anchor recomputed", "TRL, KL", 1.00))
 
 
 def now() -> float:
-    """Seconds, when the device has done what it was given."""
+    """Seconds, after the device has finished its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -77,7 +77,7 @@ class Timed:
     def _prepare_inputs(self, *args: Any, **kwargs: Any):
         start = now()
         inputs = super()._prepare_inputs(*args, **kwargs)
-        self.seconds["loss"] -= now() - start  # it runs inside training_step
+        self.seconds["loss"] -= now() - start  # it is called inside training_step
         return inputs
 
     def create_optimizer(self, *args: Any, **kwargs: Any):
@@ -101,7 +101,7 @@ class TimedTRL(Timed, GRPOTrainer):
 
 
 def tokenizer_of(vocab_size: int) -> PreTrainedTokenizerFast:
-    """Words `w2`, `w3`, …, one token each."""
+    """A tokenizer with one token for each of the words `w2`, `w3`, …"""
     backend = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocab_size)}, unk_token="w0"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="w0", eos_token="w1", padding_side="left")
@@ -125,7 +125,7 @@ def member(args: argparse.Namespace, seed: int) -> Qwen2ForCausalLM:
 
 
 def trainers(args: argparse.Namespace, folder: Path) -> dict[str, Callable[[], Timed]]:
-    """Functions that build one round's trainer of each arm."""
+    """Functions that build the trainer of each arm for one round."""
     tokenizer = tokenizer_of(args.vocab_size)
     words = torch.randint(2, args.vocab_size, (args.rollouts * 8, args.prompt_tokens)).tolist()
     dataset = Dataset.from_dict({"prompt": [" ".join(f"w{i}" for i in row) for row in words]})
@@ -142,7 +142,7 @@ def trainers(args: argparse.Namespace, folder: Path) -> dict[str, Callable[[], T
                 num_generations=8,
                 max_steps=args.updates * args.steps,
                 max_completion_length=args.completion_tokens,
-                # every completion runs to its full length: both arms sample the same number of tokens
+                # no EOS: every completion has its full length, so all arms sample the same number of tokens
                 generation_kwargs={"suppress_tokens": [1]},
                 bf16=torch.cuda.is_available(),
                 gradient_checkpointing=False,
@@ -169,7 +169,7 @@ def trainers(args: argparse.Namespace, folder: Path) -> dict[str, Callable[[], T
 
     return {
         "mixture": mixture,
-        "mixture, anchor again": lambda: mixture(anchor_states="recompute"),
+        "mixture, anchor recomputed": lambda: mixture(anchor_states="recompute"),
         "mixture, reference head": lambda: mixture(loss_head="reference"),
         "TRL, KL": lambda: trl(0.01),
         "TRL, no KL": lambda: trl(0.0),
@@ -185,8 +185,8 @@ def table(rounds: list[dict[str, dict[str, float]]], args: argparse.Namespace) -
         "# Time of a training step",
         "",
         f"`python benchmarks/step_time.py`, {date.today()}, {device} ({platform.machine()}); {packages}.",
-        f"Sizes: {', '.join(f'{k} {v}' for k, v in sizes.items())}. Medians over the rounds, seconds a generation",
-        "step (rollouts, then its updates).",
+        f"Sizes: {', '.join(f'{k} {v}' for k, v in sizes.items())}. Medians over the rounds, seconds per batch of",
+        "rollouts with its updates.",
         "",
         f"| phase | {' | '.join(arms)} |",
         "|---|" + "---|" * len(arms),
@@ -207,7 +207,7 @@ def table(rounds: list[dict[str, dict[str, float]]], args: argparse.Namespace) -
                 else "-"
             )
         ratios.append(f"| {row} | {' | '.join(cells)} |")
-    bars = ["", "What is to be reached, without rollouts:", "", "| | ratio | at most | |", "|---|---|---|---|"]
+    bars = ["", "Targets, without rollouts:", "", "| | ratio | at most | |", "|---|---|---|---|"]
     for ours, theirs, most in BARS:
         found = statistics.median(
             sum(r[ours][p] for p in PHASES[1:]) / sum(r[theirs][p] for p in PHASES[1:]) for r in rounds
@@ -219,9 +219,9 @@ def table(rounds: list[dict[str, dict[str, float]]], args: argparse.Namespace) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=1, help="generation steps of a round")
-    parser.add_argument("--updates", type=int, default=2, help="optimizer updates of a generation step")
-    parser.add_argument("--rollouts", type=int, default=32, help="of a generation step, 8 a question")
+    parser.add_argument("--steps", type=int, default=1, help="batches of rollouts per round")
+    parser.add_argument("--updates", type=int, default=2, help="optimizer updates per batch of rollouts")
+    parser.add_argument("--rollouts", type=int, default=32, help="rollouts per step, 8 per question")
     parser.add_argument("--prompt_tokens", type=int, default=64)
     parser.add_argument("--completion_tokens", type=int, default=64)
     parser.add_argument("--vocab_size", type=int, default=32_000)

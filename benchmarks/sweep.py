@@ -1,11 +1,11 @@
-"""What a sweep over alpha costs: eleven alphas in one batch, the same sequences at one alpha, eleven separate runs.
+"""Cost of a sweep over alpha: eleven alphas in one batch, the same sequences at one alpha, and eleven separate runs.
 
     python benchmarks/sweep.py [--rounds 3] [--output benchmarks/results/sweep.md]
 
 Policy and anchor are small Qwen2 models with random weights, saved to a temporary folder. Every sequence is decoded to
-the same length, so that all ways make as many tokens. A separate run is a process that starts Python, loads both
-members and decodes its alpha; these run in the first round alone. The other ways run in turns (A B C A B C …), and the
-table gives medians and the ratios of each round.
+the same length, so all ways generate the same number of tokens. A separate run is a process that starts Python, loads
+both members and decodes one alpha; these run only in the first round. The other ways alternate (A B C A B C …). The
+table shows medians, and the ratios within each round.
 """
 
 import argparse
@@ -31,7 +31,7 @@ ALPHAS = [i / 10 for i in range(11)]
 
 
 def decode(folder: Path, alphas: list[float], problems: int, tokens: int) -> float:
-    """Seconds to decode each alpha's responses to the problems in one batch, the members loaded."""
+    """Load the members; return the seconds to decode the problems at every alpha in one batch."""
     model = LogitMixForCausalLM.from_members(str(folder / "policy"), str(folder / "anchor")).eval()
     return decode_with(model, alphas, problems, tokens)
 
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--hidden_size", type=int, default=96)
     parser.add_argument("--vocab_size", type=int, default=33)
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # of a separate run
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # for a separate run
     parser.add_argument("--alpha", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -88,7 +88,7 @@ def measure(folder: Path, args: argparse.Namespace) -> str:
     alphas = {"many": ALPHAS, "one": [0.5] * len(ALPHAS)}
     for number in range(args.rounds):
         first = number == 0
-        for way in ("one", "many") if number % 2 else ("many", "one"):  # or one of them would always come second
+        for way in ("one", "many") if number % 2 else ("many", "one"):  # so that neither always runs second
             seconds[way].append(decode_with(model, alphas[way], args.problems, args.tokens))
         start = time.perf_counter()
         for alpha in ALPHAS:

@@ -1,11 +1,13 @@
-"""The verifier's throughput against bare math-verify, in turns in one process, and the pool's over its workers.
+"""Throughput of the verifier compared with plain math-verify, and of its pool by number of workers.
 
     python benchmarks/verifier.py [--data ../shared/data] [--rounds 3] [--output benchmarks/results/verifier.md]
 
-- golds: MATH golds against themselves, what a right answer mostly is
-- restyled: the same golds written in another way
-- mutated: golds against wrong answers made from them
-- hard: the labelled pairs of tests/tasks/hard_cases.py
+Both verifiers alternate in one process. The pairs:
+
+- golds: MATH reference answers compared with themselves, the most common kind of correct answer
+- restyled: the same answers in another notation
+- mutated: reference answers and wrong answers derived from them
+- hard: the labelled pairs of tests/helpers/hard_cases.py
 - pool: formulas that are all sent to the worker processes
 """
 
@@ -32,17 +34,17 @@ from logitmix.tasks.templates import last_boxed
 from logitmix.tasks.verify.pool import Pool
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests" / "tasks"))  # the labelled pairs and the mutations live with the tests
+sys.path.insert(0, str(ROOT))  # for the labelled pairs and the mutations of the tests
 
 
-def bare(prediction: str, gold: str) -> bool:
-    """math-verify as its README shows it."""
+def plain_math_verify(prediction: str, gold: str) -> bool:
+    """math-verify, used as in its README."""
     return bool(verify(parse(f"${gold}$"), parse(f"${prediction}$")))
 
 
 def pairs(data: Path, count: int) -> dict[str, list[tuple[str, str]]]:
-    from hard_cases import DIFFERENT, EQUAL, cases
-    from mutations import mutations
+    from tests.helpers.hard_cases import DIFFERENT, EQUAL, cases
+    from tests.helpers.mutations import mutations
 
     chance = random.Random(0)
     rows = [json.loads(line) for line in (data / "math" / "train.jsonl").read_text("utf-8").split("\n") if line]
@@ -61,7 +63,7 @@ def pairs(data: Path, count: int) -> dict[str, list[tuple[str, str]]]:
 def rate(compare, cases_of_a_kind: list[tuple[str, str]]) -> float:
     start = time.perf_counter()
     for case in cases_of_a_kind:
-        with suppress(Exception):  # math-verify's own; its time counts
+        with suppress(Exception):  # raised by math-verify; its time counts
             compare(*case)
     return len(cases_of_a_kind) / (time.perf_counter() - start)
 
@@ -70,7 +72,7 @@ def pool_rate(size: int, count: int) -> float:
     pool = Pool(size=size)
     work = [(f"(x+{n})^2", f"x^2+{2 * n}x+{n * n}") for n in range(count)]
     with ThreadPoolExecutor(2 * size) as threads:
-        list(threads.map(lambda case: pool.compare(*case), work[: 8 * size]))  # the workers start here
+        list(threads.map(lambda case: pool.compare(*case), work[: 8 * size]))  # starts the workers
         start = time.perf_counter()
         found = list(threads.map(lambda case: pool.compare(*case), work))
         seconds = time.perf_counter() - start
@@ -100,10 +102,10 @@ def main() -> None:
         "| pairs | number | logitmix | math-verify | ratio |",
         "|---|---|---|---|---|",
     ]
-    answers_match("[1,2]\\cap[0,1]", "\\{1\\}")  # imports and the first worker's start are not what is measured
-    bare("1+x", "x+1")
+    answers_match("[1,2]\\cap[0,1]", "\\{1\\}")  # exclude imports and the start of the first worker
+    plain_math_verify("1+x", "x+1")
     for kind, chosen in pairs(options.data, options.count).items():
-        rounds = [(rate(answers_match, chosen), rate(bare, chosen)) for _ in range(options.rounds)]
+        rounds = [(rate(answers_match, chosen), rate(plain_math_verify, chosen)) for _ in range(options.rounds)]
         ours, theirs = (statistics.median(side) for side in zip(*rounds, strict=True))
         least = min(one / other for one, other in rounds)
         lines.append(f"| {kind} | {len(chosen)} | {ours:,.0f} | {theirs:,.0f} | {least:.1f} |")

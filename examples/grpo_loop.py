@@ -1,24 +1,24 @@
-"""Reinforcement learning through logit averaging, whole, in one file of plain PyTorch.
+"""Reinforcement learning through logit averaging: the whole algorithm in one file of plain PyTorch.
 
-This is Algorithm 1 (fixed weight) of Gan & Zhu, arXiv 2605.20555, on a task that a CPU learns in minutes. Two models
-of one vocabulary take part: the policy θ, which is trained, and the anchor, which is frozen. It is GRPO, except that
+This is Algorithm 1 (fixed weight) of Gan & Zhu, arXiv 2605.20555, on a task that a CPU learns in minutes. It trains
+the policy θ beside a frozen anchor with the same vocabulary. It is GRPO, except that
 
 - rollouts are sampled, token by token, from the *mixture* softmax((1-α) z_θ + α z_ref), not from the policy;
-- the probability ratio has the mixture on both sides: π_mix,θ / π_mix,θ_old. The policy alone is never scored;
-- the gradient reaches θ alone, and only through the factor (1-α); the anchor's logits are constants;
-- the normaliser is the number of tokens in a question's whole group, not in one rollout, nor in the batch;
-- there is no KL penalty (the anchor already takes part in every token), and, as in GRPO, no critic.
+- the probability ratio is that of the mixture: π_mix,θ / π_mix,θ_old. The policy alone is never scored;
+- the gradient reaches only θ, with the factor (1-α); the anchor's logits are constants;
+- the normaliser is the number of tokens in a question's whole group, not in one rollout or in the batch;
+- there is no KL penalty (the anchor already contributes to every token) and, as in GRPO, no critic.
 
     python examples/grpo_loop.py                                   # about two minutes
-    python examples/grpo_loop.py --steps 2 --pretrain-steps 5      # only to see it run
+    python examples/grpo_loop.py --steps 2 --pretrain-steps 5      # a quick check that it runs
 
-Read it from the top: the equations, then a task and two small models to try them on, then the loop. It uses nothing
-of logitmix but the arithmetic task: it is the oracle that the library's trainer is tested against. Left out: several
-anchors, probability averaging, the adaptive weight (Algorithm 2), gradient accumulation, every other convenience.
+Read it from top to bottom: the equations, a task and two small models to try them on, and the loop. It imports only
+the arithmetic task from logitmix, because the library's trainer is tested against it. Not included: several anchors,
+probability averaging, the adaptive weight (Algorithm 2), gradient accumulation and other conveniences.
 
-Tensor names end in their axes: B sequences, T time, V vocabulary, Q questions, G rollouts a question (its group).
-Sequences are ordered question by question, so B = Q · G. A prompt is padded on its left and a completion on its right,
-so that in every row the completion begins in the same column.
+Tensor names end in their axes: B sequences, T time, V vocabulary, Q questions, G rollouts per question (its group).
+Sequences are ordered by question, so B = Q · G. Prompts are padded on the left and completions on the right, so the
+completion begins in the same column of every row.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from logitmix.tasks import Arithmetic
 
-# --- the mixture, as a distribution to sample from -----------------------------------------------------------------
+# --- the mixture as a distribution to sample from ------------------------------------------------------------------
 
 
 def mix(policy_logits_BTV: Tensor, anchor_logits_BTV: Tensor, alpha: float) -> Tensor:
@@ -43,7 +43,7 @@ def mix(policy_logits_BTV: Tensor, anchor_logits_BTV: Tensor, alpha: float) -> T
 
 
 def positions(attention_mask_BT: Tensor) -> Tensor:
-    """Position 0 is a row's first real token, however much padding stands before it."""
+    """Number the real tokens of each row from 0, whatever padding precedes them."""
     return (attention_mask_BT.cumsum(-1) - 1).clamp(min=0)
 
 
@@ -62,8 +62,8 @@ def sample(
 ) -> tuple[Tensor, Tensor]:
     """Eq. 3: y_t ~ softmax(z_mix / temperature), token by token, with a KV cache for each member.
 
-    Returns the completions and their mask, both `[B, T]`. A completion ends with its end-of-sequence token, which
-    belongs to it; what follows is padding, with mask 0.
+    Returns the completions and their mask, both `[B, T]`. A completion includes its end-of-sequence token; what
+    follows is padding, with mask 0.
     """
     mask_BT, completion_BT, completion_mask_BT = prompt_mask_BT, [], []
     alive_B = torch.ones(len(prompt_ids_BT), dtype=torch.bool, device=prompt_ids_BT.device)
@@ -106,7 +106,7 @@ def token_log_probs(
 ) -> Tensor:
     """log π_mix(y_t | x, y_<t) of the last `num_completion_tokens` columns, `[B, num_completion_tokens]`.
 
-    It is the distribution that `sample` samples from, temperature included. Only the policy is differentiated.
+    The distribution is the one that `sample` samples from, including the temperature. Only the policy has gradients.
     """
     inputs = {
         "input_ids": input_ids_BT,
@@ -128,7 +128,7 @@ def token_log_probs(
 def advantages(rewards_QG: Tensor, eps: float = 1e-6) -> Tensor:
     """Eq. 4: A_i = (R_i - mean(R)) / (std(R) + ε) within each group, std unbiased; 0 where all rewards are equal."""
     centred_QG = rewards_QG - rewards_QG.mean(-1, keepdim=True)
-    if rewards_QG.shape[1] == 1:  # a group of one has no spread, and torch gives nan for it
+    if rewards_QG.shape[1] == 1:  # the unbiased std of a single value is nan
         return centred_QG
     return centred_QG / (rewards_QG.std(-1, keepdim=True) + eps)
 
@@ -140,15 +140,15 @@ def group_loss(
     completion_mask_BT: Tensor,
     clip: float = 0.2,
 ) -> Tensor:
-    """Eq. 5 and 6, negated, to be minimised: ρ is the ratio of the mixture to the mixture that sampled;
+    """Eq. 5 and 6, negated to be minimised; ρ is the ratio of the mixture to the mixture that sampled:
 
-    - mean over questions of  1/(Σ_i |y_i|) Σ_i Σ_t min(ρ_it A_i, clip(ρ_it, 1-ε, 1+ε) A_i).
+        - mean over questions of  1/(Σ_i |y_i|) Σ_i Σ_t min(ρ_it A_i, clip(ρ_it, 1-ε, 1+ε) A_i)
 
-    A question without any completion token contributes 0.
+    A question without completion tokens contributes 0.
     """
     Q, G = advantages_QG.shape
     padding_BT = completion_mask_BT == 0
-    # Before exp, and not by a weight of 0 after it: an infinite ratio times 0 would be nan.
+    # Mask before exp, not by a weight of 0 after it: an infinite ratio times 0 would be nan
     ratio_BT = (log_probs_BT - old_log_probs_BT).masked_fill(padding_BT, 0.0).exp()
     advantages_B1 = advantages_QG.reshape(Q * G, 1)
     gain_BT = torch.minimum(ratio_BT * advantages_B1, ratio_BT.clamp(1 - clip, 1 + clip) * advantages_B1)
@@ -157,10 +157,10 @@ def group_loss(
     return -(gain_Q / num_tokens_Q.clamp(min=1)).mean()
 
 
-# --- a task, and two members that differ as the paper's do: one reasons, one keeps the format -----------------------
+# --- a task, and two members that differ as the paper's do: one can reason, one knows the format --------------------
 
-PAD, EOS = 0, 1  # the characters follow, from 2
-BATCH = 32  # of pretraining and SFT
+PAD, EOS = 0, 1  # the characters follow from 2 on
+BATCH = 32  # batch size of pretraining and SFT
 
 
 def encode(text: str) -> list[int]:
@@ -183,7 +183,7 @@ def encode_prompts(prompts: list[str]) -> tuple[Tensor, Tensor]:
 
 
 def tiny_model() -> Qwen2ForCausalLM:
-    """Qwen2, from scratch, with some 0.4M parameters and a token for each character of the task."""
+    """An untrained Qwen2 of about 0.4M parameters, with a token for each character of the task."""
     config = Qwen2Config(
         vocab_size=len(Arithmetic.alphabet) + 2,
         hidden_size=96,
@@ -192,7 +192,7 @@ def tiny_model() -> Qwen2ForCausalLM:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=128,
-        initializer_range=0.06,  # the usual 0.02 is for wide models; a narrow one learns faster from more
+        initializer_range=0.06,  # the usual 0.02 suits wide models; a narrow one learns faster from this
         tie_word_embeddings=True,
         pad_token_id=PAD,
         eos_token_id=EOS,
@@ -202,7 +202,7 @@ def tiny_model() -> Qwen2ForCausalLM:
 
 
 def fit(model: PreTrainedModel, rows: list[dict[str, str]], learning_rate: float, batch_size: int = BATCH) -> None:
-    """One pass of maximum likelihood over completions, given their prompts."""
+    """Fit the completions, given their prompts, by maximum likelihood in one pass over the rows."""
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
     for start in range(0, len(rows), batch_size):
         progress = (start + 0.5 * batch_size) / len(rows)
@@ -211,7 +211,7 @@ def fit(model: PreTrainedModel, rows: list[dict[str, str]], learning_rate: float
         pairs = [(encode(row["prompt"]), [*encode(row["completion"]), EOS]) for row in batch]
         input_ids_BT = pad([prompt + completion for prompt, completion in pairs], PAD)
         labels_BT = pad([[-100] * len(prompt) + completion for prompt, completion in pairs], -100)
-        logits_BTV = model(input_ids=input_ids_BT).logits[:, :-1]  # causal: padding on the right is never looked at
+        logits_BTV = model(input_ids=input_ids_BT).logits[:, :-1]  # causal: right padding is never attended to
         loss = F.cross_entropy(logits_BTV.flatten(0, 1), labels_BT[:, 1:].flatten(), ignore_index=-100)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -224,17 +224,19 @@ def fit(model: PreTrainedModel, rows: list[dict[str, str]], learning_rate: float
 
 def main(argv: list[str] | None = None) -> list[dict[str, float]]:
     parser = argparse.ArgumentParser(description="Reinforcement learning through logit averaging, in one file.")
-    parser.add_argument("--steps", type=int, default=20, help="T: outer steps, one batch of rollouts each")
-    parser.add_argument("--questions", type=int, default=32, help="|D_b|: questions of a batch")
-    parser.add_argument("--group", type=int, default=8, help="G: rollouts of a question")
-    parser.add_argument("--updates", type=int, default=2, help="μ: updates on a batch of rollouts")
+    parser.add_argument("--steps", type=int, default=20, help="T: outer steps, each on one batch of rollouts")
+    parser.add_argument("--questions", type=int, default=32, help="|D_b|: questions per batch")
+    parser.add_argument("--group", type=int, default=8, help="G: rollouts per question")
+    parser.add_argument("--updates", type=int, default=2, help="μ: updates per batch of rollouts")
     parser.add_argument("--alpha", type=float, default=0.5, help="weight of the anchor")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--clip", type=float, default=0.2, help="ε of eq. 6")
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--max-new-tokens", type=int, default=48)
-    parser.add_argument("--pretrain-steps", type=int, default=600, help=f"batches of {BATCH} that make the base")
-    parser.add_argument("--sft-steps", type=int, default=40, help=f"batches of {BATCH} that make the anchor of it")
+    parser.add_argument("--pretrain-steps", type=int, default=600, help=f"batches of {BATCH} to pretrain the base")
+    parser.add_argument(
+        "--sft-steps", type=int, default=40, help=f"batches of {BATCH} to fine-tune the anchor from it"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
 
@@ -246,13 +248,13 @@ def main(argv: list[str] | None = None) -> list[dict[str, float]]:
     anchor = copy.deepcopy(policy)
     fit(anchor, task.demonstrations(BATCH * args.sft_steps), learning_rate=1e-3)
     anchor.requires_grad_(False)
-    print(f"base and anchor made in {time.monotonic() - started:.0f} s; now {args.steps} steps at α = {args.alpha}")
+    print(f"trained base and anchor in {time.monotonic() - started:.0f} s; now {args.steps} steps at α = {args.alpha}")
 
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     problems = iter(task.problems("train", args.steps * args.questions))
     history = []
     for step in range(args.steps):
-        # G rollouts of each question, from the mixture with θ as it stands now: this is θ_old.
+        # Sample G rollouts of each question from the mixture with the current θ, which is θ_old from here on
         batch = list(islice(problems, args.questions))
         rollout_of = [problem for problem in batch for _ in range(args.group)]
         prompt_ids_BT, prompt_mask_BT = encode_prompts([task.prompt(problem) for problem in rollout_of])
@@ -267,7 +269,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, float]]:
             eos_token_id=EOS,
             pad_token_id=PAD,
         )
-        # r = 1 only when the answer is right and stands in the required format.
+        # r = 1 only if the answer is correct and in the required format
         grades = [task.grade(decode(ids_T), problem) for ids_T, problem in zip(completion_BT, rollout_of, strict=True)]
         rewards_QG = torch.tensor([float(grade.answer_ok) for grade in grades]).view(-1, args.group)
         advantages_QG = advantages(rewards_QG)

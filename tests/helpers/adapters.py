@@ -1,4 +1,4 @@
-"""Mixtures of adapters and their twins of full models, for tests."""
+"""Mixtures of adapters, and the same mixtures of full models."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ def lora(**kwargs):
 
 
 def save_adapter(path, base, seed, **kwargs):
-    """An adapter folder as PEFT leaves it, its weights drawn from `seed`."""
+    """Save an adapter with PEFT, its weights drawn from `seed`; return its folder."""
     model = AutoModelForCausalLM.from_pretrained(base)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -33,7 +33,7 @@ def save_adapter(path, base, seed, **kwargs):
 
 
 def save_folders(path):
-    """Two full models with their tokenizer, and two adapters on the first of them."""
+    """Save two full models with a tokenizer, and two adapters on the first; return the folders by name."""
     for seed, name in enumerate(["base", "sft"]):
         tiny_member("qwen2", seed).save_pretrained(path / name)
         character_tokenizer().save_pretrained(path / name)
@@ -51,14 +51,14 @@ def anchor_of(kind, folders):
 
 
 def mixture(kind, folders, **kwargs):
-    """A mixture whose policy is a trained adapter."""
+    """A mixture whose policy is a loaded adapter."""
     return LogitMixForCausalLM.from_members(
         folders["policy adapter"], anchor_of(kind, folders), **{"alpha": 0.3} | kwargs
     )
 
 
 def reference(source):
-    """The member as transformers loads it, or PEFT where it is an adapter."""
+    """The member as loaded by transformers, an adapter by PEFT."""
     path = Path(source) / "adapter_config.json"
     if not path.exists():
         return AutoModelForCausalLM.from_pretrained(source)

@@ -108,7 +108,7 @@ def mixture_with_adapters():
     return LogitMixForCausalLM.from_members(base, base, alpha=0.4, peft_config=config)
 
 
-# One mixture for each way in which the loss head treats its members' heads
+# A mixture for each kind of head that the loss head distinguishes
 LOSS_HEAD_MODELS = {
     "untied heads": lambda: mixture(),
     "tied heads": lambda: LogitMixForCausalLM.from_members(

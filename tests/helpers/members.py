@@ -1,7 +1,7 @@
-"""Tiny members with weights from a seed, and a tokenizer of one token a character, for the tests.
+"""Tiny members with seeded weights, and a tokenizer with one token per character.
 
-The weights are drawn wide (`initializer_range`), so that the members disagree, no two tokens tie, and a mistake of
-one position or one row changes what is generated.
+The weights have a large `initializer_range`, so the members disagree, no two tokens tie, and an error of one position
+or one row changes the generated tokens.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ INPUT = {
     "attention_mask": torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]),
 }
 
-# Each architecture at a depth, a width and numbers of heads of its own.
+# Each architecture has a different depth, width and number of heads
 _CONFIGS: dict[str, Callable[..., PreTrainedConfig]] = {
     "qwen2": lambda **kwargs: Qwen2Config(
         **(_decoder(hidden_size=32, num_hidden_layers=2, heads=4, kv_heads=2) | kwargs)

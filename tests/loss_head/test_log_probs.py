@@ -1,4 +1,4 @@
-"""The fused loss head against the plain computation from whole logits, values and gradients.
+"""The fused loss head compared with the plain computation from whole logits, in values and gradients.
 
 Shape legend: K members, N tokens, V vocabulary, D width.
 """
@@ -34,7 +34,7 @@ def random_problem(
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
 ) -> tuple[list[Tensor], list[Head], Tensor]:
-    """Hidden states and heads of unequal widths, `rows` of padding beyond the vocabulary, and targets."""
+    """Hidden states, heads of different widths with `rows` of padding beyond the vocabulary, and targets."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
@@ -54,7 +54,7 @@ def leaves(hidden: list[Tensor], heads: list[Head]) -> list[Tensor]:
 
 
 def plain(hidden, heads, weights, targets, scheme="logit", temperature=1.0, vocab_size=None):
-    """What `fused_log_probs` says it equals, in float64."""
+    """The reference that `fused_log_probs` documents, in float64."""
     logits = [
         Head(head.weight.double(), None if head.bias is None else head.bias.double(), head.scale, head.softcap).logits(
             h.double()
@@ -103,7 +103,7 @@ def assert_agree(problem, weights, tolerance: float = 1e-10, of_entropy: float =
      {"rows": (0, 3, 1)}, {"rows": (2, 3, 1), "bias": True}],
     ids=str,
 )  # fmt: skip
-def test_agrees_with_the_plain_computation(scheme, weights, features, coefficients):
+def test_matches_the_plain_computation(scheme, weights, features, coefficients):
     problem = random_problem(len(weights), **features)
     assert_agree(
         problem, weights, scheme=scheme, temperature=0.8, coefficients=coefficients, chunk=3, tile=4, vocab_size=V
@@ -125,7 +125,7 @@ def test_agrees_with_the_plain_computation(scheme, weights, features, coefficien
     is_known=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_any_shape_in_any_chunks(
+def test_any_shape_and_chunking(
     scheme, tokens, vocab, chunk, tile, temperature, alpha, softcap, bias, dtype, is_known, seed
 ):
     problem = random_problem(2, tokens=tokens, vocab=vocab, bias=bias, softcap=softcap, dtype=dtype, seed=seed)
@@ -143,19 +143,19 @@ def test_chunks_change_nothing(chunk, tile):
 
 @both_schemes
 @pytest.mark.parametrize("coefficients", [None, known()], ids=["unknown", "known"])
-def test_a_loss_that_needs_the_entropys_gradient(scheme, coefficients):
+def test_a_loss_with_gradients_through_the_entropy(scheme, coefficients):
     assert_agree(
         random_problem(bias=True), [0.4, 0.6], of_entropy=0.3, scheme=scheme, coefficients=coefficients, chunk=3
     )
 
 
 @both_schemes
-def test_weights_of_each_token(scheme):
+def test_one_row_of_weights_per_token(scheme):
     weights = [[1 - 0.15 * i, 0.15 * i] for i in range(N)]
     assert_agree(random_problem(bias=True), weights, scheme=scheme, chunk=2, tile=3, coefficients=known())
 
 
-def test_weights_of_any_sign():
+def test_negative_weights():
     assert_agree(random_problem(3), [1.0, 0.7, -0.7], chunk=2, tile=3, coefficients=known())
 
 
@@ -169,7 +169,7 @@ def test_gradcheck(scheme):
         return fused_log_probs(tensors[:2], heads, [0.3, 0.7], targets, scheme, 0.8, chunk=2, tile=3)
 
     assert torch.autograd.gradcheck(scores, tensors)
-    # without the heads the gradient is taken in the forward pass
+    # with frozen heads the gradient is computed in the forward pass
     assert torch.autograd.gradcheck(lambda *h: scores(*h, *(x.detach() for x in tensors[2:]))[0], tensors[:2])
 
 
@@ -178,17 +178,17 @@ def test_without_onednn_the_result_is_the_same():
         assert_agree(random_problem(bias=True, dtype=torch.float32), [0.4, 0.6], 2e-4, chunk=3, tile=4)
 
 
-# --- gradients only where asked, and only once -----------------------------------------------------------------------
+# --- which gradients, in how many passes ----------------------------------------------------------------------------
 
 
 def passes(monkeypatch) -> list[tuple[bool, ...]]:
-    """Which gradients each pass over the vocabulary took."""
+    """A list to which each pass over the vocabulary appends the gradients that it computes."""
     taken = []
     run = log_probs.run_passes
 
-    def counted(inputs, tensors, wants, *args):
-        taken.append(tuple(wants))
-        return run(inputs, tensors, wants, *args)
+    def counted(inputs, tensors, needs_grad, *args):
+        taken.append(tuple(needs_grad))
+        return run(inputs, tensors, needs_grad, *args)
 
     monkeypatch.setattr(log_probs, "run_passes", counted)
     return taken
@@ -206,7 +206,7 @@ def test_a_frozen_anchor_gets_no_gradient(monkeypatch, scheme, frozen_head):
     assert taken == [(True, False, not frozen_head, False, False, False)]
 
 
-def test_known_coefficients_up_to_a_factor_need_no_second_pass(monkeypatch):
+def test_coefficients_known_up_to_a_factor_need_one_pass(monkeypatch):
     taken = passes(monkeypatch)
     hidden, heads, targets = random_problem(2)
     tensors = leaves(hidden, heads)
@@ -217,14 +217,14 @@ def test_known_coefficients_up_to_a_factor_need_no_second_pass(monkeypatch):
 
 
 @pytest.mark.parametrize("wrong", [0.0, 1.0])
-def test_coefficients_that_the_loss_does_not_have_cost_a_second_pass_and_nothing_else(monkeypatch, wrong):
+def test_wrong_coefficients_cost_a_second_pass(monkeypatch, wrong):
     taken = passes(monkeypatch)
     problem = random_problem(2)
     assert_agree(problem, [0.5, 0.5], coefficients=lambda log_probs, where: torch.full_like(log_probs, wrong))
     assert len(taken) == 2
 
 
-def test_with_frozen_heads_any_loss_takes_one_pass(monkeypatch):
+def test_with_frozen_heads_any_loss_needs_one_pass(monkeypatch):
     taken = passes(monkeypatch)
     hidden, heads, targets = random_problem(2)
     for head in heads:
@@ -236,7 +236,7 @@ def test_with_frozen_heads_any_loss_takes_one_pass(monkeypatch):
     assert len(taken) == 1
 
 
-def test_a_second_backward_pass_is_right_too():
+def test_a_second_backward_pass_gives_the_same_gradients():
     hidden, heads, targets = random_problem(2)
     tensors = leaves(hidden, heads)
     log_probs, _ = fused_log_probs(hidden, heads, [0.5, 0.5], targets, coefficients=known())
@@ -253,13 +253,13 @@ def test_no_graph_without_gradients(monkeypatch):
     assert not any(taken[0])
 
 
-# --- heads that members share ----------------------------------------------------------------------------------------
+# --- shared heads ---------------------------------------------------------------------------------------------------
 
 
 @both_schemes
 @pytest.mark.parametrize("trained", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
-def test_members_of_one_head(scheme, trained, bias):
+def test_members_that_share_a_head(scheme, trained, bias):
     hidden, heads, targets = random_problem(1, bias=bias)
     head = heads[0]
     for x in (head.weight, head.bias):
@@ -269,7 +269,7 @@ def test_members_of_one_head(scheme, trained, bias):
     assert_agree((hidden, [head, head], targets), [0.3, 0.7], scheme=scheme, coefficients=known(), chunk=3, tile=4)
 
 
-def test_members_of_one_head_share_its_matrix_products(monkeypatch):
+def test_members_that_share_a_head_share_its_products(monkeypatch):
     products = []
 
     def multiply(a, b, *args):
@@ -294,7 +294,7 @@ def test_members_of_one_head_share_its_matrix_products(monkeypatch):
 @both_schemes
 @pytest.mark.parametrize("weights", [[0.7, 0.3], [0.2, 0.5, 0.3]], ids=str)
 @pytest.mark.parametrize("features", [{}, {"bias": True, "scale": 0.4}, {"softcap": 2.0}], ids=str)
-def test_diagnostics_are_those_of_whole_logits(scheme, weights, features):
+def test_diagnostics_match_those_of_whole_logits(scheme, weights, features):
     hidden, heads, targets = random_problem(len(weights), rows=(0, 2, 1), **features)
     logits = [head.logits(h)[:, :V] for h, head in zip(hidden, heads, strict=True)]
     expected = mixture_diagnostics(logits, mix_logits(logits, weights, scheme), 0.8)
@@ -309,7 +309,7 @@ def test_diagnostics_are_those_of_whole_logits(scheme, weights, features):
     torch.testing.assert_close(gradients(scores, tensors), gradients(plain_scores, tensors))
 
 
-def test_diagnostics_are_taken_once_also_where_the_backward_pass_computes_again():
+def test_recomputing_in_the_backward_pass_adds_no_diagnostics():
     hidden, heads, targets = random_problem(2)
     found = []
     scores = fused_log_probs(hidden, heads, [0.5, 0.5], targets, diagnostics=found)
@@ -317,7 +317,7 @@ def test_diagnostics_are_taken_once_also_where_the_backward_pass_computes_again(
     assert len(found) == 1
 
 
-def test_diagnostics_of_members_with_one_head():
+def test_diagnostics_of_members_that_share_a_head():
     hidden, heads, targets = random_problem(1)
     hidden = [hidden[0], (hidden[0].detach() + 1).requires_grad_()]
     heads = heads * 2
@@ -333,7 +333,7 @@ def test_diagnostics_of_members_with_one_head():
 
 @both_schemes
 @pytest.mark.parametrize("coefficients", [None, known(64)], ids=["recomputed", "in the forward pass"])
-def test_nothing_of_size_tokens_times_vocabulary_outlives_a_chunk(scheme, coefficients):
+def test_no_tensor_has_the_size_of_all_logits(scheme, coefficients):
     tokens, vocab, chunk = 64, 50, 4
     hidden, heads, targets = random_problem(2, tokens=tokens, vocab=vocab)
     largest = 0
@@ -351,7 +351,7 @@ def test_nothing_of_size_tokens_times_vocabulary_outlives_a_chunk(scheme, coeffi
             hidden, heads, [0.5, 0.5], targets, scheme, coefficients=coefficients, chunk=chunk
         )
         gradients((log_probs, torch.zeros(())), leaves(hidden, heads))
-    assert largest <= max(tokens, vocab) * max(WIDTHS)  # a gradient; whole logits would be tokens * vocab
+    assert largest <= max(tokens, vocab) * max(WIDTHS)  # the size of a gradient
     assert largest < tokens * vocab
 
 
@@ -360,7 +360,7 @@ def test_nothing_of_size_tokens_times_vocabulary_outlives_a_chunk(scheme, coeffi
 
 @both_schemes
 @pytest.mark.parametrize("seed", range(3))
-def test_bfloat16_is_no_further_from_the_truth_than_the_plain_computation_in_bfloat16(scheme, seed):
+def test_bfloat16_is_as_accurate_as_the_plain_computation(scheme, seed):
     tokens, vocab = 64, 300
     hidden, heads, targets = random_problem(2, tokens=tokens, vocab=vocab, dtype=torch.bfloat16, seed=seed)
     tensors = leaves(hidden, heads)
@@ -369,23 +369,23 @@ def test_bfloat16_is_no_further_from_the_truth_than_the_plain_computation_in_bfl
     in_bf16 = log_probs_and_entropy(mix_logits(logits, [0.5, 0.5], scheme), targets)
     found = fused_log_probs(hidden, heads, [0.5, 0.5], targets, scheme, coefficients=known(tokens))
     assert all(score.dtype == torch.float32 for score in found)
-    true, ours, theirs = (
+    true, fused, half = (
         [*(score.detach() for score in scores), *gradients(scores, tensors)] for scores in (truth, found, in_bf16)
     )
-    for t, o, b in zip(true, ours, theirs, strict=True):
+    for t, o, b in zip(true, fused, half, strict=True):
         assert (o.double() - t.double()).norm() <= 1.02 * (b.double() - t.double()).norm()
 
 
-def test_a_token_that_is_all_but_certain_keeps_its_small_gradient():
+def test_a_token_of_probability_near_1_keeps_its_gradient():
     hidden = torch.ones(1, 1, requires_grad=True)
     head = Head(torch.tensor([[25.0], [0.0]]))
     log_probs, _ = fused_log_probs([hidden], [head], [1.0], torch.tensor([0]))
     log_probs.sum().backward()
-    torch.testing.assert_close(log_probs.item(), -math.exp(-25), rtol=1e-5, atol=0)  # 0 by a plain log_softmax
+    torch.testing.assert_close(log_probs.item(), -math.exp(-25), rtol=1e-5, atol=0)  # a plain log_softmax gives 0
     torch.testing.assert_close(hidden.grad.item(), 25 * math.exp(-25), rtol=1e-5, atol=0)
 
 
-def test_large_logits_neither_overflow_nor_vanish():
+def test_large_logits_stay_finite():
     hidden = torch.tensor([[1e4], [-1e4]], requires_grad=True)
     head = Head(torch.tensor([[1.0], [0.5], [-1.0]]).requires_grad_())
     scores = fused_log_probs([hidden], [head], [1.0], torch.tensor([1, 1]), tile=1, coefficients=known(2))
@@ -421,7 +421,7 @@ def test_coefficients_are_the_derivative_of_the_clipped_objective(epsilons, is_f
     torch.testing.assert_close(actual, expected)
 
 
-def test_a_step_of_the_objective_on_stale_rollouts(monkeypatch):
+def test_an_off_policy_loss_needs_one_pass(monkeypatch):
     taken = passes(monkeypatch)
     hidden, heads, targets = random_problem(2)
     tensors = leaves(hidden, heads)
@@ -441,10 +441,10 @@ def test_a_step_of_the_objective_on_stale_rollouts(monkeypatch):
     assert len(taken) == 1
 
 
-# --- edges and what is refused ---------------------------------------------------------------------------------------
+# --- limits and errors ----------------------------------------------------------------------------------------------
 
 
-def test_no_tokens_at_all():
+def test_an_empty_batch_of_tokens():
     hidden, heads, targets = random_problem(2, tokens=0)
     log_probs, entropy = fused_log_probs(hidden, heads, [0.5, 0.5], targets)
     assert log_probs.shape == entropy.shape == (0,)
@@ -452,14 +452,14 @@ def test_no_tokens_at_all():
     assert all(h.grad.shape == h.shape for h in hidden)
 
 
-def test_a_member_of_weight_0_takes_no_part_whatever_it_holds():
+def test_a_member_of_weight_0_is_ignored():
     hidden, heads, targets = random_problem(2)
     expected = fused_log_probs(hidden[:1], heads[:1], [1.0], targets)
     broken = [hidden[0], torch.full_like(hidden[1], torch.nan)]
     torch.testing.assert_close(fused_log_probs(broken, heads, [1.0, 0.0], targets), expected)
 
 
-def test_weights_of_0_alone_are_the_uniform_distribution():
+def test_all_weights_0_is_the_uniform_distribution():
     hidden, heads, targets = random_problem(2)
     log_probs, entropy = fused_log_probs(hidden, heads, [0.0, 0.0], targets)
     uniform = torch.full((N,), V, dtype=torch.float64).log()
@@ -467,7 +467,7 @@ def test_weights_of_0_alone_are_the_uniform_distribution():
 
 
 @pytest.mark.parametrize("target", [-1, V, V + 2])
-def test_a_target_outside_the_vocabulary_is_refused(target):
+def test_a_target_outside_the_vocabulary_is_rejected(target):
     hidden, heads, targets = random_problem(2, rows=(4, 0, 0))
     targets[3] = target
     with pytest.raises(
@@ -477,7 +477,7 @@ def test_a_target_outside_the_vocabulary_is_refused(target):
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_hidden_states_that_are_not_finite_are_named(value):
+def test_the_error_for_hidden_states_that_are_not_finite_names_them(value):
     hidden, heads, targets = random_problem(2)
     with torch.no_grad():
         hidden[1][4, 2] = value
@@ -485,7 +485,7 @@ def test_hidden_states_that_are_not_finite_are_named(value):
         fused_log_probs(hidden, heads, [0.5, 0.5], targets)
 
 
-def test_what_does_not_fit_is_refused():
+def test_invalid_weights_shapes_and_options_are_rejected():
     hidden, heads, targets = random_problem(2, rows=(3, 0, 0))
     with pytest.raises(ValueError, match="for 2 members"):
         fused_log_probs(hidden, heads, [0.2, 0.3, 0.5], targets)

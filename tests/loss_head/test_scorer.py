@@ -19,7 +19,7 @@ def batch():
 
 @pytest.mark.parametrize("model", LOSS_HEAD_MODELS)
 @pytest.mark.parametrize("weights", [None, [0.0, 1.0], [1.0, 0.0], [[0.2, 0.8], [1.0, 0.0], [0.5, 0.5]]], ids=str)
-def test_scores_are_the_models_own(model, weights):
+def test_scores_match_the_models_own(model, weights):
     model = LOSS_HEAD_MODELS[model]()
     with torch.no_grad():
         scores = FusedScorer(model)(**batch(), temperature=0.7, weights=weights)
@@ -27,7 +27,7 @@ def test_scores_are_the_models_own(model, weights):
     torch.testing.assert_close((scores.log_probs, scores.entropy), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_nothing_to_score():
+def test_a_batch_without_scored_tokens():
     inputs = batch()
     inputs["labels"] = torch.full_like(inputs["labels"], -100)
     model = mixture()

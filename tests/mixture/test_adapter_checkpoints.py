@@ -1,4 +1,4 @@
-"""Mixtures of adapters saved, loaded and exported."""
+"""Saving, loading and exporting mixtures of adapters."""
 
 import copy
 import json
@@ -23,7 +23,7 @@ def folders(tmp_path):
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_saved_mixture_comes_back_bit_for_bit_and_holds_the_base_once(kind, tied, tmp_path):
+def test_a_mixture_is_restored_bit_for_bit_and_saves_the_base_once(kind, tied, tmp_path):
     for seed, name in enumerate(["base", "sft"]):
         tiny_member("qwen2", seed, tie_word_embeddings=tied).save_pretrained(tmp_path / name)
     folders = {"base": str(tmp_path / "base"), "sft": str(tmp_path / "sft")}
@@ -47,8 +47,8 @@ def test_a_saved_mixture_comes_back_bit_for_bit_and_holds_the_base_once(kind, ti
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again")), logits(model))
 
 
-def test_adapters_are_float32_beside_a_base_in_half_precision_and_stay_so(tmp_path):
-    """As PEFT trains them: a step of 1e-5 is lost in bfloat16."""
+def test_adapters_on_a_base_in_half_precision_are_float32(tmp_path):
+    """As in PEFT: bfloat16 loses an update of 1e-5."""
     tiny_member("qwen2", 0).save_pretrained(tmp_path / "base")
     adapter = save_adapter(tmp_path / "adapter", tmp_path / "base", 1)
     model = LogitMixForCausalLM.from_members(adapter, tmp_path / "base", dtype=torch.bfloat16)
@@ -63,7 +63,7 @@ def test_adapters_are_float32_beside_a_base_in_half_precision_and_stay_so(tmp_pa
         assert torch.equal(file.get_tensor(name), loaded)
 
 
-def test_a_checkpoint_without_adapters_from_before_them_still_loads(tmp_path):
+def test_a_checkpoint_without_the_adapters_field_loads(tmp_path):
     model = LogitMixForCausalLM.from_members(tiny_member(seed=0), tiny_member(seed=1))
     model.save_pretrained(tmp_path)
     path = tmp_path / "config.json"
@@ -98,7 +98,7 @@ def test_an_exported_member_loads_in_transformers_alone(kind, merge, folders, tm
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variants_of_lora_export(variant, folders, tmp_path):
-    """(transformers 5.19 loses the magnitudes of an unmerged DoRA adapter; PEFT reads it.)"""
+    """Read by PEFT: transformers 5.19 loses the magnitudes of an unmerged DoRA adapter."""
     first = save_adapter(tmp_path / "first", folders["base"], 3, **VARIANTS[variant])
     model = LogitMixForCausalLM.from_members(folders["anchor adapter"], first)
     for name, alpha in (("policy", 0.0), ("anchor_0", 1.0)):
@@ -108,7 +108,7 @@ def test_variants_of_lora_export(variant, folders, tmp_path):
             torch.testing.assert_close(logits(reference(folder)), logits(model, alpha=alpha), atol=1e-5, rtol=1e-5)
 
 
-def test_an_exported_policy_is_an_anchor_of_the_next_run(folders, tmp_path):
+def test_an_exported_policy_can_be_an_anchor(folders, tmp_path):
     model = mixture("two adapters", folders)
     model.export_member("policy", tmp_path / "policy")
     following = LogitMixForCausalLM.from_members(folders["base"], tmp_path / "policy", peft_config=lora())
@@ -116,20 +116,20 @@ def test_an_exported_policy_is_an_anchor_of_the_next_run(folders, tmp_path):
     torch.testing.assert_close(logits(following, alpha=1.0), logits(model, alpha=0.0))
 
 
-def test_save_pretrained_of_the_policy_is_its_adapter(folders, tmp_path):
+def test_save_pretrained_of_the_policy_saves_its_adapter(folders, tmp_path):
     model = mixture("two adapters", folders)
     model.policy.save_pretrained(tmp_path / "policy")
     torch.testing.assert_close(logits(reference(tmp_path / "policy")), logits(model, alpha=0.0))
 
 
-def test_members_without_adapters_export_too(tmp_path):
+def test_members_without_adapters_export(tmp_path):
     model = LogitMixForCausalLM.from_members(tiny_member("qwen2", 0), tiny_member("llama", 1))
     for name, alpha in (("policy", 0.0), ("anchor_0", 1.0), ("anchor", 1.0)):
         model.export_member(name, tmp_path / name)
         assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / name)), logits(model, alpha=alpha))
 
 
-def test_exports_that_cannot_be_are_refused(tmp_path):
+def test_exports_of_unknown_members_and_nameless_bases_are_rejected(tmp_path):
     member = tiny_member("qwen2", 0)
     model = LogitMixForCausalLM.from_members(member, member, peft_config=lora())
     with pytest.raises(ValueError, match="there is no member 'anchor_1'; the members are policy, anchor_0"):

@@ -1,4 +1,4 @@
-"""Members as LoRA adapters: (a) on a policy beside a full anchor, (b) two on one base, (c) beside the base itself."""
+"""Members as LoRA adapters: a policy with a full anchor, two on one base, and one with its base as the anchor."""
 
 import copy
 import json
@@ -28,11 +28,11 @@ def folders(tmp_path):
     return save_folders(tmp_path)
 
 
-# --- what the members are -------------------------------------------------------------------------------------------
+# --- the members ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_member_has_the_logits_that_transformers_and_peft_give_it(kind, folders):
+def test_each_member_has_the_logits_of_transformers_and_peft(kind, folders):
     model = mixture(kind, folders)
     torch.testing.assert_close(logits(model, alpha=0.0), logits(reference(folders["policy adapter"])))
     torch.testing.assert_close(logits(model, alpha=1.0), logits(reference(anchor_of(kind, folders))))
@@ -45,7 +45,7 @@ def test_each_member_has_the_logits_that_transformers_and_peft_give_it(kind, fol
 
 
 @pytest.mark.parametrize(("kind", "held"), zip(KINDS, [2, 1, 1], strict=True))
-def test_the_base_is_held_once_where_it_can_be(kind, held, folders):
+def test_members_on_one_base_share_its_weights(kind, held, folders):
     model = mixture(kind, folders)
     size = sum(p.numel() for p in reference(folders["base"]).parameters())
     adapters = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
@@ -56,7 +56,7 @@ def test_the_base_is_held_once_where_it_can_be(kind, held, folders):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_new_adapter_starts_as_the_base_and_is_all_that_trains(kind, folders):
+def test_a_new_adapter_starts_as_the_base_and_only_it_trains(kind, folders):
     model = LogitMixForCausalLM.from_members(folders["base"], anchor_of(kind, folders), peft_config=lora())
     torch.testing.assert_close(logits(model, alpha=0.0), logits(reference(folders["base"])))
     torch.testing.assert_close(logits(model, alpha=1.0), logits(reference(anchor_of(kind, folders))))
@@ -69,7 +69,7 @@ def test_a_new_adapter_starts_as_the_base_and_is_all_that_trains(kind, folders):
     assert not any(p.requires_grad for p in model.parameters())
 
 
-def test_the_policy_and_its_base_may_be_one_model_in_memory():
+def test_policy_and_base_anchor_can_be_the_same_object():
     member = tiny_member("qwen2", 0)
     expected = logits(member)
     model = LogitMixForCausalLM.from_members(member, member, peft_config=lora(init_lora_weights=False))
@@ -78,8 +78,8 @@ def test_the_policy_and_its_base_may_be_one_model_in_memory():
     assert (logits(model, alpha=0.0) - expected).abs().max() > 0.1
 
 
-def test_a_model_in_memory_does_not_share_the_folder_that_it_came_from(folders):
-    """Its weights may be others by now."""
+def test_a_model_in_memory_is_not_the_base_of_its_folder(folders):
+    """Its weights may have changed since it was loaded."""
     policy = reference(folders["base"])
     with torch.no_grad():
         policy.lm_head.weight.mul_(2)
@@ -88,14 +88,14 @@ def test_a_model_in_memory_does_not_share_the_folder_that_it_came_from(folders):
     torch.testing.assert_close(logits(model, alpha=1.0), logits(reference(folders["base"])))
 
 
-def test_a_model_in_memory_shares_its_weights_with_an_adapter_on_the_folder_that_it_came_from(folders):
+def test_a_model_in_memory_shares_its_weights_with_an_adapter_on_its_folder(folders):
     policy = reference(folders["base"])
     model = LogitMixForCausalLM.from_members(policy, folders["anchor adapter"], peft_config=lora())
     assert model.anchors == []
     torch.testing.assert_close(logits(model, alpha=1.0), logits(reference(folders["anchor adapter"])))
 
 
-def test_an_adapter_beside_a_policy_of_full_weights_is_merged_into_a_model_of_its_own(folders):
+def test_an_anchors_adapter_is_merged_if_the_policy_has_none(folders):
     model = LogitMixForCausalLM.from_members(folders["base"], folders["anchor adapter"])
     assert model.config.adapters == {}
     assert type(model.anchor_0) is Qwen2ForCausalLM
@@ -118,7 +118,7 @@ def test_three_members_of_one_base_beside_one_of_another(folders):
 
 
 def test_an_architecture_with_its_default_targets(tmp_path):
-    """PEFT knows which layers of an architecture to adapt where the configuration names none."""
+    """PEFT has default target modules for many architectures."""
     for architecture in ("gpt2", "gemma2", "llama", "mixtral"):
         member = tiny_member(architecture, 0)
         expected = logits(member)
@@ -147,13 +147,13 @@ def test_variants_of_lora_for_the_policy_and_for_the_anchor(variant, folders, tm
             assert all(".policy" in name for name in names)
 
 
-# --- running them ---------------------------------------------------------------------------------------------------
+# --- running the members --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scheme", ["logit", "prob"])
-def test_generation_is_that_of_the_same_mixture_of_full_models(kind, scheme, folders):
-    """With left padding, a cache of each member's own layers, an alpha for each sequence, and beams."""
+def test_generate_matches_the_mixture_of_merged_models(kind, scheme, folders):
+    """With left padding, caches, one alpha per sequence, and beams."""
     model, merged = (build(kind, folders, scheme=scheme) for build in (mixture, merged_mixture))
     for kwargs in (
         {"alpha": 0.4},
@@ -170,7 +170,7 @@ def test_generation_is_that_of_the_same_mixture_of_full_models(kind, scheme, fol
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients_reach_the_policys_adapter_alone_and_are_those_of_the_merged_weights(kind, folders):
+def test_gradients_reach_only_the_policys_adapter(kind, folders):
     """For W = W_0 + s B A: dL/dB = s dL/dW A^T and dL/dA = s B^T dL/dW."""
     model = mixture(kind, folders).train()
     actual = gradients(model)
@@ -188,7 +188,7 @@ def test_gradients_reach_the_policys_adapter_alone_and_are_those_of_the_merged_w
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("arguments", [None, {"use_reentrant": False}, {"use_reentrant": True}], ids=str)
 def test_gradient_checkpointing_does_not_change_the_gradients(kind, arguments, folders):
-    """The backward pass runs the layers again: with the policy's adapter, whichever member ran last."""
+    """The backward pass reruns the layers with the policy's adapter, whichever member ran last."""
     model = mixture(kind, folders).train()
     expected = gradients(model)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
@@ -199,8 +199,8 @@ def test_gradient_checkpointing_does_not_change_the_gradients(kind, arguments, f
 
 
 @pytest.mark.parametrize("kind", ["two adapters", "base anchor"])
-def test_dropout_is_the_policys_alone(kind, tmp_path):
-    """Of the adapter and of the shared model, and in training only."""
+def test_only_the_policy_has_dropout(kind, tmp_path):
+    """In the adapter and in the shared model, and only in training mode."""
     tiny_member("llama", 0, attention_dropout=0.5).save_pretrained(tmp_path / "base")
     adapter = save_adapter(tmp_path / "adapter", tmp_path / "base", 1, lora_dropout=0.5)
     anchor = adapter if kind == "two adapters" else tmp_path / "base"
@@ -220,7 +220,7 @@ def test_the_policys_adapter_is_active_after_a_call_that_failed(folders):
     torch.testing.assert_close(logits(model.policy), logits(reference(folders["policy adapter"])))
 
 
-def test_an_optimizer_step_changes_the_policy_and_no_bit_of_the_anchor(folders):
+def test_an_optimizer_step_changes_only_the_policys_adapter(folders):
     for kind in KINDS:
         model = mixture(kind, folders).train()
         before = copy.deepcopy(model.state_dict())
@@ -246,10 +246,10 @@ def test_a_deep_copy_shares_nothing(folders):
     assert torch.equal(logits(model), before)
 
 
-# --- bad input ------------------------------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------------------------
 
 
-def test_an_anchors_adapter_that_changes_nothing_is_refused(folders, tmp_path):
+def test_an_anchors_adapter_without_effect_is_rejected(folders, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(folders["base"])
     get_peft_model(base, lora()).save_pretrained(tmp_path / "untrained")
     with pytest.raises(
@@ -273,19 +273,19 @@ def test_an_anchors_adapter_that_changes_nothing_is_refused(folders, tmp_path):
         (LoraConfig(target_modules=["no_such_layer"]), "'no_such_layer' in target_modules is no module of"),
     ],
 )
-def test_what_a_mixture_cannot_hold_is_refused_by_name(config, message, folders):
+def test_unsupported_adapters_are_rejected_by_name(config, message, folders):
     with pytest.raises(ValueError, match=message):
         LogitMixForCausalLM.from_members(folders["base"], folders["sft"], peft_config=config)
 
 
 @pytest.mark.parametrize("kwargs", [{"target_modules": ["q_proj", "lm_head"]}, {"modules_to_save": ["embed_tokens"]}])
-def test_tied_embeddings_and_heads_cannot_be_adapted(kwargs):
+def test_adapters_on_tied_embeddings_are_rejected(kwargs):
     tied = tiny_member("qwen2", 0, tie_word_embeddings=True)
     with pytest.raises(ValueError, match="ties its embeddings to its head; leave them out of target_modules"):
         LogitMixForCausalLM.from_members(tied, tiny_member(seed=1), peft_config=lora(**kwargs))
 
 
-def test_a_policy_that_is_an_adapter_takes_no_new_one(folders):
+def test_a_second_adapter_for_the_policy_is_rejected(folders):
     with pytest.raises(ValueError, match=r"policy '.*policy_adapter' is an adapter already"):
         LogitMixForCausalLM.from_members(folders["policy adapter"], folders["sft"], peft_config=lora())
     policy = AutoModelForCausalLM.from_pretrained(folders["policy adapter"])
@@ -293,7 +293,7 @@ def test_a_policy_that_is_an_adapter_takes_no_new_one(folders):
         LogitMixForCausalLM.from_members(policy, folders["sft"], peft_config=lora())
 
 
-def test_an_adapter_of_another_shape_or_of_a_missing_base_is_refused(folders, tmp_path):
+def test_an_adapter_of_another_shape_or_a_missing_base_is_rejected(folders, tmp_path):
     path = tmp_path / "anchor_adapter" / "adapter_config.json"
     config = json.loads(path.read_text())
     tiny_member("qwen2", 0, num_hidden_layers=1).save_pretrained(tmp_path / "small")

@@ -83,7 +83,7 @@ def test_members_of_different_dtypes_load_in_the_policys(tmp_path):
     torch.testing.assert_close(logits(model), 0.7 * logits(policy) + 0.3 * logits(anchor).float())
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    # transformers loads a checkpoint in one dtype; the anchor's weights are the same numbers
+    # transformers loads a checkpoint in one dtype; the anchor's weights keep their values
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
     for name, p in loaded.named_parameters():
         assert torch.equal(p, model.get_parameter(name).float())
@@ -93,7 +93,7 @@ def test_checkpoint_loads_with_a_device_map_and_an_attention_implementation(mode
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cpu", attn_implementation="eager")
     assert [member.config._attn_implementation for member in loaded.members] == ["eager", "eager"]
-    real = INPUT["attention_mask"] == 1  # what a padding token attends to is each implementation's own
+    real = INPUT["attention_mask"] == 1  # padding tokens attend differently in each implementation
     torch.testing.assert_close(logits(loaded)[real], logits(model)[real])
     assert is_frozen(loaded)
 
@@ -142,7 +142,7 @@ def test_configuration_survives_json_pickle_and_copy(model, tmp_path):
 
 
 def test_parameter_names_have_no_integer_before_that_of_the_layer(model):
-    """vLLM reads the one integer of a weight's path as its layer."""
+    """vLLM reads the only integer of a weight's path as its layer."""
     assert all(sum(part.isdigit() for part in name.split(".")) <= 1 for name in model.state_dict())
 
 

@@ -1,4 +1,4 @@
-"""KLs and winners of a mixture against the definition, in float64 and token by token.
+"""The diagnostics of a mixture compared with their definition, in float64 and token by token.
 
 Shape legend: K members, B batch, T time, V vocabulary.
 """
@@ -26,7 +26,7 @@ def random_logits(num_members: int, dtype: torch.dtype = torch.float64) -> list[
 
 
 def naive(logits: list[Tensor], weights: list[float], scheme: str, temperature: float):
-    """For each token: the KLs, and who says what, from probabilities as Python floats."""
+    """For each token: the KLs and the three booleans, from probabilities as Python floats."""
     for b in range(B):
         for t in range(T):
             members = [z[b, t].double().softmax(-1).tolist() for z in logits]
@@ -46,7 +46,7 @@ def naive(logits: list[Tensor], weights: list[float], scheme: str, temperature: 
 @both_schemes
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])
 @pytest.mark.parametrize("weights", [[0.7, 0.3], [0.2, 0.5, 0.3]])
-def test_agrees_with_the_definition(scheme, temperature, weights):
+def test_matches_the_definition(scheme, temperature, weights):
     logits = random_logits(len(weights))
     found = mixture_diagnostics(logits, mix_logits(logits, weights, scheme), temperature)
     rows = list(naive(logits, weights, scheme, temperature))
@@ -56,7 +56,7 @@ def test_agrees_with_the_definition(scheme, temperature, weights):
     assert found.disagree.flatten().tolist() == [row[1] for row in rows]
     assert found.policy_wins.flatten().tolist() == [row[1] and row[2] for row in rows]
     assert found.anchor_wins.flatten().tolist() == [row[1] and row[3] for row in rows]
-    assert len({(row[1], row[2], row[3]) for row in rows}) >= 2, "cases must differ"
+    assert len({(row[1], row[2], row[3]) for row in rows}) >= 2, "the cases are not all alike"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -67,15 +67,15 @@ def test_lower_precisions_are_compared_in_float32(dtype):
     torch.testing.assert_close(found.kl_K.double().view(B * T, -1), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_mixture_of_equal_members_is_at_distance_0_and_nobody_wins():
+def test_equal_members_have_kl_0_and_no_winner():
     (z,) = random_logits(1, torch.float32)
-    found = mixture_diagnostics([z, z + 5], mix_logits([z, z + 5], [0.3, 0.7]))  # a shift is no difference
+    found = mixture_diagnostics([z, z + 5], mix_logits([z, z + 5], [0.3, 0.7]))  # logits may differ by a constant
     torch.testing.assert_close(found.kl_K, torch.zeros(B, T, 2), atol=1e-6, rtol=0)
     assert (found.kl_K >= 0).all()
     assert not (found.disagree | found.policy_wins | found.anchor_wins).any()
 
 
-def test_a_member_alone_is_at_distance_0_from_itself():
+def test_a_single_active_member_has_kl_0():
     logits = random_logits(2)
     found = mixture_diagnostics(logits, mix_logits(logits, [1.0, 0.0]))
     assert found.kl_K[..., 0].max() < 1e-12
@@ -83,7 +83,7 @@ def test_a_member_alone_is_at_distance_0_from_itself():
     assert torch.equal(found.policy_wins, found.disagree)
 
 
-def test_ruled_out_tokens_count_nothing_unless_the_mixture_has_mass_there():
+def test_kl_is_infinite_only_if_a_member_rules_out_a_token_of_the_mixture():
     policy, anchor = random_logits(2)
     policy[..., 3] = -INF
     geometric = mixture_diagnostics([policy, anchor], mix_logits([policy, anchor], [0.5, 0.5]))
@@ -93,7 +93,7 @@ def test_ruled_out_tokens_count_nothing_unless_the_mixture_has_mass_there():
     assert torch.isfinite(arithmetic.kl_K[..., 1]).all()
 
 
-def test_neither_wins_where_the_mixture_takes_a_third_token():
+def test_neither_wins_if_the_mixture_picks_a_third_token():
     policy, anchor = torch.tensor([[5.0, 0.0, 4.0]]), torch.tensor([[0.0, 5.0, 4.0]])
     found = mixture_diagnostics([policy, anchor], mix_logits([policy, anchor], [0.5, 0.5]))
     assert found.disagree.item()
@@ -103,7 +103,7 @@ def test_neither_wins_where_the_mixture_takes_a_third_token():
 
 @both_schemes
 @pytest.mark.parametrize("chunk_elements", [1, 1 << 26])
-def test_a_models_diagnostics_stand_where_its_scores_stand(monkeypatch, scheme, chunk_elements):
+def test_diagnostics_align_with_the_scores(monkeypatch, scheme, chunk_elements):
     monkeypatch.setattr(log_probs_module, "_CHUNK_ELEMENTS", chunk_elements)
     model = LogitMixForCausalLM.from_members(
         tiny_member("qwen2", seed=0), tiny_member("llama", seed=1), alpha=0.4, scheme=scheme

@@ -42,7 +42,7 @@ def test_anchors_have_no_dropout_while_the_policy_trains():
 
 
 def test_gradients_reach_only_the_policy_scaled_by_its_weight(model, pair):
-    """Eq. 6: through the factor (1 - alpha); the anchor's logits are a constant."""
+    """Eq. 6: the factor is (1 - alpha), and the anchor's logits are a constant."""
     policy = copy.deepcopy(pair[0])
     z_policy = policy(**INPUT).logits
     z_mix = (0.7 * z_policy + 0.3 * logits(pair[1])).detach().requires_grad_()
@@ -57,7 +57,7 @@ def test_gradients_reach_only_the_policy_scaled_by_its_weight(model, pair):
 
 
 def test_no_gradient_reaches_an_anchor_with_unfrozen_parameters(model):
-    """As code does that walks over `model.parameters()`."""
+    """Code that iterates over `model.parameters()` may unfreeze them."""
     for p in model.parameters():
         p.requires_grad = True
     assert all(name.startswith("policy.") for name in gradients(model.train()))

@@ -1,7 +1,7 @@
-"""What the mixture generates is judged by a loop that shares none of its code.
+"""`generate` of a mixture compared with a reference loop that shares none of its code.
 
-The reference runs every member on every sequence alone: no cache, no padding, no batch, float32, and mixes in
-float64. It appends one token at a time to the whole batch, so that a seeded draw uses the same random numbers.
+The reference runs every member on each sequence alone, without cache, padding or batches, in float32, and mixes in
+float64. It appends one token at a time to the whole batch, so seeded sampling uses the same random numbers.
 """
 
 import itertools
@@ -27,7 +27,7 @@ def left_padded(prompts):
 
 @torch.no_grad()
 def reference_next_logits(members, weights, scheme, sequence):
-    """Mixed logits `[V]` of the token after `sequence`, by the definition."""
+    """The mixture's logits `[V]` of the token after `sequence`, by the definition."""
     logits = [member(torch.tensor([sequence]), use_cache=False).logits[0, -1].double() for member in members]
     if scheme == "logit":
         return sum(w * z for w, z in zip(weights, logits, strict=True))
@@ -35,7 +35,7 @@ def reference_next_logits(members, weights, scheme, sequence):
 
 
 def reference_generate(members, weights, prompts=PROMPTS, scheme="logit", temperature=None, new_tokens=NEW_TOKENS):
-    """New tokens `[B, new_tokens]`; `weights` is a row of K or one row a prompt. Greedy without a temperature."""
+    """New tokens `[B, new_tokens]`; `weights` are `[K]` or one row per prompt. Greedy without a temperature."""
     rows = [weights] * len(prompts) if isinstance(weights[0], float) else weights
     sequences = [list(prompt) for prompt in prompts]
     for _ in range(new_tokens):
@@ -52,7 +52,7 @@ def reference_generate(members, weights, prompts=PROMPTS, scheme="logit", temper
 
 
 def generate(model, prompts=PROMPTS, **kwargs):
-    """The model's new tokens `[B, new_tokens]`."""
+    """New tokens of the model, `[B, new_tokens]`."""
     inputs = left_padded(prompts)
     defaults = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": PAD}
     return model.generate(**inputs, **(defaults | kwargs))[:, inputs["input_ids"].shape[1] :]
@@ -65,7 +65,7 @@ def mixture(*architectures, scheme="logit", **kwargs):
 
 @pytest.fixture(scope="module")
 def pair():
-    """Qwen2 with Llama: another depth, width and number of heads."""
+    """Qwen2 with Llama, which differ in depth, width and number of heads."""
     return mixture("qwen2", "llama")
 
 
@@ -82,11 +82,11 @@ PAIRS = {
 
 @pytest.mark.parametrize("scheme", ["logit", "prob"])
 @pytest.mark.parametrize("architectures", PAIRS.values(), ids=PAIRS.keys())
-def test_greedy_tokens_are_those_of_an_uncached_loop(architectures, scheme):
+def test_greedy_tokens_match_the_reference(architectures, scheme):
     model, members = mixture(*architectures, scheme=scheme)
     expected = reference_generate(members, [0.6, 0.4], scheme=scheme)
     assert torch.equal(generate(model, alpha=0.4), expected)
-    # the comparison would be empty if one member decided alone
+    # the comparison would be vacuous if one member decided every token
     assert not torch.equal(expected, reference_generate(members, [1.0, 0.0]))
     assert not torch.equal(expected, reference_generate(members, [0.0, 1.0]))
 
@@ -113,7 +113,7 @@ def test_every_cache_gives_the_same_tokens(cache):
 
 @pytest.mark.parametrize("scheme", ["logit", "prob"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_seeded_samples_are_those_of_an_uncached_loop(pair, scheme, temperature):
+def test_seeded_samples_match_the_reference(pair, scheme, temperature):
     members = pair[1]
     model = LogitMixForCausalLM.from_members(members[0], members[1], scheme=scheme)
     torch.manual_seed(7)
@@ -157,7 +157,7 @@ def test_returned_sequences_keep_their_own_weights(pair):
 
 
 @pytest.mark.parametrize("scheme", ["logit", "prob"])
-def test_wide_beam_search_finds_the_most_probable_sequence_of_all(scheme):
+def test_exhaustive_beam_search_finds_the_most_probable_sequences(scheme):
     V, length = 6, 3
     members = [tiny_member("qwen2", 0, vocab_size=V), tiny_member("llama", 1, vocab_size=V)]
     model = LogitMixForCausalLM.from_members(*members, alpha=0.3, scheme=scheme)
@@ -172,7 +172,7 @@ def test_wide_beam_search_finds_the_most_probable_sequence_of_all(scheme):
 
     log_probs = {y: log_prob(y) for y in itertools.product(range(V), repeat=length)}
     best = sorted(log_probs, key=log_probs.get, reverse=True)[:3]
-    # as many beams as there are prefixes: nothing is pruned
+    # with as many beams as prefixes, nothing is pruned
     found = generate(
         model, [prompt], num_beams=V ** (length - 1), num_return_sequences=3, max_new_tokens=length, length_penalty=0.0
     )
@@ -181,7 +181,7 @@ def test_wide_beam_search_finds_the_most_probable_sequence_of_all(scheme):
 
 @pytest.mark.parametrize("architectures", [("qwen2", "llama"), ("qwen2-sliding", "gpt2")], ids="-".join)
 @pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static"}], ids=["dynamic", "static"])
-def test_beams_move_through_the_caches_of_all_members(architectures, cache):
+def test_beam_search_reorders_the_caches_of_all_members(architectures, cache):
     model, _ = mixture(*architectures)
     kwargs = {"num_beams": 3, "num_return_sequences": 2, "alpha": [0.2, 0.5, 0.8]}
     assert torch.equal(generate(model, **kwargs, **cache), generate(model, **kwargs, use_cache=False))
@@ -198,7 +198,7 @@ def test_stop_string_ends_generation_where_it_first_appears():
     assert tokenizer.decode(generated) == text[: text.index(stop) + len(stop)] != text
 
 
-def test_sequences_that_have_ended_are_padded(pair):
+def test_finished_sequences_are_padded(pair):
     model, members = pair
     full = reference_generate(members, [0.5, 0.5])
     eos = full[1, 2].item()
@@ -234,7 +234,7 @@ def test_prompt_lookup_decoding_gives_the_greedy_tokens(architectures, weights):
 
 
 @pytest.mark.parametrize("weights", [{}, {"alpha": 0.3}, {"weights": [[0.7, 0.3]]}], ids=str)
-def test_decoding_with_an_assistant_gives_the_greedy_tokens(pair, weights):
+def test_assisted_decoding_gives_the_greedy_tokens(pair, weights):
     model, members = pair
     greedy = generate(model, PROMPTS[:1], max_new_tokens=12, **weights)
     for assistant in (tiny_member("qwen2", seed=5), members[0]):
@@ -244,17 +244,17 @@ def test_decoding_with_an_assistant_gives_the_greedy_tokens(pair, weights):
 
 
 def test_a_compiled_step_on_a_static_cache_gives_the_same_tokens(pair):
-    """On a GPU `generate` compiles the step by itself once the cache is static; here it is told to."""
+    """On a GPU `generate` compiles the step automatically with a static cache; here it is forced to."""
     model, members = pair
-    how = CompileConfig(backend="eager", mode=None)
-    how._compile_all_devices = True
+    compile_config = CompileConfig(backend="eager", mode=None)
+    compile_config._compile_all_devices = True
     expected = reference_generate(members, [0.6, 0.4], PROMPTS[:1])
-    compiled = generate(model, PROMPTS[:1], alpha=0.4, cache_implementation="static", compile_config=how)
+    compiled = generate(model, PROMPTS[:1], alpha=0.4, cache_implementation="static", compile_config=compile_config)
     assert torch.equal(compiled, expected)
     assert hasattr(model, "_compiled_call")
 
 
-def test_generation_continues_on_a_cache_of_the_callers(pair):
+def test_generation_continues_from_a_given_cache(pair):
     model, members = pair
     prompt = torch.tensor(PROMPTS[:1])
     for cache in (DynamicCache(config=model.config), DynamicCache(), StaticCache(model.config, max_cache_len=32)):
@@ -263,7 +263,7 @@ def test_generation_continues_on_a_cache_of_the_callers(pair):
         assert torch.equal(both[:, prompt.shape[1] :], reference_generate(members, [0.5, 0.5], PROMPTS[:1]))
 
 
-# --- members that do not count ------------------------------------------------------------------------------------
+# --- members of weight 0 --------------------------------------------------------------------------------------------
 
 
 class Calls:
@@ -290,7 +290,7 @@ class Calls:
 @pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static"}, {"use_cache": False}], ids=str)
 @pytest.mark.parametrize("per_sequence", [False, True], ids=["for the batch", "a row each"])
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
-def test_member_of_weight_zero_throughout_is_not_run(pair, alpha, per_sequence, cache):
+def test_a_member_of_weight_0_for_all_sequences_does_not_run(pair, alpha, per_sequence, cache):
     model, members = pair
     with Calls(model) as calls:
         generated = generate(model, alpha=[alpha] * len(PROMPTS) if per_sequence else alpha, **cache)
@@ -302,7 +302,7 @@ def test_member_of_weight_zero_throughout_is_not_run(pair, alpha, per_sequence, 
 
 @pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
 @pytest.mark.parametrize(("before", "late"), [(0.0, "anchor_0"), (1.0, "policy")])
-def test_a_cache_that_a_skipped_member_never_wrote_is_refused(pair, kind, before, late):
+def test_a_cache_without_the_tokens_of_a_skipped_member_is_rejected(pair, kind, before, late):
     model = pair[0]
     cache = DynamicCache(config=model.config) if kind is DynamicCache else StaticCache(model.config, max_cache_len=16)
     prompt = torch.tensor(PROMPTS[:1])

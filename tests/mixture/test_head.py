@@ -1,4 +1,4 @@
-"""Reading a member's output head: many architectures, and what is refused."""
+"""Inferring the output heads of many architectures, and rejecting those that do not fit."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ SMALL = {
 OLD = {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "bos_token_id": 1}
 MOE = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 16}
 
-# What each member does to its head's output, stated here from its modeling file.
+# The transform of each architecture, read from its modeling file
 CONFIGS = {
     "Qwen2": (SMALL, HeadTransform()),
     "Qwen2 tied": (SMALL | {"tie_word_embeddings": True}, HeadTransform()),
@@ -40,7 +40,7 @@ CONFIGS = {
     "GPTJ": (OLD | {"rotary_dim": 8}, HeadTransform()),  # a bias
     "Falcon": (SMALL, HeadTransform()),
     "Bloom": ({"vocab_size": 61, "hidden_size": 32, "n_layer": 2, "n_head": 2}, HeadTransform()),
-    # projects its hidden states to the width of the embeddings
+    # its head multiplies hidden states projected to the width of the embeddings
     "OPT": (SMALL | {"ffn_dim": 48, "word_embed_proj_dim": 16}, HeadTransform()),
     "Gemma": (SMALL | {"head_dim": 16}, HeadTransform()),
     "Gemma2": (SMALL | {"head_dim": 16, "final_logit_softcapping": 30.0}, HeadTransform(softcap=30.0)),
@@ -54,7 +54,7 @@ CONFIGS = {
                  "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8},
         HeadTransform(scale=0.25),
     ),
-    # its configuration names a scale, which it does not apply
+    # its configuration has a scale that it does not apply
     "Mpt": ({"vocab_size": 61, "d_model": 32, "n_layers": 2, "n_heads": 2, "logit_scale": 0.5}, HeadTransform()),
 }  # fmt: skip
 
@@ -80,7 +80,7 @@ def test_hidden_states_and_head_give_the_members_own_logits(name):
 
 
 @pytest.mark.parametrize("name", ["Qwen2", "Gemma2", "Cohere2", "Granite", "Phi"])
-def test_a_member_in_bfloat16_and_training_mode_is_read_the_same_and_left_as_it_was(name):
+def test_a_member_in_bfloat16_and_training_mode_is_not_changed(name):
     model, transform = member(name, torch.bfloat16)
     model.train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -92,7 +92,7 @@ def test_a_member_in_bfloat16_and_training_mode_is_read_the_same_and_left_as_it_
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def refused(model, match: str) -> None:
+def assert_rejected(model, match: str) -> None:
     with pytest.raises(ValueError, match=match) as error:
         infer_head_transform(model, "anchor_0")
     assert "the head of anchor_0" in str(error.value)
@@ -117,15 +117,19 @@ def with_forward(model, change):
     [lambda z: z + 1, lambda z: z**3, lambda z: z.log_softmax(-1), lambda z: z.clamp(max=5), lambda z: z.roll(1, -1)],
     ids=["shift", "power", "softmax", "clamp", "roll"],
 )
-def test_an_unknown_change_of_the_logits_is_refused(change):
-    refused(with_forward(tiny_member("qwen2"), change), "changes its logits by more than a scale and a soft cap")
+def test_an_unknown_change_of_the_logits_is_rejected(change):
+    assert_rejected(
+        with_forward(tiny_member("qwen2"), change), "changes its logits by more than a scale and a soft cap"
+    )
 
 
-def test_logits_of_another_size_are_refused():
-    refused(with_forward(tiny_member("qwen2"), lambda z: z[..., :-1]), "has 61 outputs but it returns 60 logits")
+def test_logits_of_another_size_are_rejected():
+    assert_rejected(
+        with_forward(tiny_member("qwen2"), lambda z: z[..., :-1]), "has 61 outputs but it returns 60 logits"
+    )
 
 
-def test_a_head_that_does_more_than_multiply_is_refused():
+def test_a_head_that_does_more_than_multiply_is_rejected():
     class Doubled(nn.Linear):
         def forward(self, hidden):
             return 2 * super().forward(hidden)
@@ -133,20 +137,20 @@ def test_a_head_that_does_more_than_multiply_is_refused():
     model = tiny_member("qwen2")
     head = Doubled(32, 61, bias=False)
     model.set_output_embeddings(head)
-    refused(model, "its output head, a Doubled, does more than multiply")
+    assert_rejected(model, "its output head, a Doubled, does more than multiply")
 
 
-def test_a_head_without_a_matrix_is_refused():
+def test_a_head_without_a_weight_matrix_is_rejected():
     model = tiny_member("qwen2")
     model.set_output_embeddings(nn.Sequential(nn.Linear(32, 61)))
-    refused(model, "its output head is a Sequential")
+    assert_rejected(model, "its output head is a Sequential")
 
 
-def test_an_adapter_on_the_head_is_refused_though_it_does_nothing_yet():
+def test_an_untrained_adapter_on_the_head_is_rejected():
     from peft import LoraConfig, inject_adapter_in_model
 
     model = tiny_member("qwen2", tie_word_embeddings=False)
-    refused(
+    assert_rejected(
         inject_adapter_in_model(LoraConfig(target_modules=["lm_head"]), model), "has a parameter 'base_layer.weight'"
     )
 
@@ -161,31 +165,31 @@ def test_adapters_in_the_layers_are_part_of_the_hidden_states():
     torch.testing.assert_close(ours, model(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
 
 
-def test_a_change_of_the_hidden_states_before_the_head_is_refused():
+def test_a_change_of_the_hidden_states_before_the_head_is_rejected():
     model = tiny_member("qwen2")
     model.lm_head.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
-    refused(model, "changes the hidden states between")
+    assert_rejected(model, "changes the hidden states between")
 
 
-def test_a_head_that_is_not_called_is_refused():
+def test_a_head_that_is_not_called_is_rejected():
     model = tiny_member("qwen2")
     model.get_output_embeddings = lambda: nn.Linear(32, 61)
-    refused(model, "does not call its decoder and its output head in the usual way")
+    assert_rejected(model, "does not call its decoder and its output head in the usual way")
 
 
-def test_a_bare_decoder_is_refused():
-    refused(transformers.Qwen2Model(tiny_member("qwen2").config), "which has no single weight matrix")
+def test_a_decoder_without_a_head_is_rejected():
+    assert_rejected(transformers.Qwen2Model(tiny_member("qwen2").config), "which has no single weight matrix")
 
 
 # --- inside the heads' forwards --------------------------------------------------------------------------------------
 
 
-def test_what_runs_inside_heads_sees_what_their_hooks_do_and_each_head_is_called_once():
+def test_run_inside_heads_calls_each_head_and_its_hooks_once():
     first, second = nn.Linear(3, 5), nn.Linear(3, 5)
     calls = []
     for name, head in (("first", first), ("second", second)):
         head.register_forward_pre_hook(lambda module, inputs, name=name: calls.append(name) or (*inputs,))
-    first.register_forward_pre_hook(lambda module, inputs: tuple(x + 1 for x in inputs))  # as FSDP2 wraps inputs
+    first.register_forward_pre_hook(lambda module, inputs: tuple(x + 1 for x in inputs))  # as FSDP2 does to inputs
     first.register_forward_hook(lambda module, inputs, outputs: (*outputs, torch.ones(())))
     hidden = [torch.zeros(2, 3), torch.full((2, 3), 5.0), torch.full((2, 3), 7.0)]
 
@@ -198,9 +202,9 @@ def test_what_runs_inside_heads_sees_what_their_hooks_do_and_each_head_is_called
     assert calls == ["first", "second", "then"]
 
 
-def test_heads_are_as_before_also_after_an_error():
+def test_run_inside_heads_restores_the_heads_after_an_error():
     head = nn.Linear(3, 5)
-    own = head.forward = lambda hidden: hidden * 2  # somebody else's, which stays
+    own = head.forward = lambda hidden: hidden * 2  # a forward that was replaced before
 
     def fail(states):
         raise ZeroDivisionError

@@ -50,7 +50,7 @@ def test_the_generation_config_is_a_copy(model, pair):
 
 
 def test_vocabularies_that_differ_in_padding_rows_mix_over_the_shared_tokens(tmp_path):
-    """As Qwen2.5's do: 151,936 rows at 1.5B and 3B, 152,064 at 7B."""
+    """Qwen2.5 has 151,936 rows at 1.5B and 3B, but 152,064 at 7B."""
     members = [tiny_member("qwen2", 0), tiny_member("llama", 1, vocab_size=VOCAB_SIZE + 7)]
     tokenizer = character_tokenizer()
     for member, name in zip(members, ["base", "sft"], strict=True):

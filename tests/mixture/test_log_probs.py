@@ -1,4 +1,4 @@
-"""Log-probabilities and entropy of the mixture against the plain computation in float64.
+"""Log-probabilities and entropy of the mixture compared with the plain computation in float64.
 
 Shape legend: K members, B batch, T time, V vocabulary.
 """
@@ -26,7 +26,7 @@ def random_logits(num_members: int = 2, dtype: torch.dtype = torch.float64, seed
 
 
 def naive(logits: list[Tensor], weights: list[float], scheme: str, temperature: float) -> tuple[Tensor, Tensor]:
-    """Both quantities from the distribution itself, in float64."""
+    """Log-probabilities and entropy from the distribution itself, in float64."""
     probs = [z.double().softmax(-1) for z in logits]
     if scheme == "prob":
         mixture_BTV = sum(w * p for w, p in zip(weights, probs, strict=True))
@@ -41,7 +41,7 @@ def naive(logits: list[Tensor], weights: list[float], scheme: str, temperature: 
 @both_schemes
 @temperatures
 @pytest.mark.parametrize("weights", [[0.7, 0.3], [0.0, 1.0], [0.2, 0.5, 0.3]])
-def test_agrees_with_the_definition(scheme, temperature, weights):
+def test_matches_the_definition(scheme, temperature, weights):
     logits = random_logits(len(weights))
     log_probs, entropy = mixture_log_probs(logits, weights, TARGETS_BT, scheme, temperature)
     expected_log_probs, expected_entropy = naive(logits, weights, scheme, temperature)
@@ -66,7 +66,7 @@ def test_the_temperature_divides_the_mixture_not_its_members(scheme):
     log_probs, _ = mixture_log_probs(logits, [0.4, 0.6], TARGETS_BT, scheme, 0.5)
     sampled_BTV = torch.log_softmax(mix_logits(logits, [0.4, 0.6], scheme) / 0.5, dim=-1)
     torch.testing.assert_close(log_probs, sampled_BTV.gather(-1, TARGETS_BT[..., None])[..., 0])
-    if scheme == "prob":  # for logits the two are the same, for probabilities they are not
+    if scheme == "prob":  # for the scheme logit both are the same
         members_first, _ = mixture_log_probs([z / 0.5 for z in logits], [0.4, 0.6], TARGETS_BT, scheme)
         assert (members_first - log_probs).abs().max() > 0.01
 
@@ -95,7 +95,7 @@ def test_chunks_change_neither_values_nor_gradients(monkeypatch, scheme, rows, w
         torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-7)
 
 
-def test_a_sequence_larger_than_a_chunk_is_taken_whole(monkeypatch):
+def test_a_sequence_larger_than_a_chunk_is_not_split(monkeypatch):
     logits = random_logits()
     expected = mixture_log_probs(logits, [0.5, 0.5], TARGETS_BT)
     monkeypatch.setattr(log_probs_module, "_CHUNK_ELEMENTS", 1)
@@ -104,7 +104,7 @@ def test_a_sequence_larger_than_a_chunk_is_taken_whole(monkeypatch):
 
 @both_schemes
 @temperatures
-def test_gradients_equal_those_of_the_plain_computation(scheme, temperature):
+def test_gradients_match_the_plain_computation(scheme, temperature):
     logits = [z.requires_grad_() for z in random_logits(3)]
     weights = [0.2, 0.5, 0.3]
     upstream = torch.randn(2, B, T, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -126,7 +126,7 @@ def test_gradcheck(scheme):
 
 
 @both_schemes
-def test_only_the_members_logits_are_kept_for_the_backward_pass(scheme):
+def test_only_the_members_logits_are_saved_for_the_backward_pass(scheme):
     logits = [z.requires_grad_() for z in random_logits(2, torch.float32)]
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
@@ -155,7 +155,7 @@ def test_a_frozen_anchor_gets_no_gradient():
 
 
 @both_schemes
-def test_a_row_that_one_member_has_broken_is_safe_at_weight_0(scheme):
+def test_a_row_of_nan_is_ignored_at_weight_0(scheme):
     policy, anchor = (z.requires_grad_() for z in random_logits(2, torch.float32))
     with torch.no_grad():
         anchor[1] = torch.nan
@@ -170,7 +170,7 @@ def test_a_row_that_one_member_has_broken_is_safe_at_weight_0(scheme):
 
 
 @temperatures
-def test_entropy_against_torch_distributions(temperature):
+def test_matches_torch_distributions(temperature):
     (z_BTV,) = random_logits(1)
     categorical = torch.distributions.Categorical(logits=z_BTV / temperature)
     log_probs, entropy = log_probs_and_entropy(z_BTV, TARGETS_BT, temperature)
@@ -178,7 +178,7 @@ def test_entropy_against_torch_distributions(temperature):
     torch.testing.assert_close(entropy, categorical.entropy())
 
 
-def test_entropy_at_its_ends():
+def test_entropy_of_uniform_and_certain_distributions():
     z_BTV = torch.tensor([[[0.0] * 8, [0.0] + [-1e4] * 7, [0.0] + [-INF] * 7]])
     log_probs, entropy = log_probs_and_entropy(z_BTV, torch.zeros(1, 3, dtype=torch.long))
     torch.testing.assert_close(entropy, torch.tensor([[math.log(8), 0.0, 0.0]]))
@@ -186,7 +186,7 @@ def test_entropy_at_its_ends():
 
 
 @temperatures
-def test_tokens_of_probability_0_count_nothing(temperature):
+def test_tokens_of_probability_0_add_nothing(temperature):
     (allowed,) = random_logits(1)
     with_ruled_out = torch.cat([allowed, torch.full((B, T, 3), -INF, dtype=torch.float64)], dim=-1)
     with_ruled_out.requires_grad_()
@@ -207,7 +207,7 @@ def test_a_target_of_probability_0_scores_minus_infinity():
 
 
 @both_schemes
-def test_a_mixture_with_ruled_out_tokens_scores_without_nan(scheme):
+def test_ruled_out_tokens_give_no_nan(scheme):
     policy, anchor = random_logits(2, torch.float32)
     policy[..., 6], anchor[..., 5:] = -INF, -INF  # 6 is ruled out by both, 5 by the anchor
     policy.requires_grad_(), anchor.requires_grad_()
@@ -221,18 +221,18 @@ def test_a_mixture_with_ruled_out_tokens_scores_without_nan(scheme):
         torch.testing.assert_close((log_probs.detach(), entropy.detach()), without)
 
 
-# --- what is refused ---------------------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rows", [1, B + 1])
 @pytest.mark.parametrize("chunk_elements", [1, 1 << 26])
-def test_rows_of_weights_for_another_batch_are_refused(monkeypatch, rows, chunk_elements):
+def test_rows_of_weights_for_another_batch_are_rejected(monkeypatch, rows, chunk_elements):
     monkeypatch.setattr(log_probs_module, "_CHUNK_ELEMENTS", chunk_elements)
     with pytest.raises(ValueError, match=f"weights have {rows} rows for a batch of {B} sequences"):
         mixture_log_probs(random_logits(), [[0.5, 0.5]] * rows, TARGETS_BT)
 
 
-def test_weights_that_do_not_fit_are_refused():
+def test_invalid_weights_are_rejected():
     with pytest.raises(ValueError, match="for 2 members"):
         mixture_log_probs(random_logits(), [0.2, 0.3, 0.5], TARGETS_BT)
     with pytest.raises(ValueError, match="scheme 'prob' needs weights >= 0 that sum to 1"):

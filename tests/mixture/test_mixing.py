@@ -1,4 +1,4 @@
-"""The mixing mathematics against naive float64 formulas, limits, and the variational characterisation (eq. 10).
+"""`mix_logits` compared with naive float64 formulas, limits, and the variational characterisation (eq. 10).
 
 Shape legend: K members, B batch, T time, V vocabulary.
 """
@@ -20,7 +20,7 @@ both_schemes = pytest.mark.parametrize("scheme", SCHEMES)
 
 
 def naive_probs(logits: list[Tensor], weights: list[float], scheme: str) -> Tensor:
-    """The distribution of the mixture, from the definition: powers and products, or sums, of probabilities."""
+    """The mixture's distribution by definition: products of powers of the probabilities, or weighted sums."""
     probs = [z.double().exp() / z.double().exp().sum(-1, keepdim=True) for z in logits]
     if scheme == "prob":
         return sum(w * p for w, p in zip(weights, probs, strict=True))
@@ -38,14 +38,14 @@ def random_logits(num_members: int = 2, dtype: torch.dtype = torch.float64, seed
 
 @both_schemes
 @pytest.mark.parametrize("weights", [[0.7, 0.3], [0.5, 0.5], [0.0, 1.0], [0.2, 0.5, 0.3], [0.1, 0.0, 0.9], [0.25] * 4])
-def test_agrees_with_the_definition(scheme, weights):
+def test_matches_the_definition(scheme, weights):
     logits = random_logits(len(weights))
     mixed = mix_logits(logits, weights, scheme)
     assert mixed.dtype == torch.float64
     torch.testing.assert_close(mixed.softmax(-1), naive_probs(logits, weights, scheme), rtol=1e-12, atol=1e-14)
 
 
-def test_logit_is_the_weighted_sum_itself():
+def test_logit_is_the_weighted_sum_of_the_logits():
     policy, anchor = random_logits()
     torch.testing.assert_close(mix_logits([policy, anchor], [0.7, 0.3]), 0.7 * policy + 0.3 * anchor)
 
@@ -57,7 +57,7 @@ def test_prob_is_normalised():
 
 @both_schemes
 @pytest.mark.parametrize("shape", [(B, V), (B, T, V), (B, 2, T, V)])
-def test_any_axes_may_stand_between_batch_and_vocabulary(scheme, shape):
+def test_any_axes_between_batch_and_vocabulary(scheme, shape):
     logits = [torch.randn(shape, dtype=torch.float64) for _ in range(2)]
     for weights in ([0.4, 0.6], [[0.4, 0.6], [1.0, 0.0], [0.9, 0.1]]):
         mixed = mix_logits(logits, weights, scheme)
@@ -79,7 +79,7 @@ def test_alpha_0_is_the_policy_and_alpha_1_the_anchor(scheme):
 
 
 @both_schemes
-def test_ends_of_alpha_are_limits(scheme):
+def test_alpha_near_0_and_1_approaches_one_member(scheme):
     members = random_logits()
     for alpha, member in ((1e-9, members[0]), (1 - 1e-9, members[1])):
         mixed = mix_logits(members, alpha_to_weights(alpha), scheme)
@@ -95,7 +95,7 @@ def test_identical_members_are_a_fixed_point(scheme, weights):
 
 
 @both_schemes
-def test_rows_of_weights_equal_each_row_on_its_own(scheme):
+def test_rows_of_weights_match_each_row_alone(scheme):
     logits = random_logits(3, torch.float32)
     weights = torch.tensor([[0.2, 0.3, 0.5], [0.0, 1.0, 0.0], [0.6, 0.0, 0.4]], dtype=torch.float64)
     mixed = mix_logits(logits, weights, scheme)
@@ -105,7 +105,7 @@ def test_rows_of_weights_equal_each_row_on_its_own(scheme):
 
 
 @both_schemes
-def test_equal_rows_of_weights_equal_one_weight(scheme):
+def test_equal_rows_of_weights_match_one_row(scheme):
     logits = random_logits(dtype=torch.float32)
     by_rows = mix_logits(logits, alpha_to_weights([0.3] * B), scheme)
     torch.testing.assert_close(by_rows, mix_logits(logits, alpha_to_weights(0.3), scheme), rtol=1e-6, atol=1e-6)
@@ -146,7 +146,7 @@ def test_the_minimum_of_eq_10_is_minus_the_log_normaliser():
     torch.testing.assert_close(objective, -(policy_V ** (1 - alpha) * anchor_V**alpha).sum().log())
 
 
-# --- numbers at the edge -----------------------------------------------------------------------------------------
+# --- numerical limits -----------------------------------------------------------------------------------------------
 
 
 def test_prob_does_not_underflow_where_the_other_member_has_mass():
@@ -214,15 +214,15 @@ def test_tokens_ruled_out_by_one_member_or_both(policy, anchor, by_logit, by_pro
 
 @both_schemes
 @pytest.mark.parametrize("bad", [INF, -INF, torch.nan])
-def test_a_member_of_weight_0_does_not_take_part(scheme, bad):
+def test_a_member_of_weight_0_is_ignored(scheme, bad):
     policy, anchor = random_logits(dtype=torch.float32)
     anchor[0] = bad
     members = [policy.requires_grad_(), anchor.requires_grad_()]
 
-    mixed = mix_logits([members[0][:1], members[1][:1]], [1.0, 0.0], scheme)  # off for the whole batch
+    mixed = mix_logits([members[0][:1], members[1][:1]], [1.0, 0.0], scheme)  # weight 0 for the whole batch
     torch.testing.assert_close(mixed.softmax(-1), policy[:1].softmax(-1))
 
-    mixed = mix_logits(members, [[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]], scheme)  # off in the row that is broken
+    mixed = mix_logits(members, [[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]], scheme)  # weight 0 in the broken row
     torch.testing.assert_close(mixed[0].softmax(-1), policy[0].softmax(-1))
     torch.testing.assert_close(mixed[2].softmax(-1), anchor[2].softmax(-1))
     mixed.log_softmax(-1)[..., 0].sum().backward()
@@ -237,7 +237,7 @@ def test_a_member_of_weight_0_does_not_take_part(scheme, bad):
 @pytest.mark.parametrize("bad", [INF, -INF, torch.nan])
 @pytest.mark.parametrize("shape", [(3, V), (3, T, V)])
 def test_rows_of_weight_0_without_gradients(scheme, bad, shape):
-    """As a decoding step has them: the same values as with gradients, and the members' logits stay as they are."""
+    """As in decoding: the values match those with gradients, and the members' logits are not modified."""
     policy, anchor = torch.randn(2, *shape)
     policy[2], anchor[0], anchor[1, ..., 0], policy[1, ..., 0] = bad, bad, -INF, -INF
     before = [policy.clone(), anchor.clone()]
@@ -253,7 +253,7 @@ def test_rows_of_weight_0_without_gradients(scheme, bad, shape):
 
 
 @both_schemes
-def test_a_row_whose_weight_is_0_in_float32_does_not_take_part(scheme):
+def test_a_weight_that_is_0_in_float32_is_ignored(scheme):
     policy, anchor = random_logits(dtype=torch.float32)[:2]
     anchor[0] = -INF
     weights = [[1.0, 1e-50]] + [[0.5, 0.5]] * (B - 1)
@@ -269,10 +269,10 @@ def test_all_weights_0_is_the_uniform_distribution():
         assert torch.equal(mixed, torch.zeros(B, T, V))
 
 
-# --- other weights: any real numbers in the logits ---------------------------------------------------------------
+# --- any real weights of the scheme logit ---------------------------------------------------------------------------
 
 
-def test_dexperts_and_proxy_tuning_are_weights():
+def test_dexperts_proxy_tuning_and_contrastive_decoding():
     base, expert, amateur = random_logits(3)
     strength = 1.7
     dexperts = mix_logits([base, expert, amateur], [1.0, strength, -strength])
@@ -283,13 +283,13 @@ def test_dexperts_and_proxy_tuning_are_weights():
     torch.testing.assert_close(contrastive, expert.log_softmax(-1) - amateur.log_softmax(-1))
 
 
-def test_alpha_outside_0_1_extrapolates_in_the_logits():
+def test_alpha_outside_0_and_1_extrapolates():
     policy, anchor = random_logits()
     torch.testing.assert_close(mix_logits([policy, anchor], alpha_to_weights(1.5)), anchor + 0.5 * (anchor - policy))
 
 
 @pytest.mark.parametrize("weights", [[2.0, -1.0], [[2.0, -1.0]]])
-def test_a_token_ruled_out_stays_so_under_negative_weights(weights):
+def test_a_ruled_out_token_stays_so_under_negative_weights(weights):
     expert = torch.tensor([[0.0, 1.0, -INF, -INF]], requires_grad=True)
     amateur = torch.tensor([[1.0, 0.0, -INF, 0.0]], requires_grad=True)
     mixed = mix_logits([expert, amateur], weights)
@@ -407,7 +407,7 @@ def test_a_member_split_in_two_is_the_same_mixture(mixture, scheme):
     close(mix_logits([logits[0], *logits], halves, scheme), mix_logits(logits, weights, scheme))
 
 
-# --- what is refused ---------------------------------------------------------------------------------------------
+# --- weights --------------------------------------------------------------------------------------------------------
 
 
 def test_alpha_to_weights():
@@ -417,7 +417,7 @@ def test_alpha_to_weights():
     assert alpha_to_weights(0.5).dtype == torch.float64
 
 
-def test_alpha_of_too_many_axes():
+def test_alpha_with_too_many_axes_is_rejected():
     with pytest.raises(ValueError, match=r"alpha has shape \[2, 1\]; pass one number, or one number for each"):
         alpha_to_weights(torch.zeros(2, 1))
 
@@ -438,7 +438,7 @@ def test_alpha_of_too_many_axes():
         ([[0.5, 0.5], [0.6, 0.5]], 2, "prob", r"needs weights >= 0 that sum to 1"),
     ],
 )
-def test_weights_refused(weights, num_members, scheme, message):
+def test_invalid_weights_are_rejected(weights, num_members, scheme, message):
     with pytest.raises(ValueError, match=message):
         validate_weights(weights, num_members, scheme)
     with pytest.raises(ValueError, match=message):
@@ -447,12 +447,12 @@ def test_weights_refused(weights, num_members, scheme, message):
 
 @both_schemes
 @pytest.mark.parametrize("rows", [1, 3])
-def test_rows_of_weights_for_another_batch_are_refused(scheme, rows):
+def test_rows_of_weights_for_another_batch_are_rejected(scheme, rows):
     with pytest.raises(ValueError, match=f"weights have {rows} rows for a batch of 2 sequences"):
         mix_logits([torch.zeros(2, V)] * 2, [[0.5, 0.5]] * rows, scheme)
 
 
-def test_weights_accepted():
+def test_valid_weights():
     assert validate_weights([1, 2, -2], 3, "logit").tolist() == [1, 2, -2]
     assert validate_weights(torch.tensor([1 / 3] * 3), 3, "prob").shape == (
         3,

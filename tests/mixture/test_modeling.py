@@ -52,7 +52,7 @@ def test_loss_is_the_cross_entropy_of_the_mixture(model):
 
 
 def test_num_items_in_batch_divides_the_loss(model):
-    """transformers' Trainer passes it, for gradient accumulation."""
+    """The Trainer of transformers passes it, for gradient accumulation."""
     mean = model(**INPUT, labels=INPUT["input_ids"]).loss
     total = model(**INPUT, labels=INPUT["input_ids"], num_items_in_batch=torch.tensor(16)).loss
     torch.testing.assert_close(total, mean * 8 / 16)
@@ -98,7 +98,7 @@ def test_score_does_not_depend_on_left_padding(architecture):
 
 
 def test_use_cache_defaults_to_the_configuration(model):
-    """Trainers turn it off there."""
+    """Trainers turn the cache off in the configuration."""
     assert model(**INPUT).past_key_values is not None
     model.config.use_cache = False
     assert model(**INPUT).past_key_values is None
@@ -112,14 +112,14 @@ def test_configuration_has_the_attributes_on_which_the_members_agree(model):
 
 
 def test_the_mixture_has_no_backbone_or_output_embedding(model):
-    """TRL's fused LM head would score with the policy's, silently, while `generate` samples from the mixture."""
+    """TRL's fused LM head would silently score with the policy's, while `generate` samples from the mixture."""
     assert model.get_output_embeddings() is None
     assert model.base_model is model
 
 
 def test_building_a_mixture_does_not_change_the_members_weights():
     torch.manual_seed(0)
-    raw = Qwen2ForCausalLM(tiny_config("qwen2")).eval()  # not through from_config or from_pretrained
+    raw = Qwen2ForCausalLM(tiny_config("qwen2")).eval()  # neither from_config nor from_pretrained
     torch.nn.init.normal_(raw.lm_head.weight)
     members = [raw, tiny_member("llama", 1)]
     before = [copy.deepcopy(member.state_dict()) for member in members]
@@ -146,14 +146,14 @@ def test_attention_implementation_reaches_every_member(model):
     before = logits(model)
     model.set_attn_implementation("eager")
     assert [member.config._attn_implementation for member in model.members] == ["eager", "eager"]
-    real = INPUT["attention_mask"] == 1  # what a padding token attends to is each implementation's own
+    real = INPUT["attention_mask"] == 1  # padding tokens attend differently in each implementation
     torch.testing.assert_close(logits(model)[real], before[real])
 
 
 def test_changing_the_dtype_changes_every_member(model):
     model.to(torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    assert logits(model).dtype == torch.float32  # members' logits are mixed in float32
+    assert logits(model).dtype == torch.float32
 
 
 @pytest.mark.parametrize(

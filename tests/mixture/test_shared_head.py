@@ -1,4 +1,4 @@
-"""Members that share a linear head: one product with it for the mixture."""
+"""Members that share a linear head: the mixture multiplies by it once."""
 
 import pytest
 import torch
@@ -17,14 +17,14 @@ def folders(tmp_path):
 
 
 def head_calls(model):
-    """The list that grows by a shape with each product with the policy's head."""
+    """A list to which every product with the policy's head appends its shape."""
     calls = []
     model.policy.get_output_embeddings().register_forward_hook(lambda module, args, output: calls.append(output.shape))
     return calls
 
 
 def shared_head_pair(architecture, weights, **kwargs):
-    """In float64, with the base anchor."""
+    """A mixture in float64 whose anchor is the base."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config = getattr(transformers, f"{architecture}Config")(**SMALL | kwargs)
@@ -35,7 +35,7 @@ def shared_head_pair(architecture, weights, **kwargs):
                     parameter.normal_()
         adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
         model = LogitMixForCausalLM.from_members(member, member, weights=weights, peft_config=adapter)
-    model(**INPUT)  # the head is measured once
+    model(**INPUT)  # infers the head's transform
     return model
 
 
@@ -58,7 +58,7 @@ SMALL = {
         ("Gemma2", {"final_logit_softcapping": None, "head_dim": 16}, 1),
     ],
 )
-def test_a_shared_head_multiplies_once_and_gives_the_mixture_of_the_logits(architecture, kwargs, products, weights):
+def test_a_shared_head_multiplies_once_and_gives_the_mixed_logits(architecture, kwargs, products, weights):
     model = shared_head_pair(architecture, [0.5, 0.5], **kwargs)
     calls = head_calls(model)
     actual = logits(model, weights=weights)
@@ -71,7 +71,7 @@ def test_a_shared_head_multiplies_once_and_gives_the_mixture_of_the_logits(archi
     assert (members[0] - members[1]).abs().max() > 0.01
 
 
-def test_a_shared_head_multiplies_only_the_positions_that_are_kept(folders):
+def test_a_shared_head_multiplies_only_the_kept_positions(folders):
     model = mixture("two adapters", folders)
     full = logits(model)
     calls = head_calls(model)
@@ -81,7 +81,7 @@ def test_a_shared_head_multiplies_only_the_positions_that_are_kept(folders):
     assert [shape[1] for shape in calls] == [2, 2, 1, 1, 1]
 
 
-def test_heads_that_are_not_the_same_or_not_mixed_in_the_logits_multiply_each(folders, tmp_path):
+def test_different_heads_or_the_scheme_prob_multiply_for_each_member(folders, tmp_path):
     with_head = save_adapter(tmp_path / "head", folders["base"], 3, target_modules=["q_proj", "lm_head"])
     for model in (
         mixture("two adapters", folders, scheme="prob"),
@@ -99,7 +99,7 @@ def test_heads_that_are_not_the_same_or_not_mixed_in_the_logits_multiply_each(fo
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_score_with_a_shared_head_is_of_the_distribution_that_forward_gives(folders, temperature):
+def test_score_with_a_shared_head_matches_forward(folders, temperature):
     model = mixture("two adapters", folders)
     log_probs, entropy = model.score(**INPUT, labels=INPUT["input_ids"], temperature=temperature)
     diagnosed = model.score_and_diagnose(**INPUT, labels=INPUT["input_ids"], temperature=temperature)
