@@ -148,7 +148,9 @@ def test_a_private_name_of_a_library_is_found(line):
 
 
 # What transformers documents for authors of models
-FOR_MODEL_AUTHORS = {"_init_weights", "_no_split_modules", "_reorder_cache", "_tied_weights_keys"}
+FOR_MODEL_AUTHORS = {
+    "_can_compile_fullgraph", "_init_weights", "_no_split_modules", "_reorder_cache", "_tied_weights_keys",
+}  # fmt: skip
 
 
 def overridden_private_names(path: Path) -> list[str]:

@@ -129,7 +129,7 @@ class MixtureBase(PreTrainedModel):
 
     # --- running the members ----------------------------------------------------------------------------------
 
-    def _logits_and_weights(
+    def run_members(
         self,
         weights: Tensor,
         input_ids: Tensor | None,
@@ -152,9 +152,7 @@ class MixtureBase(PreTrainedModel):
             raise ValueError("a mixture takes input_ids, not inputs_embeds: its members have different embeddings")
         if weights.dim() == 2 and len(weights) != len(input_ids):
             raise ValueError(f"weights have {len(weights)} rows for a batch of {len(input_ids)} sequences")
-        is_active = (weights.reshape(-1, weights.shape[-1]) != 0).any(0).tolist()
-        if not any(is_active):
-            is_active[0] = True  # all weights 0: the uniform distribution still needs a shape
+        is_active = _is_active(weights)
         active = [name for name, runs in zip(self.config.members, is_active, strict=True) if runs]
 
         use_cache = self.config.use_cache if use_cache is None else use_cache
@@ -215,6 +213,12 @@ class MixtureBase(PreTrainedModel):
             excess = (weights.sum(-1) - 1).to(logits_BTV)
             logits_BTV = logits_BTV + excess.view(-1, 1, 1) * head.bias
         return logits_BTV if transform.scale == 1 else logits_BTV * transform.scale
+
+
+def _is_active(weights: Tensor) -> list[bool]:
+    """Whether each member runs: its weight is not 0 for every sequence. If all are 0, the policy gives the shape."""
+    is_active: list[bool] = (weights.reshape(-1, weights.shape[-1]) != 0).any(0).tolist()
+    return is_active if any(is_active) else [True, *is_active[1:]]
 
 
 def _num_bytes(tensor: Tensor) -> int:

@@ -11,9 +11,8 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from peft import LoraConfig
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -30,9 +29,8 @@ from logitmix.mixture.configuration import Alpha, LogitMixConfig, resolve_weight
 from logitmix.mixture.diagnostics import MixtureDiagnostics
 from logitmix.mixture.export import export_member
 from logitmix.mixture.loading import Member, load_members, load_tokenizer
-from logitmix.mixture.log_probs import mixture_log_probs
 from logitmix.mixture.mixing import Scheme, Weights, mix_logits
-from logitmix.mixture.padding import position_ids_from_mask
+from logitmix.mixture.scoring import score_and_diagnose_labels, score_labels
 from logitmix.mixture.transformers_patches import MixtureGenerationMixin, get_implementation
 
 
@@ -189,7 +187,7 @@ class LogitMixForCausalLM(MixtureBase, MixtureGenerationMixin):
         are the members' tuples, concatenated.
         """
         weights = self._resolve_weights(alpha, weights)
-        logits, weights, past_key_values, outputs = self._logits_and_weights(
+        logits, weights, past_key_values, outputs = self.run_members(
             weights, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
             logits_to_keep, **kwargs,
         )  # fmt: skip
@@ -219,7 +217,8 @@ class LogitMixForCausalLM(MixtureBase, MixtureGenerationMixin):
         Entry t scores the token at t + 1. Both are 0 where the label is -100. The temperature divides the mixed
         logits, so these are the log-probabilities of the tokens as `generate(temperature=…)` samples them.
         """
-        return self._score(input_ids, attention_mask, labels, temperature, self._resolve_weights(alpha, weights))
+        resolved = self._resolve_weights(alpha, weights)
+        return score_labels(self, input_ids, attention_mask, labels, resolved, temperature)
 
     def score_and_diagnose(
         self,
@@ -235,52 +234,7 @@ class LogitMixForCausalLM(MixtureBase, MixtureGenerationMixin):
         Raises `ValueError` if a weight is 0: that member does not run, so there is nothing to compare with.
         """
         resolved = self._resolve_weights(alpha, weights)
-        if (resolved == 0).any():
-            raise ValueError(
-                f"weights are {resolved.tolist()}; diagnostics need the logits of every member, so no weight may be 0"
-            )
-        chunks: list[MixtureDiagnostics] = []
-        log_probs, entropy = self._score(input_ids, attention_mask, labels, temperature, resolved, chunks)
-        ignored = labels[:, 1:] == -100
-        fields = []
-        for parts in zip(*chunks, strict=True):
-            values = torch.cat(parts)
-            padded = values.new_zeros(*ignored.shape, *values.shape[2:])
-            padded[:, ignored.shape[1] - values.shape[1] :] = values
-            padded[ignored] = 0
-            fields.append(padded)
-        return log_probs, entropy, MixtureDiagnostics(*fields)
-
-    def _score(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        labels: Tensor,
-        temperature: float,
-        weights: Tensor,
-        diagnostics: list[MixtureDiagnostics] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        targets = labels[:, 1:]
-        T, scored = targets.shape[1], (targets != -100).any(0).nonzero()
-        keep = T - int(scored[0]) if len(scored) else 1
-        position_ids = position_ids_from_mask(attention_mask)
-        # Mix the logits even of members that share a head: diagnostics need each member's, and the ratio of a score
-        # with diagnostics to one without must be exactly 1, not 1 up to the rounding of another order of operations.
-        logits, weights, _, _ = self._logits_and_weights(
-            weights,
-            input_ids,
-            attention_mask,
-            position_ids,
-            use_cache=False,
-            logits_to_keep=keep + 1,
-            mix_before_head=False,
-        )
-        targets = targets[:, T - keep :]
-        log_probs, entropy = mixture_log_probs(
-            [z[:, :-1] for z in logits], weights, targets.clamp(min=0), self.config.scheme, temperature, diagnostics
-        )
-        ignored = targets == -100
-        return tuple(nn.functional.pad(x.masked_fill(ignored, 0.0), (T - keep, 0)) for x in (log_probs, entropy))  # type: ignore[return-value]
+        return score_and_diagnose_labels(self, input_ids, attention_mask, labels, resolved, temperature)
 
     def _resolve_weights(self, alpha: Alpha | None, weights: Weights | None) -> Tensor:
         default = self.config.weights
@@ -292,8 +246,8 @@ class LogitMixForCausalLM(MixtureBase, MixtureGenerationMixin):
         """`GenerationMixin.generate`, sampling each token from the mixture (eq. 3) at `alpha` or `weights`."""
         resolved = self._resolve_weights(alpha, weights)
         if alpha is not None or weights is not None:
-            # `generate` repeats tensors along with beams and returned sequences, as one row a sequence must be; it
-            # does not touch lists, as the weights of a whole batch must not be
+            # `generate` repeats tensors, but not lists, along with beams and returned sequences: weights of each
+            # sequence must be repeated, weights of the batch must not
             kwargs["weights"] = resolved if resolved.dim() == 2 else resolved.tolist()
         return super().generate(*args, **kwargs)
 

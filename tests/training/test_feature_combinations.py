@@ -1,4 +1,4 @@
-"""Parts of training at once: adapters, an alpha that moves, questions left out, kept anchor states, a checkpoint."""
+"""Combinations of adapters, alpha schedules, dynamic sampling, kept anchor states and checkpoints."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ ADAPTIVE = {"alpha_controller": "adaptive", "validation_size": 6, "adaptive_offs
 
 
 def trainer_of(output_dir, folders, kind="two adapters", adapter=None, **options):
-    """Six updates a generation, every rollout used twice, alpha set by validation after it."""
+    """A trainer with six updates per batch of rollouts, each rollout used twice, and an adaptive alpha."""
     arguments = {
         "anchor": anchor_of(kind, folders), "alpha": 0.4,
         "per_device_train_batch_size": 4, "steps_per_generation": 3, "num_iterations": 2, "num_generations": 4,
@@ -46,18 +46,18 @@ def trainer_of(output_dir, folders, kind="two adapters", adapter=None, **options
 
 
 def logs(trainer):
-    """All that was logged but times."""
+    """Everything logged except times."""
     keys = ("time/", "tokens_per_second/", "train_", "step_time")
     return [{k: v for k, v in log.items() if not k.startswith(keys)} for log in trainer.state.log_history]
 
 
 @pytest.mark.parametrize(("kind", "states"), [("two adapters", "keep"), ("full anchor", "offload")])
-def test_all_of_it_is_resumed_bit_for_bit_within_a_generation(kind, states, folders, tmp_path):
+def test_a_run_resumes_bit_for_bit_between_updates_on_the_same_rollouts(kind, states, folders, tmp_path):
     options = {"kind": kind, "anchor_states": states}
     whole = trainer_of(tmp_path / "run", folders, save_strategy="steps", save_steps=8, **options)
     whole.train()
     alphas = {log["alpha"] for log in whole.state.log_history if "alpha" in log}
-    assert len(alphas) >= 2, "alpha moves, or its resume is not seen"
+    assert len(alphas) >= 2, "alpha changes, so resuming it is tested"
     resumed = trainer_of(tmp_path / "run", folders, **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-8"))
     assert logs(resumed)[:12] == logs(whole)[:12]
@@ -78,7 +78,7 @@ KL = {"loss_type": "grpo", "dynamic_sampling": "off", "beta": 0.1, "kl_to": "anc
     ],
     ids=["filter", "refill", "kl", "to alpha 0"],
 )
-def test_the_fused_head_trains_as_the_members_logits(kind, options, folders, tmp_path):
+def test_the_fused_loss_head_trains_like_the_reference(kind, options, folders, tmp_path):
     trained = []
     for loss_head in ("fused", "reference"):
         trainer = trainer_of(tmp_path / loss_head, folders, kind, loss_head=loss_head, optim="sgd", **options)
@@ -93,7 +93,7 @@ def test_the_fused_head_trains_as_the_members_logits(kind, options, folders, tmp
 
 
 @pytest.mark.parametrize("adapter", [{"target_modules": ["q_proj", "lm_head"]}, {"modules_to_save": ["lm_head"]}])
-def test_an_adapter_on_the_head_trains_through_the_members_logits(adapter, folders, tmp_path):
+def test_an_adapter_on_the_head_trains_with_the_reference_loss_head(adapter, folders, tmp_path):
     with pytest.raises(ValueError, match=r"cannot read the head of policy.*has a parameter.*loss_head=\"reference\""):
         trainer_of(tmp_path / "fused", folders, adapter=adapter)
     trainer = trainer_of(tmp_path / "run", folders, adapter=adapter, loss_head="reference", max_steps=2)

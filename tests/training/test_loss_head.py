@@ -1,4 +1,4 @@
-"""The trainer through the fused loss head: the same training as through the members' logits, at less cost."""
+"""The trainer with the fused loss head: the same training as from the members' logits, at less cost."""
 
 import copy
 
@@ -28,9 +28,9 @@ def loss_and_gradients(trainer, inputs):
 
 
 def pair(tmp_path, model, **kwargs):
-    """A trainer with each loss head, of one and the same model."""
+    """Two trainers of copies of a model, with the fused and the reference loss head."""
     fused = trainer_of(tmp_path / "fused", copy.deepcopy(model), **kwargs)
-    assert fused.args.loss_head == "fused", "by default"
+    assert fused.args.loss_head == "fused", "the default"
     return fused, trainer_of(tmp_path / "reference", copy.deepcopy(model), loss_head="reference", **kwargs)
 
 
@@ -45,7 +45,7 @@ def trained(trainer) -> dict[str, torch.Tensor]:
 
 @all_models
 @pytest.mark.parametrize("is_first_update", [True, False], ids=["on policy", "off policy"])
-def test_loss_gradients_and_metrics_are_those_of_the_members_logits(tmp_path, model, is_first_update):
+def test_loss_gradients_and_metrics_match_the_reference(tmp_path, model, is_first_update):
     fused, reference = pair(tmp_path, LOSS_HEAD_MODELS[model](), temperature=0.8)
     inputs, _, _ = generated(reference)
     if is_first_update:
@@ -65,7 +65,7 @@ def test_loss_gradients_and_metrics_are_those_of_the_members_logits(tmp_path, mo
 
 
 @all_models
-def test_a_training_with_several_updates_a_generation_ends_at_the_same_weights(tmp_path, model):
+def test_several_updates_per_batch_of_rollouts_end_at_the_same_weights(tmp_path, model):
     options = {
         "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "steps_per_generation": 4,
         "num_iterations": 2, "max_steps": 4, "learning_rate": 1e-3, "weight_decay": 0.0, "optim": "sgd",
@@ -105,8 +105,8 @@ def test_with_gradient_checkpointing(tmp_path, model):
 
 
 @pytest.mark.parametrize("model", ["untied heads", "prob", "one frozen head"])
-def test_in_bfloat16_it_is_no_further_from_the_truth(tmp_path, model):
-    """Under autocast, the trainer's default: the error against float32 is at most that of the logits' path."""
+def test_bfloat16_is_as_accurate_as_the_reference(tmp_path, model):
+    """Under autocast, the trainer's default, its error is at most that of the reference loss head."""
     model = LOSS_HEAD_MODELS[model]()
     truth = trainer_of(tmp_path / "float32", copy.deepcopy(model), loss_head="reference")
     inputs, _, _ = generated(truth)
@@ -128,9 +128,7 @@ def test_in_bfloat16_it_is_no_further_from_the_truth(tmp_path, model):
      ({"importance_sampling_level": "sequence"}, 2), ({"top_entropy_quantile": 0.5}, 2)],
     ids=str,
 )  # fmt: skip
-def test_the_gradient_is_taken_in_the_forward_pass_where_tokens_stand_for_themselves(
-    tmp_path, monkeypatch, options, passes
-):
+def test_losses_that_are_sums_over_tokens_need_one_pass(tmp_path, monkeypatch, options, passes):
     trainer = trainer_of(tmp_path, **options)
     inputs, _, _ = generated(trainer)
     taken, run = [], fused_head.run_passes
@@ -161,19 +159,19 @@ UPDATES = {"per_device_train_batch_size": 4, "steps_per_generation": 3, "num_ite
 
 
 @pytest.mark.parametrize(("states", "runs"), [("keep", 3), ("offload", 3), ("recompute", 3 + 6)])
-def test_the_anchor_is_scored_once_a_generation(tmp_path, states, runs):
+def test_the_anchor_runs_once_per_batch_of_rollouts(tmp_path, states, runs):
     trainer = trainer_of(tmp_path, anchor_states=states, **UPDATES)
     anchor, policy = (runs_of(member) for member in (trainer.model.anchor_0, trainer.model.policy))
     sample = trainer.decode
     trainer.decode = lambda *args, **kwargs: (sample(*args, **kwargs), anchor.clear(), policy.clear())[0]
     trainer.train()
-    assert len(anchor) == runs  # the old policy is scored in parts of a batch of an update
+    assert len(anchor) == runs  # the old policy is scored in micro-batches
     assert len(policy) == 3 + 6
 
 
 @both_schemes
 @pytest.mark.parametrize("states", ["keep", "offload"])
-def test_states_that_were_kept_change_nothing(tmp_path, scheme, states):
+def test_kept_states_do_not_change_training(tmp_path, scheme, states):
     options = UPDATES | {"max_steps": 12, "optim": "sgd", "learning_rate": 1e-3}
     weights = []
     for choice in (states, "recompute"):
@@ -182,7 +180,7 @@ def test_states_that_were_kept_change_nothing(tmp_path, scheme, states):
     torch.testing.assert_close(*weights, atol=1e-6, rtol=1e-6)
 
 
-def test_states_are_kept_of_tokens_alone_and_where_they_are_asked_for(tmp_path):
+def test_states_are_kept_of_completion_tokens_if_requested(tmp_path):
     for states in ("keep", "recompute"):
         trainer = trainer_of(tmp_path / states, anchor_states=states, **UPDATES)
         trainer.model.train()
@@ -193,7 +191,7 @@ def test_states_are_kept_of_tokens_alone_and_where_they_are_asked_for(tmp_path):
             assert lengths == inputs["completion_mask"].sum(1).tolist()
 
 
-def test_a_step_that_refills_questions_runs_the_anchor_again(tmp_path):
+def test_refilled_batches_keep_no_states(tmp_path):
     trainer = trainer_of(tmp_path, dynamic_sampling="refill", **UPDATES)
     trainer.train()
     assert "anchor_states" not in trainer._buffered_inputs[0]
@@ -208,7 +206,7 @@ def strange_mixture():
     return model
 
 
-def test_a_head_that_is_not_known_is_refused_before_anything_is_sampled_and_the_way_out_works(tmp_path):
+def test_an_unreadable_head_is_rejected_and_trains_with_the_reference(tmp_path):
     with pytest.raises(
         ValueError, match=r'the head of anchor_0: its output head is a Sequential.*loss_head="reference"'
     ):
@@ -217,12 +215,12 @@ def test_a_head_that_is_not_known_is_refused_before_anything_is_sampled_and_the_
 
 
 @pytest.mark.parametrize("option", ["loss_head", "anchor_states"])
-def test_unknown_choices_are_refused(tmp_path, option):
+def test_unknown_choices_are_rejected(tmp_path, option):
     with pytest.raises(ValueError, match=f"{option} is 'liger'; it must be one of"):
         trainer_of(tmp_path, **{option: "liger"})
 
 
-def test_a_parameter_that_is_not_finite_stops_the_run_by_its_members_name(tmp_path):
+def test_a_parameter_that_is_not_finite_stops_the_run(tmp_path):
     trainer = trainer_of(tmp_path, loss_type="group")
     inputs, _, _ = generated(trainer)
     with torch.no_grad():
