@@ -1,18 +1,19 @@
-"""`logitmix check-task NAME`: a task's splits, what was dropped, and whether its golds accept themselves."""
+"""`logitmix check-task NAME`: a task's splits, the problems it drops, and whether its golds grade as right."""
 
 from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 
-from logitmix.cli.options.parser import DataArguments, parse
+from logitmix.cli.options.data import DataArguments
+from logitmix.cli.options.parser import parse
 from logitmix.tasks.check import check
 
-SHOWN = 10  # near-duplicates; the table has their number
+SHOWN = 10  # near-duplicates to print; the table has their number
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the table, some near-duplicates and every failure; the exit status is 1 where there is a failure."""
+    """Print the table, some near-duplicates and every failure. The exit status is 1 if there is a failure."""
     if argv and not argv[0].startswith("-"):
         argv = ["--task", *argv]
     (args,) = parse(

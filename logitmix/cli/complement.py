@@ -1,4 +1,4 @@
-"""`logitmix complement A B`: what two policies get right in format and answer, together and alone; tables 1 to 3."""
+"""`logitmix complement A B`: what two policies get right, together and alone (the paper's tables 1 to 3)."""
 
 import json
 from collections.abc import Sequence
@@ -8,9 +8,11 @@ from typing import Any
 
 from accelerate import PartialState
 
-from logitmix.cli.eval import DecodingArguments
 from logitmix.cli.options.data import TestProblemArguments
-from logitmix.cli.options.parser import LoadingArguments, parse, require_distinct
+from logitmix.cli.options.evaluation import DecodingArguments
+from logitmix.cli.options.model import LoadingArguments
+from logitmix.cli.options.parser import parse
+from logitmix.cli.options.validation import validate_distinct
 from logitmix.evaluation.complement import complement
 from logitmix.evaluation.decode import decoder, in_batches, members_of, requests_for
 from logitmix.evaluation.report.tables import print_complement
@@ -26,12 +28,12 @@ Rows = list[dict[str, Any]]
 
 @dataclass
 class ComplementArguments:
-    """What is compared."""
+    """The two policies to compare."""
 
     sources: list[str] = field(
         metadata={
-            "help": "Two of: a checkpoint; a file or folder of responses that eval wrote, with :NAME for one of its "
-            "members. Or one alone, whose policy and anchor are compared."
+            "help": "Two sources, each a checkpoint, or a file or folder of responses that eval wrote, with :NAME for "
+            "one of its members. Or one mixture, whose policy and anchor are compared."
         }
     )
 
@@ -47,8 +49,8 @@ def main(argv: Sequence[str]) -> None:
         argv,
     )
     if len(compared.sources) not in (1, 2):
-        raise ValueError(f"{len(compared.sources)} sources are given; a comparison is of one or two")
-    require_distinct(compared.sources, "source")
+        raise ValueError(f"{len(compared.sources)} sources are given; give one or two to compare")
+    validate_distinct(compared.sources, "source")
     checkpoints = [source for source in compared.sources if _responses_of(source) is None]
     decoded: dict[str, Rows] = {}
     if checkpoints:
@@ -71,10 +73,10 @@ def evaluate(
     loading: LoadingArguments,
     args: DecodingArguments,
 ) -> dict[str, Rows]:
-    """Greedy responses of the checkpoints, one loaded at a time; of one alone those of its policy and its anchor."""
-    # before the first decodes: a second that does not exist must not cost the first's hours
+    """Greedy responses of the checkpoints, one loaded at a time; of one alone, those of its policy and its anchor."""
+    # before anything is decoded: a missing second checkpoint must not cost the hours of the first
     validate_same_tokenizer([require_tokenizer(source) for source in checkpoints])
-    data_args = asked.of_runs(*checkpoints)
+    data_args = asked.resolve(*checkpoints)
     task = data_args.load()
     problems = task.problems("test", asked.eval_limit)
     given = [vars(group) for group in (compared, asked, data_args, loading, args)]
@@ -89,7 +91,7 @@ def evaluate(
                     f"{source} is no mixture; give a second checkpoint or file of responses to compare it with"
                 )
             alphas = {name: alphas[name] for name in ("policy", "anchor")}
-        else:  # a mixture takes part as it is
+        else:  # a mixture is compared as the mixture
             alphas = {source: alphas.get("mixture")}
         decode = decoder(model, require_tokenizer(source), task, problems, args.max_new_tokens)
         batches = in_batches(requests_for(alphas, len(problems)), args.batch_size)
@@ -100,7 +102,7 @@ def evaluate(
 
 
 def _pair(sources: Sequence[str], decoded: dict[str, Rows]) -> list[tuple[str, Rows]]:
-    """The two policies that are compared: their names and their rows."""
+    """The names and responses of the two policies to compare."""
     if len(sources) == 1:
         (source,) = sources
         held = decoded or _by_name(_read(source)[0])
@@ -145,7 +147,7 @@ def _read(source: str) -> tuple[Rows, str | None]:
 
 
 def _responses_of(source: str) -> tuple[Path, str | None] | None:
-    """The file of responses that a source stands for, and the member it names; None for a checkpoint.
+    """The file of responses that a source names, and the member of it; None for a checkpoint.
 
     Raises `ValueError` for a member of a folder that holds no responses.
     """

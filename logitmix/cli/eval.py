@@ -1,38 +1,17 @@
 """`logitmix eval`: policy, anchor and mixture on the same test problems, greedy or sampled."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from logitmix.cli.options.data import TestProblemArguments
+from logitmix.cli.options.evaluation import DecodingArguments, SamplingArguments
 from logitmix.cli.options.mixture import MixtureArguments, open_model, open_tokenizer
-from logitmix.cli.options.parser import ModelArguments, parse
+from logitmix.cli.options.model import ModelArguments
+from logitmix.cli.options.parser import parse
 from logitmix.evaluation.decode import decoder, in_batches, members_of, requests_for
 from logitmix.evaluation.metrics import check_pass_at
 from logitmix.evaluation.report.tables import print_evaluation
 from logitmix.evaluation.responses import open_responses
 from logitmix.runs.folder import console
-
-
-@dataclass
-class DecodingArguments:
-    """How responses are decoded, and where they go."""
-
-    max_new_tokens: int | None = field(
-        default=None, metadata={"help": "Longest response; default 512 tokens, or what the context leaves."}
-    )
-    batch_size: int = field(default=64, metadata={"help": "Responses decoded at a time."})
-    output_dir: str | None = field(
-        default=None, metadata={"help": "Write every response here; the same command again goes on where it stopped."}
-    )
-
-
-@dataclass
-class SamplingArguments:
-    """Several samples a problem, for avg@k and pass@k."""
-
-    num_samples: int = field(default=1, metadata={"help": "Responses to each problem; above 1 give a --temperature."})
-    temperature: float = field(default=0.0, metadata={"help": "0 is greedy."})
-    seed: int = field(default=0, metadata={"help": "Seed of the samples."})
 
 
 def main(argv: Sequence[str]) -> None:
@@ -43,7 +22,7 @@ def main(argv: Sequence[str]) -> None:
         argv,
     )
     check_pass_at(sampling.num_samples, sampling.temperature)
-    data_args = asked.of_runs(model_args.model_name_or_path, mixture_args.anchor)
+    data_args = asked.resolve(model_args.model_name_or_path, mixture_args.anchor)
     task = data_args.load()
     problems = task.problems("test", asked.eval_limit)
     model = open_model(model_args, mixture_args)

@@ -1,12 +1,13 @@
-"""`logitmix inspect "question"`: the mixture's response token by token, and which member carried each."""
+"""`logitmix inspect "QUESTION"`: the mixture's response token by token, and which member wrote each."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from logitmix.cli.options.data import RunsDataArguments
+from logitmix.cli.options.data import CheckpointDataArguments
 from logitmix.cli.options.mixture import MixtureArguments, open_mixture, open_tokenizer
-from logitmix.cli.options.parser import ModelArguments, parse
+from logitmix.cli.options.model import ModelArguments
+from logitmix.cli.options.parser import parse
 from logitmix.evaluation.inspect import inspect
 from logitmix.evaluation.report.pages import inspection_page
 from logitmix.evaluation.report.tables import print_inspection
@@ -15,20 +16,20 @@ from logitmix.runs.folder import console
 
 @dataclass
 class InspectArguments:
-    """What is asked, and where the page goes."""
+    """The question, and the page to write."""
 
-    question: str = field(metadata={"help": "The question, as a problem of the task has it."})
-    max_new_tokens: int = field(default=128, metadata={"help": "Longest response."})
-    output_file: str = field(default="inspect.html", metadata={"help": "The page; it is written over."})
+    question: str = field(metadata={"help": "The question, as in a problem of the task."})
+    max_new_tokens: int = field(default=128, metadata={"help": "Longest response in tokens."})
+    output_file: str = field(default="inspect.html", metadata={"help": "The page to write; it is overwritten."})
 
 
 def main(argv: Sequence[str]) -> None:
     if argv and not argv[0].startswith("--"):
-        argv = [f"--question={argv[0]}", *argv[1:]]  # it may begin with a minus
+        argv = [f"--question={argv[0]}", *argv[1:]]  # the question may begin with a minus
     args, asked, model_args, mixture_args = parse(
         'logitmix inspect "QUESTION"',
-        "The mixture's response token by token, and which member carried each.",
-        (InspectArguments, RunsDataArguments, ModelArguments, MixtureArguments),
+        "The mixture's response token by token, and which member wrote each.",
+        (InspectArguments, CheckpointDataArguments, ModelArguments, MixtureArguments),
         argv,
     )
     if not args.question.strip():
@@ -38,7 +39,7 @@ def main(argv: Sequence[str]) -> None:
     path = Path(args.output_file)
     if path.is_dir() or not path.parent.is_dir():
         raise ValueError(f"--output_file {path} cannot be written; give a file in a folder that exists")
-    template = asked.of_runs(model_args.model_name_or_path, mixture_args.anchor).load().template
+    template = asked.resolve(model_args.model_name_or_path, mixture_args.anchor).load().template
     model = open_mixture(model_args, mixture_args)
     tokenizer = open_tokenizer(model_args)
     inspection = inspect(model, tokenizer, template.prompt(args.question), args.max_new_tokens, template.stop)

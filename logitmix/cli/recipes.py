@@ -10,7 +10,7 @@ from logitmix.paper.recipes import ARMS, CELLS, SFT
 def main(argv: Sequence[str]) -> None:
     if argv:
         raise ValueError(
-            f"`logitmix recipes` takes nothing, got {argv[0]!r}; to see one, logitmix train --recipe NAME --dry_run"
+            f"`logitmix recipes` takes no arguments, got {argv[0]!r}; `train --recipe NAME --dry_run` shows a recipe"
         )
     console = Console()
     console.print("A recipe is CELL/ARM, for `logitmix train --recipe`, or CELL/sft, for `logitmix sft --recipe`.\n")

@@ -1,11 +1,12 @@
-"""`logitmix report RUN [RUN …]`: the curves of training runs, as figures, a page and a table; figures 2 to 9."""
+"""`logitmix report RUN [RUN …]`: curves of training runs as figures, a page and a table (figures 2 to 9)."""
 
 import csv
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from logitmix.cli.options.parser import parse, require_distinct
+from logitmix.cli.options.parser import parse
+from logitmix.cli.options.validation import validate_distinct
 from logitmix.evaluation.report.curves import PANELS, Arm, arms_of, curve, panel_lines, points, read_run
 from logitmix.evaluation.report.figures import plot_panel
 from logitmix.evaluation.report.pages import report_page
@@ -18,15 +19,15 @@ COLUMNS = ("arm", "seeds", "step", "first answer %", "last answer %", "best answ
 
 @dataclass
 class ReportArguments:
-    """Which runs, and where the report goes."""
+    """The runs to report, and the folder of the report."""
 
     runs: list[str] = field(
         metadata={
-            "help": "Folders of training runs, or of several; NAME=FOLDER names an arm. Runs that differ in the seed "
-            "alone, or have one name, are one arm."
+            "help": "Folders of runs, or folders that hold several; NAME=FOLDER names an arm. Runs that differ "
+            "only in the seed, or have the same name, form one arm."
         }
     )
-    output_dir: str = field(default="report", metadata={"help": "Folder of the report alone, which is written over."})
+    output_dir: str = field(default="report", metadata={"help": "Folder of the report, which is overwritten."})
     title: str = field(default="Training runs", metadata={"help": "Title of the page."})
 
 
@@ -42,7 +43,7 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError(
             f"{folder} holds a run or a model ({held}); give the report its own folder: {folder / 'report'}"
         )
-    require_distinct(args.runs, "run")
+    validate_distinct(args.runs, "run")
     arms = arms_of(run for source in args.runs for run in read_run(source))
     folder.mkdir(parents=True, exist_ok=True)
     svgs = {}
@@ -61,7 +62,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def summary(arm: Arm) -> list[str]:
-    """A row of the table: answer rates at the first and the last step and at the best, format at the last."""
+    """A row of the table: the answer rate at the first, last and best step, and the format rate at the last."""
     answers, formats = curve(arm, "main", "answer"), curve(arm, "main", "format")
     assert answers is not None
     assert formats is not None
@@ -86,7 +87,7 @@ def summary(arm: Arm) -> list[str]:
 
 
 def write_csv(path: Path, arms: Sequence[Arm]) -> None:
-    """Every number of every panel: a line a run, a quantity and a step."""
+    """Write every number of every panel: one line for each run, quantity and step."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["arm", "run", "seed", "of", "quantity", "outer_step", "value"])

@@ -1,39 +1,58 @@
 """`logitmix sft`: make an anchor from a task's demonstrations."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from trl import SFTConfig
 
+from logitmix.cli.options.data import TaskArguments
 from logitmix.cli.options.dry_run import dry_run_sft
 from logitmix.cli.options.lora import AdapterArguments
-from logitmix.cli.options.parser import ModelArguments, RecipeArguments, TaskArguments, parse
+from logitmix.cli.options.model import ModelArguments
+from logitmix.cli.options.parser import parse
+from logitmix.cli.options.recipe import RecipeArguments
 from logitmix.mixture.adapters import read_adapter_config, validate_adapter_targets
 from logitmix.mixture.loading import load_member, require_tokenizer
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.runs.callbacks import run_training
 from logitmix.runs.folder import console, find_checkpoint
-from logitmix.runs.trackers import require_trackers
+from logitmix.runs.trackers import validate_trackers
 from logitmix.training.sft import ResumableSFTTrainer, sft_dataset
 
 
-def parse_sft(
-    argv: Sequence[str],
-) -> tuple[RecipeArguments, TaskArguments, ModelArguments, AdapterArguments, SFTConfig]:
-    """What the flags, a config file and a recipe ask for."""
-    return parse(  # type: ignore[return-value]
-        "logitmix sft",
-        "Make an anchor from a task's demonstrations.",
-        (RecipeArguments, TaskArguments, ModelArguments, AdapterArguments, SFTConfig),
-        argv,
-    )
+class SFTOptions(NamedTuple):
+    """The options of a fine-tuning run."""
+
+    recipe: RecipeArguments
+    task: TaskArguments
+    model: ModelArguments
+    lora: AdapterArguments
+    trainer: SFTConfig
+
+
+GROUPS = tuple(SFTOptions.__annotations__.values())
+
+
+def parse_sft(argv: Sequence[str]) -> SFTOptions:
+    """The options that flags, a config file and a recipe set."""
+    return SFTOptions(*parse("logitmix sft", "Make an anchor from a task's demonstrations.", GROUPS, argv))
 
 
 def main(argv: Sequence[str]) -> None:
-    recipe_args, task_args, model_args, adapter_args, args = parse_sft(argv)
-    if recipe_args.dry_run:
-        dry_run_sft(recipe_args, task_args, model_args, adapter_args, args)
-        return
-    require_trackers(args.report_to)
+    options = parse_sft(argv)
+    if options.recipe.dry_run:
+        dry_run_sft(*options)
+    else:
+        run(options, ["logitmix", "sft", *argv])
+
+
+def run(options: SFTOptions, command: Sequence[str]) -> None:
+    """Fine-tune and save. `command` is what the user typed, to be repeated after an interruption.
+
+    Raises `ValueError` for options that do not fit the model, the task or the run that is in the folder.
+    """
+    recipe_args, task_args, model_args, adapter_args, args = options
+    validate_trackers(args.report_to)
     peft_config = adapter_args.peft_config
     arguments = {"command": "sft", "recipe": recipe_args.recipe}
     arguments |= vars(task_args) | vars(model_args) | vars(adapter_args) | args.to_dict()
@@ -58,5 +77,5 @@ def main(argv: Sequence[str]) -> None:
     trainer = ResumableSFTTrainer(
         model, args=args, train_dataset=dataset, processing_class=tokenizer, peft_config=peft_config
     )
-    run_training(trainer, argv, f"sft on {task.name}", arguments, checkpoint, data={"train": rows})
+    run_training(trainer, command, f"sft on {task.name}", arguments, checkpoint, data={"train": rows})
     console.print(f"The anchor is in {args.output_dir}.")

@@ -1,13 +1,15 @@
-"""`logitmix sweep`: a pair at every alpha, mixed in the logits, in the probabilities and in the weights; table 4."""
+"""`logitmix sweep`: a pair at each alpha, mixed in logits, probabilities and weights (the paper's table 4)."""
 
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from typing import NamedTuple
 
-from logitmix.cli.eval import DecodingArguments
 from logitmix.cli.options.data import TestProblemArguments
+from logitmix.cli.options.evaluation import DecodingArguments
 from logitmix.cli.options.mixture import MixtureArguments, open_mixture, open_tokenizer
-from logitmix.cli.options.parser import ModelArguments, parse
+from logitmix.cli.options.model import ModelArguments
+from logitmix.cli.options.parser import parse
 from logitmix.evaluation.decode import Decode, Request, Response, decoder, in_batches, requests_for
 from logitmix.evaluation.report.figures import plot_sweep
 from logitmix.evaluation.report.tables import print_choices, print_sweep_intervals
@@ -20,32 +22,46 @@ from logitmix.runs.folder import console
 
 @dataclass
 class SweepArguments:
-    """What is swept."""
+    """The alphas to sweep, and the ways to mix."""
 
     alphas: list[float] = field(
         default_factory=lambda: [i / 10 for i in range(11)],
-        metadata={"help": "Weights of the anchor; 0 and 1, the members alone, are always among them."},
+        metadata={"help": "Weights of the anchor; 0 and 1, the members alone, are always included."},
     )
     mixes: list[str] = field(
         default_factory=lambda: list(MIXES),
-        metadata={"help": "logit and prob mix distributions, merge the weights: (1 - alpha) policy + alpha anchor."},
+        metadata={"help": "logit and prob mix distributions; merge mixes weights: (1 - alpha) policy + alpha anchor."},
     )
 
 
 @dataclass
 class PairArguments:
-    """What is mixed."""
+    """The anchor of the pair."""
 
     anchor: str | None = field(default=None, metadata={"help": "Mix the model with this anchor."})
 
 
+class SweepOptions(NamedTuple):
+    """The options of a sweep."""
+
+    data: TestProblemArguments
+    model: ModelArguments
+    pair: PairArguments
+    sweep: SweepArguments
+    decoding: DecodingArguments
+
+
+GROUPS = tuple(SweepOptions.__annotations__.values())
+
+
 def main(argv: Sequence[str]) -> None:
-    asked, model_args, pair, swept, args = parse(
-        "logitmix sweep",
-        "Format and answer rates of a pair at every alpha, mixed in three ways.",
-        (TestProblemArguments, ModelArguments, PairArguments, SweepArguments, DecodingArguments),
-        argv,
-    )
+    description = "Format and answer rates of a pair at each alpha, mixed in three ways."
+    run(SweepOptions(*parse("logitmix sweep", description, GROUPS, argv)))
+
+
+def run(options: SweepOptions) -> None:
+    """Decode, grade and report the pair at each alpha. Raises `ValueError` for options that cannot be swept."""
+    asked, model_args, pair, swept, args = options
     between = sorted(set(swept.alphas) - set(MEMBERS.values()))
     mixes = list(dict.fromkeys(swept.mixes))
     for mix in mixes:
@@ -53,13 +69,13 @@ def main(argv: Sequence[str]) -> None:
             raise ValueError(f"there is no mix {mix!r}; --mixes takes some of {', '.join(MIXES)}")
         for alpha in between:
             resolve_weights(alpha, None, 2, "logit" if mix == "merge" else mix)
-    data_args = asked.of_runs(model_args.model_name_or_path, pair.anchor)
+    data_args = asked.resolve(model_args.model_name_or_path, pair.anchor)
     task = data_args.load()
     problems = task.problems("test", asked.eval_limit)
     if len(problems) < 2:
         raise ValueError(
             f"eval_limit is {asked.eval_limit}, but alpha is chosen on half of the problems and reported on the "
-            "other; raise it above 1"
+            "other half; raise it above 1"
         )
     model = open_mixture(model_args, MixtureArguments(pair.anchor))
     tokenizer = open_tokenizer(model_args)
@@ -78,7 +94,7 @@ def main(argv: Sequence[str]) -> None:
     for mix in mixes:
         if mix == "merge":
             continue
-        model.config.scheme = mix
+        model.config.scheme = mix  # type: ignore[assignment]
         requests = [Request(mix, alpha, i) for alpha in between for i in range(len(problems))]
         responses.add(f"mix {mix}", in_batches(requests, args.batch_size), decode)
     for alpha in between if merged is not None else []:
@@ -99,7 +115,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _as_one_model(decode: Decode) -> Decode:
-    """For requests at an alpha of a model that is no mixture: it is given none, and the responses keep it."""
+    """Decode requests at an alpha with a merged model, which takes no alpha; the responses keep it."""
 
     def decode_at(batches: Sequence[Sequence[Request]]) -> Iterator[list[Response]]:
         plain = [[replace(request, alpha=None) for request in batch] for batch in batches]

@@ -1,6 +1,5 @@
 """An evaluation's folder: what was asked for, and every response, a line each, added batch by batch."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +9,7 @@ from accelerate import PartialState
 
 from logitmix.evaluation.decode import Decode, Request
 from logitmix.runs.files import RESPONSES_FILE, RUN_FILE, read_jsonl
-from logitmix.runs.folder import HELD, append_jsonl, console, progress_bar, record_start
+from logitmix.runs.folder import HELD, append_jsonl, console, progress_bar, record_start, validate_same_arguments
 
 # May differ between an evaluation and its continuation: it is how a batch is made to fit into memory
 IGNORED_ARGUMENTS = {"batch_size"}
@@ -61,9 +60,7 @@ class Responses:
                     bar.advance(shown, len(lines))
             except KeyboardInterrupt:
                 if self.path is not None:
-                    console.print(
-                        f"{len(self.rows)} responses are in {self.path}; the same command goes on from there."
-                    )
+                    console.print(f"{len(self.rows)} responses are in {self.path}; repeat the command to continue.")
                 raise
 
     def _cut_after(self, lines: int) -> None:
@@ -90,16 +87,10 @@ def open_responses(output_dir: str | None, arguments: Mapping[str, Any]) -> Resp
     folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{output_dir} is a file; --output_dir must be a folder")
-    now = json.loads(json.dumps(arguments, default=str))
     if (folder / RUN_FILE).exists():
         before = read_jsonl(folder / RUN_FILE)[-1]["arguments"]
-        changed = [key for key in before | now if key not in IGNORED_ARGUMENTS and before.get(key) != now.get(key)]
-        if changed:
-            differences = ", ".join(f"{key} {before.get(key)!r}, now {now.get(key)!r}" for key in changed)
-            raise ValueError(
-                f"{output_dir} was started with {differences}; continue it with the same, or choose another "
-                "--output_dir"
-            )
+        way_out = "continue it with the same, or choose another --output_dir"
+        validate_same_arguments(output_dir, before, arguments, IGNORED_ARGUMENTS, way_out)
     else:
         held = next((name for name in (*HELD, RESPONSES_FILE) if list(folder.glob(name))), None)
         if held is not None:

@@ -1,23 +1,23 @@
-"""The scales of `logitmix reproduce`: what is run, as commands of logitmix, one after the other."""
+"""The scales of `logitmix reproduce`, and the stages each consists of."""
 
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from logitmix.paper.recipes import ARMS, PAPER_CELLS, SFT, load_recipe
 from logitmix.runs.files import SWEEP_FILE
+from logitmix.tasks.names import unknown_name
 
 BASE = "base"
 SWEEP = "sweep"
-LAST_FILE = "training_args.bin"  # what a trainer writes last into the folder of its model
+LAST_FILE = "training_args.bin"  # a trainer writes it last into the folder of its model
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A cell of the recipes, and what is to be other than they say, by flag.
+    """A cell of the recipes, and the settings that differ from them.
 
-    With `base_steps` the base model is made here, as in the quickstart; without, it is the recipe's.
+    With `base_steps` the base model is trained here, as in the quickstart; without, it is the recipe's.
     """
 
     cell: str
@@ -39,12 +39,12 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a reproduction that is either whole or not: a command that ends by writing the file `last`."""
+    """A part of a reproduction: a command with its settings, which writes the file `last` when it is complete."""
 
     seed: int
     kind: str
     verb: str
-    flags: dict[str, Any]
+    settings: dict[str, Any]
     folder: Path
     last: str = LAST_FILE
 
@@ -53,43 +53,46 @@ class Stage:
         return f"seed {self.seed}, {self.kind}"
 
     @property
-    def is_whole(self) -> bool:
+    def is_complete(self) -> bool:
         return (self.folder / self.last).exists()
 
     @property
-    def argv(self) -> list[str]:
-        return [string for key, value in self.flags.items() for string in (f"--{key}", str(value))]
+    def command(self) -> list[str]:
+        """The command line that runs this stage by hand."""
+        flags = [word for key, value in self.settings.items() for word in (f"--{key}", str(value))]
+        return ["logitmix", self.verb, *flags]
 
 
 def load_preset(name: str) -> Preset:
-    """The scale of that name. Raises `ValueError` that names the nearest for one that does not exist."""
+    """The preset of that name. Raises `ValueError`, which names the nearest one, for an unknown name."""
     if name not in PRESETS:
-        nearest = get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]
-        raise ValueError(f"there is no scale {name!r}; did you mean {nearest!r}? The scales are {', '.join(PRESETS)}")
+        raise unknown_name("scale", name, PRESETS)
     return PRESETS[name]
 
 
-def stages(scale: Preset, seeds: int, folder: Path, eval_limit: int | None = None) -> list[Stage]:
-    """All stages in order: seed by seed the base where it is made here, the SFT model, the sweep, and every arm."""
-    return [stage for seed in range(seeds) for stage in _of_seed(scale, seed, folder / f"seed-{seed}", eval_limit)]
+def stages(preset: Preset, seeds: int, folder: Path, eval_limit: int | None = None) -> list[Stage]:
+    """All stages in order. For each seed: the base if it is trained here, the SFT model, the sweep, and every arm."""
+    return [s for seed in range(seeds) for s in _stages_of_seed(preset, seed, folder / f"seed-{seed}", eval_limit)]
 
 
-def _of_seed(scale: Preset, seed: int, folder: Path, eval_limit: int | None) -> list[Stage]:
-    recipes = {arm: {k: v.value for k, v in load_recipe(f"{scale.cell}/{arm}").values.items()} for arm in (SFT, *ARMS)}
-    any_arm = recipes["fixed_mixing"] | scale.train
+def _stages_of_seed(preset: Preset, seed: int, folder: Path, eval_limit: int | None) -> list[Stage]:
+    recipes = {
+        arm: {k: v.value for k, v in load_recipe(f"{preset.cell}/{arm}").values.items()} for arm in (SFT, *ARMS)
+    }
+    any_arm = recipes["fixed_mixing"] | preset.train
     limit = any_arm["eval_limit"] if eval_limit is None else eval_limit
     base, anchor = recipes[SFT]["model_name_or_path"], recipes[SFT]["output_dir"]
-    # where the recipes' models are here
-    made = {base: base if scale.base_steps is None else folder / BASE, anchor: folder / SFT}
+    # where this reproduction keeps the models that the recipes name
+    folders = {base: base if preset.base_steps is None else folder / BASE, anchor: folder / SFT}
 
-    def recipe(arm: str, **others: Any) -> dict[str, Any]:
+    def settings(arm: str, **others: Any) -> dict[str, Any]:
         models = {key: recipes[arm].get(key) for key in ("model_name_or_path", "anchor")}
-        flags: dict[str, Any] = {"recipe": f"{scale.cell}/{arm}", "seed": seed, "output_dir": folder / arm}
-        return flags | {key: made[name] for key, name in models.items() if name in made} | others
+        own: dict[str, Any] = {"recipe": f"{preset.cell}/{arm}", "seed": seed, "output_dir": folder / arm}
+        return own | {key: folders[name] for key, name in models.items() if name in folders} | others
 
-    swept = {
-        "model_name_or_path": made[base],
-        "anchor": made[anchor],
+    sweep = {
+        "model_name_or_path": folders[base],
+        "anchor": folders[anchor],
         "task": any_arm["task"],
         "eval_limit": limit,
         "max_new_tokens": any_arm["max_completion_length"],
@@ -97,9 +100,10 @@ def _of_seed(scale: Preset, seed: int, folder: Path, eval_limit: int | None) -> 
         "dtype": "bfloat16" if any_arm["bf16"] else "float32",
         "output_dir": folder / SWEEP,
     }
+    train = preset.train | {"eval_limit": limit}
     return [
-        *([Stage(seed, BASE, BASE, {"max_steps": scale.base_steps}, folder / BASE)] if scale.base_steps else []),
-        Stage(seed, SFT, "sft", recipe(SFT, **scale.sft), folder / SFT),
-        Stage(seed, SWEEP, "sweep", swept, folder / SWEEP, last=SWEEP_FILE),
-        *(Stage(seed, arm, "train", recipe(arm, **scale.train | {"eval_limit": limit}), folder / arm) for arm in ARMS),
+        *([Stage(seed, BASE, BASE, {"max_steps": preset.base_steps}, folder / BASE)] if preset.base_steps else []),
+        Stage(seed, SFT, "sft", settings(SFT, **preset.sft), folder / SFT),
+        Stage(seed, SWEEP, "sweep", sweep, folder / SWEEP, last=SWEEP_FILE),
+        *(Stage(seed, arm, "train", settings(arm, **train), folder / arm) for arm in ARMS),
     ]

@@ -1,4 +1,4 @@
-"""What every training command adds to TRL's trainers: progress, files of the run, evaluations, a graceful stop."""
+"""What each training command adds to TRL's trainers: progress, the run's files, evaluations, a graceful stop."""
 
 import shlex
 import signal
@@ -10,19 +10,18 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from trl import GRPOTrainer
 
 from logitmix.runs.files import COMPLETIONS_FILE, METRICS_FILE
-from logitmix.runs.folder import append_jsonl, console, progress_bar, record_start, require_same_data, rewind
+from logitmix.runs.folder import append_jsonl, console, progress_bar, record_start, rewind, validate_same_data
 from logitmix.runs.provenance import fingerprint
 from logitmix.training.checkpointing.folders import explained_write_errors
-from logitmix.training.fsdp import whole_state_dict
+from logitmix.training.grpo import LogitMixGRPOTrainer
 
 
 class ProgressBar(TrainerCallback):
-    """A progress bar with time left and the numbers that matter, in place of the Trainer's printed dictionaries."""
+    """A progress bar with the time left and the main metrics, instead of the dictionaries that the Trainer prints."""
 
-    SHOWN = ("reward", "format_rate", "loss")  # the first two of those that a trainer logs
+    SHOWN = ("reward", "format_rate", "loss")  # the first two of these that the trainer logs
 
     def __init__(self, title: str) -> None:
         self.title = title
@@ -65,7 +64,7 @@ class ProgressBar(TrainerCallback):
 
 
 class MetricsFile(TrainerCallback):
-    """Every log of the trainer as a line of `metrics.jsonl`, whatever tracker `report_to` names."""
+    """Writes each log of the trainer as a line of `metrics.jsonl`, whatever trackers `report_to` names."""
 
     def on_log(
         self,
@@ -80,12 +79,12 @@ class MetricsFile(TrainerCallback):
 
 
 class CompletionsFile(TrainerCallback):
-    """The first `count` completions of every generation as lines of `completions.jsonl`, with their rewards.
+    """Writes the first `count` completions of each outer step to `completions.jsonl`, with their rewards.
 
-    `step` is the optimizer step that they were sampled for; `advantage` is eq. 4's.
+    `step` is the update they were sampled for; `advantage` is that of eq. 4.
     """
 
-    def __init__(self, trainer: GRPOTrainer, count: int) -> None:
+    def __init__(self, trainer: LogitMixGRPOTrainer, count: int) -> None:
         self.trainer, self.count = trainer, count
         self._tokens_seen = 0
 
@@ -105,10 +104,10 @@ class CompletionsFile(TrainerCallback):
         self._write(args, state, state.global_step)
 
     def _write(self, args: TrainingArguments, state: TrainerState, step: int) -> None:
-        if state.num_input_tokens_seen == self._tokens_seen:  # the trainer adds to it at every generation
+        if state.num_input_tokens_seen == self._tokens_seen:  # TRL adds to it when it samples
             return
         self._tokens_seen = state.num_input_tokens_seen
-        logs = self.trainer._logs
+        logs = self.trainer.completion_log
         columns = {"prompt": logs["prompt"], "completion": logs["completion"]} | logs["rewards"]
         columns |= {"advantage": logs["advantages"]}
         rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
@@ -118,8 +117,9 @@ class CompletionsFile(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """The first Ctrl-C, or the SIGTERM of a cluster, finishes the step under way and saves a checkpoint; the second
-    stops at once. Where one of several processes is told, all stop at the same step.
+    """Finishes the step and saves a checkpoint on Ctrl-C or a cluster's SIGTERM; a second signal stops at once.
+
+    A signal to one of several processes stops all of them at the same step.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -137,7 +137,7 @@ class StopOnSignal(TrainerCallback):
         self.stopped = True
         self.restore()
         console.print(
-            f"{signal.Signals(signum).name}: finishing this step, then saving. Another one stops at once, unsaved."
+            f"{signal.Signals(signum).name}: finishing this step, then saving. Send it again to stop without saving."
         )
 
     def on_step_end(
@@ -149,14 +149,14 @@ class StopOnSignal(TrainerCallback):
             control.should_training_stop = True
 
     def restore(self) -> None:
-        """Give the signals back to what handled them before the training."""
+        """Restore the signal handlers from before the training."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
 
 
 class EverySteps(TrainerCallback):
-    """Call a function of the step before the first step, every `every` steps and after the last."""
+    """Calls a function of the step before the first step, every `every` steps, and after the last."""
 
     def __init__(self, every: int, function: Callable[[int], None]) -> None:
         self.every, self.function = every, function
@@ -174,10 +174,10 @@ class EverySteps(TrainerCallback):
             self.function(state.global_step)
 
 
-def train_watched(
+def train_with_progress(
     trainer: Trainer, title: str, callbacks: Sequence[TrainerCallback] = (), checkpoint: str | None = None
 ) -> None:
-    """Train with a progress bar and `metrics.jsonl`, in place of the dictionaries that the Trainer prints."""
+    """Train with a progress bar and `metrics.jsonl` instead of the dictionaries that the Trainer prints."""
     progress = ProgressBar(title)
     trainer.remove_callback(PrinterCallback)
     for callback in (progress, MetricsFile(), *callbacks):
@@ -191,22 +191,23 @@ def train_watched(
 
 def run_training(
     trainer: Trainer,
-    argv: Sequence[str],
+    command: Sequence[str],
     title: str,
     arguments: Mapping[str, Any],
     checkpoint: str | None,
     callbacks: Sequence[TrainerCallback] = (),
     data: Mapping[str, Iterable[Any]] | None = None,
 ) -> None:
-    """Record the start, train and save the model; on Ctrl-C or SIGTERM save a checkpoint, say how to go on, and raise
-    `KeyboardInterrupt`. `arguments["command"]` is the verb that `argv` belongs to; `data` are the rows trained and
-    evaluated on, by name.
+    """Record the start of the run, train, and save the model.
+
+    On Ctrl-C or SIGTERM, save a checkpoint, print how to continue `command`, and raise `KeyboardInterrupt`. `data`
+    holds the rows trained and evaluated on, by name; their fingerprints are recorded.
     """
     output_dir = trainer.args.output_dir
     fingerprints = {name: fingerprint(rows) for name, rows in (data or {}).items()}
     if checkpoint is not None:
-        require_same_data(output_dir, fingerprints)
-    trainer.accelerator.wait_for_everyone()  # no process may still be looking whether the folder is free
+        validate_same_data(output_dir, fingerprints)
+    trainer.accelerator.wait_for_everyone()  # another process may still check that the folder is free
     if trainer.is_world_process_zero():
         resolved = {key: value for key, value in trainer.args.to_dict().items() if arguments.get(key) != value}
         passed_over = rewind(output_dir, checkpoint)
@@ -220,22 +221,20 @@ def run_training(
         )
     stop = StopOnSignal()
     try:
-        train_watched(trainer, title, (stop, *callbacks), checkpoint)
+        train_with_progress(trainer, title, (stop, *callbacks), checkpoint)
     finally:
         stop.restore()
     if stop.stopped:
-        command = ["logitmix", arguments["command"], *_without_resume(argv), "--resume_from_checkpoint", "true"]
-        console.print(
-            f"Saved step {trainer.state.global_step}. Continue with:\n  {shlex.join(command)}", soft_wrap=True
-        )
+        again = shlex.join([*_without_resume(command), "--resume_from_checkpoint", "true"])
+        console.print(f"Saved step {trainer.state.global_step}. Continue with:\n  {again}", soft_wrap=True)
         raise KeyboardInterrupt
-    with explained_write_errors(Path(output_dir), "the model"), whole_state_dict(trainer.accelerator):
+    with explained_write_errors(Path(output_dir), "the model"):
         trainer.save_model()
-    PartialState().destroy_process_group()  # or a process that is done first may be taken for one that died
+    PartialState().destroy_process_group()  # a launcher may take a process that exits with it for a crash
 
 
-def _without_resume(argv: Sequence[str]) -> list[str]:
-    kept = list(argv)
+def _without_resume(command: Sequence[str]) -> list[str]:
+    kept = list(command)
     if "--resume_from_checkpoint" in kept:
         i = kept.index("--resume_from_checkpoint")
         del kept[i : i + 2]

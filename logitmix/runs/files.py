@@ -1,4 +1,4 @@
-"""The files of a run's folder by name, and the reader of their JSON lines."""
+"""The names of the files in a run's folder, and the reader of their JSON lines."""
 
 import json
 from pathlib import Path
@@ -13,9 +13,9 @@ SWEEP_FILE = "sweep.json"
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file; a last line that a kill has cut is left out.
+    """The rows of a file; an unfinished last line, left by a killed process, is skipped.
 
-    Raises `ValueError` for a file that does not exist, or holds something else.
+    Raises `ValueError` for a file that does not exist or does not hold JSON lines.
     """
     if not path.exists():
         raise ValueError(f"{path} does not exist")

@@ -1,8 +1,8 @@
-"""A run's folder, its files, and what is shown while it runs."""
+"""The folder of a run: which checkpoint to resume from, what a resume discards, and the record of each start."""
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,9 @@ from logitmix.training.checkpointing.folders import (
     sync,
 )
 
-# A folder that holds one of these is somebody's: a run, or a model
+# A folder with one of these holds a run or a model, and must not be overwritten
 HELD = (RUN_FILE, "checkpoint-*", "config.json", "*.safetensors", "*.bin")
-# What may differ between a run and its resumption: how far it goes, and what is written on the way
+# Arguments that a resume may change: how long the run is, and what it logs and saves
 IGNORED_ARGUMENTS = {
     *(
         "output_dir",
@@ -43,18 +43,18 @@ IGNORED_ARGUMENTS = {
     *("push_to_hub", "hub_model_id", "hub_token", "hub_strategy"),
 }
 
-# The logs to standard error: a command's standard output is its result.
+# Messages go to standard error: a command's standard output is its result.
 console = Console(stderr=True)
 
 
 def find_checkpoint(output_dir: str, arguments: Mapping[str, Any], resume: str | None) -> str | None:
-    """The checkpoint that a run resumes from, None to start at step 0; called before anything is loaded or written.
+    """The checkpoint to resume from, or None to start at step 0. Call it before anything is loaded or written.
 
-    `resume` is TRL's `--resume_from_checkpoint`: a checkpoint's folder, or `true` for the run's last whole one. A run
-    that was killed before its first checkpoint starts again.
+    `resume` is TRL's `--resume_from_checkpoint`: a checkpoint's folder, or `true` for the run's last complete one. A
+    run that was killed before its first checkpoint starts again.
 
-    Raises `ValueError` for a folder that holds something already, for a checkpoint that does not exist, is damaged or
-    is of another run, for arguments that would make another run of it, and where it is past the last step.
+    Raises `ValueError` for a folder that already holds a run or a model, for a checkpoint that does not exist, is
+    damaged, belongs to another run or is past the last step, and for arguments that differ from the run's.
     """
     folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():
@@ -70,17 +70,26 @@ def find_checkpoint(output_dir: str, arguments: Mapping[str, Any], resume: str |
     checkpoint = _last_checkpoint(folder) if resume.lower() == "true" else _given_checkpoint(folder, Path(resume))
     before = _last_start(folder)
     if before is not None:
-        then, now = before["arguments"], json.loads(json.dumps(arguments, default=str))
-        changed = [key for key in then if key not in IGNORED_ARGUMENTS and then[key] != now.get(key)]
-        if changed:
-            differences = ", ".join(f"{key} {then[key]!r}, now {now.get(key)!r}" for key in changed)
-            raise ValueError(f"the run in {output_dir} was started with {differences}; resume it with the same")
+        # flags that a later version added are no difference
+        known = {key: value for key, value in arguments.items() if key in before["arguments"]}
+        validate_same_arguments(output_dir, before["arguments"], known, IGNORED_ARGUMENTS, "resume it with the same")
     if checkpoint is None:
         return None
     step, max_steps = checkpoint_step(checkpoint), arguments["max_steps"]
     if 0 < max_steps < step:
         raise ValueError(f"{checkpoint} is at step {step} and max_steps is {max_steps}; raise --max_steps to go on")
     return str(checkpoint)
+
+
+def validate_same_arguments(
+    folder: str | Path, before: Mapping[str, Any], now: Mapping[str, Any], ignored: Container[str], way_out: str
+) -> None:
+    """Raise `ValueError` where a run in the folder was started with other arguments, leaving out those `ignored`."""
+    now = json.loads(json.dumps(now, default=str))  # as `before` was written and read
+    changed = [key for key in dict.fromkeys((*before, *now)) if key not in ignored and before.get(key) != now.get(key)]
+    if changed:
+        differences = ", ".join(f"{key} {before.get(key)!r}, now {now.get(key)!r}" for key in changed)
+        raise ValueError(f"the run in {folder} was started with {differences}; {way_out}")
 
 
 def _last_checkpoint(folder: Path) -> Path | None:
@@ -102,13 +111,13 @@ def _given_checkpoint(folder: Path, checkpoint: Path) -> Path:
     found = fault(checkpoint)
     if found is not None:
         whole = last_whole_checkpoint(folder)
-        way_out = f"the last whole one is {whole}" if whole else "no other is whole; start a new run"
+        way_out = f"the last complete one is {whole}" if whole else "no other is complete; start a new run"
         raise ValueError(f"the checkpoint {checkpoint} is not whole: {found}; {way_out}")
     return checkpoint
 
 
-def require_same_data(output_dir: str, data: Mapping[str, Any]) -> None:
-    """Raise `ValueError` where the run in the folder was started on other training data; `data` are fingerprints."""
+def validate_same_data(output_dir: str, data: Mapping[str, Any]) -> None:
+    """Raise `ValueError` where the run in the folder was started on other training data. `data` holds fingerprints."""
     before = (_last_start(Path(output_dir)) or {}).get("data") or {}
     then, now = before.get("train"), data.get("train")
     if then is not None and now is not None and then != now:
@@ -119,8 +128,9 @@ def require_same_data(output_dir: str, data: Mapping[str, Any]) -> None:
 
 
 def rewind(output_dir: str, checkpoint: str | None) -> list[str]:
-    """Take out of the way what the folder holds of steps after the checkpoint, since they are taken again: lines are
-    dropped, checkpoints set aside. What was passed over, a sentence each.
+    """Remove from the folder what belongs to steps after the checkpoint, which the run repeats.
+
+    Lines of its files are dropped, and checkpoints are moved aside. Returns a sentence for each of the latter.
     """
     folder = Path(output_dir)
     step = -1 if checkpoint is None else checkpoint_step(Path(checkpoint))
@@ -128,16 +138,16 @@ def rewind(output_dir: str, checkpoint: str | None) -> list[str]:
     passed_over = [f"{name} was half written when the run stopped, and is removed" for name in half_written(folder)]
     passed_over += _set_aside(folder, step)
     for line in passed_over:
-        console.print(f"{line}; the run goes on from {start}.", soft_wrap=True)
+        console.print(f"{line}; the run continues from {start}.", soft_wrap=True)
     if checkpoint is None and _last_start(folder) is not None:
-        console.print("The run stopped before its first checkpoint: it starts again.")
+        console.print("The run stopped before its first checkpoint; it starts again.")
     for path in folder.glob("*.jsonl"):
         drop_lines_after(path, step)
     return passed_over
 
 
 def record_start(output_dir: str, arguments: Mapping[str, Any], **more: Any) -> None:
-    """Add a line to the run's `run.jsonl`: its arguments, `more` about its start, and all that made it."""
+    """Append a line to the run's `run.jsonl`: its arguments, `more` about this start, and its provenance."""
     path = Path(output_dir) / RUN_FILE
     if path.exists():
         drop_lines_after(path, step=None)
@@ -146,7 +156,7 @@ def record_start(output_dir: str, arguments: Mapping[str, Any], **more: Any) -> 
 
 
 def _set_aside(folder: Path, step: int) -> list[str]:
-    """Move checkpoints of later steps, damaged or not, into a folder of their own; a sentence for each."""
+    """Move checkpoints of later steps, damaged or not, into a folder of their own. Returns a sentence for each."""
     later = [path for path in saved_checkpoints(folder) if int(path.name.rpartition("-")[2]) > step]
     aside = folder / f"abandoned-{datetime.now():%Y%m%d-%H%M%S}"
     sentences = []
@@ -159,9 +169,9 @@ def _set_aside(folder: Path, step: int) -> list[str]:
 
 
 def drop_lines_after(path: Path, step: int | None) -> None:
-    """Drop a last line that a kill has cut, lines of steps after `step`, and the summary of a training that ended.
+    """Drop an unfinished last line, lines of steps after `step`, and the summary of a finished training.
 
-    Without `step`, and where a line has none, it stays. The file is replaced in one act.
+    Lines without a step are kept, and so are all complete lines if `step` is None. The file is replaced atomically.
     """
     lines = path.read_bytes().splitlines(keepends=True)
     kept = [line for line in lines if line.endswith(b"\n") and _is_kept(json.loads(line), step)]
@@ -188,13 +198,13 @@ def checkpoint_step(checkpoint: Path) -> int:
 
 
 def quiet_libraries() -> None:
-    """Hide the bars of transformers and datasets; our own show what takes time."""
+    """Hide the progress bars of transformers and datasets in favour of ours."""
     datasets.disable_progress_bars()
     transformers_logging.disable_progress_bar()
 
 
 def append_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Add rows to a file; `OSError` of one sentence where there is no room for them."""
+    """Append rows to a file. Raises `OSError` with one sentence where the disk is full."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with explained_write_errors(path.parent, path.name), path.open("a") as file:
         file.write("".join(json.dumps(row, default=str) + "\n" for row in rows))

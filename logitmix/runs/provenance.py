@@ -1,4 +1,4 @@
-"""What made a run: versions, machine, git commit, and a fingerprint of the data."""
+"""Where a run comes from: versions, machine, git commit, and a fingerprint of the data."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ PACKAGES = (
 
 
 def provenance() -> dict[str, Any]:
-    """Versions of Python and packages, platform, processor, devices, and the git commit of the folder one works in."""
+    """Versions of Python and packages, platform, processor, devices, and the git commit of the working directory."""
     return {
         "versions": {name: version(name) for name in PACKAGES},
         "python": platform.python_version(),
@@ -32,7 +32,7 @@ def provenance() -> dict[str, Any]:
 
 
 def processor() -> dict[str, Any]:
-    """The CPU's `name`, as far as the system says, and the `count` of its cores that this process may use."""
+    """The CPU's `name`, as the system reports it, and the `count` of cores that this process may use."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -41,9 +41,9 @@ def processor() -> dict[str, Any]:
 
 
 def git_commit() -> dict[str, Any] | None:
-    """`commit` of the project around the working directory, and whether its files differ from it (`dirty`).
+    """The `commit` checked out in the working directory, and whether tracked files differ from it (`dirty`).
 
-    None outside of a git repository, and where git cannot be asked.
+    None outside a git repository, and where git cannot be run.
     """
     commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
     return None if commit is None or changes is None else {"commit": commit, "dirty": bool(changes)}
@@ -58,8 +58,9 @@ def _git(*arguments: str) -> str | None:
 
 
 def fingerprint(rows: Iterable[Any]) -> dict[str, Any]:
-    """How many rows (mappings or dataclasses), and the SHA-256 of them as JSON lines: equal for equal data, in equal
-    order, in every process.
+    """The number of rows (mappings or dataclasses) and the SHA-256 of their JSON lines.
+
+    It is equal for equal rows in equal order, in every process.
     """
     digest, count = hashlib.sha256(), 0
     for row in rows:

@@ -1,4 +1,4 @@
-"""The trackers of `--report_to`: whether they are there, and what they get beside the trainer's own log."""
+"""The experiment trackers of `--report_to`: whether they are installed, and the evaluations that they log."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,8 +6,8 @@ from transformers import Trainer
 from transformers.integrations import get_reporting_integration_callbacks
 
 
-def require_trackers(names: Sequence[str]) -> None:
-    """Raise `ValueError`, before a model is loaded, for a tracker that is unknown or not installed."""
+def validate_trackers(names: Sequence[str]) -> None:
+    """Raise `ValueError` for a tracker that is unknown or not installed, before a model is loaded."""
     for name in names:
         try:
             for tracker in get_reporting_integration_callbacks(name):
@@ -19,10 +19,10 @@ def require_trackers(names: Sequence[str]) -> None:
             ) from error
 
 
-def tell_trackers(trainer: Trainer, rates: Mapping[str, Mapping[str, float]]) -> None:
-    """Give an evaluation's rates, by name of the member, to the trackers, where they stand as `eval/mixture_answer`.
+def log_to_trackers(trainer: Trainer, rates: Mapping[str, Mapping[str, float]]) -> None:
+    """Log an evaluation's rates, by member, to the trackers, under names like `eval/mixture_answer`.
 
-    Not by `Trainer.log`: TRL's ends the means of the training metrics under way, and they would go to metrics.jsonl.
+    `Trainer.log` would not do: TRL's closes the running means of the training metrics, and writes to metrics.jsonl.
     """
     logs = {
         f"eval_{name}_{rate}": value for name, values in rates.items() for rate, value in values.items() if rate != "n"

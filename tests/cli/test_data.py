@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from logitmix.cli.__main__ import main
-from logitmix.cli.options.data import RunsDataArguments
-from logitmix.cli.options.parser import DataArguments
+from logitmix.cli.options.data import CheckpointDataArguments, DataArguments
 from logitmix.runs.files import RUN_FILE, read_jsonl
 from tests.helpers.commands import error_of, save_member
 
@@ -66,22 +65,22 @@ def test_a_checkpoint_by_another_path_has_its_run_too(run, tmp_path, monkeypatch
     (tmp_path / "latest").symlink_to(checkpoint)
     monkeypatch.chdir(checkpoint)
     for path in (".", str(tmp_path / "latest")):
-        assert RunsDataArguments().of_runs(path).split_seed == 3
+        assert CheckpointDataArguments().resolve(path).split_seed == 3
 
 
 def test_flags_go_over_the_run(run):
-    assert RunsDataArguments(split_seed=5).of_runs(run).split_seed == 5
-    assert RunsDataArguments(split_seed=5).of_runs(run).question_column == "sum"
-    assert RunsDataArguments(task="jsonl").of_runs(run).split_seed == 3, "the run's own task: its splits hold"
-    own = RunsDataArguments(task="arithmetic").of_runs(run)
+    assert CheckpointDataArguments(split_seed=5).resolve(run).split_seed == 5
+    assert CheckpointDataArguments(split_seed=5).resolve(run).question_column == "sum"
+    assert CheckpointDataArguments(task="jsonl").resolve(run).split_seed == 3, "the run's own task: its splits hold"
+    own = CheckpointDataArguments(task="arithmetic").resolve(run)
     assert (own.data, own.split_seed, own.question_column) == (None, 0, None), (
         "another task, of which the run says nothing"
     )
 
 
 def test_without_a_run_it_is_the_arithmetic_task(tmp_path):
-    assert RunsDataArguments().of_runs("no/such/folder", None).task == "arithmetic"
-    assert RunsDataArguments().of_runs(save_member(tmp_path / "model", 0)).split_seed == 0
+    assert CheckpointDataArguments().resolve("no/such/folder", None).task == "arithmetic"
+    assert CheckpointDataArguments().resolve(save_member(tmp_path / "model", 0)).split_seed == 0
 
 
 @pytest.mark.parametrize(
@@ -90,18 +89,20 @@ def test_without_a_run_it_is_the_arithmetic_task(tmp_path):
 def test_a_run_file_that_is_not_ours_says_nothing(line, tmp_path):
     folder = save_member(tmp_path / "model", 0)
     (Path(folder) / RUN_FILE).write_text(line + "\n" if line else "")
-    assert RunsDataArguments().of_runs(folder) == DataArguments()
+    assert CheckpointDataArguments().resolve(folder) == DataArguments()
 
 
 def test_solutions_which_sft_alone_reads_are_no_difference(run, problems, tmp_path):
     arguments = read_jsonl(Path(run) / RUN_FILE)[-1]["arguments"]
     sft = made_by_run(tmp_path / "sft", **arguments | {"command": "sft", "solution_column": "worked"})
-    assert RunsDataArguments().of_runs(sft, run) == RunsDataArguments().of_runs(run)
+    assert CheckpointDataArguments().resolve(sft, run) == CheckpointDataArguments().resolve(run)
 
 
 def test_checkpoints_of_runs_on_different_problems_are_refused_without_a_task(run, tmp_path, capsys):
     other = made_by_run(tmp_path / "other", task="arithmetic", split_seed=0)
     message = error_of(capsys, ["complement", run, other, *SMALL])
-    assert f"the run of {run} had the task 'jsonl', and that of {other} 'arithmetic'; say which with --task" in message
+    assert (
+        f"the run of {run} had the task 'jsonl', and that of {other} 'arithmetic'; choose one with --task" in message
+    )
     assert main(["complement", run, other, "--task", "arithmetic", "--eval_limit", "8", "--max_new_tokens", "2"]) == 0
     assert main(["sweep", "--model_name_or_path", run, "--anchor", other, "--alphas", "0.5", *SMALL]) == 2

@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import is_flash_attn_2_available
 
 from logitmix.cli.__main__ import main
-from logitmix.cli.train import hold_out
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.paper.outcomes import unpack
 from logitmix.paper.recipes import TITLES
 from logitmix.runs.files import read_jsonl
 from logitmix.tasks import Arithmetic
+from logitmix.training.task_trainer import split_validation
 from tests.helpers.commands import TINY, error_of, save_member
 from tests.helpers.paths import ROOT
 
@@ -348,16 +348,16 @@ def test_an_adaptive_alpha_from_the_command_line(train, tmp_path, source):
 
 def test_held_out_problems_come_after_the_training_problems():
     task = Arithmetic()
-    problems, validation = hold_out(task, 10, 4)
+    problems, validation = split_validation(task, 10, 4)
     assert problems == task.problems("train", 10)
     assert problems + validation == task.problems("train", 14)
     everything = task.problems("train")
-    problems, validation = hold_out(task, None, 4)
+    problems, validation = split_validation(task, None, 4)
     assert problems == everything[:-4]
     assert validation == everything[-4:]
-    assert hold_out(task, None, 0) == (everything, [])
+    assert split_validation(task, None, 0) == (everything, [])
     with pytest.raises(ValueError, match=f"validation_size is {len(everything)}, but arithmetic has"):
-        hold_out(task, None, len(everything))
+        split_validation(task, None, len(everything))
 
 
 @pytest.mark.slow

@@ -8,13 +8,13 @@ import torch
 from trl import SFTConfig, SFTTrainer
 
 from logitmix.cli.__main__ import main
-from logitmix.cli.train import build_trainer
 from logitmix.evaluation.decode import greedy_responses
 from logitmix.mixture.generation import get_end_of_turn_token_id, get_eos_token_ids, tokenize_prompts
 from logitmix.paper.tiny_model import EOS, PAD, character_tokenizer, tiny_model
 from logitmix.tasks import load_task
 from logitmix.training.config import LogitMixGRPOConfig
 from logitmix.training.sft import sft_dataset
+from logitmix.training.task_trainer import build_trainer
 from tests.helpers.paths import SHARED
 
 START, END = "<|im_start|>", "<|im_end|>"

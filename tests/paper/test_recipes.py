@@ -9,7 +9,9 @@ import torch
 import yaml
 from transformers import AutoConfig
 
+from logitmix.cli import sft, train
 from logitmix.cli.__main__ import main
+from logitmix.cli.options.parser import build
 from logitmix.cli.quickstart import QuickstartArguments
 from logitmix.cli.sft import parse_sft
 from logitmix.cli.train import parse_train
@@ -138,7 +140,7 @@ def test_the_base_anchor_follows_the_model_that_is_given():
 def test_processes_share_an_updates_rollouts(started, monkeypatch):
     if started:
         # not by WORLD_SIZE, at which torch would wait for the other seven
-        monkeypatch.setattr("logitmix.cli.options.parser.started_processes", lambda: 8)
+        monkeypatch.setattr("logitmix.cli.options.parser.launched_processes", lambda: 8)
         args = parsed("math/7b/fixed_mixing")[-1]
     else:
         args = parsed("math/7b/fixed_mixing", "--num_processes", "8")[-1]
@@ -158,7 +160,7 @@ def test_a_number_of_processes_that_cannot_share_is_refused(capsys):
         (["train", "--recipe", "math/3b/sft"], "is a recipe for `logitmix sft`, not for `logitmix train`"),
         (["sft", "--recipe", "math/3b/grpo"], "is a recipe for `logitmix train`, not for `logitmix sft`"),
         (["train", "--recipe"], "expected one argument"),
-        (["train", "--recipe", "arithmetic/tiny/grpo", "--device_memory", "80GiB"], "is for --dry_run alone"),
+        (["train", "--recipe", "arithmetic/tiny/grpo", "--device_memory", "80GiB"], "is read by --dry_run only"),
         (["train", "--recipe", "math/3b/grpo", "--dry_run", "--device_memory", "lots"], "write it as 80GiB"),
         (["train", "--recipe", "math/3b/grpo", "--dry_run", "--model_name_or_path", "no/such"], "no config.json at"),
         (["train", "--recipe", "math/3b/grpo", "--dry_run", "--num_processes", "0"], "--num_processes is 0, but must"),
@@ -170,7 +172,7 @@ def test_a_number_of_processes_that_cannot_share_is_refused(capsys):
             ["sft", "--recipe", "math/3b/sft", "--dry_run", "--anchor", "sft"],
             "'anchor' on the command line; `logitmix sft --help`",
         ),
-        (["recipes", "math"], "takes nothing, got 'math'"),
+        (["recipes", "math"], "takes no arguments, got 'math'"),
     ],
 )
 def test_wrong_input_is_answered_by_one_sentence(argv, message, capsys):
@@ -306,3 +308,32 @@ def test_every_arm_trains_two_steps_on_small_members(arm, members, problems, tmp
         mixture = LogitMixForCausalLM.from_pretrained(out)
         assert mixture.config.scheme == ("prob" if arm == "prob_mixing" else "logit")
         assert (mixture.alpha == 0.5) == (arm != "adaptive_mixing")
+
+
+def settings(options) -> dict:
+    """What a run records of its options; the sources of values are shown by a dry run only."""
+    values = options.to_dict() if hasattr(options, "to_dict") else vars(options)
+    return {key: value for key, value in values.items() if key != "sources"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_options_built_from_a_recipe_equal_those_parsed_from_its_flag(name):
+    """Commands that run other commands build their options; nobody parses a command line twice."""
+    stage, parsed = (sft, parse_sft) if name.endswith("/sft") else (train, parse_train)
+    on_cpu = {"use_cpu": True, "bf16": False}
+    built = build(stage.GROUPS, name, on_cpu)
+    flags = parsed(["--recipe", name, "--use_cpu", "true", "--bf16", "false"])
+    for ours, theirs in zip(built, flags, strict=True):
+        assert type(ours) is type(theirs)
+        a, b = (
+            options.to_dict()
+            if hasattr(options, "to_dict")
+            else {k: v for k, v in vars(options).items() if k != "sources"}
+            for options in (ours, theirs)
+        )
+        assert a == b
+
+
+def test_settings_that_are_no_flags_are_refused():
+    with pytest.raises(ValueError, match="unknown settings: learning_rat"):
+        build(train.GROUPS, "arithmetic/tiny/grpo", {"learning_rat": 1})

@@ -11,6 +11,7 @@ from logitmix.cli.train import parse_train
 from logitmix.paper.claims import CLAIMS
 from logitmix.paper.presets import PRESETS, load_preset, stages
 from logitmix.paper.recipes import ARMS, PAPER_CELLS
+from logitmix.paper.reproduction import time_left
 from tests.helpers.browser import Parsed, assert_self_contained, page_in_chromium
 
 KINDS = ["base", "sft", "sweep", *ARMS]
@@ -25,16 +26,16 @@ def interrupted(tmp_path_factory) -> Path:
     """The smoke scale, stopped by Ctrl-C in its second arm and gone on with."""
     folder = tmp_path_factory.mktemp("reproduce") / "smoke"
     flags = ["reproduce", "--scale", "smoke", "--seeds", "1", "--output_dir", str(folder)]
-    train = reproduce.COMMANDS["train"]
+    train = reproduce.RUNNERS["train"]
 
-    def stop(argv):
-        train(argv)
-        if "arithmetic/tiny/base_anchor" in argv:
+    def stop(stage):
+        train(stage)
+        if stage.kind == "base_anchor":
             (folder / "seed-0" / "base_anchor" / "training_args.bin").unlink()  # as if it had not come to its end
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reproduce, "COMMANDS", {**reproduce.COMMANDS, "train": stop})
+        patch.setitem(reproduce.RUNNERS, "train", stop)
         assert main(flags) == 130
     assert [row["kind"] for row in rows_of(folder / "times.jsonl")] == KINDS[:5]
     assert not (folder / "report").exists()
@@ -156,14 +157,14 @@ def test_every_scale_trains_what_the_paper_compares(name, tmp_path):
     scale = PRESETS[name]
     sft = str(tmp_path / "seed-0" / "sft")
     (stage,) = [stage for stage in planned if stage.kind == "sft"]
-    base = str(stage.flags["model_name_or_path"])
+    base = str(stage.settings["model_name_or_path"])
     assert base.startswith("Qwen/") == (scale.base_steps is None)
     expected = dict.fromkeys(ARMS, (base, sft)) | {"base_anchor": (base, base)}
     expected |= {"grpo": (sft, None), "grpo_kl": (sft, None)}
     for stage in planned:
         if stage.verb == "train":
             _, task_args, model_args, _, eval_args, args = parse_train(
-                [*stage.argv, "--use_cpu", "true", "--bf16", "false"]
+                [*stage.command[2:], "--use_cpu", "true", "--bf16", "false"]
             )
             assert (model_args.model_name_or_path, args.anchor) == expected[stage.kind]
             assert task_args.eval_limit == 500, "as in the paper"
@@ -171,10 +172,12 @@ def test_every_scale_trains_what_the_paper_compares(name, tmp_path):
             assert args.output_dir == str(tmp_path / "seed-0" / stage.kind)
 
 
-def test_the_time_left_is_that_of_the_same_pieces_before():
+def test_the_time_left_is_estimated_from_earlier_stages_of_the_same_kind():
     spent = [("sft", 0, 40.0), ("sft", 0, 20.0), ("grpo", 0, 120.0), ("grpo", 1, 240.0)]  # the first was interrupted
     times = [{"kind": kind, "seed": seed, "seconds": seconds} for kind, seed, seconds in spent]
-    assert reproduce.time_left([], ["sft"]) == ""
-    assert reproduce.time_left(times, ["sft", "grpo"]) == ", about 4 min left"
-    assert reproduce.time_left(times, ["prob_mixing"] * 2) == ", about 4 min left", "what no stage took: the mean"
-    assert reproduce.time_left(times[:1], []) == ", less than a minute left"
+    assert time_left([], ["sft"]) == ""
+    assert time_left(times, ["sft", "grpo"]) == ", about 4 min left"
+    assert time_left(times, ["prob_mixing"] * 2) == ", about 4 min left", (
+        "for a kind without a finished stage: the mean"
+    )
+    assert time_left(times[:1], []) == ", less than a minute left"

@@ -9,7 +9,6 @@ import torch
 from peft import LoraConfig
 from transformers import AutoConfig, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 
-from logitmix.cli.train import build_trainer
 from logitmix.loss_head import fused_log_probs
 from logitmix.mixture.head import Head
 from logitmix.mixture.modeling import LogitMixForCausalLM
@@ -27,6 +26,7 @@ from logitmix.training.budget import (
     peak,
 )
 from logitmix.training.config import LogitMixGRPOConfig
+from logitmix.training.task_trainer import build_trainer
 from tests.helpers.memory_peak import PeakMemory
 
 # float32; float32 under bf16 autocast; bfloat16: bytes of the weights and of the products

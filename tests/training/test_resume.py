@@ -115,7 +115,7 @@ def test_a_checkpoint_that_was_being_written_is_never_taken(run, never_killed):
         ["checkpoint-5 was half written when the run stopped, and is removed"],
     ]
     printed = " ".join(run.log.read_text().split())
-    assert "checkpoint-5 was half written when the run stopped, and is removed; the run goes on from" in printed
+    assert "checkpoint-5 was half written when the run stopped, and is removed; the run continues from" in printed
 
 
 @pytest.mark.slow

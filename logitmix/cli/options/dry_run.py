@@ -15,8 +15,11 @@ from rich.table import Table
 from transformers import AutoConfig, PreTrainedConfig, TrainingArguments
 from trl import SFTConfig
 
+from logitmix.cli.options.data import TaskArguments
+from logitmix.cli.options.evaluation import EvaluationArguments
 from logitmix.cli.options.lora import AdapterArguments
-from logitmix.cli.options.parser import EvaluationArguments, ModelArguments, RecipeArguments, TaskArguments
+from logitmix.cli.options.model import ModelArguments
+from logitmix.cli.options.recipe import RecipeArguments
 from logitmix.mixture.adapters import read_adapter_config
 from logitmix.mixture.configuration import LogitMixConfig
 from logitmix.paper.recipes import load_recipe

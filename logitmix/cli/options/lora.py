@@ -1,4 +1,4 @@
-"""Flags that ask for a LoRA adapter, by TRL's names, and what is said of a model that has some."""
+"""Flags of a LoRA adapter, under TRL's names."""
 
 from dataclasses import dataclass, field, fields
 
@@ -11,27 +11,27 @@ from logitmix.runs.folder import console
 
 @dataclass
 class AdapterArguments:
-    """A LoRA adapter in place of the model's own weights; names and defaults are those of TRL's `ModelConfig`."""
+    """Train a LoRA adapter instead of the model's weights. Names and defaults are those of TRL's `ModelConfig`."""
 
-    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter, not the model's own weights."})
+    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter instead of the model's weights."})
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
-    lora_alpha: int = field(default=32, metadata={"help": "The adapter is scaled by lora_alpha / lora_r."})
+    lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapter: lora_alpha / lora_r."})
     lora_dropout: float = field(
         default=0.05,
-        metadata={"help": "Dropout on the adapter's input, in SFT; in GRPO with --disable_dropout false."},
+        metadata={"help": "Dropout of the adapter's input in SFT; in GRPO only with --disable_dropout false."},
     )
     lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Layers to adapt, default PEFT's for the architecture; or all-linear."}
+        default=None, metadata={"help": "Layers to adapt; default PEFT's for the architecture, or all-linear."}
     )
     lora_modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules to train in full, as a copy beside the model's own."}
+        default=None, metadata={"help": "Modules to train in full, as copies of the model's."}
     )
-    use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(lora_r) instead."})
-    use_dora: bool = field(default=False, metadata={"help": "Train magnitude and direction apart (DoRA)."})
+    use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(lora_r) instead (rsLoRA)."})
+    use_dora: bool = field(default=False, metadata={"help": "Train magnitude and direction separately (DoRA)."})
 
     @property
     def peft_config(self) -> LoraConfig | None:
-        """None without `--use_peft`. Raises `ValueError` for flags that would do nothing, or that PEFT refuses."""
+        """The adapter's configuration, or None without `--use_peft`. Raises `ValueError` for flags without effect."""
         given = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
         if not self.use_peft:
             if given:
@@ -43,7 +43,7 @@ class AdapterArguments:
             r=self.lora_r,
             lora_alpha=self.lora_alpha,
             lora_dropout=self.lora_dropout,
-            # one name may be "all-linear" or a regular expression, which PEFT knows by its type
+            # a single name may be "all-linear" or a regular expression, which PEFT takes as a string
             target_modules=targets[0] if targets is not None and len(targets) == 1 else targets,
             modules_to_save=self.lora_modules_to_save,
             use_rslora=self.use_rslora,
@@ -51,8 +51,8 @@ class AdapterArguments:
         )
 
 
-def say_what_is_shared(model: PreTrainedModel) -> None:
-    """Print the memory that members on one base save; nothing where none do."""
+def print_shared_memory(model: PreTrainedModel) -> None:
+    """Print the memory that members save by sharing a base, if any do."""
     if isinstance(model, LogitMixForCausalLM) and model.anchors != model.members[1:]:
         held, saved = model.weight_bytes()
         console.print(f"Members share one base: weights take {held / 1e9:.3g} GB, not {(held + saved) / 1e9:.3g} GB.")
