@@ -180,15 +180,15 @@ VARIANTS: dict[str, tuple[str, Variant]] = {
     "trl": ("TRL's chunked head, concatenated", trl_concatenated),
     "trl_single": ("TRL's chunked head, single policy, beta = 0", trl_single),
     "liger": ("Liger's fused linear GRPO, concatenated", liger_concatenated),
-    "fused": ("**ours**", fused),
-    "single_kl": ("ours, single policy with KL", fused_single_kl),
-    "shared": ("ours, one frozen head of both members", fused_shared),
-    "again": ("ours, recomputed in the backward pass", fused_again),
-    "prob": ("ours, scheme prob", fused_prob),
+    "fused": ("**logitmix**", fused),
+    "single_kl": ("logitmix, single policy with KL", fused_single_kl),
+    "shared": ("logitmix, one frozen head of both members", fused_shared),
+    "again": ("logitmix, recomputed in the backward pass", fused_again),
+    "prob": ("logitmix, scheme prob", fused_prob),
     "products": ("the four matrix products alone, `torch.mm`", products),
 }
 ONLY_AT_A = ("trl", "trl_single", "again", "prob")  # they take minutes at B, which has no bar for them
-# our variant, the other, shapes, largest ratio of times, largest ratio of workspaces
+# variant, baseline, shapes, largest ratio of times, largest ratio of workspaces
 BARS = {
     "cpu": [
         ("fused", "naive", "A", 0.60, 1 / 20),
@@ -274,8 +274,8 @@ def check(x: Inputs) -> None:
     for name, gradients in found.items():
         if name == "liger":  # it takes one advantage per sequence
             continue
-        for ours, theirs in zip(found["fused"], gradients, strict=True):
-            assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max(), name
+        for gradient, other in zip(found["fused"], gradients, strict=True):
+            assert (gradient - other).abs().max() <= 1e-4 * other.abs().max(), name
 
 
 def measure_times(names: list[str], shape: tuple[int, int, int], args: argparse.Namespace) -> list[dict[str, float]]:
@@ -304,8 +304,8 @@ def memory_of(args: argparse.Namespace, name: str, shape: str) -> int:
     return bytes_
 
 
-def ratio(rounds: list[dict[str, float]], ours: str, theirs: str) -> float:
-    return statistics.median(seconds[ours] / seconds[theirs] for seconds in rounds)
+def ratio(rounds: list[dict[str, float]], variant: str, baseline: str) -> float:
+    return statistics.median(seconds[variant] / seconds[baseline] for seconds in rounds)
 
 
 def report(
@@ -332,15 +332,15 @@ def report(
         lines += [
             f"## {shape}: {tokens:,} tokens, width {width:,}, vocabulary {vocab:,}",
             "",
-            "| variant | seconds | workspace, MB | time of ours / its | workspace of ours / its |",
+            "| variant | seconds | workspace, MB | time of logitmix / its | workspace of logitmix / its |",
             "|---|---|---|---|---|",
         ]
         for name in rounds[0]:
             seconds = statistics.median(r[name] for r in rounds)
-            space, mine = memory[shape][name], memory[shape]["fused"]
+            space, fused_space = memory[shape][name], memory[shape]["fused"]
             lines.append(
                 f"| {VARIANTS[name][0]} | {seconds:.2f} | {space / 1e6:.0f} | {ratio(rounds, 'fused', name):.2f} "
-                f"| {mine / max(space, 1):.3f} |"
+                f"| {fused_space / max(space, 1):.3f} |"
             )
         lines.append("")
     lines += [
@@ -349,18 +349,18 @@ def report(
         "| | shape | time | at most | workspace | at most | |",
         "|---|---|---|---|---|---|---|",
     ]
-    for ours, theirs, shapes, time_bar, space_bar in BARS[args.device]:
+    for variant, baseline, shapes, time_bar, space_bar in BARS[args.device]:
         for shape, rounds in times.items():
-            if (shapes and shape not in shapes) or theirs not in rounds[0] or ours not in rounds[0]:
+            if (shapes and shape not in shapes) or baseline not in rounds[0] or variant not in rounds[0]:
                 continue
-            of_time = ratio(rounds, ours, theirs)
-            of_space = memory[shape][ours] / max(memory[shape][theirs], 1)
-            met = (time_bar is None or of_time <= time_bar) and (space_bar is None or of_space <= space_bar)
+            time_ratio = ratio(rounds, variant, baseline)
+            space_ratio = memory[shape][variant] / max(memory[shape][baseline], 1)
+            met = (time_bar is None or time_ratio <= time_bar) and (space_bar is None or space_ratio <= space_bar)
             bars = ["-" if bar is None else f"{bar:.3g}" for bar in (time_bar, space_bar)]
             lines.append(
-                f"| {' / '.join(VARIANTS[name][0].strip('*') for name in (ours, theirs))} | {shape} "
-                f"| {of_time:.2f} | {bars[0]} "
-                f"| {of_space:.3f} | {bars[1]} | {'met' if met else '**missed**'} |"
+                f"| {' / '.join(VARIANTS[name][0].strip('*') for name in (variant, baseline))} | {shape} "
+                f"| {time_ratio:.2f} | {bars[0]} "
+                f"| {space_ratio:.3f} | {bars[1]} | {'met' if met else '**missed**'} |"
             )
     return "\n".join(lines) + "\n"
 
@@ -393,9 +393,9 @@ def main() -> None:
     check(small)
     times, memory = {}, {}
     for shape in args.shapes or shapes:
-        of_shape = [name for name in names if shape != "B" or args.variants or name not in ONLY_AT_A]
-        memory[shape] = {name: memory_of(args, name, shape) for name in of_shape}
-        times[shape] = in_process(args, "--times_of", shape, "--rounds", str(args.rounds), "--variants", *of_shape)
+        shape_names = [name for name in names if shape != "B" or args.variants or name not in ONLY_AT_A]
+        memory[shape] = {name: memory_of(args, name, shape) for name in shape_names}
+        times[shape] = in_process(args, "--times_of", shape, "--rounds", str(args.rounds), "--variants", *shape_names)
     text = report(times, memory, args)
     print(text)
     if args.output is not None:

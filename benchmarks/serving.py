@@ -69,12 +69,12 @@ NAMES = {
     "two": "two full members",
     "adapters": "two adapters on one base",
     "alphas": "two full members, each request its own alpha",
-    "rollouts": "our rollouts, two full members",
+    "rollouts": "logitmix rollouts, two full members",
     "loop": "a loop over two models, 8 sequences at a time",
     "sync": "weight sync, the policy alone",
     "sync_all": "weight sync, everything",
 }
-# our run, the other, requests, bar: smallest ratio of tokens per second, or largest of the time of a weight sync
+# run, baseline, requests, bar: smallest ratio of tokens per second, or largest of the time of a weight sync
 BARS = {
     "cpu": [
         ("two", "one", 1, 0.50),
@@ -168,8 +168,8 @@ class Benchmark:
             )
             for i in range(requests)
         ]  # fmt: skip
-        asked = [{"prompt_token_ids": ids} for ids in self.prompts[:requests]]
-        return [list(o.outputs[0].token_ids) for o in self.engines[name].generate(asked, params, use_tqdm=False)]
+        prompts = [{"prompt_token_ids": ids} for ids in self.prompts[:requests]]
+        return [list(o.outputs[0].token_ids) for o in self.engines[name].generate(prompts, params, use_tqdm=False)]
 
     def groups(self) -> list[list[int]]:
         return [ids for ids in self.prompts[: ROLLOUTS // GROUP] for _ in range(GROUP)]
@@ -256,9 +256,9 @@ def one_round(benchmark: Benchmark, runs: dict[Run, Callable[[], Any]]) -> dict[
     return seconds
 
 
-def ratio(rounds: list[dict[Run, float]], ours: Run, theirs: Run) -> float:
+def ratio(rounds: list[dict[Run, float]], run: Run, baseline: Run) -> float:
     """Median over the rounds of the ratio of tokens per second, or for a weight sync of seconds."""
-    return statistics.median(s[ours] / s[theirs] if ours[1] == 0 else s[theirs] / s[ours] for s in rounds)
+    return statistics.median(s[run] / s[baseline] if run[1] == 0 else s[baseline] / s[run] for s in rounds)
 
 
 def report(rounds: list[dict[Run, float]], parameters: int, args: argparse.Namespace) -> str:
@@ -286,8 +286,8 @@ def report(rounds: list[dict[Run, float]], parameters: int, args: argparse.Names
         "| tokens per second (weight sync: seconds) | requests | ratio | range | target | |",
         "|---|---|---|---|---|---|",
     ]
-    for ours, theirs, requests, bar in BARS[args.device]:
-        pair = (ours, requests), (theirs, requests)
+    for run, baseline, requests, bar in BARS[args.device]:
+        pair = (run, requests), (baseline, requests)
         if not set(pair) <= set(rounds[0]):
             continue
         median = ratio(rounds, *pair)
@@ -295,7 +295,7 @@ def report(rounds: list[dict[Run, float]], parameters: int, args: argparse.Names
         limit = "-" if bar is None else f"at {'most' if requests == 0 else 'least'} {bar:.3g}"
         met = bar is None or (median <= bar if requests == 0 else median >= bar)
         lines.append(
-            f"| {NAMES[ours]} / {NAMES[theirs]} | {requests or '-'} | {median:.3g} | {each[0]:.3g} to {each[-1]:.3g} "
+            f"| {NAMES[run]} / {NAMES[baseline]} | {requests or '-'} | {median:.3g} | {each[0]:.3g} to {each[-1]:.3g} "
             f"| {limit} | {'' if bar is None else 'met' if met else '**missed**'} |"
         )
     return "\n".join(lines) + "\n"

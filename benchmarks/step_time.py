@@ -208,11 +208,13 @@ def table(rounds: list[dict[str, dict[str, float]]], args: argparse.Namespace) -
             )
         ratios.append(f"| {row} | {' | '.join(cells)} |")
     bars = ["", "Targets, without rollouts:", "", "| | ratio | at most | |", "|---|---|---|---|"]
-    for ours, theirs, most in BARS:
+    for variant, baseline, most in BARS:
         found = statistics.median(
-            sum(r[ours][p] for p in PHASES[1:]) / sum(r[theirs][p] for p in PHASES[1:]) for r in rounds
+            sum(r[variant][p] for p in PHASES[1:]) / sum(r[baseline][p] for p in PHASES[1:]) for r in rounds
         )
-        bars.append(f"| {ours} / {theirs} | {found:.2f} | {most:.2f} | {'met' if found <= most else '**missed**'} |")
+        bars.append(
+            f"| {variant} / {baseline} | {found:.2f} | {most:.2f} | {'met' if found <= most else '**missed**'} |"
+        )
     return "\n".join([*lines, *ratios, *bars]) + "\n"
 
 

@@ -106,9 +106,9 @@ def main() -> None:
     plain_math_verify("1+x", "x+1")
     for kind, chosen in pairs(options.data, options.count).items():
         rounds = [(rate(answers_match, chosen), rate(plain_math_verify, chosen)) for _ in range(options.rounds)]
-        ours, theirs = (statistics.median(side) for side in zip(*rounds, strict=True))
+        speed, baseline = (statistics.median(side) for side in zip(*rounds, strict=True))
         least = min(one / other for one, other in rounds)
-        lines.append(f"| {kind} | {len(chosen)} | {ours:,.0f} | {theirs:,.0f} | {least:.1f} |")
+        lines.append(f"| {kind} | {len(chosen)} | {speed:,.0f} | {baseline:,.0f} | {least:.1f} |")
     lines += ["", "| pool workers | comparisons a second |", "|---|---|"]
     for size in range(1, cores + 1):
         lines.append(f"| {size} | {statistics.median(pool_rate(size, 300) for _ in range(options.rounds)):,.0f} |")
