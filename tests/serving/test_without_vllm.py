@@ -2,6 +2,8 @@
 
 import inspect
 import re
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -49,6 +51,13 @@ def test_requests_at_once_each_with_its_own_alpha(client, mixture):
     with ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(lambda pair: ask(client, pair[0], {"alpha": pair[1]}), asked))
     assert answers == [expected(mixture, prompt, alpha=alpha) for prompt, alpha in asked]
+
+
+def test_the_example_client_prints_the_answer_at_each_alpha(server, mixture):
+    command = [sys.executable, str(ROOT / "examples" / "serving_client.py"), PROMPT, "--url", server.url]
+    printed = subprocess.check_output([*command, "--alphas", "0", "0.3", "1", "--max_tokens", "8"], text=True)
+    answers = {alpha: expected(mixture, alpha=alpha) for alpha in (0.0, 0.3, 1.0)}
+    assert printed.splitlines() == [f"alpha {alpha:g}: {answer!r}" for alpha, answer in answers.items()]
 
 
 def test_the_servers_alpha_weights_and_a_member(client, mixture):

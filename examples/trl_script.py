@@ -1,0 +1,64 @@
+"""A TRL script for a mixture: the two changed lines are the import and the configuration's `anchor` and `alpha`.
+
+    python examples/trl_script.py --policy path/to/base --anchor path/to/sft
+
+The reward wants the right sum in a box. Two models that fit it are those of `logitmix quickstart`:
+`runs/quickstart/base` and `runs/quickstart/sft`.
+"""
+
+import argparse
+import re
+
+from datasets import Dataset
+
+from logitmix import LogitMixGRPOConfig as GRPOConfig  # TRL: from trl import GRPOConfig, GRPOTrainer
+from logitmix import LogitMixGRPOTrainer as GRPOTrainer
+
+
+def questions(count: int) -> Dataset:
+    """Sums of two digits; the reward reads the column `answer`."""
+    pairs = [(n % 10, n // 10 % 10) for n in range(count)]
+    return Dataset.from_dict({"prompt": [f"{a}+{b}=?" for a, b in pairs], "answer": [str(a + b) for a, b in pairs]})
+
+
+def reward(completions: list[str], answer: list[str], **_: object) -> list[float]:
+    """1 for the right number in a box, else 0."""
+    boxes = [re.findall(r"\\boxed\{(-?\d+)\}", completion) for completion in completions]
+    return [float(found[-1:] == [gold]) for found, gold in zip(boxes, answer, strict=True)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--policy", required=True, help="folder or hub id of the base model, which is trained")
+    parser.add_argument("--anchor", required=True, help="folder or hub id of the SFT model, which stays frozen")
+    parser.add_argument("--output_dir", default="run")
+    parser.add_argument("--max_steps", type=int, default=20)
+    parser.add_argument("--use_cpu", action="store_true")
+    args = parser.parse_args()
+
+    trainer = GRPOTrainer(
+        model=args.policy,
+        reward_funcs=reward,
+        args=GRPOConfig(
+            output_dir=args.output_dir,
+            anchor=args.anchor,
+            alpha=0.5,
+            max_steps=args.max_steps,
+            per_device_train_batch_size=32,
+            max_completion_length=48,
+            learning_rate=1e-4,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            use_cpu=args.use_cpu,
+            bf16=not args.use_cpu,
+        ),
+        train_dataset=questions(100),
+    )
+    trainer.train()
+    trainer.save_model()
+    print(f"the mixture is in {args.output_dir}: alpha {trainer.model.alpha}")
+
+
+if __name__ == "__main__":
+    main()
