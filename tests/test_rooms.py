@@ -110,7 +110,9 @@ def is_private(name: str) -> bool:
 
 def defined(tree: ast.Module) -> set[str]:
     """Names that a module defines: functions, classes, variables, and attributes of `self`."""
-    names = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    names = {
+        node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+    }
     for node in ast.walk(tree):
         if isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):
             is_of_self = isinstance(node, ast.Attribute) and ast.unparse(node.value) == "self"

@@ -1,8 +1,8 @@
-"""The mixture in vLLM, a plug-in with which vLLM takes a saved mixture as any model; and a server without vLLM."""
+"""A plug-in with which vLLM serves a saved mixture like any model, and a server without vLLM."""
 
 
 def register() -> None:
-    """Register the mixture with vLLM, by its entry point `vllm.general_plugins`: in every process that vLLM starts."""
+    """Register the mixture with vLLM. Its entry point `vllm.general_plugins` calls this in every process of vLLM."""
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 

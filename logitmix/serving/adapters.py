@@ -1,4 +1,4 @@
-"""Members that are adapters of one model, in one pass over its weights.
+"""Members that are adapters of one model, run in one pass over its weights.
 
 Shape legend: K members that share the model, N tokens, D width, E width of a layer's output, r rank of an adapter,
 S linear layers that vLLM packs into one (q, k and v, for instance).
@@ -8,11 +8,9 @@ The model runs once on the K-fold repeated tokens. Every linear layer with adapt
 of the KV cache.
 """
 
-import copy
 import math
 import re
 from collections.abc import Sequence
-from types import MethodType
 from typing import Any
 
 import torch
@@ -22,11 +20,13 @@ from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import LinearBase
 
+from logitmix.serving.vllm_patches import add_to_output, split_attention
+
 _ADAPTER_WEIGHT = re.compile(r"(?P<path>.+)\.lora_(?P<side>[AB])\.(?P<member>\w+)\.weight")
 
 
 class SharedModel:
-    """A vLLM model that is several members of a mixture, by adapters of PEFT's LoRA."""
+    """A vLLM model that runs several members of a mixture, by PEFT's LoRA adapters."""
 
     def __init__(self, model: nn.Module, members: Sequence[str], adapters: dict[str, Any], config: VllmConfig) -> None:
         self.model = model
@@ -34,7 +34,7 @@ class SharedModel:
         self.adapters = {name: record for name, record in adapters.items() if isinstance(record, dict)}
         if self.adapters and get_tensor_model_parallel_world_size() > 1:
             raise ValueError(
-                "tensor parallelism of members that are adapters is not built; merge them with "
+                "tensor parallelism is not supported for members that are adapters; merge them with "
                 "`logitmix export --merge`, or set tensor_parallel_size=1"
             )
         packed = getattr(model, "packed_modules_mapping", {})
@@ -44,11 +44,11 @@ class SharedModel:
             attention = [module for module in model.modules() if isinstance(module, Attention)]
             if not attention:
                 raise ValueError(
-                    f"{type(model).__name__} has no attention layers of vLLM's that its adapters could share; merge "
+                    f"{type(model).__name__} has no attention layers of vLLM that its adapters could share; merge "
                     "them with `logitmix export --merge`"
                 )
             for module in attention:
-                _fan_out(module, self.members, config)
+                split_attention(module, self.members, config)
 
     def forward(self, input_ids: Tensor, positions: Tensor) -> list[Tensor]:
         """Each member's hidden states `[N, D]`."""
@@ -59,15 +59,15 @@ class SharedModel:
         return list(self.model(input_ids.repeat(K), repeated).chunk(K))
 
     def load_adapter_weight(self, name: str, weight: Tensor) -> bool:
-        """Take the weight if it is an adapter's; `name` is its path in the model as PEFT has it.
+        """Load a weight of an adapter, and return whether it is one. `name` is its path in PEFT's model.
 
-        Raises `ValueError` for an adapter of a layer that cannot have one here.
+        Raises `ValueError` for an adapter of a layer that cannot have one in vLLM.
         """
         match = _ADAPTER_WEIGHT.fullmatch(name)
         if match is None:
             if ".lora_" in name or ".modules_to_save." in name:
                 raise ValueError(
-                    f"the adapters' weight {name!r} is of a kind that vLLM cannot run beside others; merge the "
+                    f"the adapters' weight {name!r} cannot run beside other adapters in vLLM; merge the "
                     "adapters with `logitmix export --merge`"
                 )
             return False
@@ -76,13 +76,13 @@ class SharedModel:
         layer = self.layers.get(f"{parent}.{whole}")
         if layer is None:
             raise ValueError(
-                f"the adapter of {match['member']} is on {match['path']}, which is no linear layer in vLLM; merge it "
-                "with `logitmix export --merge`"
+                f"the adapter of {match['member']} is on {match['path']}, which is not a linear layer in vLLM; merge "
+                "it with `logitmix export --merge`"
             )
-        self._of(layer).load(self.members.index(match["member"]), part, match["side"], match["path"], weight)
+        self._adapters_of(layer).load(self.members.index(match["member"]), part, match["side"], match["path"], weight)
         return True
 
-    def _of(self, layer: LinearBase) -> "LayerAdapters":
+    def _adapters_of(self, layer: LinearBase) -> "LayerAdapters":
         if not hasattr(layer, "logitmix_adapters"):
             sizes = getattr(layer, "output_partition_sizes", None) or [layer.output_size]
             layer.logitmix_adapters = LayerAdapters(layer, self.members, sizes, self.adapters)
@@ -90,9 +90,9 @@ class SharedModel:
 
 
 class LayerAdapters(nn.Module):
-    """The adapters of one linear layer, of all members: `A` `[K, D, S r]`, each packed layer's `B` `[K, r, out]`.
+    """The adapters of all members on one linear layer: `A` `[K, D, S r]`, and `B` `[K, r, out]` of each packed layer.
 
-    Members without an adapter here, and ranks below the largest, are zeros.
+    Members without an adapter, and ranks below the largest, are padded with zeros.
     """
 
     A: Tensor
@@ -109,14 +109,7 @@ class LayerAdapters(nn.Module):
         for part, size in enumerate(sizes):
             self.register_buffer(f"B_{part}", torch.zeros(K, self.rank, size, **like), persistent=False)
         self.num_parts = S
-        base_forward = layer.forward
-
-        def forward(layer: LinearBase, x: Tensor) -> Any:
-            output = base_forward(x)
-            self.add_to(output[0] if isinstance(output, tuple) else output, x)
-            return output
-
-        layer.forward = MethodType(forward, layer)
+        add_to_output(layer, self.add_to)
 
     def load(self, member: int, part: int, side: str, path: str, weight: Tensor) -> None:
         if side == "A":
@@ -127,7 +120,7 @@ class LayerAdapters(nn.Module):
             getattr(self, f"B_{part}")[member, : weight.shape[1]].copy_(weight.T * scaling)
 
     def add_to(self, output: Tensor, x: Tensor) -> None:
-        """Add each member's product to the layer's output, which is the layer's own and new: no copy, no sum apart."""
+        """Add each member's product to the layer's output in place; the output is new, so nothing else reads it."""
         K = len(self.members)
         x_KND, out_KNE = x.view(K, -1, x.shape[-1]), output.view(K, -1, output.shape[-1])
         h_SKNr = torch.bmm(x_KND, self.A).chunk(self.num_parts, dim=-1)
@@ -135,31 +128,6 @@ class LayerAdapters(nn.Module):
         parts = torch.split(out_KNE, [B.shape[-1] for B in B_SKrE], dim=-1)
         for part, h_KNr, B_KrE in zip(parts, h_SKNr, B_SKrE, strict=True):
             part.baddbmm_(h_KNr, B_KrE)
-
-
-def _fan_out(attention: Attention, members: Sequence[str], config: VllmConfig) -> None:
-    """Make an attention layer K layers, which differ in name alone: vLLM gives each its own share of the cache."""
-    registry = config.compilation_config.static_forward_context
-    layers = [attention]
-    path = attention.layer_name.partition(".")[2]
-    for name in members[1:]:
-        layer = copy.copy(attention)
-        layer.layer_name = f"{name}.{path}"
-        layer.impl = copy.copy(attention.impl)
-        registry[layer.layer_name] = layer
-        layers.append(layer)
-    base_forward = type(attention).forward
-
-    def forward(
-        self: Attention, query: Tensor, key: Tensor, value: Tensor, output_shape: Any = None, output_dtype: Any = None
-    ) -> Tensor:
-        K = len(layers)
-        if output_shape is not None:
-            output_shape = torch.Size((output_shape[0] // K, *output_shape[1:]))
-        chunks = zip(layers, query.chunk(K), key.chunk(K), value.chunk(K), strict=True)
-        return torch.cat([base_forward(layer, q, k, v, output_shape, output_dtype) for layer, q, k, v in chunks])
-
-    attention.forward = MethodType(forward, attention)
 
 
 def _scaling(record: dict[str, Any], path: str, rank: int) -> float:

@@ -1,6 +1,4 @@
-"""What vLLM's configuration needs for a mixture, and what it refuses."""
-
-import os
+"""vLLM's configuration of a mixture: what it sets up, and what it refuses."""
 
 from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -10,6 +8,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 
 from logitmix.mixture.configuration import LogitMixConfig
+from logitmix.serving.vllm_patches import choose_first_model_runner
 from logitmix.serving.weights import RequestWeights
 
 PROCESSOR = "logitmix.serving.weights:RequestWeights"
@@ -17,25 +16,18 @@ ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 class ServedMixture(VerifyAndUpdateConfig):
-    """Called by vLLM, in each process, when it has built the configuration of a mixture."""
+    """vLLM calls these hooks in each process once it has built the configuration of a mixture."""
 
     @staticmethod
     def verify_and_update_model_config(model_config: ModelConfig) -> None:
         config = model_config.hf_config
-        require_known_members(config)
-        # vLLM sets up what mixture-of-experts layers need where the outer model says that it has some
+        validate_members(config)
+        # vLLM sets up mixture-of-experts layers only if the outer model declares experts
         experts = [get_num_experts(getattr(config, name)) for name in config.model_names]
         if any(experts):
             config.num_experts = max(experts)
             model_config.model_arch_config = model_config.get_model_arch_config()
-        # vLLM's second model runner asks logits processors of another kind, which do not learn of requests' own
-        # weights. It is chosen where this variable is not 0, and read after this hook.
-        if os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "0") != "0":
-            raise ValueError(
-                f"VLLM_USE_V2_MODEL_RUNNER is {os.environ['VLLM_USE_V2_MODEL_RUNNER']!r}; a mixture runs in vLLM's "
-                "first model runner: set it to 0, or unset it"
-            )
-        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+        choose_first_model_runner()
         processors = list(model_config.logits_processors or [])
         if PROCESSOR not in processors:
             model_config.logits_processors = [*processors, PROCESSOR]
@@ -56,23 +48,23 @@ def get_num_experts(config: PreTrainedConfig) -> int:
     return ModelArchConfigConvertorBase(config, config.get_text_config()).get_num_experts() or 0
 
 
-def require_known_members(config: LogitMixConfig) -> None:
-    """Raise `ValueError` for a member that vLLM does not know, or that has layers other than attention."""
+def validate_members(config: LogitMixConfig) -> None:
+    """Raise `ValueError` for a member that vLLM does not support, or that has layers other than attention."""
     supported = ModelRegistry.get_supported_archs()
     for name in config.model_names:
         member = getattr(config, name)
-        if not member.architectures:  # a member that was never saved alone has none
+        if not member.architectures:  # not set in a member that was never saved on its own
             member.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[member.model_type]]
         unknown = [architecture for architecture in member.architectures if architecture not in supported]
         if unknown:
             raise ValueError(
-                f"the member {name} is a {unknown[0]}, which this vLLM does not have; install one that does, or "
-                "generate with transformers"
+                f"the member {name} is a {unknown[0]}, which this version of vLLM does not support; install one "
+                "that does, or generate with transformers"
             )
         layers = set(getattr(member.get_text_config(), "layer_types", None) or [])
         if layers - ATTENTION or not hasattr(member.get_text_config(), "num_attention_heads"):
             raise ValueError(
-                f"the member {name} is a {member.model_type} with layers that are no attention "
+                f"the member {name} is a {member.model_type} with layers other than attention "
                 f"({', '.join(sorted(layers - ATTENTION)) or 'it has no heads'}), which vLLM cannot run side by side; "
                 "generate with transformers"
             )

@@ -1,8 +1,8 @@
 """The fields of a mixture in the requests of vLLM's OpenAI-compatible server.
 
-`alpha`, `weights` or `member` beside the fields that OpenAI knows choose the request's own mixture, and
-`member_logprobs` asks for the log-probability of every generated token under each member alone. A middleware, so that
-the server is vLLM's own: `vllm serve CHECKPOINT --middleware logitmix.serving.http.MixtureFields`.
+Beside OpenAI's fields, `alpha`, `weights` or `member` set the request's own mixture, and `member_logprobs` returns the
+log-probability of each generated token under each member. This is a middleware of vLLM's own server: `vllm serve
+CHECKPOINT --middleware logitmix.serving.http.MixtureFields`.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ Send = Callable[[Message], Awaitable[None]]
 
 
 class MixtureFields:
-    """ASGI middleware: hands the mixture's fields to vLLM's sampling parameters, and answers `member_logprobs`."""
+    """ASGI middleware: moves the mixture's fields to vLLM's sampling parameters, and adds `member_logprobs`."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
@@ -45,7 +45,7 @@ class MixtureFields:
             request = json.loads(body)
         except ValueError:
             request = None
-        if not isinstance(request, dict):  # vLLM says what is wrong with it
+        if not isinstance(request, dict):  # vLLM reports the error
             await self.app(scope, _replay(body, receive), send)
             return
         fields = {key: request.pop(key) for key in KEYS if key in request}
@@ -54,7 +54,7 @@ class MixtureFields:
         try:
             weights = request_weights(served, xargs | fields)
             if wants_members and (request.get("stream") or scope["path"] == PATHS[2]):
-                raise ValueError("member_logprobs is for completions and chat completions without stream")
+                raise ValueError("member_logprobs is available for completions and chat completions without stream")
         except ValueError as error:
             await _refuse(send, str(error))
             return
@@ -67,13 +67,13 @@ class MixtureFields:
             return
         asked_ids = bool(request.get("return_token_ids"))
         body = _dump(request | {"return_token_ids": True})
-        status, headers, answer = await self._answer(_with_length(scope, body), _replay(body, receive))
+        status, headers, answer = await self._collect(_with_length(scope, body), _replay(body, receive))
         if status == 200:
             answer = await _add_member_logprobs(scope["app"].state.engine_client, answer, served.members, asked_ids)
         await _respond(send, status, headers, answer)
 
-    async def _answer(self, scope: Message, receive: Receive) -> tuple[int, list, bytes]:
-        """The whole response of the server behind this one."""
+    async def _collect(self, scope: Message, receive: Receive) -> tuple[int, list, bytes]:
+        """The whole response of the wrapped server."""
         start: Message = {}
         chunks: list[bytes] = []
 
@@ -88,7 +88,7 @@ class MixtureFields:
 
 
 async def _add_member_logprobs(engine: Any, answer: bytes, members: list[str], keep_ids: bool) -> bytes:
-    """Each choice with `member_logprobs`: for each member a number a generated token."""
+    """Add `member_logprobs` to each choice: for each member, one number per generated token."""
     response = json.loads(answer)
     chat_prompt = response.get("prompt_token_ids")
     for choice in response["choices"]:
@@ -106,8 +106,8 @@ async def _add_member_logprobs(engine: Any, answer: bytes, members: list[str], k
 async def _score(engine: Any, prompt: list[int], completion: list[int], member: str) -> list[float]:
     """Log-probability of each token of the completion under one member, at temperature 1.
 
-    The last token is predicted by sampling position and not by the prompt, hence one more: the completion is scored
-    as part of a prompt.
+    The completion is scored as part of a prompt, whose last position vLLM samples from instead of scoring; hence one
+    more token.
     """
     params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, extra_args={"member": member})
     async for output in engine.generate({"prompt_token_ids": prompt + completion}, params, f"member-{uuid4().hex}"):
@@ -126,7 +126,7 @@ async def _read(receive: Receive) -> bytes:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """The body once, then whatever the client sends: its disconnecting cancels the request."""
+    """Yield the body once, then what the client sends: a disconnect cancels the request."""
     sent = False
 
     async def replay() -> Message:

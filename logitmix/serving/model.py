@@ -1,10 +1,11 @@
-"""The mixture as a vLLM model.
+"""The mixture as a vLLM model: runs the members, and mixes their logits at each request's weights.
 
 Shape legend: N tokens, D width of a member's hidden states, V vocabulary, K members.
 
-Each member is built by vLLM under its own prefix, so that its attention layers, its share of the KV cache and its
-weights have their own names. `forward` runs the members on the same tokens and returns their hidden states side by
-side; `compute_logits` takes them apart, projects each with its member's head, and mixes.
+vLLM builds each member under its own prefix, so that its attention layers, its share of the KV cache and its weights
+have their own names. `forward` runs the members on the same tokens and returns their hidden states side by side.
+`compute_logits` splits them, projects each with its member's head, and mixes at the weights of each token's request
+(weights.py).
 """
 
 import copy
@@ -16,7 +17,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from vllm.compilation.backends import set_model_tag
 from vllm.config import VllmConfig, replace
-from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
@@ -26,12 +26,13 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
 
 from logitmix.mixture.mixing import mix_logits
 from logitmix.serving.adapters import SharedModel
+from logitmix.serving.vllm_patches import query_starts
 from logitmix.serving.weights import RequestWeights
 
 logger = init_logger("vllm.logitmix")
 
-# A token's row of the batch travels beside its hidden states, in two columns: bfloat16 counts exactly to 256 only.
-# Eight columns, so that rows of hidden states stay aligned.
+# The row of each token's request is passed along with its hidden states, in two columns, as bfloat16 is exact only up
+# to 256. There are eight columns to keep the rows of hidden states aligned.
 ROW_BASE, ROW_COLUMNS = 128, 8
 
 
@@ -57,12 +58,12 @@ class LogitMixForCausalLM(nn.Module):
             getattr(self.config, self.config.model_of(name)).get_text_config() for name in self.config.members
         ]
         self.widths = [config.hidden_size for config in text_configs]
-        # where all share one head and it is linear, the hidden states are mixed, and projected once
+        # with one shared linear head, mix the hidden states and project once
         self.one_head = (
             len(self.config.model_names) == 1 and self.config.scheme == "logit" and _has_linear_head(self.policy)
         )
         self.instance_id = vllm_config.instance_id
-        # where the context does not fit, vLLM says how much of it would
+        # if the context does not fit, vLLM's error says how much does
         logger.info("A token of context takes %d bytes of KV cache, of all members.", kv_bytes_per_token(vllm_config))
 
     @property
@@ -71,7 +72,7 @@ class LogitMixForCausalLM(nn.Module):
         return [getattr(self, self.config.model_of(name)) for name in self.config.members]
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
-        raise NotImplementedError("each member embeds tokens on its own")
+        raise NotImplementedError("each member embeds tokens itself")
 
     def forward(
         self,
@@ -88,7 +89,7 @@ class LogitMixForCausalLM(nn.Module):
         return torch.cat([*hidden, _row_columns(hidden[0])], dim=-1)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        """The mixed logits `[N, V]`, None on ranks above 0 where vLLM gathers them on rank 0."""
+        """The mixed logits `[N, V]`; None on ranks above 0 if vLLM gathers them on rank 0."""
         *parts, rows = torch.split(hidden_states, [*self.widths, ROW_COLUMNS], dim=-1)
         weights = self._weights(rows)
         if self.one_head:
@@ -103,7 +104,7 @@ class LogitMixForCausalLM(nn.Module):
         requests = RequestWeights.instances.get(self.instance_id)
         if requests is None or not requests.own:
             return torch.tensor(self.config.weights)
-        if requests.sampling:  # one row a request, in order: known without waiting for the device
+        if requests.sampling:  # one row per request, in order: no need to read them from the device
             requests.sampling = False
             return requests.of_rows(range(len(row_columns)))
         return requests.of_rows((row_columns[:, 0] * ROW_BASE + row_columns[:, 1]).long().tolist())
@@ -112,7 +113,7 @@ class LogitMixForCausalLM(nn.Module):
         return AutoWeightsLoader(self).load_weights(self._without_adapters(weights))
 
     def _without_adapters(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """The models' own weights, under the names that they have without adapters."""
+        """The models' own weights, under their names in a model without adapters."""
         for name, weight in weights:
             model, _, path = name.partition(".")
             if not self.shared[model].load_adapter_weight(path, weight):
@@ -120,40 +121,39 @@ class LogitMixForCausalLM(nn.Module):
 
 
 def kv_bytes_per_token(vllm_config: VllmConfig) -> int:
-    """What a token costs in the KV cache of all layers of all members; in layers with a window, while it is in it."""
+    """Bytes that a token takes in the KV cache, over all layers of all members (with a window, while in it)."""
     layers = vllm_config.compilation_config.static_forward_context.values()
     specs = [layer.get_kv_cache_spec(vllm_config) for layer in layers if isinstance(layer, Attention)]
     return sum(spec.page_size_bytes // spec.block_size for spec in specs)
 
 
 def _has_linear_head(model: nn.Module) -> bool:
-    """Whether the logits are a product with the hidden state: no bias, whose weight is the sum of weights, no cap."""
+    """Whether the logits are linear in the hidden state: they have no soft cap and no bias."""
     modules = list(model.modules())
     has_bias = any(isinstance(m, ParallelLMHead) and getattr(m, "bias", None) is not None for m in modules)
     return not has_bias and all(m.soft_cap is None for m in modules if isinstance(m, LogitsProcessor))
 
 
 def _row_columns(hidden_ND: Tensor) -> Tensor:
-    metadata = get_forward_context().attn_metadata
-    if metadata is None:  # vLLM measures memory: there are no requests
+    starts = query_starts()
+    if starts is None:
         return hidden_ND.new_zeros(len(hidden_ND), ROW_COLUMNS)
-    starts = next(iter(metadata.values())).query_start_loc
     row = torch.searchsorted(starts[1:], torch.arange(len(hidden_ND), device=starts.device), right=True)
     columns = [row // ROW_BASE, row % ROW_BASE, *[torch.zeros_like(row)] * (ROW_COLUMNS - 2)]
     return torch.stack(columns, dim=-1).to(hidden_ND.dtype)
 
 
 def member_vllm_config(vllm_config: VllmConfig, name: str, config: PreTrainedConfig) -> VllmConfig:
-    """vLLM's configuration of one member: what it would be if that member were served alone."""
+    """vLLM's configuration of one member, as if that member were served alone."""
     config = copy.deepcopy(config)
-    # members with equal configurations would share one compiled artefact
+    # otherwise members with equal configurations share one compiled artefact
     config.logitmix_member = name
     member = vllm_config.with_hf_config(config, config.architectures)
     text_config = config.get_text_config()
     member.model_config.hf_text_config = text_config
     member.model_config.model_arch_config = member.model_config.get_model_arch_config()
     cache_config = copy.copy(vllm_config.cache_config)
-    # as vLLM sets it: where windows alternate with full attention, this would be every layer's
+    # as in vLLM: where sliding windows alternate with full attention, this value would apply to every layer
     all_slide = set(getattr(text_config, "layer_types", None) or ["sliding_attention"]) == {"sliding_attention"}
     cache_config.sliding_window = member.model_config.get_sliding_window() if all_slide else None
     return replace(member, cache_config=cache_config)

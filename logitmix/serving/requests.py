@@ -1,4 +1,4 @@
-"""The mixture that a request asks for: `alpha`, or `weights`, or `member`."""
+"""Where a request's alpha enters: the weights that `alpha`, `weights` or `member` of a request stand for."""
 
 import sys
 from typing import Any
@@ -9,10 +9,10 @@ KEYS = ("alpha", "weights", "member")
 
 
 def request_weights(config: LogitMixConfig, extra_args: dict[str, Any] | None) -> list[float] | None:
-    """The weights that a request asks for, None where it takes the mixture's own.
+    """The weights that a request sets, or None if it leaves them to the mixture.
 
-    Raises `ValueError` for two of the keys at once, an unknown member, or weights outside the scheme's domain or the
-    configuration's `alpha_range`.
+    Raises `ValueError` for more than one of the keys, an unknown member, and weights outside the scheme's domain or
+    the configuration's `alpha_range`.
     """
     given = {key: extra_args[key] for key in KEYS if extra_args and extra_args.get(key) is not None}
     if not given:

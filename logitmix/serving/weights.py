@@ -1,8 +1,8 @@
 """The weights of each request of a running batch.
 
-A request asks for its own mixture with `SamplingParams(extra_args={"alpha": 0.3})`, or `"weights"`, or
-`"member": "policy"`. vLLM tells its logits processors which request stands in which row of the batch, and nothing
-else of ours: so the requests' weights are kept by one, which leaves the logits as they are, and read by the model.
+A request sets its own mixture with `SamplingParams(extra_args={"alpha": 0.3})`, or `"weights"`, or
+`"member": "policy"`. vLLM tells only its logits processors which request is in which row of the batch. So a logits
+processor that leaves the logits unchanged keeps the requests' weights, and the model reads them from it.
 """
 
 from typing import ClassVar
@@ -19,17 +19,17 @@ from logitmix.serving.requests import request_weights
 
 
 class RequestWeights(LogitsProcessor):
-    """Keeps the weights of the requests of the batch; the logits pass unchanged."""
+    """Keeps the weights of the requests in the batch; leaves the logits unchanged."""
 
-    # of the mixture that this process serves: vLLM validates requests on the class
+    # the mixture that this process serves: vLLM validates requests on the class
     served: ClassVar[LogitMixConfig | None] = None
-    # by the configuration's instance: the model looks up its own
+    # by the instance id of vLLM's configuration, which the model knows too
     instances: ClassVar[dict[str, "RequestWeights"]] = {}
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
         self.config = vllm_config.model_config.hf_config
         self.own: dict[int, list[float]] = {}
-        self.sampling = False  # whether the next logits asked for are those that are sampled from
+        self.sampling = False  # whether the next logits are those to sample from
         self.instances[vllm_config.instance_id] = self
 
     @classmethod
@@ -50,7 +50,7 @@ class RequestWeights(LogitsProcessor):
         return logits
 
     def of_rows(self, rows: range | list[int]) -> Tensor:
-        """Weights `[K]`, or `[N, K]` of the requests in these rows where one has its own."""
+        """Weights `[K]`, or `[N, K]` if one of the requests in these rows has its own."""
         default = self.config.weights
         if not any(row in self.own for row in rows):
             return torch.tensor(default)

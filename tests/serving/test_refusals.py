@@ -11,7 +11,7 @@ from vllm import EngineArgs
 
 from logitmix.mixture.configuration import FORMAT_VERSION, LogitMixConfig
 from logitmix.serving import model
-from logitmix.serving.config import require_known_members
+from logitmix.serving.config import validate_members
 from logitmix.serving.requests import request_weights
 from tests.helpers.engines import engine, mixture_of
 
@@ -51,14 +51,14 @@ def test_vllms_second_model_runner(folder, monkeypatch):
 
 def test_members_without_attention():
     config = LogitMixConfig.from_member_configs([MambaConfig(num_hidden_layers=1), MambaConfig(num_hidden_layers=1)])
-    with pytest.raises(ValueError, match="the member policy is a mamba with layers that are no attention"):
-        require_known_members(config)
+    with pytest.raises(ValueError, match="the member policy is a mamba with layers other than attention"):
+        validate_members(config)
 
 
 def test_an_architecture_that_vllm_lacks():
     config = LogitMixConfig.from_member_configs([Qwen2Config(), LlamaConfig(architectures=["LlamaForNobody"])])
     with pytest.raises(ValueError, match="the member anchor_0 is a LlamaForNobody, which this vLLM does not have"):
-        require_known_members(config)
+        validate_members(config)
 
 
 def test_a_checkpoint_of_a_later_format(folder, tmp_path):

@@ -7,10 +7,13 @@ import pytest
 import torch
 import trl.trainer.utils
 from trl import GRPOTrainer, SFTTrainer
+from trl.generation.vllm_generation import VLLMGeneration
+from trl.trainer import grpo_trainer
 from trl.trainer.utils import FusedCausalLMOutput, RepeatSampler
 
 from logitmix.training import trl_patches
 from logitmix.training.batch import TokenScores
+from logitmix.training.rollouts.trl_patches import generation_class
 from logitmix.training.trl_patches import PatchedGRPOTrainer
 from tests.helpers.contracts import assert_has, assert_parameters, assert_source_has
 from tests.helpers.grpo import generated, mixture, trainer_of
@@ -119,3 +122,19 @@ def test_trls_sampler_has_the_arguments_that_we_copy():
 
 def test_the_version_that_the_patches_were_written_against_is_the_one_installed():
     assert f"TRL {'.'.join(version('trl').split('.')[:2])}" in trl_patches.__doc__
+
+
+def test_rollouts_in_vllm_find_the_names_of_trl_that_they_replace():
+    assert_has("trl", VLLMGeneration, "_iter_named_params", "sync_weights", "generate")
+    assert_source_has("trl", VLLMGeneration, "self._llm_weights_sleeping", "self._iter_named_params()")
+    assert_has("trl", grpo_trainer, "VLLMGeneration")
+    assert_source_has("trl", GRPOTrainer.__init__, "VLLMGeneration(")
+
+
+def test_trls_trainer_builds_the_generation_class_given_within_the_context():
+    class Replacement(VLLMGeneration):
+        pass
+
+    with generation_class(Replacement):
+        assert grpo_trainer.VLLMGeneration is Replacement
+    assert grpo_trainer.VLLMGeneration is VLLMGeneration

@@ -1,0 +1,26 @@
+"""Internals of vLLM that rollouts read.
+
+Written against vLLM 0.32; tests/serving/test_vllm_patches.py is the contract.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+
+def reload_weights_in_place(llm: Any, weights: Iterable[tuple[str, Tensor]], prefix: str = "") -> None:
+    """Load weights into the model of an engine in this process, then forget its cached prefixes.
+
+    vLLM repacks the weights of linear layers for a CPU, after which it cannot load tensors one by one. With a `prefix`
+    such as `"policy."`, the weights are those of that part of the model, and the rest is left as it is.
+    """
+    from vllm.model_executor.model_loader.reload.inplace import reload_weights
+
+    engine = llm.llm_engine
+    model = engine.model_executor.driver_worker.model_runner.model
+    if prefix:  # vLLM walks through everything it is given
+        model = getattr(model, prefix.removesuffix("."))
+        weights = ((name.removeprefix(prefix), weight) for name, weight in weights)
+    reload_weights(engine.vllm_config, model, weights, weights_path=None, is_checkpoint_format=True)
+    llm.reset_prefix_cache()
