@@ -57,7 +57,9 @@ def test_members_without_attention():
 
 def test_an_architecture_that_vllm_lacks():
     config = LogitMixConfig.from_member_configs([Qwen2Config(), LlamaConfig(architectures=["LlamaForNobody"])])
-    with pytest.raises(ValueError, match="the member anchor_0 is a LlamaForNobody, which this vLLM does not have"):
+    with pytest.raises(
+        ValueError, match="the member anchor_0 is a LlamaForNobody, which this version of vLLM does not support"
+    ):
         validate_members(config)
 
 

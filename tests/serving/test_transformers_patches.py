@@ -13,7 +13,7 @@ from transformers.cli.serving.response import ResponseHandler
 from transformers.cli.serving.utils import GenerateManager, GenerationState
 
 from logitmix.serving import transformers_patches
-from tests.helpers.contracts import assert_has, assert_parameters, assert_source_has
+from tests.helpers.contracts import assert_has, assert_parameters
 
 
 def test_a_model_manager_has_the_methods_that_we_replace():
@@ -22,8 +22,8 @@ def test_a_model_manager_has_the_methods_that_we_replace():
 
 
 def test_the_generation_state_keeps_a_manager_that_requests_ask_for():
-    assert_has("transformers", GenerationState, "get_manager")
-    assert_source_has("transformers", GenerationState, "self._manager")
+    assert_parameters("transformers", GenerationState.get_manager, "self", "model_id")
+    assert not hasattr(GenerationState(), "_manager"), "the name that we use for our one manager is taken"
     assert_has("transformers", GenerateManager, "submit", "async_submit")
     for name in ("generate_streaming", "generate_non_streaming"):
         assert_parameters("transformers", getattr(GenerateManager, name), "self", "model", "processor", "inputs")

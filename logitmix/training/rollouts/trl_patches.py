@@ -21,6 +21,10 @@ class PatchedVLLMGeneration(VLLMGeneration):
     def _iter_named_params(self) -> Iterator[tuple[str, Tensor]]:
         return self.named_weights()
 
+    def detached_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The weights to push, without gradients, as TRL's own pushes take them."""
+        return ((name, parameter.detach()) for name, parameter in self._iter_named_params())
+
     @property
     def weights_are_discarded(self) -> bool:
         """Whether vLLM sleeps at level 2, without its weights, so that all of them have to be pushed again."""

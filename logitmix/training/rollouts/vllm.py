@@ -50,8 +50,7 @@ class MixtureVLLMGeneration(PatchedVLLMGeneration):
         self._pushes_all = self.weights_are_discarded
         is_adapter = "policy" in self.model.config.adapters
         if self.mode == "colocate" and self.accelerator.device.type == "cpu" and not is_adapter:
-            weights = ((name, parameter.detach()) for name, parameter in self.named_weights())
-            reload_weights_in_place(self.llm, weights, prefix="" if self._pushes_all else POLICY)
+            reload_weights_in_place(self.llm, self.detached_weights(), prefix="" if self._pushes_all else POLICY)
         else:
             super().sync_weights()
 
