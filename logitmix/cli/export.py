@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists; choose another --output_dir")
     if read_adapter_config(source) is not None and not args.merge:
-        raise ValueError(f"{source} is a single adapter already; --merge merges it into its base")
+        raise ValueError(f"{source} is an adapter by itself already; --merge puts it into its base")
     model = load_member(source, dtype=args.dtype)
     if isinstance(model, LogitMixForCausalLM):
         model.export_member(args.member, folder, args.merge)

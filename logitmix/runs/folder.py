@@ -111,7 +111,7 @@ def _given_checkpoint(folder: Path, checkpoint: Path) -> Path:
     found = fault(checkpoint)
     if found is not None:
         whole = last_whole_checkpoint(folder)
-        way_out = f"the last complete one is {whole}" if whole else "no other is complete; start a new run"
+        way_out = f"the last whole one is {whole}" if whole else "no other is whole; start a new run"
         raise ValueError(f"the checkpoint {checkpoint} is not whole: {found}; {way_out}")
     return checkpoint
 

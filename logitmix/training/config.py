@@ -1,4 +1,4 @@
-"""The options of a training run, and the model that they are for."""
+"""The options of a training run, and the model they train."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -15,59 +15,60 @@ from logitmix.training.alpha.controllers import Controller
 
 GROUP_LOSS = "group"
 LossHead = Literal["fused", "reference"]
-StatesOfAnchors = Literal["keep", "offload", "recompute"]
+AnchorStatesOption = Literal["keep", "offload", "recompute"]
 DynamicSampling = Literal["off", "filter", "refill"]
 
 
 @dataclass
 class LogitMixGRPOConfig(GRPOConfig):
-    """TRL's `GRPOConfig` and what a mixture adds to it.
+    """TRL's `GRPOConfig`, and the options of a mixture.
 
     Args:
-        anchor: folder or hub id of the frozen anchor (the SFT model, in the paper). Without one, and with a model
-            that is no mixture, this is TRL's GRPO.
-        alpha: weight of the anchor, 0 <= alpha < 1; 0 is the policy alone. Default 0.5, or the mixture's own where
-            the model is one.
-        scheme: `"logit"` (the default) or `"prob"`; a mixture has its own.
-        alpha_controller: how alpha goes on from `alpha`, generation by generation: `"fixed"` (Algorithm 1),
-            `"adaptive"` (Algorithm 2, eq. 9), `"validation_weighted"` (the authors' later variant), `"linear"` or
-            `"cosine"` to `alpha_end`, or `"piecewise"` through `alpha_points`.
+        anchor: folder or hub id of the frozen anchor (in the paper, the SFT model). Without one, and with a model
+            that is not a mixture, training is TRL's GRPO.
+        alpha: weight of the anchor, 0 <= alpha < 1; 0 is the policy alone. Default 0.5, or the weight of the mixture
+            that is given as the model.
+        scheme: `"logit"` (default) or `"prob"`; a mixture that is given as the model has its own.
+        alpha_controller: schedule of alpha over the outer steps, from `alpha`: `"fixed"` (Algorithm 1), `"adaptive"`
+            (Algorithm 2, eq. 9), `"validation_weighted"` (the authors' later variant), `"linear"` or `"cosine"` to
+            `alpha_end`, or `"piecewise"` through `alpha_points`.
         alpha_end: alpha at the end of the run.
-        alpha_points: `STEP:ALPHA`, optimizer steps; alpha goes on straight lines from `alpha` at step 0.
-        validation_size: questions that `"adaptive"` and `"validation_weighted"` ask after each generation.
+        alpha_points: `STEP:ALPHA` in updates; alpha is linear between the points, from `alpha` at step 0.
+        validation_size: questions that `"adaptive"` and `"validation_weighted"` decode after each outer step.
         adaptive_offset: c_o of eq. 9, in questions: the net gain at which alpha is 0.5.
         adaptive_scale: c_d of eq. 9, in questions: the larger, the less alpha follows the gain.
-        loss_type: `"group"` is eq. 6; TRL's own loss types can be chosen instead.
-        stop_strings: texts that end a rollout, beside EOS; they stay in it.
-        rollout_batch_size: rollouts sampled at a time on a device, where the KV cache of all of them does not fit.
-        dynamic_sampling: what happens to questions whose rollouts all earn the same (DAPO, arXiv 2503.14476): `"off"`,
-            as in the paper, they count in eq. 6's mean over questions; `"filter"`, they leave it; `"refill"`, further
-            questions are sampled in their place.
-        max_refills: how often a step may sample further questions.
-        disable_dropout: as in TRL, but on by default: each scoring draws its dropout anew, so that eq. 5's ratio would
-            differ from 1 where no weight has changed.
-        kl_to: `"anchor"` says that the KL of `beta > 0` is to the frozen anchor, `beta · KL(mixture ‖ anchor)`; with a
-            mixture it has to be said, since TRL's own reference is another model.
-        loss_head: `"fused"` never holds the logits of all tokens; `"reference"` mixes the members' own logits, for
-            members whose output head the fused one does not know.
-        anchor_states: the anchors' last hidden states, where scoring has computed them: `"keep"` them for the updates,
-            `"offload"` them to the host's memory until then, or `"recompute"` them. With `loss_head="fused"`.
+        loss_type: `"group"` is eq. 6; or one of TRL's loss types.
+        stop_strings: texts that end a rollout, like EOS; they are kept in it.
+        rollout_batch_size: rollouts to sample at a time on a device, if the KV cache of all of them does not fit.
+        dynamic_sampling: treatment of questions whose rollouts all earn the same reward (DAPO, arXiv 2503.14476):
+            `"off"` keeps them in eq. 6's mean over questions, as in the paper; `"filter"` drops them from it;
+            `"refill"` samples further questions in their place.
+        max_refills: how many times an outer step may sample further questions.
+        disable_dropout: as in TRL, but true by default: dropout differs between two scorings, so that eq. 5's ratio
+            would differ from 1 before any update.
+        kl_to: `"anchor"` makes the KL of `beta > 0` one to the frozen anchor, `beta · KL(mixture ‖ anchor)`. Required
+            with a mixture, since TRL's own reference would be another model.
+        loss_head: `"fused"` never holds the logits of all tokens; `"reference"` mixes the members' full logits, for
+            members whose output head the fused one does not support.
+        anchor_states: the anchors' last hidden states, once scoring has computed them: `"keep"` them for the updates,
+            `"offload"` them to host memory until then, or `"recompute"` them. With `loss_head="fused"`.
     """
 
     anchor: str | None = field(default=None, metadata={"help": "Folder or hub id of the frozen anchor."})
     alpha: float | None = field(
-        default=None, metadata={"help": "Weight of the anchor, default 0.5; 0 is the policy alone."}
+        default=None, metadata={"help": "Weight of the anchor; default 0.5, 0 is the policy alone."}
     )
-    scheme: Scheme | None = field(default=None, metadata={"help": "How the members mix, default logit."})
-    alpha_controller: Controller = field(default="fixed", metadata={"help": "How alpha goes on over the run."})
+    scheme: Scheme | None = field(default=None, metadata={"help": "How to mix the members; default logit."})
+    alpha_controller: Controller = field(default="fixed", metadata={"help": "Schedule of alpha over the run."})
     alpha_end: float | None = field(
-        default=None, metadata={"help": "alpha at the end of the run, for the controllers linear and cosine."}
+        default=None, metadata={"help": "alpha at the end of the run; for the controllers linear and cosine."}
     )
     alpha_points: list[str] | None = field(
-        default=None, metadata={"help": "STEP:ALPHA ..., for the controller piecewise; lines from --alpha at step 0."}
+        default=None,
+        metadata={"help": "STEP:ALPHA ...; for the controller piecewise, linear between points."},
     )
     validation_size: int = field(
-        default=100, metadata={"help": "Validation questions of the controllers adaptive and validation_weighted."}
+        default=100, metadata={"help": "Validation questions; for the controllers adaptive and validation_weighted."}
     )
     adaptive_offset: float = field(
         default=25.0, metadata={"help": "c_o of eq. 9, in questions: the net gain at which alpha is 0.5."}
@@ -77,32 +78,30 @@ class LogitMixGRPOConfig(GRPOConfig):
     )
     loss_type: str = field(
         default=GROUP_LOSS,
-        metadata={"help": "'group' normalises by the tokens of a question's rollouts (eq. 6); or one of TRL's."},
+        metadata={"help": "'group' normalises by the tokens of each question's rollouts (eq. 6); or one of TRL's."},
     )
     stop_strings: list[str] | None = field(
-        default=None, metadata={"help": "Texts that end a rollout, beside EOS; they stay in it."}
+        default=None, metadata={"help": "Texts that end a rollout, like EOS; they are kept in it."}
     )
     rollout_batch_size: int | None = field(
-        default=None, metadata={"help": "Rollouts sampled at a time on a device; default all of a generation step."}
+        default=None, metadata={"help": "Rollouts to sample at a time on a device; default all of an outer step."}
     )
     dynamic_sampling: DynamicSampling = field(
         default="off",
-        metadata={"help": "Questions without reward spread: 'off' keeps them, 'filter' drops, 'refill' replaces."},
+        metadata={"help": "Questions whose rollouts earn the same: 'off' keeps, 'filter' drops, 'refill' replaces."},
     )
-    max_refills: int = field(
-        default=3, metadata={"help": "How often a step may sample further questions, with 'refill'."}
-    )
+    max_refills: int = field(default=3, metadata={"help": "How many times 'refill' may sample further questions."})
     disable_dropout: bool = field(
-        default=True, metadata={"help": "Sample and score without dropout, or the ratio is not that of the updates."}
+        default=True, metadata={"help": "Sample and score without dropout, so that the ratio is 1 before an update."}
     )
     kl_to: Literal["anchor"] | None = field(
-        default=None, metadata={"help": "'anchor': with a mixture, the model that the KL of --beta is to."}
+        default=None, metadata={"help": "'anchor': take the KL of --beta to the anchor; required with a mixture."}
     )
     loss_head: LossHead = field(
         default="fused",
-        metadata={"help": "'fused' never holds the logits of all tokens; 'reference' mixes the members' own logits."},
+        metadata={"help": "'fused' never holds the logits of all tokens; 'reference' mixes the members' full logits."},
     )
-    anchor_states: StatesOfAnchors = field(
+    anchor_states: AnchorStatesOption = field(
         default="keep",
         metadata={"help": "The anchors' hidden states: 'keep' from scoring, 'offload' to the host, or 'recompute'."},
     )
@@ -111,16 +110,18 @@ class LogitMixGRPOConfig(GRPOConfig):
 def build_model(
     model: PreTrainedModel | str, args: LogitMixGRPOConfig, peft_config: PeftConfig | None = None
 ) -> PreTrainedModel:
-    """The model to train; `args.alpha` and `args.scheme` say afterwards what holds.
+    """The model to train. Afterwards `args.alpha` and `args.scheme` are those of the model.
 
-    A mixture has the adapter of `peft_config` already; any other model is left to TRL to adapt.
+    A mixture is returned with the adapter of `peft_config`; TRL adds it to any other model.
+
+    Raises `ValueError` for options that contradict each other or the model.
     """
     if args.alpha is not None and not 0 <= args.alpha < 1:
         raise ValueError(
             f"alpha is {args.alpha}; training needs 0 <= alpha < 1, since the policy's gradient has the factor "
             "1 - alpha"
         )
-    # TRL's default: float32 weights, under bf16 autocast unless told otherwise
+    # TRL's default: float32 weights, under bf16 autocast
     init_kwargs = {"dtype": "float32", "trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
     if args.anchor is not None:
         if isinstance(model, LogitMixForCausalLM):
@@ -152,7 +153,7 @@ def build_model(
                 f"alpha is {args.alpha} and scheme {args.scheme}, but there is no anchor to mix with; set anchor"
             )
         return model
-    args.model_init_kwargs = None  # spent; TRL warns of them beside a model that is already built
+    args.model_init_kwargs = None  # used; TRL warns if they accompany a loaded model
     if args.scheme not in (None, model.config.scheme):
         raise ValueError(f"scheme is {args.scheme!r}, but the mixture was built with {model.config.scheme!r}")
     if args.alpha is not None:

@@ -1,4 +1,4 @@
-"""What is refused of a training run before anything is sampled, with the reason and the way out."""
+"""Checks of a training run before anything is sampled. Each error names the reason and the way out."""
 
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, get_args
@@ -11,7 +11,7 @@ from trl.import_utils import is_vllm_available
 from logitmix.mixture.context import context_length, validate_fits_context
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.training.alpha.controllers import CONTROLLERS, VALIDATING
-from logitmix.training.config import GROUP_LOSS, DynamicSampling, LogitMixGRPOConfig, LossHead, StatesOfAnchors
+from logitmix.training.config import GROUP_LOSS, AnchorStatesOption, DynamicSampling, LogitMixGRPOConfig, LossHead
 
 if TYPE_CHECKING:
     from logitmix.training.trl_patches import PatchedGRPOTrainer
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 LOSS_TYPES_OF_TRL = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
 
 
-def validate_config(args: LogitMixGRPOConfig, model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
+def validate_config(args: LogitMixGRPOConfig, model: PreTrainedModel) -> None:
+    """Raise `ValueError` for options that cannot work, contradict each other, or do not suit the model."""
     if is_peft_model(model) and isinstance(model.get_base_model(), LogitMixForCausalLM):
         raise ValueError(
             "the model is a mixture that PEFT has wrapped; TRL would not see it. Build it with "
@@ -32,8 +33,8 @@ def validate_config(args: LogitMixGRPOConfig, model: PreTrainedModel, kwargs: di
         )
     if args.stop_strings and args.mask_truncated_completions:
         raise ValueError(
-            "mask_truncated_completions would mask every completion that a stop string ended, since TRL takes it for "
-            "truncated; set it to False, or leave out stop_strings"
+            "mask_truncated_completions would mask every completion that ended in a stop string, since TRL counts it "
+            "as truncated; set it to False, or leave out stop_strings"
         )
     validate_choices(args)
     validate_numbers(args)
@@ -47,23 +48,24 @@ def validate_config(args: LogitMixGRPOConfig, model: PreTrainedModel, kwargs: di
     for option, reason in {
         "use_liger_kernel": "its fused loss reads one model's hidden states",
         "cast_lm_head_to_fp32": "a mixture has no single head; its logits are mixed in float32 anyway",
-        "use_transformers_continuous_batching": "its paged cache does not know members",
+        "use_transformers_continuous_batching": "its paged cache does not support several members",
         "sync_ref_model": "there is no reference model beside the anchor",
     }.items():
         if getattr(args, option):
             raise ValueError(f"{option}={getattr(args, option)!r} cannot be used with a mixture: {reason}")
     if model.config.weights[0] <= 0:
         raise ValueError(
-            f"the policy's weight in the mixture is {model.config.weights[0]}; the gradient has it as a factor, so "
+            f"the policy's weight in the mixture is {model.config.weights[0]}; it is a factor of the gradient, so "
             "training needs it above 0"
         )
 
 
 def validate_choices(args: LogitMixGRPOConfig) -> None:
+    """Raise `ValueError` for an option that is none of its choices."""
     for name, choices in (
         ("alpha_controller", CONTROLLERS),
         ("loss_head", get_args(LossHead)),
-        ("anchor_states", get_args(StatesOfAnchors)),
+        ("anchor_states", get_args(AnchorStatesOption)),
         ("dynamic_sampling", get_args(DynamicSampling)),
         ("loss_type", (GROUP_LOSS, *LOSS_TYPES_OF_TRL)),
     ):
@@ -72,7 +74,8 @@ def validate_choices(args: LogitMixGRPOConfig) -> None:
 
 
 def validate_numbers(args: LogitMixGRPOConfig) -> None:
-    if args.max_steps == 0:  # for which transformers would take num_train_epochs
+    """Raise `ValueError` for a number outside its range."""
+    if args.max_steps == 0:  # transformers would use num_train_epochs instead
         raise ValueError("max_steps is 0; it must be above 0, or -1 to train for num_train_epochs")
     for name in ("epsilon", "epsilon_high", "beta"):
         value = getattr(args, name)
@@ -81,7 +84,7 @@ def validate_numbers(args: LogitMixGRPOConfig) -> None:
 
 
 def validate_options_are_read(args: LogitMixGRPOConfig) -> None:
-    """Raise `ValueError` for an option that is set and that nothing would read: something else was meant."""
+    """Raise `ValueError` for an option that is set and has no effect with the other options."""
     defaults = {f.name: f.default for f in fields(args)}
     validates = args.alpha_controller in VALIDATING
     for option, is_read, reader in (
@@ -99,6 +102,7 @@ def validate_options_are_read(args: LogitMixGRPOConfig) -> None:
 
 
 def validate_kl(args: LogitMixGRPOConfig, model: PreTrainedModel) -> None:
+    """Raise `ValueError` where `beta` and `kl_to` do not say which KL is meant."""
     is_mixture = isinstance(model, LogitMixForCausalLM)
     if args.kl_to not in (None, "anchor"):
         raise ValueError(f"kl_to is {args.kl_to!r}; it must be 'anchor', or left out")
@@ -107,58 +111,59 @@ def validate_kl(args: LogitMixGRPOConfig, model: PreTrainedModel) -> None:
     if args.kl_to is not None and not (is_mixture and len(model.members) == 2):
         raise ValueError(
             f"kl_to is {args.kl_to!r}, and the model has {len(model.members) - 1 if is_mixture else 'no'} anchors; it "
-            "takes a mixture with one. Without an anchor the KL of beta is to a copy of the model at the start"
+            "needs a mixture with one. Without an anchor the KL of beta is to a copy of the initial model"
         )
     if is_mixture and args.beta != 0 and args.kl_to is None:
         raise ValueError(
             f"beta={args.beta} with a mixture does not say which anchor its KL is to: kl_to='anchor' is the frozen "
-            "anchor; TRL's own reference, a copy of the model at the start, would be the mixture as it was then, and "
-            "is not kept. Set kl_to='anchor', or beta=0 as in the paper, where the anchor already holds the policy"
+            "anchor; TRL's own reference, a copy of the initial model, would be the initial mixture, which is not "
+            "kept. Set kl_to='anchor', or beta=0 as in the paper, where the anchor already holds the policy"
         )
 
 
 def validate_sampling(args: LogitMixGRPOConfig) -> None:
+    """Raise `ValueError` for options of rollouts and dynamic sampling that do not go together."""
     if args.rollout_batch_size is not None and args.rollout_batch_size < 1:
         raise ValueError(
             f"rollout_batch_size is {args.rollout_batch_size}, but must be at least 1; leave it out to sample all "
-            "rollouts of a generation step at a time"
+            "rollouts of an outer step at a time"
         )
     if args.dynamic_sampling == "off":
         return
     if args.loss_type != GROUP_LOSS:
         raise ValueError(
             f"dynamic_sampling is {args.dynamic_sampling!r} with loss_type {args.loss_type!r}, which has no mean over "
-            "questions that one could leave; set loss_type='group', or dynamic_sampling='off'"
+            "questions to drop one from; set loss_type='group', or dynamic_sampling='off'"
         )
     if args.dynamic_sampling == "refill":
         if args.max_refills < 1:
             raise ValueError(f"max_refills is {args.max_refills}; it must be at least 1")
         if args.scale_rewards == "batch" or args.multi_objective_aggregation != "sum_then_normalize":
             raise ValueError(
-                "dynamic_sampling='refill' puts groups of several samplings together, whose advantages must not "
-                "depend on the rest of their batch; set scale_rewards to 'group' or 'none', and "
+                "dynamic_sampling='refill' combines groups from several samplings, whose advantages must not depend "
+                "on the rest of their batch; set scale_rewards to 'group' or 'none', and "
                 "multi_objective_aggregation to 'sum_then_normalize'"
             )
 
 
-def require_questions(trainer: "PatchedGRPOTrainer") -> None:
-    """Raise `ValueError` where a generation step needs more questions than there are: no step would be taken."""
+def validate_train_size(trainer: "PatchedGRPOTrainer") -> None:
+    """Raise `ValueError` where an outer step needs more questions than there are: TRL would take no step at all."""
     if trainer.args.dynamic_sampling == "refill" and not isinstance(trainer.train_dataset, Dataset):
         raise ValueError(
             f"dynamic_sampling='refill' draws questions from anywhere in the data set, which a "
-            f"{type(trainer.train_dataset).__name__} cannot give; use a Dataset, or 'filter'"
+            f"{type(trainer.train_dataset).__name__} does not allow; use a Dataset, or 'filter'"
         )
     needed = trainer.args.generation_batch_size // trainer.num_generations
     if isinstance(trainer.train_dataset, Dataset) and len(trainer.train_dataset) < needed:
         raise ValueError(
-            f"the data set has {len(trainer.train_dataset)} questions, fewer than the {needed} of a generation step "
+            f"the data set has {len(trainer.train_dataset)} questions, fewer than the {needed} of an outer step "
             f"(generation_batch_size {trainer.args.generation_batch_size} / num_generations "
             f"{trainer.num_generations}); use smaller batches or more data"
         )
 
 
-def require_prompts_fit(trainer: "PatchedGRPOTrainer", dataset: Any, name: str = "prompt") -> None:
-    """Raise `ValueError` before the first step where a prompt and its completion exceed the context."""
+def validate_prompts_fit(trainer: "PatchedGRPOTrainer", dataset: Any, name: str = "prompt") -> None:
+    """Raise `ValueError` where a prompt and its completion exceed the context."""
     context = context_length(trainer.model.config)
     if context is None or not isinstance(dataset, Dataset):
         return

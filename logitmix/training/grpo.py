@@ -36,7 +36,7 @@ from logitmix.training.alpha.validation import FreshQuestions, validation_questi
 from logitmix.training.batch import Batch, TokenScores
 from logitmix.training.checkpointing.resume import Checkpointing, State
 from logitmix.training.config import GROUP_LOSS, LogitMixGRPOConfig, build_model
-from logitmix.training.config_checks import require_prompts_fit, require_questions, validate_config
+from logitmix.training.config_checks import validate_config, validate_prompts_fit, validate_train_size
 from logitmix.training.fsdp import prepare_fsdp
 from logitmix.training.model_card import write_model_card
 from logitmix.training.monitoring.finite import require_finite_parameters
@@ -76,7 +76,7 @@ class LogitMixGRPOTrainer(PatchedGRPOTrainer):
         is_mixture = isinstance(model, LogitMixForCausalLM)
         if is_mixture:
             kwargs.pop("peft_config", None)  # its policy has the adapter; TRL would wrap the whole mixture
-        validate_config(args, model, kwargs)
+        validate_config(args, model)
         validate_alpha_controller(args, model, validation_dataset, kwargs)
         kwargs["processing_class"] = _tokenizer(model, kwargs.get("processing_class"))
         in_vllm = args.use_vllm and is_mixture
@@ -88,9 +88,9 @@ class LogitMixGRPOTrainer(PatchedGRPOTrainer):
         if is_mixture:
             self.beta = args.beta
             self.ref_model = self._score_anchor if args.beta != 0 else None
-        require_questions(self)
-        require_prompts_fit(self, self.train_dataset)
-        require_prompts_fit(self, validation_dataset, "validation prompt")
+        validate_train_size(self)
+        validate_prompts_fit(self, self.train_dataset)
+        validate_prompts_fit(self, validation_dataset, "validation prompt")
         require_finite_parameters(self.model)
 
         self.scorer = MixtureScorer(model, args) if is_mixture else None

@@ -14,7 +14,7 @@ WARN_SHARE = 0.01  # of a batch without a verdict
 
 
 def grpo_dataset(task: Task, problems: Sequence[Problem]) -> Dataset:
-    """Rows for TRL's `GRPOTrainer`: the `prompt`, and the `question` and gold `answer` that the reward reads."""
+    """Rows for TRL's `GRPOTrainer`: the `prompt`, and the `question` and gold `answer` for the reward."""
     if not problems:
         raise ValueError("the data set is empty; training needs at least one problem")
     return Dataset.from_list(
@@ -26,10 +26,10 @@ def grpo_dataset(task: Task, problems: Sequence[Problem]) -> Dataset:
 
 
 class TaskReward:
-    """A reward function for TRL: `r = 1` where the answer is right and stands in the format, else 0 (eq. 4).
+    """A reward function for TRL: `r = 1` for a right answer in the required format, else 0 (eq. 4).
 
-    Logs the shares of format-correct, answer-correct and leniently correct completions beside it, and as
-    `verifier/errors` and `verifier/timeouts` how many completions got 0 because the verifier came to no verdict.
+    It also logs the shares of format-correct, answer-correct and leniently correct completions, and in
+    `verifier/errors` and `verifier/timeouts` how many completions got 0 because the verifier reached no verdict.
     """
 
     __name__ = "task_reward"
@@ -45,7 +45,7 @@ class TaskReward:
         log_metric: Callable[[str, float], None] | None = None,
         **_: Any,
     ) -> list[float]:
-        # The threads wait for the verifier's processes: what is decided without these is decided in turn.
+        # Threads only wait for the verifier's processes; what needs no process is graded one after the other.
         with ThreadPoolExecutor(shared_pool().size) as threads:
             grades = list(threads.map(self._grade, zip(completions, question, answer, strict=True)))
         errors = [grade.error for grade in grades if grade.error is not None]
@@ -56,7 +56,7 @@ class TaskReward:
             log_metric("verifier/timeouts", float(sum(error.startswith(TIMED_OUT) for error in errors)))
         if len(errors) > WARN_SHARE * len(grades):
             warnings.warn(
-                f"the verifier came to no verdict on {len(errors)} of {len(grades)} completions, which count as "
+                f"the verifier reached no verdict on {len(errors)} of {len(grades)} completions, which count as "
                 f"wrong; the first: {errors[0]}",
                 stacklevel=2,
             )

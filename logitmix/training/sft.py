@@ -22,12 +22,12 @@ class ResumableSFTTrainer(PatchedSFTTrainer):
 def sft_dataset(
     rows: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int | None
 ) -> tuple[Dataset, int]:
-    """Rows of `prompt` and `completion` for TRL's `SFTTrainer`, and how many were left out as too long.
+    """Rows of `prompt` and `completion` for TRL's `SFTTrainer`, and the number of rows dropped as too long.
 
     Both columns are texts, or both are messages, which the tokenizer's chat template renders.
 
-    `SFTTrainer` cuts a row at `max_length` tokens. A demonstration cut before its answer teaches a model not to
-    answer, so such rows are dropped instead.
+    `SFTTrainer` truncates rows at `max_length` tokens. A demonstration truncated before its answer teaches a model
+    not to answer, so such rows are dropped instead.
 
     Raises `ValueError` where no row is left.
     """
@@ -35,7 +35,7 @@ def sft_dataset(
         raise ValueError("the data set is empty; SFT needs at least one demonstration")
     whole = [row["prompt"] + row["completion"] for row in rows]
     if isinstance(whole[0], str):
-        # one token more: the end-of-sequence token that TRL adds
+        # plus the end-of-sequence token that TRL adds
         lengths = [len(ids) + 1 for ids in tokenizer(whole)["input_ids"]]
     else:
         validate_chat_template(tokenizer)

@@ -382,7 +382,7 @@ def two_anchors():
         (
             "adaptive",
             {"held_out": None, "validation_size": 22},
-            "the data set has 24 questions, fewer than the 3 of a generation step and the 22 of validation_size",
+            "the data set has 24 questions, fewer than the 3 of an outer step and the 22 of validation_size",
         ),
         (
             "adaptive",

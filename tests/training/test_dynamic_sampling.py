@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from logitmix.training.grpo import question_weights
-from logitmix.training.rollouts.dynamic_sampling import QuestionStream, has_spread, replaced, shareable
+from logitmix.training.rollouts.dynamic_sampling import QuestionStream, divisible_count, has_spread, replace_groups
 from tests.helpers.grpo import EPS, PROMPTS, trainer_of
 from tests.helpers.torchrun import run_two_processes
 
@@ -155,7 +155,7 @@ def test_the_stream_of_questions_takes_each_once_an_epoch_in_another_order():
 
 @pytest.mark.parametrize(("questions", "generations", "processes"), [(1, 8, 4), (3, 4, 6), (1, 3, 8), (5, 2, 1)])
 def test_the_processes_share_refills_evenly(questions, generations, processes):
-    count = shareable(questions, generations, processes)
+    count = divisible_count(questions, generations, processes)
     assert count >= questions
     assert count * generations % processes == 0
     assert not any(n * generations % processes == 0 for n in range(questions, count))
@@ -167,12 +167,12 @@ def test_groups_of_another_width_are_padded_on_their_side():
         mask = torch.ones_like(ids)
         return {"prompt_ids": ids, "completion_ids": ids, "completion_mask": mask, "advantages": ids[:, 0]}
 
-    mixed = replaced(batch(1, 2), batch(2, 3), places=[1], sources=[0], num_generations=2, pad_id=9)
+    mixed = replace_groups(batch(1, 2), batch(2, 3), places=[1], sources=[0], num_generations=2, pad_id=9)
     assert mixed["prompt_ids"].tolist() == [[9, 1, 1]] * 2 + [[2, 2, 2]] * 2
     assert mixed["completion_ids"].tolist() == [[1, 1, 9]] * 2 + [[2, 2, 2]] * 2
     assert mixed["completion_mask"].tolist() == [[1, 1, 0]] * 2 + [[1, 1, 1]] * 2
     assert mixed["advantages"].tolist() == [1, 1, 2, 2]
-    narrower = replaced(batch(1, 2), batch(2, 1), places=[0], sources=[1], num_generations=2, pad_id=9)
+    narrower = replace_groups(batch(1, 2), batch(2, 1), places=[0], sources=[1], num_generations=2, pad_id=9)
     assert narrower["prompt_ids"].tolist() == [[9, 2]] * 2 + [[1, 1]] * 2
 
 

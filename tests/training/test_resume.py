@@ -157,7 +157,7 @@ def test_no_room_for_a_checkpoint_stops_the_run_and_leaves_the_last_one_whole(ru
     run.die(die_at=("open", f"{STAGING}/checkpoint-4/config.json"))
     message = run.fail(*RESUME, file_size=500_000)
     assert f"checkpoint-4 could not be written to {run.folder}: it takes about 4.5" in message
-    assert f"{run.folder}/checkpoint-3 is whole, so the run can go on from there" in message
+    assert f"{run.folder}/checkpoint-3 is whole, so the run can resume from it" in message
     assert fault(run.folder / "checkpoint-3") is None
     assert not (run.folder / STAGING).exists()
     run.finish(*RESUME)

@@ -1,7 +1,7 @@
-"""The mixture's alpha over a run of the trainer: set between outer steps, saved and restored.
+"""Sets the mixture's alpha between outer steps, and saves and restores it.
 
-An outer step is one generation of rollouts and all the updates that use it. alpha changes between outer steps only:
-the ratio of eq. 5 compares two mixtures of one alpha.
+An outer step is one round of rollouts and the updates that use it. alpha changes only between outer steps, since the
+ratio of eq. 5 compares two mixtures at the same alpha.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -32,11 +32,11 @@ STATE = "alpha"  # in the checkpoint's trainer_state.json, under stateful_callba
 
 
 class AlphaControl(TrainerCallback):
-    """Sets the mixture's alpha after each outer step, and logs the validation that it follows from.
+    """Sets the mixture's alpha after each outer step, and logs the validation that it was computed from.
 
-    alpha stands in the checkpoint's trainer state, from which a resumed run takes it; the validation questions follow
-    from the step alone. (Transformers would restore a callback by building it anew, which one that knows its trainer
-    cannot be; so this writes and reads its entry of the trainer state itself.)
+    A resumed run takes alpha from the checkpoint's trainer state; the validation questions depend on the step only.
+    transformers restores a stateful callback by constructing it again, which is impossible for one that needs its
+    trainer, so this one reads and writes its entry of the trainer state itself.
     """
 
     def __init__(self, trainer: "LogitMixGRPOTrainer", questions: HeldOut | FreshQuestions | None) -> None:
@@ -90,7 +90,7 @@ class AlphaControl(TrainerCallback):
 
 
 def scheduled_alpha(args: LogitMixGRPOConfig, step: int, max_steps: int) -> float:
-    """alpha of the generation that begins after `step` updates, under one of `SCHEDULES`."""
+    """alpha of the outer step that starts after `step` updates, under one of `SCHEDULES`."""
     assert args.alpha is not None
     if args.alpha_controller == "piecewise":
         assert args.alpha_points is not None
@@ -103,7 +103,7 @@ def scheduled_alpha(args: LogitMixGRPOConfig, step: int, max_steps: int) -> floa
 def validate_alpha_controller(
     args: LogitMixGRPOConfig, model: PreTrainedModel, validation_dataset: Dataset | None, kwargs: dict[str, Any]
 ) -> None:
-    """Raise `ValueError` where `args.alpha_controller` could not do what it says."""
+    """Raise `ValueError` where `args.alpha_controller` does not fit the other options or the model."""
     controller = args.alpha_controller
     for option, value, readers in (
         ("alpha_end", args.alpha_end, ("linear", "cosine")),
@@ -123,15 +123,15 @@ def validate_alpha_controller(
     weights = model.config.weights
     if len(weights) != 2 or abs(sum(weights) - 1) > 1e-6:
         raise ValueError(
-            f"alpha_controller {controller!r} moves the weight of one anchor against the policy's; the mixture has "
+            f"alpha_controller {controller!r} needs a policy and one anchor whose weights sum to 1; the mixture has "
             f"weights {weights}, so only 'fixed' can be used"
         )
-    generation, update = args.steps_per_generation * args.num_iterations, args.gradient_accumulation_steps
-    if generation % update:
+    micro_batches, update = args.steps_per_generation * args.num_iterations, args.gradient_accumulation_steps
+    if micro_batches % update:
         raise ValueError(
-            f"alpha_controller {controller!r} needs whole updates between generations, but steps_per_generation * "
-            f"num_iterations is {generation} and gradient_accumulation_steps {update}; set steps_per_generation to a "
-            "multiple of it (rollout_batch_size limits the memory)"
+            f"alpha_controller {controller!r} needs whole updates in an outer step, but steps_per_generation * "
+            f"num_iterations is {micro_batches} and gradient_accumulation_steps {update}; set steps_per_generation "
+            "to a multiple of it (rollout_batch_size limits the memory)"
         )
     if args.alpha_end is not None and not 0 <= args.alpha_end < 1:
         raise ValueError(f"alpha_end is {args.alpha_end}; training needs 0 <= alpha < 1")
@@ -143,8 +143,8 @@ def validate_alpha_controller(
         for option in ("tools", "environment_factory", "rollout_func"):
             if kwargs.get(option) is not None:
                 raise ValueError(
-                    f"{option} cannot be used with alpha_controller {controller!r}: validation decodes one response "
-                    "a question, without it"
+                    f"{option} cannot be used with alpha_controller {controller!r}, whose validation decodes one "
+                    "response per question without it"
                 )
     if controller == "adaptive":
         _validate_adaptive_scale(args)
@@ -152,7 +152,9 @@ def validate_alpha_controller(
 
 def _validate_adaptive_scale(args: LogitMixGRPOConfig) -> None:
     if not args.adaptive_scale > 0:
-        raise ValueError(f"adaptive_scale is {args.adaptive_scale}, but must be above 0: alpha rises with the gain")
+        raise ValueError(
+            f"adaptive_scale is {args.adaptive_scale}, but must be above 0, so that alpha rises with the gain"
+        )
     n = args.validation_size
     if not adaptive(Counts(n, 0, n, 0, n), args.adaptive_offset, args.adaptive_scale) < 1:
         raise ValueError(

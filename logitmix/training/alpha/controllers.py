@@ -1,4 +1,4 @@
-"""The anchor's weight over a run: controllers as pure functions of the step, or of the validation counts.
+"""Schedules of alpha over a run, as pure functions of the step or of validation counts.
 
 Source: Gan & Zhu, arXiv 2605.20555, Algorithm 2 and eq. 7-9, and the authors' code (`validation_weighted`).
 """
@@ -20,10 +20,11 @@ _LOWEST, _HIGHEST = 0.05, 0.95
 
 @dataclass(frozen=True)
 class Counts:
-    """What the greedy responses to n validation questions came to (eq. 7-8).
+    """Correct greedy responses to n validation questions (eq. 7-8).
 
-    `policy`, `mixture` and `anchor` are how many each answered correctly (`anchor` None: it was not asked),
-    `forgetting` is s1, questions that the policy alone answers and the mixture does not, `gain` is s2, the reverse.
+    `policy`, `mixture` and `anchor` count the questions that each answers correctly (`anchor` is None if it was not
+    decoded). `forgetting` is s1, the questions that the policy answers and the mixture does not; `gain` is s2, the
+    reverse.
     """
 
     n: int
@@ -35,12 +36,12 @@ class Counts:
 
 
 def standardised_gain(counts: Counts, offset: float, scale: float) -> float:
-    """s3 of eq. 9: `(s2 - s1 - c_o) / c_d`, in questions, so offset and scale go with the number of questions."""
+    """s3 of eq. 9: `(s2 - s1 - c_o) / c_d`. Offset and scale count questions, so they depend on `n`."""
     return (counts.gain - counts.forgetting - offset) / scale
 
 
 def adaptive(counts: Counts, offset: float, scale: float) -> float:
-    """The next alpha of Algorithm 2, `sigmoid(s3)` (eq. 9). The paper has offset 25, scale 35 and 100 questions.
+    """The next alpha of Algorithm 2, `sigmoid(s3)` (eq. 9). The paper uses offset 25, scale 35 and 100 questions.
 
     Without gain or forgetting this is sigmoid(-25/35) = 0.329; it lies within [0.027, 0.895] at the paper's values.
     """
@@ -62,17 +63,17 @@ def validation_weighted(alpha: float, counts: Counts) -> float:
 
 
 def linear(progress: float, start: float, end: float) -> float:
-    """alpha on the straight line from `start` to `end`; `progress` is the share of the run that is done, 0 to 1."""
+    """alpha on a line from `start` to `end`; `progress` is the completed share of the run, from 0 to 1."""
     return start + (end - start) * progress
 
 
 def cosine(progress: float, start: float, end: float) -> float:
-    """alpha on half a cosine wave from `start` to `end`: slow at both, fastest halfway."""
+    """alpha on half a cosine wave from `start` to `end`: slow at both ends, fastest halfway."""
     return linear((1 - math.cos(math.pi * progress)) / 2, start, end)
 
 
 def piecewise(step: int, points: Sequence[tuple[int, float]]) -> float:
-    """alpha on straight lines between `points` of (step, alpha); before the first and after the last it is theirs."""
+    """alpha, linear between `points` of (step, alpha), and constant before the first and after the last point."""
     for (left, start), (right, end) in pairwise(points):
         if left <= step < right:
             return linear((step - left) / (right - left), start, end)
@@ -82,7 +83,8 @@ def piecewise(step: int, points: Sequence[tuple[int, float]]) -> float:
 def parse_points(points: Sequence[str]) -> list[tuple[int, float]]:
     """`["100:0.2", "200:0.1"]` as (step, alpha).
 
-    Raises `ValueError` for none, for one that is not STEP:ALPHA with 0 <= ALPHA < 1, and for steps that do not rise.
+    Raises `ValueError` for an empty list, for a point that is not STEP:ALPHA with 0 <= ALPHA < 1, and for steps that
+    do not increase.
     """
     if not points:
         raise ValueError("alpha_points is empty; give points STEP:ALPHA, 100:0.2 for instance")

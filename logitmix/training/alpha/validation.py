@@ -1,4 +1,4 @@
-"""Validation between outer steps: which questions, and how many the policy, the mixture and the anchor answer."""
+"""Validation between outer steps: which questions, and how many of them each model answers correctly."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,18 +21,18 @@ Rows = Sequence[Mapping[str, Any]]
 def validation_questions(
     trainer: "LogitMixGRPOTrainer", held_out: Dataset | None
 ) -> "HeldOut | FreshQuestions | None":
-    """Where the controller validates: the questions of `held_out`, or else training questions."""
+    """The questions to validate on: those of `held_out` if given, or else training questions."""
     args, dataset = trainer.args, trainer.train_dataset
     if args.alpha_controller not in VALIDATING:
         return None
     if held_out is not None:
         return HeldOut(held_out, args.validation_size)
     if not isinstance(dataset, Dataset):
-        raise ValueError("a streamed train_dataset has no questions to leave out; give a validation_dataset")
+        raise ValueError("a streamed train_dataset has no questions to set aside; give a validation_dataset")
     if args.dynamic_sampling == "refill":
         raise ValueError(
-            "dynamic_sampling 'refill' draws from all training questions, so also from those that validation takes; "
-            "give a validation_dataset"
+            "dynamic_sampling 'refill' draws from all training questions, including those used for validation; give a "
+            "validation_dataset"
         )
     return FreshQuestions(
         dataset,
@@ -46,7 +46,7 @@ def validation_questions(
 
 
 def updates_per_outer_step(args: LogitMixGRPOConfig) -> int:
-    """Optimizer steps of an outer step."""
+    """The number of updates in an outer step."""
     return args.steps_per_generation * args.num_iterations // args.gradient_accumulation_steps
 
 
@@ -61,22 +61,24 @@ class HeldOut:
             )
         self.rows = [dataset[i] for i in range(size)]
 
-    def after(self, generation: int) -> Rows:
+    def after(self, outer_step: int) -> Rows:
         return self.rows
 
 
 class FreshQuestions(Sampler[int]):
-    """The order of training questions, with `size` questions after each generation's left out for its validation.
+    """A sampler of training questions that sets `size` questions aside for validation after each outer step.
 
-    A pass takes the questions in an order of its own and cuts it into runs of `questions + size`: the first are
-    trained on, as TRL's `RepeatSampler` would give them, the others are what `after` returns. So a question is
-    either trained on in a pass, or validated on, or (the last few) neither.
+    Each pass shuffles the questions and splits them into windows of `questions + size`. The first `questions` of a
+    window are trained on, in the order of TRL's `RepeatSampler`; `after` returns the others. In a pass, a question is
+    either trained on, or validated on, or (the last few) unused.
 
     Args:
-        questions: of a generation.
-        repeats, passes: how often a question stands in a generation, and a generation in the updates.
-        seed: of the order; None keeps the data's.
-        outer_steps_done: since the run's start; asked at the start of each pass, so that a resumed run finds its own.
+        questions: number of questions in an outer step.
+        repeats: rollouts per question.
+        passes: how many times the updates go through the rollouts of an outer step.
+        seed: seed of the order; None keeps the data's order.
+        outer_steps_done: the number of outer steps since the start of the run. It is called at the start of each
+            pass, so that a resumed run continues its order.
     """
 
     def __init__(
@@ -91,29 +93,29 @@ class FreshQuestions(Sampler[int]):
     ) -> None:
         if len(dataset) < questions + size:
             raise ValueError(
-                f"the data set has {len(dataset)} questions, fewer than the {questions} of a generation step and "
+                f"the data set has {len(dataset)} questions, fewer than the {questions} of an outer step and "
                 f"the {size} of validation_size; lower validation_size, use more data, or give a validation_dataset"
             )
         self.dataset, self.questions, self.size = dataset, questions, size
         self.repeats, self.passes, self.seed, self.outer_steps_done = repeats, passes, seed, outer_steps_done
         self.outer_steps = len(dataset) // (questions + size)
 
-    def after(self, generation: int) -> Rows:
-        """The validation questions that follow a generation, counted from 0 over the whole run."""
-        return [self.dataset[i] for i in self._run(generation)[self.questions :]]
+    def after(self, outer_step: int) -> Rows:
+        """The validation questions after an outer step, counted from 0 over the whole run."""
+        return [self.dataset[i] for i in self._window(outer_step)[self.questions :]]
 
-    def _run(self, generation: int) -> list[int]:
-        number, i = divmod(generation, self.outer_steps)
+    def _window(self, outer_step: int) -> list[int]:
+        pass_number, i = divmod(outer_step, self.outer_steps)
         order = torch.arange(len(self.dataset))
         if self.seed is not None:
-            order = torch.randperm(len(order), generator=torch.Generator().manual_seed(self.seed + number))
+            order = torch.randperm(len(order), generator=torch.Generator().manual_seed(self.seed + pass_number))
         length = self.questions + self.size
         return order[i * length : (i + 1) * length].tolist()
 
     def __iter__(self) -> Iterator[int]:
         first = self.outer_steps_done() // self.outer_steps * self.outer_steps
-        for generation in range(first, first + self.outer_steps):
-            trained_on = self._run(generation)[: self.questions]
+        for outer_step in range(first, first + self.outer_steps):
+            trained_on = self._window(outer_step)[: self.questions]
             for _ in range(self.passes):
                 yield from (i for i in trained_on for _ in range(self.repeats))
 
@@ -122,13 +124,13 @@ class FreshQuestions(Sampler[int]):
 
 
 def validate(trainer: "LogitMixGRPOTrainer", rows: Rows, alpha: float, with_anchor: bool) -> Counts:
-    """Greedy responses of the policy, the mixture at `alpha` and, if asked, the anchor, counted (eq. 7-8).
+    """Count the correct greedy responses of policy, mixture at `alpha` and, if wanted, anchor (eq. 7-8).
 
-    All of a process's responses are one batch with an alpha a sequence. A response is correct where the weighted sum
+    A process decodes its responses in one batch with an alpha per sequence. A response is correct if the weighted sum
     of the trainer's rewards reaches 1, so the paper's reward is its `c`.
 
-    Processes share the questions, each the same number: one that has too few repeats some, which are not counted.
-    The rewards of all are known to all, so every process comes to the same counts.
+    Processes share the questions equally; repeated ones at the end are not counted. All processes see all rewards,
+    so they agree on the counts.
     """
     processes, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
     share = math.ceil(len(rows) / processes)
@@ -136,7 +138,7 @@ def validate(trainer: "LogitMixGRPOTrainer", rows: Rows, alpha: float, with_anch
     alphas = [0.0, alpha, 1.0] if with_anchor else [0.0, alpha]
     asked = mine * len(alphas)
     was_training = trainer.model.training
-    trainer.model.eval()  # no dropout, which would also draw random numbers
+    trainer.model.eval()  # without dropout, which would draw random numbers
     prompts = [row["prompt"] for row in asked]
     completion_ids = trainer.decode_greedy(
         trainer.tokenize_prompts(prompts), [alpha for alpha in alphas for _ in mine]
@@ -147,7 +149,7 @@ def validate(trainer: "LogitMixGRPOTrainer", rows: Rows, alpha: float, with_anch
     rewards_NF = trainer.unlogged_rewards(asked, prompts, completions, completion_ids)
     trainer.model.train(was_training)
     rewards_N = (rewards_NF * trainer.reward_weights.to(rewards_NF.device)).nansum(1)
-    # gathered by process, then alpha, then question; question i was asked by process i % processes
+    # gathered by process, then alpha, then question; process i % processes decoded question i
     correct = (rewards_N >= 1).view(processes, len(alphas), share).permute(1, 2, 0).flatten(1)[:, : len(rows)]
     policy, mixture = correct[0], correct[1]
     return Counts(

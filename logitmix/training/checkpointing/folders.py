@@ -1,8 +1,8 @@
-"""Checkpoint folders that are whole or not there.
+"""Checkpoint folders that are either whole or absent.
 
-A checkpoint is written under a name that nothing takes for a checkpoint, `.saving/checkpoint-N` in the run's folder,
-with a list of its files and their sizes. When every byte is on the disk, a rename makes it `checkpoint-N`: a process
-killed before that leaves the run as it was, and the list shows a file that was cut or lost later.
+A checkpoint is written to `.saving/checkpoint-N` in the run's folder, with a list of its files and their sizes. Once
+every byte is on disk, a rename makes it `checkpoint-N`. A process killed before that leaves the run unchanged, and the
+list reveals a file that was truncated or lost later.
 """
 
 import errno
@@ -24,10 +24,10 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def publish(staged: Path, checkpoint: Path) -> None:
-    """Make the finished folder `staged` the checkpoint, in the place of one that is there already."""
+    """Rename the finished folder `staged` to `checkpoint`, replacing an existing one."""
     sizes = {str(path.relative_to(staged)): path.stat().st_size for path in _files(staged)}
     (staged / FILE_LIST).write_text(json.dumps(sizes, indent=1))
-    # What the run's other files say of the steps so far must not come to the disk later than the checkpoint
+    # The run's logs of the steps so far must reach the disk before the checkpoint
     for path in [*_files(staged), *checkpoint.parent.glob("*.jsonl")]:
         sync(path)
     for folder in [*(path for path in staged.rglob("*") if path.is_dir()), staged]:
@@ -40,7 +40,7 @@ def publish(staged: Path, checkpoint: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have a file, or the names in a folder, written to the disk."""
+    """Flush a file, or the entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -49,7 +49,7 @@ def sync(path: Path) -> None:
 
 
 def saved_checkpoints(run_folder: Path) -> list[Path]:
-    """The run's checkpoints, whole or damaged, in the order of their steps."""
+    """The run's checkpoints, whole or damaged, in order of their steps."""
     found = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in run_folder.glob("checkpoint-*")}
     steps = {path: int(match[1]) for path, match in found.items() if match and path.is_dir()}
     return sorted(steps, key=steps.__getitem__)
@@ -61,9 +61,9 @@ def half_written(run_folder: Path) -> list[str]:
 
 
 def fault(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint; None where it is whole, as far as the names and sizes of its files tell.
+    """What is wrong with a checkpoint, or None if it is whole, judging by the names and sizes of its files.
 
-    One without a list of its files, as other trainers leave it, is whole if its state can be read.
+    A checkpoint of another trainer, without a list of files, counts as whole if its state can be read.
     """
     try:
         json.loads((checkpoint / STATE_FILE).read_text())
@@ -83,42 +83,43 @@ def fault(checkpoint: Path) -> str | None:
 
 
 def last_whole_checkpoint(run_folder: Path) -> Path | None:
-    """The checkpoint of the most steps that is whole."""
+    """The whole checkpoint with the most steps."""
     return next((path for path in reversed(saved_checkpoints(run_folder)) if fault(path) is None), None)
 
 
 @contextmanager
 def explained_write_errors(folder: Path, what: str, needed: Callable[[], int] | None = None) -> Iterator[None]:
-    """Raise `OSError` of one sentence where writing `what` into `folder` fails for want of room.
+    """Raise `OSError` with one sentence where writing `what` into `folder` fails because the disk is full.
 
-    `needed` tells about how many bytes it takes. What was half written as a checkpoint is removed, since a full disk
-    stops whatever else writes to it.
+    `needed` returns about how many bytes it takes. A half-written checkpoint is removed, so that other programs can
+    write again.
     """
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        if not _is_want_of_room(error):
+        if not _is_disk_full(error):
             raise
         free = shutil.disk_usage(folder).free
         shutil.rmtree(folder / STAGING, ignore_errors=True)
         whole = last_whole_checkpoint(folder)
-        kept = f"{whole} is whole, so the run can go on from there" if whole else "no checkpoint was saved before it"
-        size = "" if needed is None else f"it takes about {_in_units(needed())}, and "
+        kept = f"{whole} is whole, so the run can resume from it" if whole else "no checkpoint was saved before it"
+        size = "" if needed is None else f"it takes about {_format_bytes(needed())}, and "
         raise OSError(
-            f"{what} could not be written to {folder}: {size}{_in_units(free)} are free there, or a quota or limit "
-            f"is met; {kept}. Make room (--save_total_limit 1 keeps one checkpoint) and --resume_from_checkpoint true"
+            f"{what} could not be written to {folder}: {size}{_format_bytes(free)} are free there, or a quota or "
+            f"limit is reached; {kept}. Make room (--save_total_limit 1 keeps one checkpoint) and use "
+            "--resume_from_checkpoint true"
         ) from error
 
 
-def _is_want_of_room(error: Exception) -> bool:
+def _is_disk_full(error: Exception) -> bool:
     if isinstance(error, OSError):
         return error.errno in NO_ROOM
-    # safetensors and torch.save raise errors of their own, with the system's in their text or not at all
+    # safetensors and torch.save raise their own errors, with or without the system's message
     system_errors = [os.strerror(number) for number in NO_ROOM]
     return any(text in str(error) for text in [*system_errors, "PytorchStreamWriter", "inline_container.cc"])
 
 
-def _in_units(size: float) -> str:
+def _format_bytes(size: float) -> str:
     for unit in ("bytes", "kB", "MB"):
         if size < 1000:
             return f"{size:.3g} {unit}"
@@ -131,6 +132,6 @@ def _files(folder: Path) -> list[Path]:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The trainer's state in a checkpoint, by the names of transformers' `TrainerState`."""
+    """The trainer state in a checkpoint, with the names of transformers' `TrainerState`."""
     state: dict[str, Any] = json.loads((checkpoint / STATE_FILE).read_text())
     return state

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 
 class Clock:
-    """Adds up the seconds of phases, each until the device has done what it was given."""
+    """Adds up the seconds of phases, each measured until the device has finished."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -37,7 +37,7 @@ class Clock:
 
 
 class OptimizerClock(TrainerCallback):
-    """Counts the optimizer's steps and adds their seconds to a clock's phase `optimizer`."""
+    """Counts updates and adds their seconds to the phase `optimizer` of a clock."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock

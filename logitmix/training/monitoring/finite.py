@@ -1,4 +1,4 @@
-"""What stops a step before it can ruin a run: numbers that are not finite, with the batch saved for inspection.
+"""Stops a run at numbers that are not finite, before an update, and saves the batch for inspection.
 
 Shape legend: N completions of all processes, F reward functions.
 """
@@ -15,17 +15,18 @@ from torch.distributed.tensor import DTensor
 if TYPE_CHECKING:
     from logitmix.training.trl_patches import PatchedGRPOTrainer
 
-WAY_OUT = "Look at the batch, then go on from the last checkpoint with another setting (a lower learning_rate, say)"
+WAY_OUT = "Inspect the batch, then resume from the last checkpoint with another setting, such as a lower learning_rate"
 
 
 def broken_parameter(model: nn.Module) -> str | None:
-    """The name of a parameter that holds a value which is not finite, or None. Waits for the device once.
+    """The name of a parameter with a value that is not finite, or None. Synchronises with the device once.
 
-    Of sharded parameters this process's part is looked at, so that one process may ask alone; 8-bit ones are not.
+    Of a sharded parameter, only this process's part is checked, so that one process can call it alone. Parameters of
+    8 bits are skipped.
     """
     local = [(name, p.to_local() if isinstance(p, DTensor) else p) for name, p in model.named_parameters()]
     named = [(name, p.detach()) for name, p in local if p.numel() and p.is_floating_point() and p.element_size() > 1]
-    if not named:  # ZeRO-3 keeps them elsewhere
+    if not named:  # partitioned by ZeRO-3
         return None
     finite = [torch.isfinite(parameter).all() for _, parameter in named]
     together = torch.stack([flag.to(finite[0].device) for flag in finite]).tolist()
@@ -33,17 +34,17 @@ def broken_parameter(model: nn.Module) -> str | None:
 
 
 def require_finite_parameters(model: nn.Module) -> None:
-    """Raise `ValueError` where the model to train holds NaN or infinite values before the first step."""
+    """Raise `ValueError` where a parameter holds NaN or infinite values before the first step."""
     name = broken_parameter(model)
     if name is not None:
-        raise ValueError(f"the parameter {name} holds values that are not finite; load a sound checkpoint")
+        raise ValueError(f"the parameter {name} holds values that are not finite; load another checkpoint")
 
 
 def broken_reward(rewards_NF: Tensor, weights_F: Tensor, names: Sequence[str]) -> tuple[int, str] | None:
-    """The first completion whose reward is not finite, and which function gave what for it, or None.
+    """The first completion whose reward is not finite, with the function and its value, or None.
 
-    TRL turns a function's None into NaN and leaves it out of the sum: that is no fault while another function gives
-    a number. An infinite reward, or a completion that no function rewards, is one.
+    TRL turns a function's None into NaN and leaves it out of the sum, which is fine as long as another function
+    returns a number. An infinite reward, or a completion without any reward, is not.
     """
     weighted_NF = rewards_NF * weights_F.to(rewards_NF)
     broken_N = weighted_NF.isinf().any(1) | weighted_NF.isnan().all(1)
@@ -58,15 +59,15 @@ def broken_reward(rewards_NF: Tensor, weights_F: Tensor, names: Sequence[str]) -
 
 
 def count_broken(values: Tensor, mask: Tensor | None = None) -> Tensor:
-    """How many values are NaN or infinite, of those in the mask, as a number on the device."""
+    """The number of values in the mask that are NaN or infinite, as a tensor on the device."""
     broken = ~torch.isfinite(values)
     return (broken if mask is None else broken & mask).sum()
 
 
 def stop_run(trainer: "PatchedGRPOTrainer", what: str, content: dict[str, Any], together: bool = True) -> None:
-    """Save `content` under `output_dir/nonfinite-step-N`, a file a process, and raise `FloatingPointError`.
+    """Save `content` under `output_dir/nonfinite-step-N`, one file per process, and raise `FloatingPointError`.
 
-    Called by all processes, or by one with `together=False`. The optimizer has not seen the step.
+    All processes call it, or one alone with `together=False`. The step's update has not been made.
     """
     accelerator = trainer.accelerator
     step = trainer.state.global_step + 1
@@ -78,14 +79,14 @@ def stop_run(trainer: "PatchedGRPOTrainer", what: str, content: dict[str, Any], 
     except OSError as error:
         saved = f"The batch could not be saved in {folder} ({error})"
     if together:
-        accelerator.wait_for_everyone()  # a launcher ends the others as soon as one process fails
+        accelerator.wait_for_everyone()  # a launcher kills the others as soon as one process fails
     raise FloatingPointError(
         f"step {step} stopped, with the weights as they were before it: {what}. {saved}. {WAY_OUT}"
     )
 
 
 def stop_at_batches(trainer: "PatchedGRPOTrainer", what: str, batches: Sequence[dict[str, Any]]) -> None:
-    """`stop_run` with the batches as the loss takes them, and their texts."""
+    """`stop_run` with the batches of the loss, and their texts."""
 
     def texts(ids_BT: Tensor, mask_BT: Tensor) -> list[str]:
         return trainer.text_tokenizer.batch_decode(
@@ -104,7 +105,7 @@ def stop_at_batches(trainer: "PatchedGRPOTrainer", what: str, batches: Sequence[
 def require_finite_rewards(
     trainer: "PatchedGRPOTrainer", rewards_NF: Tensor, prompts: Sequence[Any], completions: Sequence[Any]
 ) -> None:
-    """Stop the run at a reward that is not finite. `rewards_NF` are of all processes, the rest of this one."""
+    """Stop the run at a reward that is not finite. `rewards_NF` are of all processes, the texts of this one."""
     broken = broken_reward(rewards_NF, trainer.reward_weights, trainer.reward_func_names)
     if broken is None:
         return

@@ -1,9 +1,9 @@
-"""Dynamic sampling (DAPO, arXiv 2503.14476): questions whose rollouts all earn the same teach nothing.
+"""Dynamic sampling (DAPO, arXiv 2503.14476): drop or replace questions whose rollouts all earn the same reward.
 
-Such a group has advantage 0 throughout. It can leave the loss, whose mean over questions (eq. 6) is then over those
-that stay, and further questions can take its place.
+The advantages of such a group are 0. Without it, eq. 6's mean is over the remaining questions; further questions can
+be sampled in its place.
 
-Shape legend: Q questions of a generation step, G rollouts each, N = Q·G rollouts of all processes, F reward functions.
+Shape legend: Q questions of an outer step, G rollouts each, N = Q·G rollouts of all processes, F reward functions.
 """
 
 import math
@@ -25,13 +25,13 @@ PADDED_LEFT = ("prompt_ids", "prompt_mask")
 
 
 def has_spread(rewards_NF: Tensor, weights_F: Tensor, num_generations: int) -> Tensor:
-    """`[Q]`: whether a question's rollouts differ in their reward, the weighted sum of what the functions gave."""
+    """`[Q]`: whether the rollouts of a question differ in reward, the weighted sum over the reward functions."""
     rewards_QG = (rewards_NF * weights_F.to(rewards_NF)).nansum(1).view(-1, num_generations)
     return rewards_QG.amax(1) > rewards_QG.amin(1)
 
 
 class QuestionStream:
-    """The training questions in an order of its own, over and over, for refills. Its whole state is a count."""
+    """An endless stream of the training questions, reshuffled in each pass, for refills. Its state is one count."""
 
     def __init__(self, num_questions: int, seed: int) -> None:
         self.num_questions, self.seed, self.drawn = num_questions, seed, 0
@@ -43,7 +43,7 @@ class QuestionStream:
             epoch, position = divmod(i, self.num_questions)
             if position == 0 or not indices:
                 order = list(range(self.num_questions))
-                random.Random(f"refill {self.seed} {epoch}").shuffle(order)  # another order than the sampler's
+                random.Random(f"refill {self.seed} {epoch}").shuffle(order)  # independent of the sampler's order
             indices.append(order[position])
         self.drawn += count
         return indices
@@ -63,12 +63,12 @@ def refill(
     questions: QuestionStream,
     max_refills: int,
 ) -> tuple[Batch, Tensor]:
-    """The process's `batch` with other questions in the places of those without spread, and which places have one.
+    """Replace the questions of `batch` without reward spread. Returns the batch and which questions have spread.
 
-    `sample` makes a batch of rows of the data set, a process's share of them; `rewards` tells those `[N, F]` of the
-    batch made last. Called by all processes, which agree since they see all rewards. Further questions are sampled at
-    most `max_refills` times, each time as many as are missing; what is still without spread then stays, with a
-    warning. The log is of the step's own questions.
+    `spread_Q` says which questions of the batch have spread. `sample` makes a batch of a process's rows and the
+    rewards `[N, F]` of all processes. All processes call this function and agree, since they see all rewards. It
+    samples at most `max_refills` times, as many questions as are missing; those still without spread are kept, with a
+    warning. Metrics of the replacements are not logged.
     """
     accelerator, G = trainer.accelerator, trainer.num_generations
     metrics = trainer.step_metrics
@@ -76,20 +76,20 @@ def refill(
     spread_Q = spread_Q.clone()
     num_rows = len(batch["prompt_ids"])
     pad_id = trainer.text_tokenizer.pad_token_id
-    whole: Batch | None = None  # of all processes, once a place has to change
+    whole: Batch | None = None  # of all processes, once a question is replaced
     for _ in range(max_refills):
         missing = (~spread_Q).nonzero().flatten().tolist()
         if not missing:
             break
-        indices = questions.draw(shareable(len(missing), G, accelerator.num_processes))
+        indices = questions.draw(divisible_count(len(missing), G, accelerator.num_processes))
         rows = [trainer.train_dataset[i] for i in indices for _ in range(G)]
         share = len(rows) // accelerator.num_processes
         sampled, rewards_NF = sample(rows[accelerator.process_index * share :][:share])
-        extra = gathered(sampled, accelerator, pad_id)
+        extra = gather_batch(sampled, accelerator, pad_id)
         found = has_spread(rewards_NF, trainer.reward_weights, G).nonzero().flatten().tolist()
-        whole = gathered(batch, accelerator, pad_id) if whole is None else whole
+        whole = gather_batch(batch, accelerator, pad_id) if whole is None else whole
         places = missing[: len(found)]
-        whole = replaced(whole, extra, places, found[: len(places)], G, pad_id)
+        whole = replace_groups(whole, extra, places, found[: len(places)], G, pad_id)
         spread_Q[places] = True
     for name, values in metrics.items():
         if name != "num_tokens":  # a running count
@@ -97,7 +97,8 @@ def refill(
     if not spread_Q.all() and accelerator.is_main_process:
         warnings.warn(
             f"after {max_refills} refills {int((~spread_Q).sum())} of {len(spread_Q)} questions are still without "
-            "reward spread, and leave the loss; raise max_refills, or look whether the task is too easy or too hard",
+            "reward spread and do not count in the loss; raise max_refills, or check whether the task is too easy or "
+            "too hard",
             stacklevel=2,
         )
     if whole is None:
@@ -108,22 +109,22 @@ def refill(
     return mine, spread_Q
 
 
-def shareable(num_questions: int, num_generations: int, num_processes: int) -> int:
-    """The least number of questions, not below `num_questions`, whose rollouts the processes share evenly."""
+def divisible_count(num_questions: int, num_generations: int, num_processes: int) -> int:
+    """The smallest number of questions, at least `num_questions`, whose rollouts divide evenly among the processes."""
     step = num_processes // math.gcd(num_processes, num_generations)
     return math.ceil(num_questions / step) * step
 
 
-def gathered(batch: Batch, accelerator: Accelerator, pad_id: int) -> Batch:
-    """A batch's rows of all processes, in the order of the processes; numbers of the whole batch are left out."""
+def gather_batch(batch: Batch, accelerator: Accelerator, pad_id: int) -> Batch:
+    """The rows of a batch from all processes, in the order of the processes, without scalars of the whole batch."""
     rows = {name: x for name, x in batch.items() if not (isinstance(x, Tensor) and x.dim() == 0)}
-    strange = [name for name, x in rows.items() if not isinstance(x, Tensor) or x.dim() > 2]
-    if strange:
-        raise ValueError(f"dynamic_sampling='refill' cannot exchange {', '.join(strange)}; use 'filter', or 'off'")
+    unsupported = [name for name, x in rows.items() if not isinstance(x, Tensor) or x.dim() > 2]
+    if unsupported:
+        raise ValueError(f"dynamic_sampling='refill' cannot exchange {', '.join(unsupported)}; use 'filter', or 'off'")
     return {
         name: accelerator.gather(
             accelerator.pad_across_processes(
-                x, dim=1, pad_index=padding_of(name, pad_id), pad_first=name in PADDED_LEFT
+                x, dim=1, pad_index=padding_value(name, pad_id), pad_first=name in PADDED_LEFT
             )
             if x.dim() == 2
             else x
@@ -132,27 +133,28 @@ def gathered(batch: Batch, accelerator: Accelerator, pad_id: int) -> Batch:
     }
 
 
-def replaced(
+def replace_groups(
     batch: Batch, extra: Batch, places: Sequence[int], sources: Sequence[int], num_generations: int, pad_id: int
 ) -> Batch:
-    """`batch` with the groups `sources` of `extra` in `places`, all padded to the width of the wider."""
+    """`batch` with its groups `places` replaced by the groups `sources` of `extra`, padded to the wider of the two."""
     result = {}
     for name, old in batch.items():
         new = extra[name]
         if old.dim() == 2:
             width = max(old.shape[1], new.shape[1])
-            old, new = (widened(x, width, padding_of(name, pad_id), name in PADDED_LEFT) for x in (old, new))
+            old, new = (pad_to(x, width, padding_value(name, pad_id), name in PADDED_LEFT) for x in (old, new))
         groups = old.reshape(-1, num_generations, *old.shape[1:]).clone()
         groups[list(places)] = new.reshape(-1, num_generations, *new.shape[1:])[list(sources)]
         result[name] = groups.reshape(old.shape)
     return result
 
 
-def widened(x: Tensor, width: int, value: int, left: bool) -> Tensor:
+def pad_to(x: Tensor, width: int, value: int, left: bool) -> Tensor:
+    """`x` padded with `value` to `width` columns, on the left or the right."""
     gap = width - x.shape[1]
     return torch.nn.functional.pad(x, (gap, 0) if left else (0, gap), value=value)
 
 
-def padding_of(name: str, pad_id: int) -> int:
-    """What TRL pads a tensor with."""
+def padding_value(name: str, pad_id: int) -> int:
+    """The value that TRL pads a tensor of this name with."""
     return pad_id if name in ("prompt_ids", "completion_ids") else int(name == "tool_mask")
