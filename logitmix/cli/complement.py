@@ -25,8 +25,8 @@ class ComplementArguments:
 
     sources: list[str] = field(
         metadata={
-            "help": "Two policies, each a checkpoint, or a file or folder of responses that eval wrote, with :NAME for "
-            "one of its members; or one mixture, whose policy and anchor are compared."
+            "help": "Two policies: each a checkpoint, or a file or folder of responses that eval wrote, with :NAME "
+            "for one of its members. Or one mixture, whose policy and anchor are compared."
         }
     )
 
@@ -51,7 +51,7 @@ def run(options: ComplementOptions) -> None:
 
     sources = options.comparison.sources
     if len(sources) not in (1, 2):
-        raise ValueError(f"{len(sources)} sources are given, but a comparison is of one or two; leave out the others")
+        raise ValueError(f"{len(sources)} sources are given; a comparison takes one or two")
     validate_distinct(sources, "source")
     checkpoints = [source for source in sources if find_responses(source) is None]
     decoded = decode_checkpoints(checkpoints, options) if checkpoints else {}
@@ -66,7 +66,7 @@ def run(options: ComplementOptions) -> None:
 
 
 def decode_checkpoints(checkpoints: Sequence[str], options: ComplementOptions) -> dict[str, "Rows"]:
-    """Greedy responses of the checkpoints by source, loaded one at a time; by member if a mixture is the only source."""
+    """Greedy responses of the checkpoints, by source, or by member for a single mixture. One is loaded at a time."""
     from accelerate import PartialState
 
     from logitmix.evaluation.decode import decoder, in_batches, members_of, requests_for
