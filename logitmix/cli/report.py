@@ -41,7 +41,7 @@ def run(args: ReportArguments) -> None:
     found = find_run_or_model(folder)
     if found is not None:
         raise ValueError(
-            f"{folder} holds a run or a model ({found}); give the report a folder of its own: {folder / 'report'}"
+            f"{folder} holds a run or a model ({found}); give the report its own folder: {folder / 'report'}"
         )
     validate_distinct(args.runs, "run")
     arms = arms_of(run for source in args.runs for run in read_run(source))

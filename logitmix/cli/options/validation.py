@@ -18,4 +18,4 @@ def validate_distinct(sources: Sequence[str], what: str) -> None:
     paths = [Path(source).resolve() for source in sources]
     for i, source in enumerate(sources):
         if paths[i] in paths[:i]:
-            raise ValueError(f"the {what} {source} is given twice and would be compared with itself; give it once")
+            raise ValueError(f"the {what} {source} is given twice, and would be compared with itself; give it once")
