@@ -34,7 +34,7 @@ FIGURES = {
     "figure-9": ("prob_mixing", "Figure 9: logit mixing and probability mixing"),
 }
 SIGNS = {"holds": "✓", "does not hold": "✗", "undecided": "?"}
-# Panels of `logitmix report` that are no figures of the paper, and the arms shown in them
+# Panels of `logitmix report` that are not figures of the paper, and the arms shown in them
 EXTRA_PANELS = {"alpha": ("fixed_mixing", "adaptive_mixing"), "reward": tuple(TITLES)}
 
 

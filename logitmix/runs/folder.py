@@ -1,4 +1,4 @@
-"""The folder of a run: where it may be, what it may resume from, and what it records about its start."""
+"""The folder of a run: checks before it starts or resumes, and the record of its start."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def find_run_or_model(folder: Path, *more: str) -> str | None:
 
 
 def validate_same_arguments(folder: Path, arguments: Mapping[str, Any], ignored: Collection[str] = ()) -> None:
-    """Raise `ValueError` where a recorded argument of the run in the folder differs from `arguments`.
+    """Raise `ValueError` if a recorded argument of the run in the folder differs from `arguments`.
 
     The error lists every difference. Arguments that the record does not have, as of an earlier version, are ignored,
     and so are those named in `ignored`. A folder without a record passes.

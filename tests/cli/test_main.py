@@ -327,7 +327,7 @@ def test_the_documented_metrics_are_logged(train, tmp_path):
     assert set(names) - set(log) == missing
 
 
-def test_the_model_card_says_how_to_load_the_mixture(run_of_two_steps):
+def test_the_model_card_shows_how_to_load_the_mixture(run_of_two_steps):
     folder = Path(run_of_two_steps[run_of_two_steps.index("--output_dir") + 1])
     card = (folder / "README.md").read_text()
     assert "None" not in card

@@ -84,7 +84,7 @@ class CheckpointDataArguments(SourceArguments):
     def resolve(self, *checkpoints: str | None) -> DataArguments:
         """The data to evaluate checkpoints on: what the flags give and, for the rest, what the checkpoints' runs used.
 
-        The seed of the splits comes with it; with another one, training problems would be among the test problems.
+        That includes the seed of the splits: with another one, training problems would be among the test problems.
         Ignored are None, checkpoints without a run of logitmix, and runs on a task other than `--task`.
 
         Raises `ValueError` if the runs differ in what the flags leave open.

@@ -137,7 +137,9 @@ def model_configs(source: str, recipe: str | None) -> list[PreTrainedConfig]:
         try:
             config = AutoConfig.from_pretrained(source)
         except (OSError, ValueError) as error:
-            raise ValueError(f"there is no config.json at {source!r} to tell the size of the model from") from error
+            raise ValueError(
+                f"there is no config.json at {source!r}, which gives the size of the model; check the name"
+            ) from error
     return config.member_configs if isinstance(config, LogitMixConfig) else [config]
 
 

@@ -45,7 +45,7 @@ REFERENCE = {
     "SFTConfig": "https://huggingface.co/docs/trl/sft_trainer#trl.SFTConfig",
 }
 COLUMN = 34  # where descriptions begin
-TYPE_NAMES: dict[Any, str] = {int: "INT", float: "FLOAT", bool: "BOOL", str: "TEXT"}
+TYPE_NAMES: dict[Any, str] = {int: "INT", float: "FLOAT", str: "TEXT"}
 
 
 def asks_for_help(argv: Sequence[str]) -> bool:
@@ -112,7 +112,7 @@ def _split_fields(group: type) -> tuple[list[Field], list[Field]]:
             by_name[name].type = hint
     classes = [c for c in reversed(group.__mro__) if c.__module__.startswith("logitmix")]
     own = list(dict.fromkeys(name for c in classes for name in inspect.get_annotations(c) if name in by_name))
-    own.sort(key=lambda name: name not in FIRST)
+    own.sort(key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
     return [by_name[name] for name in own], [field for name, field in by_name.items() if name not in own]
 
 
@@ -152,6 +152,8 @@ def _type_name(hint: Any) -> str:
         return _type_name(next(argument for argument in arguments if argument is not NoneType))
     if origin is Literal:
         return "{" + ",".join(map(str, arguments)) + "}"
+    if hint is bool:
+        return "[BOOL]"  # the flag alone means true
     if origin is list or hint is list:
         return f"{_type_name(arguments[0]) if arguments else 'TEXT'} ..."
     if isinstance(hint, type) and issubclass(hint, Enum):

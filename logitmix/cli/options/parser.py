@@ -62,7 +62,7 @@ def parse(
 def build(options: type[Options], recipe_name: str | None, settings: Mapping[str, Any]) -> Options:
     """The options that `parse` makes of the recipe and these settings as flags, without a command line.
 
-    Raises `ValueError` for an unknown recipe. A setting that is no flag is a mistake in the calling code.
+    Raises `ValueError` for an unknown recipe. A setting that is not a flag fails an assertion.
     """
     groups = _groups(options)
     recipe = None if recipe_name is None else load_recipe(recipe_name).divided_among(launched_processes())
@@ -93,7 +93,7 @@ class _Parser(TrlParser):
     def set_recipe_defaults(self, recipe: Recipe) -> None:
         self.recipe = recipe
         unknown = super().set_defaults_with_config(**{key: value.value for key, value in recipe.values.items()})
-        assert not unknown, f"the recipe {recipe.name} has keys that are no flags: {unknown}"
+        assert not unknown, f"the recipe {recipe.name} has keys that are not flags: {unknown}"
 
     def set_defaults_with_config(self, **config: Any) -> list[str]:
         self.config_keys = tuple(config)
