@@ -43,19 +43,22 @@ def find_run_or_model(folder: Path, *more: str) -> str | None:
     return next((pattern for pattern in (*RUN_OR_MODEL_FILES, *more) if list(folder.glob(pattern))), None)
 
 
-def validate_same_arguments(folder: Path, arguments: Mapping[str, Any], ignored: Collection[str] = ()) -> None:
-    """Raise `ValueError` if a recorded argument of the run in the folder differs from `arguments`.
+def validate_same_arguments(
+    folder: Path, arguments: Mapping[str, Any], ignored: Collection[str] = (), recorded_only: bool = False
+) -> None:
+    """Raise `ValueError` if `arguments` differ from those recorded for the run in the folder, listing every difference.
 
-    The error lists every difference. Arguments that the record does not have, as of an earlier version, are ignored,
-    and so are those named in `ignored`. A folder without a record passes.
+    With `recorded_only`, arguments that the record lacks are ignored: a library has added them since the run started.
+    A folder without a record passes.
     """
     start = read_last_start(folder)
     if start is None:
         return
     before, now = start["arguments"], json.loads(json.dumps(arguments, default=str))
-    changed = [key for key in before if key not in ignored and before[key] != now.get(key)]
+    keys = before if recorded_only else before | now
+    changed = [key for key in keys if key not in ignored and before.get(key) != now.get(key)]
     if changed:
-        differences = ", ".join(f"{key} {before[key]!r}, now {now.get(key)!r}" for key in changed)
+        differences = ", ".join(f"{key} {before.get(key)!r}, now {now.get(key)!r}" for key in changed)
         raise ValueError(
             f"{folder} was started with {differences}; continue it with the same arguments, or choose another "
             "--output_dir"
@@ -83,7 +86,7 @@ def find_checkpoint(output_dir: str, arguments: Mapping[str, Any], resume: str |
             raise ValueError(f"{output_dir} holds another run ({found}); choose another --output_dir, or {way_out}")
         return None
     checkpoint = _last_checkpoint(folder) if resume.lower() == "true" else _given_checkpoint(folder, Path(resume))
-    validate_same_arguments(folder, arguments, IGNORED_ARGUMENTS)
+    validate_same_arguments(folder, arguments, IGNORED_ARGUMENTS, recorded_only=True)
     if checkpoint is None:
         return None
     step, max_steps = checkpoint_step(checkpoint), arguments["max_steps"]

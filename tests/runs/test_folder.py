@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from logitmix.runs.files import append_jsonl, drop_lines_after, read_jsonl
-from logitmix.runs.folder import find_checkpoint, record_start, rewind
+from logitmix.runs.folder import find_checkpoint, record_start, rewind, validate_same_arguments
 from logitmix.runs.provenance import fingerprint, git_commit
 
 ROWS = [{"step": 1, "x": "a\u2028b\nc"}, {"step": 2}, {"step": 2, "train_runtime": 3.5}, {"name": "no step"}]
@@ -59,6 +59,15 @@ def test_every_argument_that_differs_from_the_resumed_run_is_listed(tmp_path):
     assert find_checkpoint(str(tmp_path), same, "true") == found
     with pytest.raises(ValueError, match=r"with alpha 0.5, now 0.7, seed 1, now 2; continue it with"):
         find_checkpoint(str(tmp_path), same | {"alpha": 0.7, "seed": 2}, "true")
+
+
+def test_arguments_that_a_run_did_not_record_differ_unless_a_library_may_have_added_them(tmp_path):
+    record_start(str(tmp_path), {"alpha": 0.5})
+    now = {"alpha": 0.5, "added": 1}
+    validate_same_arguments(tmp_path, now, recorded_only=True)
+    validate_same_arguments(tmp_path, now, ignored={"added"})
+    with pytest.raises(ValueError, match=r"was started with added None, now 1; continue it with"):
+        validate_same_arguments(tmp_path, now)
 
 
 def test_a_folder_with_only_damaged_checkpoints_is_not_started_again(tmp_path):
