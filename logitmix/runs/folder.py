@@ -46,7 +46,7 @@ def find_run_or_model(folder: Path, *more: str) -> str | None:
 def validate_same_arguments(
     folder: Path, arguments: Mapping[str, Any], ignored: Collection[str] = (), recorded_only: bool = False
 ) -> None:
-    """Raise `ValueError` if `arguments` differ from those recorded for the run in the folder, listing every difference.
+    """Raise `ValueError`, with every difference, if `arguments` are not those recorded for the run in the folder.
 
     With `recorded_only`, arguments that the record lacks are ignored: a library has added them since the run started.
     A folder without a record passes.
