@@ -37,7 +37,7 @@ import torch
 from logitmix.tasks import Arithmetic, Grade
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["logitmix.cli.train", "logitmix.cli.quickstart"])
+FORKS.set_forkserver_preload(["logitmix.cli.train", "logitmix.paper.quickstart"])
 
 # Two epochs. Each batch of rollouts serves four micro-batches twice, so four updates, with checkpoints between them
 # and logs between checkpoints. One checkpoint is kept.
@@ -131,8 +131,8 @@ def _command(argv: list[str], log: str, phase: Any, die_at: tuple[str, str] | No
     from transformers import Trainer
     from trl import GRPOTrainer
 
-    from logitmix.cli import train
     from logitmix.cli.__main__ import main
+    from logitmix.evaluation import during_training
     from logitmix.training.alpha import callback as alpha_control
 
     for owner, method, name in (
@@ -140,7 +140,7 @@ def _command(argv: list[str], log: str, phase: Any, die_at: tuple[str, str] | No
         (Trainer, "training_step", "update"),
         (Trainer, "_save_checkpoint", "checkpoint"),
         (alpha_control, "validate", "validation"),
-        (train, "greedy_responses", "evaluation"),
+        (during_training, "greedy_responses", "evaluation"),
     ):
         setattr(owner, method, _noting(getattr(owner, method), name, phase))
     if die_at is not None:

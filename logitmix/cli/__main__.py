@@ -1,39 +1,41 @@
-"""The command line: one thin command a verb."""
+"""`logitmix VERB`: finds the verb's module, runs it, and turns expected errors into one line and a status."""
 
 import importlib
 import os
 import sys
 from collections.abc import Sequence
-from difflib import get_close_matches
 from importlib.metadata import version
 
+from logitmix.cli.options.help import asks_for_help
+from logitmix.runs.console import quiet_libraries
+from logitmix.tasks.names import unknown_name
+
 VERBS = {
-    "quickstart": ("logitmix.cli.quickstart", "from nothing to a report, on a laptop's CPU, without downloads"),
-    "sft": ("logitmix.cli.sft", "make an anchor from a task's demonstrations"),
-    "train": ("logitmix.cli.train", "GRPO of the mixture of a policy and a frozen anchor"),
-    "serve": ("logitmix.cli.serve", "an OpenAI-compatible server of a mixture, by vLLM or transformers"),
-    "export": ("logitmix.cli.export", "one member of a mixture as a checkpoint of its own"),
-    "check-task": ("logitmix.cli.check_task", "a task's splits, and whether its golds accept themselves"),
-    "recipes": ("logitmix.cli.recipes", "the names of the settings at hand: every run of the paper"),
-    "eval": ("logitmix.cli.eval", "accuracy of policy, anchor and mixture on the same problems"),
-    "sweep": ("logitmix.cli.sweep", "a pair at every alpha, mixed in logits, probabilities and weights"),
-    "inspect": ("logitmix.cli.inspect", "a response token by token, and which member carried each"),
-    "report": ("logitmix.cli.report", "curves of any number of training runs: figures, a page, a table"),
-    "reproduce": ("logitmix.cli.reproduce", "every arm, table, figure and claim of the paper at one scale"),
-    "complement": ("logitmix.cli.complement", "what two policies get right, together and alone"),
-    "lm-eval": ("logitmix.cli.lm_eval", "lm-evaluation-harness, with mixtures among its --model hf"),
+    "quickstart": ("logitmix.cli.quickstart", "train a tiny mixture from nothing, on a CPU, without downloads"),
+    "sft": ("logitmix.cli.sft", "fine-tune an anchor on a task's demonstrations"),
+    "train": ("logitmix.cli.train", "train the mixture of a policy and a frozen anchor with GRPO"),
+    "serve": ("logitmix.cli.serve", "serve a mixture over an OpenAI-compatible API, with vLLM or transformers"),
+    "export": ("logitmix.cli.export", "write one member of a mixture as an ordinary checkpoint"),
+    "check-task": ("logitmix.cli.check_task", "show a task's splits and check its gold answers"),
+    "recipes": ("logitmix.cli.recipes", "list the recipes: settings of every run of the paper, by name"),
+    "eval": ("logitmix.cli.eval", "evaluate policy, anchor and mixture on the same problems"),
+    "sweep": ("logitmix.cli.sweep", "evaluate a pair at every alpha, mixed in logits, probabilities and weights"),
+    "inspect": ("logitmix.cli.inspect", "show a response token by token, and which member chose each token"),
+    "report": ("logitmix.cli.report", "plot the curves of training runs"),
+    "reproduce": ("logitmix.cli.reproduce", "run every arm of the paper and check its claims"),
+    "complement": ("logitmix.cli.complement", "compare two policies: what each gets right, together and alone"),
+    "lm-eval": ("logitmix.cli.lm_eval", "run lm-evaluation-harness, with support for mixtures"),
 }
 
-USAGE = "usage: logitmix VERB [flags]      (logitmix VERB --help for its flags)\n\n" + "".join(
-    f"  {verb:<12}{what}\n" for verb, (_, what) in VERBS.items()
+USAGE = "usage: logitmix VERB [flags]      (`logitmix VERB --help` lists the flags of a verb)\n\n" + "".join(
+    f"  {verb:<12}{description}\n" for verb, (_, description) in VERBS.items()
 )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a verb; it may return a status of its own.
+    """Run a verb and return the exit status: 0, one of the verb's own, 2 after an error, or 130 after Ctrl-C.
 
-    Wrong input, and a package that an option needs and that is not installed, are answered by one sentence and exit
-    status 2.
+    For wrong input, a full disk, and an option whose package is not installed, it prints one error line.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
@@ -44,20 +46,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     verb, *flags = argv
     if verb not in VERBS:
-        nearest = get_close_matches(verb, VERBS, n=1, cutoff=0.0)[0]
-        return _fail(f"there is no command {verb!r}; did you mean {nearest!r}? The commands are {', '.join(VERBS)}")
-    # to be set before transformers is imported
+        return _fail(str(unknown_name("command", verb, VERBS)))
+    # read when transformers is imported
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        importlib.import_module("logitmix.runs.folder").quiet_libraries()
-        return importlib.import_module(VERBS[verb][0]).main(flags) or 0
+        module = importlib.import_module(VERBS[verb][0])
+        if not asks_for_help(flags):
+            quiet_libraries()
+        return module.main(flags) or 0
     except (ValueError, OSError, FloatingPointError, ImportError) as error:
         return _fail(str(error))
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; importing torch here would slow down --help
             raise
-        return _fail(f"{error} Take fewer sequences at a time: logitmix {verb} --help lists the batch sizes")
+        return _fail(f"{error} Process fewer sequences at a time: logitmix {verb} --help lists the batch sizes")
     except KeyboardInterrupt:
         print("logitmix: interrupted", file=sys.stderr)
         return 130

@@ -1,4 +1,4 @@
-"""`logitmix check-task NAME`: a task's splits, the problems it drops, and whether its golds grade as right."""
+"""`logitmix check-task NAME`: the splits of a task, what was dropped, and whether its gold answers grade as right."""
 
 from collections.abc import Sequence
 
@@ -9,19 +9,16 @@ from logitmix.cli.options.data import DataArguments
 from logitmix.cli.options.parser import parse
 from logitmix.tasks.check import check
 
-SHOWN = 10  # near-duplicates to print; the table has their number
+NUM_DUPLICATES = 10  # near-duplicates that are printed; the table has their number
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the table, some near-duplicates and every failure. The exit status is 1 if there is a failure."""
-    if argv and not argv[0].startswith("-"):
-        argv = ["--task", *argv]
-    (args,) = parse(
-        "logitmix check-task NAME",
-        "A task's splits, and whether every gold, written in the task's template, is graded as right.",
-        (DataArguments,),
-        argv,
-    )
+    """Print a table, some near-duplicates and every failure; return 1 if there is a failure, else 0."""
+    description = "Show a task's splits, and check that every gold answer, in the task's template, grades as right."
+    return run(parse("check-task", description, DataArguments, argv, positional=("task", "NAME")))
+
+
+def run(args: DataArguments) -> int:
     task = args.load()
     checked = check(task)
     table = Table(title=f"{task.name}, template {task.template.name}, seed {args.split_seed}", title_justify="left")
@@ -35,8 +32,8 @@ def main(argv: Sequence[str]) -> int:
     table.add_row("all", f"{problems:,}", f"{accepted:,}")
     Console().print(table)
     if task.left_out:
-        print(f"{task.left_out:,} rows are left out: they are no problem of this task.")
-    for problem in task.dropped.get("near-duplicates of test", ())[:SHOWN]:
+        print(f"{task.left_out:,} rows are left out: they are not problems of this task.")
+    for problem in task.dropped.get("near-duplicates of test", ())[:NUM_DUPLICATES]:
         print(f"dropped, nearly in test: {' '.join(problem.question.split())[:100]}")
     failures = [failure for part in checked for failure in part.failures]
     for failure in failures:

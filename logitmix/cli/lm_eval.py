@@ -1,4 +1,4 @@
-"""`logitmix lm-eval`: lm-evaluation-harness's own command line, for which a mixture is a model like any other."""
+"""`logitmix lm-eval`: the command line of lm-evaluation-harness, which loads a mixture like any other model."""
 
 import importlib
 import sys
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run `lm_eval` with these flags, after transformers has learnt what a checkpoint of a mixture is."""
+    """Run `lm_eval` with these flags, once mixtures are registered with transformers."""
     importlib.import_module("logitmix.mixture.modeling")
     try:
         cli_evaluate = importlib.import_module("lm_eval.__main__").cli_evaluate

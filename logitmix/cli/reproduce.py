@@ -1,94 +1,103 @@
-"""`logitmix reproduce`: every arm, table and figure of the paper at one scale, and a verdict on each claim.
+"""`logitmix reproduce`: every arm, table and figure of the paper at one scale, and the verdicts on its claims.
 
-Each stage runs like the command of its name, in a folder of its own. A stage that is complete does not run again.
+The other commands make it, stage by stage, each stage in its own folder. A complete stage is not made again.
 """
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from logitmix.cli import sft, sweep, train
 from logitmix.cli.options.parser import build, parse
-from logitmix.cli.quickstart import make_base
-from logitmix.paper.claims import check_size
-from logitmix.paper.presets import BASE, Stage, load_preset, stages
-from logitmix.paper.reproduction import REPORT, open_folder, run_stages, write_report
+from logitmix.paper.presets import load_preset
+from logitmix.paper.stages import BASE, Stage, plan_stages
 from logitmix.runs.files import RUN_FILE
-from logitmix.runs.folder import console
 from logitmix.tasks.arithmetic import Arithmetic
 
 
 @dataclass
 class ReproduceArguments:
-    """What to reproduce, and where."""
+    """Reproduction"""
 
     scale: str = field(
         default="tiny",
-        metadata={"help": "tiny: arithmetic on a CPU; smoke: a minute; math-3b and so on: the paper's cells on GPUs."},
+        metadata={
+            "help": "tiny: arithmetic on a CPU; smoke: every part once, in a minute; math-3b and so on: a cell of the "
+            "paper, on GPUs."
+        },
     )
-    seeds: int = field(default=3, metadata={"help": "Number of seeds, from 0; a later run can add more."})
-    output_dir: str | None = field(default=None, metadata={"help": "Default runs/reproduce-<scale>."})
+    seeds: int = field(
+        default=3, metadata={"help": "Number of seeds, from 0; running again with more adds the missing ones."}
+    )
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Folder of the reproduction; default: runs/reproduce-SCALE."}
+    )
     eval_limit: int | None = field(
-        default=None, metadata={"help": "Number of test problems; default the scale's, mostly 500."}
+        default=None, metadata={"help": "Number of test problems; default: the scale's, 500 for most."}
     )
-    dry_run: bool = field(default=False, metadata={"help": "Print the command of each stage, and run nothing."})
+    dry_run: bool = field(default=False, metadata={"help": "Print the commands of all stages, and run nothing."})
 
 
 def main(argv: Sequence[str]) -> None:
-    description = "Every arm, table and figure of the paper at one scale, and a verdict on each claim."
-    (args,) = parse("logitmix reproduce", description, (ReproduceArguments,), argv)
+    description = (
+        "Run every arm of the paper at one scale, and report its tables, figures and claims. The same command again "
+        "continues an interrupted reproduction."
+    )
+    run(parse("reproduce", description, ReproduceArguments, argv))
+
+
+def run(args: ReproduceArguments) -> None:
+    from logitmix.paper.claims import validate_num_problems
+    from logitmix.paper.reproduction import REPORT, report_stages, run_stages, start_reproduction
+    from logitmix.runs.console import console
+
     preset = load_preset(args.scale)
     if args.seeds < 1:
-        raise ValueError(f"seeds is {args.seeds}, but must be at least 1; 3 show the differences between seeds")
+        raise ValueError(f"seeds is {args.seeds}, but must be at least 1; 3 show how much seeds differ")
     folder = Path(args.output_dir or f"runs/reproduce-{args.scale}")
-    planned = stages(preset, args.seeds, folder, args.eval_limit)
-    check_size(planned[-1].settings["eval_limit"])
+    planned = plan_stages(preset, args.seeds, folder, args.eval_limit)
+    validate_num_problems(planned[-1].settings["eval_limit"])
     if args.dry_run:
         print_commands(planned)
         return
-    open_folder(folder, {"command": "reproduce", "scale": args.scale, "eval_limit": args.eval_limit})
+    start_reproduction(folder, {"command": "reproduce", "scale": args.scale, "eval_limit": args.eval_limit})
     try:
         for seed in range(args.seeds):
-            wanted = [stage for stage in planned if stage.seed <= seed]
-            run_stages(wanted, planned, folder, RUNNERS)
-            write_report(folder, args.scale, preset, wanted)
+            stages = [stage for stage in planned if stage.seed <= seed]
+            run_stages(stages, planned, folder, run_stage)
+            report_stages(folder, args.scale, stages)
     except KeyboardInterrupt:
-        console.print("Repeat the command to continue; complete stages do not run again.")
+        console.print("Run the same command to continue; complete stages are not made again.")
         raise
     console.print(f"The claims, tables and figures are in {folder / REPORT / 'index.html'}.", soft_wrap=True)
 
 
 def print_commands(planned: Sequence[Stage]) -> None:
-    """Print the command of each stage; a stage run by hand, on several GPUs for instance, counts as complete."""
+    """Print the command of every stage. A stage may also be run by hand, for instance on several GPUs."""
     for stage in planned:
         print(f"# made here: the base model of {stage.name}" if stage.verb == BASE else " ".join(stage.command))
 
 
-def run_base(stage: Stage) -> None:
-    make_base(Arithmetic(), stage.folder, stage.seed, stage.settings["max_steps"])
+def run_stage(stage: Stage) -> None:
+    """Make a stage, from its last checkpoint if it was interrupted and has one."""
+    from logitmix.cli import sft, sweep, train
+
+    settings = dict(stage.settings)
+    if stage.verb in ("sft", "train") and (stage.folder / RUN_FILE).exists():
+        settings["resume_from_checkpoint"] = "true"
+    if stage.verb == BASE:
+        make_base(stage)
+    elif stage.verb == "sft":
+        sft.run(build(sft.SFTOptions, stage.recipe, settings), stage.command)
+    elif stage.verb == "train":
+        train.run(build(train.TrainOptions, stage.recipe, settings), stage.command)
+    else:
+        sweep.run(build(sweep.SweepOptions, stage.recipe, settings))
 
 
-def run_sft(stage: Stage) -> None:
-    sft.run(sft.SFTOptions(*build(sft.GROUPS, **_resumed(stage))), stage.command)
+def make_base(stage: Stage) -> None:
+    """Train the quickstart's base model. Seeds differ in its initial weights and in the order of its corpus."""
+    from logitmix.paper.tiny_training import train_base
 
-
-def run_train(stage: Stage) -> None:
-    train.run(train.TrainOptions(*build(train.GROUPS, **_resumed(stage))), stage.command)
-
-
-def run_sweep(stage: Stage) -> None:
-    """A sweep continues where it was interrupted, without a flag."""
-    sweep.run(sweep.SweepOptions(*build(sweep.GROUPS, None, stage.settings)))
-
-
-RUNNERS = {BASE: run_base, "sft": run_sft, "train": run_train, "sweep": run_sweep}
-
-
-def _resumed(stage: Stage) -> dict[str, Any]:
-    """The recipe and the other settings of a training stage, resumed from its last checkpoint if it was started."""
-    values = dict(stage.settings)
-    recipe = values.pop("recipe")
-    if (stage.folder / RUN_FILE).exists():
-        values["resume_from_checkpoint"] = "true"
-    return {"recipe": recipe, "values": values}
+    shutil.rmtree(stage.folder, ignore_errors=True)  # of an interrupted stage, which has no checkpoints
+    train_base(Arithmetic(), stage.folder, "base model", stage.settings["max_steps"], stage.seed)

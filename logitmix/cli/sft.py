@@ -1,7 +1,7 @@
-"""`logitmix sft`: make an anchor from a task's demonstrations."""
+"""`logitmix sft`: supervised fine-tuning of an anchor on a task's demonstrations."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from trl import SFTConfig
 
@@ -9,67 +9,61 @@ from logitmix.cli.options.data import TaskArguments
 from logitmix.cli.options.dry_run import dry_run_sft
 from logitmix.cli.options.lora import AdapterArguments
 from logitmix.cli.options.model import ModelArguments
-from logitmix.cli.options.parser import parse
+from logitmix.cli.options.parser import flatten, parse
 from logitmix.cli.options.recipe import RecipeArguments
 from logitmix.mixture.adapters import read_adapter_config, validate_adapter_targets
 from logitmix.mixture.loading import load_member, require_tokenizer
 from logitmix.mixture.modeling import LogitMixForCausalLM
-from logitmix.runs.callbacks import run_training
-from logitmix.runs.folder import console, find_checkpoint
+from logitmix.runs.console import console
+from logitmix.runs.folder import find_checkpoint
 from logitmix.runs.trackers import validate_trackers
+from logitmix.runs.training import run_training
 from logitmix.training.sft import ResumableSFTTrainer, sft_dataset
 
 
-class SFTOptions(NamedTuple):
-    """The options of a fine-tuning run."""
-
+@dataclass
+class SFTOptions:
     recipe: RecipeArguments
     task: TaskArguments
     model: ModelArguments
-    lora: AdapterArguments
-    trainer: SFTConfig
-
-
-GROUPS = tuple(SFTOptions.__annotations__.values())
+    adapter: AdapterArguments
+    training: SFTConfig
 
 
 def parse_sft(argv: Sequence[str]) -> SFTOptions:
-    """The options that flags, a config file and a recipe set."""
-    return SFTOptions(*parse("logitmix sft", "Make an anchor from a task's demonstrations.", GROUPS, argv))
+    return parse("sft", "Fine-tune a model on a task's demonstrations, to make an anchor.", SFTOptions, argv)
 
 
 def main(argv: Sequence[str]) -> None:
-    options = parse_sft(argv)
-    if options.recipe.dry_run:
-        dry_run_sft(*options)
-    else:
-        run(options, ["logitmix", "sft", *argv])
+    run(parse_sft(argv), ["logitmix", "sft", *argv])
 
 
 def run(options: SFTOptions, command: Sequence[str]) -> None:
-    """Fine-tune and save. `command` is what the user typed, to be repeated after an interruption.
-
-    Raises `ValueError` for options that do not fit the model, the task or the run that is in the folder.
-    """
-    recipe_args, task_args, model_args, adapter_args, args = options
+    """Train, with `command` as the command line that is printed to continue the run when it is stopped."""
+    task_args, model_args, args = options.task, options.model, options.training
+    if options.recipe.dry_run:
+        dry_run_sft(options.recipe, task_args, model_args, options.adapter, args)
+        return
     validate_trackers(args.report_to)
-    peft_config = adapter_args.peft_config
-    arguments = {"command": "sft", "recipe": recipe_args.recipe}
-    arguments |= vars(task_args) | vars(model_args) | vars(adapter_args) | args.to_dict()
+    peft_config = options.adapter.peft_config
+    arguments = {"command": "sft", "recipe": options.recipe.recipe}
+    arguments |= flatten(task_args, model_args, options.adapter) | args.to_dict()
     checkpoint = find_checkpoint(args.output_dir, arguments, args.resume_from_checkpoint)
+
     task = task_args.load()
     rows = task.demonstrations(task_args.train_limit)
-    if peft_config is not None and read_adapter_config(model_args.model_name_or_path) is not None:
+    source = model_args.model_name_or_path
+    if peft_config is not None and read_adapter_config(source) is not None:
         raise ValueError(
-            f"{model_args.model_name_or_path} is an adapter already, and --use_peft asks for a new one; merge it "
-            "first, with logitmix export --merge"
+            f"{source} is an adapter already, and --use_peft would add another; merge it first, with logitmix export "
+            "--merge"
         )
-    model = load_member(model_args.model_name_or_path, **model_args.init_kwargs)
+    model = load_member(source, **model_args.init_kwargs)
     if isinstance(model, LogitMixForCausalLM):
-        raise ValueError(f"{model_args.model_name_or_path} is a mixture; SFT makes an anchor from a single model")
+        raise ValueError(f"{source} is a mixture; SFT makes an anchor from a single model")
     if peft_config is not None:
         validate_adapter_targets(model, peft_config)
-    tokenizer = require_tokenizer(model_args.model_name_or_path)
+    tokenizer = require_tokenizer(source)
     dataset, dropped = sft_dataset(rows, tokenizer, args.max_length)
     if dropped:
         console.print(f"Left out {dropped} of {len(rows)} demonstrations longer than max_length {args.max_length}.")

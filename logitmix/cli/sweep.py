@@ -1,106 +1,89 @@
-"""`logitmix sweep`: a pair at each alpha, mixed in logits, probabilities and weights (the paper's table 4)."""
+"""`logitmix sweep`: a pair at every alpha, mixed in logits, in probabilities and in weights; the paper's table 4."""
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 
 from logitmix.cli.options.data import TestProblemArguments
 from logitmix.cli.options.evaluation import DecodingArguments
-from logitmix.cli.options.mixture import MixtureArguments, open_mixture, open_tokenizer
-from logitmix.cli.options.model import ModelArguments
-from logitmix.cli.options.parser import parse
-from logitmix.evaluation.decode import Decode, Request, Response, decoder, in_batches, requests_for
-from logitmix.evaluation.report.figures import plot_sweep
-from logitmix.evaluation.report.tables import print_choices, print_sweep_intervals
-from logitmix.evaluation.responses import open_responses
-from logitmix.evaluation.sweep import MEMBERS, MIXES, choose_alpha, merge_weights, set_merge, sweep_rates
-from logitmix.mixture.configuration import resolve_weights
+from logitmix.cli.options.model import AnchorArguments, MixtureArguments, ModelArguments, load_mixture
+from logitmix.cli.options.parser import flatten, parse
+from logitmix.runs.console import console
 from logitmix.runs.files import SWEEP_FILE
-from logitmix.runs.folder import console
+from logitmix.tasks.names import unknown_name
 
 
 @dataclass
 class SweepArguments:
-    """The alphas to sweep, and the ways to mix."""
+    """Sweep"""
 
     alphas: list[float] = field(
         default_factory=lambda: [i / 10 for i in range(11)],
         metadata={"help": "Weights of the anchor; 0 and 1, the members alone, are always included."},
     )
     mixes: list[str] = field(
-        default_factory=lambda: list(MIXES),
-        metadata={"help": "logit and prob mix distributions; merge mixes weights: (1 - alpha) policy + alpha anchor."},
+        default_factory=lambda: ["logit", "prob", "merge"],
+        metadata={
+            "help": "Ways to mix: logit and prob mix distributions, merge mixes weights, (1 - alpha) policy + alpha "
+            "anchor."
+        },
     )
 
 
 @dataclass
-class PairArguments:
-    """The anchor of the pair."""
-
-    anchor: str | None = field(default=None, metadata={"help": "Mix the model with this anchor."})
-
-
-class SweepOptions(NamedTuple):
-    """The options of a sweep."""
-
-    data: TestProblemArguments
+class SweepOptions:
+    problems: TestProblemArguments
     model: ModelArguments
-    pair: PairArguments
+    mixture: AnchorArguments
     sweep: SweepArguments
     decoding: DecodingArguments
 
 
-GROUPS = tuple(SweepOptions.__annotations__.values())
-
-
 def main(argv: Sequence[str]) -> None:
-    description = "Format and answer rates of a pair at each alpha, mixed in three ways."
-    run(SweepOptions(*parse("logitmix sweep", description, GROUPS, argv)))
+    description = "Evaluate a pair at every alpha, mixed in three ways, on the same test problems."
+    run(parse("sweep", description, SweepOptions, argv))
 
 
 def run(options: SweepOptions) -> None:
-    """Decode, grade and report the pair at each alpha. Raises `ValueError` for options that cannot be swept."""
-    asked, model_args, pair, swept, args = options
-    between = sorted(set(swept.alphas) - set(MEMBERS.values()))
-    mixes = list(dict.fromkeys(swept.mixes))
+    """Decode and grade, print the tables and write responses, rates and a figure; an interrupted sweep continues."""
+    from logitmix.evaluation.decode import decoder
+    from logitmix.evaluation.report.figures import plot_sweep
+    from logitmix.evaluation.report.tables import print_choices, print_sweep_intervals
+    from logitmix.evaluation.responses import open_responses
+    from logitmix.evaluation.sweep import MEMBERS, MIXES, choose_alpha, merge_weights, sweep_rates
+    from logitmix.evaluation.sweep_decoding import Decoders, decode_sweep
+    from logitmix.mixture.configuration import resolve_weights
+    from logitmix.mixture.loading import require_tokenizer
+
+    model_args, args = options.model, options.decoding
+    between = sorted(set(options.sweep.alphas) - set(MEMBERS.values()))
+    mixes = list(dict.fromkeys(options.sweep.mixes))
     for mix in mixes:
         if mix not in MIXES:
-            raise ValueError(f"there is no mix {mix!r}; --mixes takes some of {', '.join(MIXES)}")
+            raise unknown_name("mix", mix, MIXES, f"--mixes takes some of {', '.join(MIXES)}")
         for alpha in between:
             resolve_weights(alpha, None, 2, "logit" if mix == "merge" else mix)
-    data_args = asked.resolve(model_args.model_name_or_path, pair.anchor)
+    data_args = options.problems.resolve(model_args.model_name_or_path, options.mixture.anchor)
     task = data_args.load()
-    problems = task.problems("test", asked.eval_limit)
+    problems = task.problems("test", options.problems.eval_limit)
     if len(problems) < 2:
         raise ValueError(
-            f"eval_limit is {asked.eval_limit}, but alpha is chosen on half of the problems and reported on the "
-            "other half; raise it above 1"
+            f"eval_limit is {options.problems.eval_limit}, but alpha is chosen on half of the problems and reported "
+            "on the other half; raise it above 1"
         )
-    model = open_mixture(model_args, MixtureArguments(pair.anchor))
-    tokenizer = open_tokenizer(model_args)
-    policy, anchor = model.members
-    merged = merge_weights(policy, anchor) if "merge" in mixes else None
-    decode = decoder(model, tokenizer, task, problems, args.max_new_tokens)
-
-    def batches(alphas: dict[str, float]) -> list[list[Request]]:
-        return in_batches(requests_for(alphas, len(problems)), args.batch_size)
-
-    members = batches(dict(MEMBERS))
-    given = [vars(group) for group in (asked, data_args, model_args, pair, swept, args)]
-    arguments = {"command": "sweep"} | {key: value for group in given for key, value in group.items()}
+    pair = load_mixture(model_args, MixtureArguments(options.mixture.anchor))
+    tokenizer = require_tokenizer(model_args.model_name_or_path)
+    merged = merge_weights(*pair.members) if "merge" in mixes else None
+    decoders = Decoders(
+        pair,
+        decoder(pair, tokenizer, task, problems, args.max_new_tokens),
+        merged,
+        None if merged is None else decoder(merged, tokenizer, task, problems, args.max_new_tokens),
+    )
+    arguments = {"command": "sweep"}
+    arguments |= flatten(options.problems, data_args, model_args, options.mixture, options.sweep, args)
     responses = open_responses(args.output_dir, arguments)
-    responses.add("members alone", members, decode)
-    for mix in mixes:
-        if mix == "merge":
-            continue
-        model.config.scheme = mix  # type: ignore[assignment]
-        requests = [Request(mix, alpha, i) for alpha in between for i in range(len(problems))]
-        responses.add(f"mix {mix}", in_batches(requests, args.batch_size), decode)
-    for alpha in between if merged is not None else []:
-        set_merge(merged, policy, anchor, alpha)
-        of_merged = _as_one_model(decoder(merged, tokenizer, task, problems, args.max_new_tokens))
-        responses.add(f"merge at {alpha:g}", batches({"merge": alpha}), of_merged)
+    decode_sweep(responses, decoders, len(problems), mixes, between, args.batch_size)
 
     table, choices = sweep_rates(responses.rows), choose_alpha(responses.rows)
     title = f"{task.name}, {len(problems)} test problems, greedy"
@@ -112,14 +95,3 @@ def run(options: SweepOptions) -> None:
         (folder / SWEEP_FILE).write_text(json.dumps(lines, indent=2) + "\n")
         plot_sweep(table, title, folder / "sweep.png", folder / "sweep.svg", members=("policy", "anchor"))
         console.print(f"{SWEEP_FILE}, sweep.png, sweep.svg and every response are in {folder}.", soft_wrap=True)
-
-
-def _as_one_model(decode: Decode) -> Decode:
-    """Decode requests at an alpha with a merged model, which takes no alpha; the responses keep it."""
-
-    def decode_at(batches: Sequence[Sequence[Request]]) -> Iterator[list[Response]]:
-        plain = [[replace(request, alpha=None) for request in batch] for batch in batches]
-        for batch, responses in zip(batches, decode(plain), strict=True):
-            yield [replace(response, alpha=request.alpha) for request, response in zip(batch, responses, strict=True)]
-
-    return decode_at

@@ -8,8 +8,9 @@ from typing import Any
 from accelerate import PartialState
 
 from logitmix.evaluation.decode import Decode, Request
-from logitmix.runs.files import RESPONSES_FILE, RUN_FILE, read_jsonl
-from logitmix.runs.folder import HELD, append_jsonl, console, progress_bar, record_start, validate_same_arguments
+from logitmix.runs.console import console, progress_bar
+from logitmix.runs.files import RESPONSES_FILE, RUN_FILE, append_jsonl, read_jsonl
+from logitmix.runs.folder import find_run_or_model, record_start, validate_same_arguments
 
 # May differ between an evaluation and its continuation: it is how a batch is made to fit into memory
 IGNORED_ARGUMENTS = {"batch_size"}
@@ -60,7 +61,9 @@ class Responses:
                     bar.advance(shown, len(lines))
             except KeyboardInterrupt:
                 if self.path is not None:
-                    console.print(f"{len(self.rows)} responses are in {self.path}; repeat the command to continue.")
+                    console.print(
+                        f"{len(self.rows)} responses are in {self.path}; the same command goes on from there."
+                    )
                 raise
 
     def _cut_after(self, lines: int) -> None:
@@ -88,12 +91,10 @@ def open_responses(output_dir: str | None, arguments: Mapping[str, Any]) -> Resp
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{output_dir} is a file; --output_dir must be a folder")
     if (folder / RUN_FILE).exists():
-        before = read_jsonl(folder / RUN_FILE)[-1]["arguments"]
-        way_out = "continue it with the same, or choose another --output_dir"
-        validate_same_arguments(output_dir, before, arguments, IGNORED_ARGUMENTS, way_out)
+        validate_same_arguments(folder, arguments, IGNORED_ARGUMENTS)
     else:
-        held = next((name for name in (*HELD, RESPONSES_FILE) if list(folder.glob(name))), None)
-        if held is not None:
-            raise ValueError(f"{output_dir} holds something else ({held}); choose another --output_dir")
+        found = find_run_or_model(folder, RESPONSES_FILE)
+        if found is not None:
+            raise ValueError(f"{output_dir} holds something else ({found}); choose another --output_dir")
     record_start(output_dir, arguments)
     return Responses(folder / RESPONSES_FILE)

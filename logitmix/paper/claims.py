@@ -1,7 +1,7 @@
-"""What arXiv 2605.20555 claims, one function a claim: from who had which problem right to a verdict with its numbers.
+"""The claims of arXiv 2605.20555, one function each: from the outcomes of a reproduction to a verdict.
 
-Every claim is a statement on a number, such as a difference of two rates. The number has a 95 % interval, a bootstrap
-over problems and seeds, and the verdict is what the whole interval says. Pure functions.
+Each claim is about a number, such as a difference of two rates. Its 95 % interval, a bootstrap over problems and
+seeds, decides the verdict (`paper.verdicts`). Pure functions.
 """
 
 from collections.abc import Callable
@@ -23,21 +23,21 @@ from logitmix.paper.verdicts import Finding, Verdict, above, comparable, not_bel
 
 Scores = NDArray[np.float64]
 
-# The smallest share in the paper's table 3 of problems that one policy alone has right
-DISAGREEMENT = 0.22
+# The smallest share of problems that exactly one policy has right, in the paper's table 3
+MIN_DISAGREEMENT = 0.22
 
 
-def findings(outcomes: Outcomes) -> list[Finding]:
-    """All claims, in the paper's order. Raises `ValueError` for too few problems, see `check_size`."""
-    check_size(outcomes.n)
+def evaluate_claims(outcomes: Outcomes) -> list[Finding]:
+    """All findings, in the paper's order. Raises `ValueError` for too few problems (`validate_num_problems`)."""
+    validate_num_problems(outcomes.n)
     return [claim(outcomes) for claim in CLAIMS]
 
 
-def check_size(n: int) -> None:
-    """Raise `ValueError` for so few problems that nothing can be told from noise."""
+def validate_num_problems(n: int) -> None:
+    """Raise `ValueError` for so few problems that no difference could be significant."""
     if n < 1 or mcnemar_exact(n, 0) > 1 - CONFIDENCE:
         raise ValueError(
-            f"eval_limit is {n}, but with so few problems no difference can be told from noise, not even {n} to 0 by "
+            f"eval_limit is {n}, but with so few problems no difference is significant, not even {n} to 0 by "
             "McNemar's exact test; raise it above 5, the paper has 200 and 500"
         )
 
@@ -46,7 +46,7 @@ def check_size(n: int) -> None:
 
 
 def anchor_formats_better(o: Outcomes) -> Finding:
-    sft, policy = o.anchor("format_ok"), _policy(o, "format_ok")
+    sft, policy = o.anchor_scores("format_ok"), _policy(o, "format_ok")
     estimate = paired_difference(sft, policy)
     return Finding(
         "The anchor formats better than the trained policy",
@@ -60,7 +60,7 @@ def anchor_formats_better(o: Outcomes) -> Finding:
 
 
 def policy_reasons_better(o: Outcomes) -> Finding:
-    policy, sft = _policy(o), o.anchor()
+    policy, sft = _policy(o), o.anchor_scores()
     estimate = paired_difference(policy, sft)
     return Finding(
         "The trained policy reasons better than the anchor",
@@ -74,7 +74,7 @@ def policy_reasons_better(o: Outcomes) -> Finding:
 
 
 def policy_reasons_better_in_any_format(o: Outcomes) -> Finding:
-    policy, sft = _policy(o, "lenient_ok"), o.anchor("lenient_ok")
+    policy, sft = _policy(o, "lenient_ok"), o.anchor_scores("lenient_ok")
     estimate = paired_difference(policy, sft)
     return Finding(
         "The answer-correct gap is a lower bound of the policy's true advantage in reasoning",
@@ -88,7 +88,7 @@ def policy_reasons_better_in_any_format(o: Outcomes) -> Finding:
 
 
 def one_alone_is_right_often(o: Outcomes) -> Finding:
-    policy, sft = _policy(o), o.anchor()
+    policy, sft = _policy(o), o.anchor_scores()
     estimate = paired_difference(abs(policy - sft), np.zeros_like(sft))
     return Finding(
         "Exactly one of the two is right on a non-trivial share of problems",
@@ -96,7 +96,7 @@ def one_alone_is_right_often(o: Outcomes) -> Finding:
         "22 to 38 %",
         "share of problems that one alone has answer-correct; above 22 %",
         estimate,
-        above(estimate, DISAGREEMENT),
+        above(estimate, MIN_DISAGREEMENT),
         "share",
         rates={"policy only": float((policy > sft).mean()), "anchor only": float((sft > policy).mean())},
     )
@@ -178,7 +178,7 @@ def logits_lead_from_the_first_step(o: Outcomes) -> Finding:
 
 def logits_stay_ahead(o: Outcomes) -> Finding:
     steps = [step for step in o.steps("fixed_mixing") if step > 0]
-    logit, prob = ([o.trained(arm, step) for step in steps] for arm in ("fixed_mixing", "prob_mixing"))
+    logit, prob = ([o.arm_scores(arm, step) for step in steps] for arm in ("fixed_mixing", "prob_mixing"))
     estimate = paired_difference(np.mean(logit, axis=0), np.mean(prob, axis=0))
     ahead = np.mean([a.mean() > b.mean() for a, b in zip(logit, prob, strict=True)])
     return Finding(
@@ -213,11 +213,11 @@ CLAIMS: tuple[Callable[[Outcomes], Finding], ...] = (
 
 
 def _name(arm: str) -> str:
-    return "GRPO" if arm == "grpo" else TITLES[arm]  # a claim says itself that there is no KL
+    return "GRPO" if arm == "grpo" else TITLES[arm]  # the text of a claim mentions the KL
 
 
 def _policy(o: Outcomes, key: str = "answer_ok") -> Scores:
-    return o.evaluated("fixed_mixing", "policy", o.steps("fixed_mixing")[-1], key)
+    return o.member_scores("fixed_mixing", "policy", o.steps("fixed_mixing")[-1], key)
 
 
 def _means(**scores: Scores) -> dict[str, float]:
@@ -233,7 +233,7 @@ def _after_training(
     must_be: str,
     rule: Callable[[Estimate], Verdict],
 ) -> Finding:
-    a, b = (o.trained(arm, o.steps(arm)[-1]) for arm in arms)
+    a, b = (o.arm_scores(arm, o.steps(arm)[-1]) for arm in arms)
     estimate = paired_difference(a, b)
     first, second = map(_name, arms)
     measure = f"answer-correct, {first} - {second}, after training; {must_be}"
@@ -241,7 +241,7 @@ def _after_training(
 
 
 def _at_the_first_step(o: Outcomes, arms: tuple[str, str], claim: str, source: str, paper: str) -> Finding:
-    a, b = (o.trained(arm, o.steps(arm)[0]) for arm in arms)
+    a, b = (o.arm_scores(arm, o.steps(arm)[0]) for arm in arms)
     estimate = paired_difference(a, b)
     first, second = map(_name, arms)
     measure = f"answer-correct, {first} - {second}, before the first step; above 0"

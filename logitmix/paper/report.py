@@ -1,4 +1,4 @@
-"""The report of a reproduction: claims, tables and figures of arXiv 2605.20555, from the rows of `results.jsonl`."""
+"""The report of a reproduction: the claims, tables and figures of arXiv 2605.20555, as Markdown and as HTML."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from logitmix.evaluation.report.curves import PANELS, Arm, Panel, arms_of, panel
 from logitmix.evaluation.report.figures import plot_panel, plot_sweep
 from logitmix.evaluation.report.pages import reproduction_page
 from logitmix.evaluation.report.tables import interval, percent
-from logitmix.paper.claims import findings
+from logitmix.paper.claims import evaluate_claims
 from logitmix.paper.outcomes import Outcomes
 from logitmix.paper.recipes import PAPER_CELLS, TITLES
 from logitmix.paper.tables import (
@@ -25,7 +25,7 @@ from logitmix.paper.tables import (
 from logitmix.paper.verdicts import Finding
 
 RESULTS_FILE = "results.jsonl"
-# The paper's figures: each compares fixed mixing with one other arm
+# The paper's figures: the arm that each compares with fixed mixing, and its title
 FIGURES = {
     "figure-2": ("grpo_kl", "Figures 2, 4, 5: fixed mixing and GRPO+KL"),
     "figure-3": ("grpo", "Figure 3: fixed mixing and GRPO without KL"),
@@ -34,36 +34,39 @@ FIGURES = {
     "figure-9": ("prob_mixing", "Figure 9: logit mixing and probability mixing"),
 }
 SIGNS = {"holds": "✓", "does not hold": "✗", "undecided": "?"}
-# Panels of `logitmix report` that are not among the paper's figures, and their arms
-BESIDE = {"alpha": ("fixed_mixing", "adaptive_mixing"), "reward": tuple(TITLES)}
+# Panels of `logitmix report` that are not figures of the paper, and the arms shown in them
+EXTRA_PANELS = {"alpha": ("fixed_mixing", "adaptive_mixing"), "reward": tuple(TITLES)}
 
 
-def write_reproduction(folder: Path, rows: Sequence[Mapping[str, Any]], runs: Mapping[str, Sequence[Path]]) -> None:
+def write_report(folder: Path, rows: Sequence[Mapping[str, Any]], runs: Mapping[str, Sequence[Path]]) -> None:
     """Write `results.jsonl`, `claims.json`, the figures, `README.md` and `index.html` into the folder.
 
-    The first row says what was run; `runs` has the training runs of every arm, a folder a seed.
+    `rows` are those of `results.jsonl`; the first describes the reproduction. `runs` has the folders of the training
+    runs of every arm, one for each seed.
     """
     outcomes = Outcomes(rows)
-    found = findings(outcomes)
+    findings = evaluate_claims(outcomes)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RESULTS_FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "claims.json").write_text(json.dumps([asdict(finding) for finding in found], indent=2) + "\n")
+    (folder / "claims.json").write_text(json.dumps([asdict(finding) for finding in findings], indent=2) + "\n")
     arms = {
         arm: arms_of(replace(read_run(str(path))[0], label=TITLES[arm]) for path in paths)[0]
         for arm, paths in runs.items()
     }
     cells = sweep_cells(outcomes)
-    figures = draw(folder, cells, arms)
+    figures = plot_figures(folder, cells, arms)
     tables = [*complement_tables(outcomes), sweep_table(cells), arms_table(outcomes)]
-    about, notes = rows[0], notes_on(outcomes)
-    readme = markdown(about, found, notes, tables, figures)
+    about, notes = rows[0], reading_notes(outcomes)
+    readme = markdown(about, findings, notes, tables, figures)
     (folder / "README.md").write_text(readme, encoding="utf-8")
     svgs = {name: (folder / f"{name}.svg").read_text(encoding="utf-8") for name in figures}
-    shown = [asdict(f) | {"here": measured(f), "rates": rates_of(f), "sign": SIGNS[f.verdict]} for f in found]
+    shown = [
+        asdict(f) | {"here": format_estimate(f), "rates": format_rates(f), "sign": SIGNS[f.verdict]} for f in findings
+    ]
     page = reproduction_page(
         about=about,
-        made_on=made_on(about),
-        counts=counts(found),
+        made_on=format_provenance(about),
+        counts=count_verdicts(findings),
         findings=shown,
         notes=notes,
         tables=tables,
@@ -73,8 +76,8 @@ def write_reproduction(folder: Path, rows: Sequence[Mapping[str, Any]], runs: Ma
     (folder / "index.html").write_text(page, encoding="utf-8")
 
 
-def draw(folder: Path, cells: SweepCells, arms: Mapping[str, Arm]) -> dict[str, str]:
-    """The figures, PNG and SVG; their titles by file name."""
+def plot_figures(folder: Path, cells: SweepCells, arms: Mapping[str, Arm]) -> dict[str, str]:
+    """Plot the figures as PNG and SVG; return their titles by file name."""
     accuracy = next(panel for panel in PANELS if panel.file == "answer")
     titles = {}
     for name, (other, title) in FIGURES.items():
@@ -84,7 +87,7 @@ def draw(folder: Path, cells: SweepCells, arms: Mapping[str, Arm]) -> dict[str, 
     titles["table-4"] = "Table 4: mixing the untrained base with its SFT model"
     plot_sweep(sweep, titles["table-4"], *(folder / f"table-4.{suffix}" for suffix in ("png", "svg")))
     for panel in PANELS:
-        if panel.file in BESIDE and _plot(panel, [arms[arm] for arm in BESIDE[panel.file]], folder):
+        if panel.file in EXTRA_PANELS and _plot(panel, [arms[arm] for arm in EXTRA_PANELS[panel.file]], folder):
             titles[panel.file] = panel.title
     return titles
 
@@ -96,8 +99,8 @@ def _plot(panel: Panel, arms: Sequence[Arm], folder: Path) -> bool:
     return bool(lines)
 
 
-def notes_on(o: Outcomes) -> list[str]:
-    """How to read the verdicts."""
+def reading_notes(o: Outcomes) -> list[str]:
+    """Sentences on how to read the verdicts."""
     seeds = len(o.seeds)
     over = f"{o.n} problems and {seeds} seeds" if seeds > 1 else f"{o.n} problems"
     notes = [
@@ -112,28 +115,28 @@ def notes_on(o: Outcomes) -> list[str]:
     return notes
 
 
-def counts(found: Sequence[Finding]) -> str:
-    """`9 claims hold, 3 do not hold, 2 are undecided`."""
-    numbers = [sum(finding.verdict == verdict for finding in found) for verdict in SIGNS]
-    return "{} of {} claims hold, {} do not, {} are undecided".format(numbers[0], len(found), *numbers[1:])
+def count_verdicts(findings: Sequence[Finding]) -> str:
+    """`9 of 16 claims hold, 3 do not, 4 are undecided`."""
+    numbers = [sum(finding.verdict == verdict for finding in findings) for verdict in SIGNS]
+    return "{} of {} claims hold, {} do not, {} are undecided".format(numbers[0], len(findings), *numbers[1:])
 
 
-def measured(finding: Finding) -> str:
-    """The number that decides, with its interval."""
+def format_estimate(finding: Finding) -> str:
+    """The number that decides the claim, with its interval."""
     e = finding.estimate
     if finding.unit == "points":
         return f"{signed(e)} points"
     if finding.unit == "share":
         return f"{interval(e)} %"
-    return f"{e.value:.2g} [{e.low:.2g}, {e.high:.2g}]"  # a verdict may hang on less than a hundredth
+    return f"{e.value:.2g} [{e.low:.2g}, {e.high:.2g}]"  # a verdict may depend on less than a hundredth
 
 
-def rates_of(finding: Finding) -> str:
+def format_rates(finding: Finding) -> str:
     return ", ".join(f"{name}: {percent(value)} %" for name, value in finding.rates.items())
 
 
-def made_on(about: Mapping[str, Any]) -> str:
-    """Time, hardware and versions, in a line."""
+def format_provenance(about: Mapping[str, Any]) -> str:
+    """Hardware, time, versions and commit, in one line."""
     devices = ", ".join(about["devices"]) or "no GPU"
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
     commit = f", commit {about['git']['commit'][:12]}{' (changed)' * about['git']['dirty']}" if about["git"] else ""
@@ -145,12 +148,12 @@ def made_on(about: Mapping[str, Any]) -> str:
 
 def markdown(
     about: Mapping[str, Any],
-    found: Sequence[Finding],
+    findings: Sequence[Finding],
     notes: Sequence[str],
     tables: Sequence[Table],
     figures: Mapping[str, str],
 ) -> str:
-    """The report as Markdown, its figures beside it."""
+    """The report as Markdown; the figures are files in the same folder."""
     claims = Table(
         "",
         ["claim", "the paper", "here", "verdict"],
@@ -158,10 +161,10 @@ def markdown(
             [
                 f"**{f.claim}** ({f.source}). {f.measure[0].upper()}{f.measure[1:]}.",
                 f.paper,
-                f"{measured(f)} ({rates_of(f)})",
+                f"{format_estimate(f)} ({format_rates(f)})",
                 f"{SIGNS[f.verdict]} {f.verdict}",
             ]
-            for f in found
+            for f in findings
         ],
         rule="---",
     )
@@ -170,7 +173,7 @@ def markdown(
             f"# The paper's claims at the scale `{about['scale']}`\n",
             f"{about['about']}. Written by `{about['command']}`; "
             "[index.html](index.html) is the same as one page, [results.jsonl](results.jsonl) has every number.\n",
-            f"**{counts(found)}.**",
+            f"**{count_verdicts(findings)}.**",
             claims.markdown().removeprefix("### \n"),
             *(f"- {note}" for note in notes),
             "\n## Tables\n",
@@ -178,7 +181,7 @@ def markdown(
             "## Figures\n",
             "Lines are means over seeds, bands go from the lowest seed to the highest.\n",
             *(f"![{title}]({name}.png)\n" for name, title in figures.items()),
-            f"## Made on\n\n{made_on(about)}.",
+            f"## Made on\n\n{format_provenance(about)}.",
             "",
         ]
     )

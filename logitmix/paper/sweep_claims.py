@@ -1,6 +1,6 @@
-"""What arXiv 2605.20555 claims of the untrained pair, mixed by both schemes at every alpha: section 5 and table 4.
+"""The claims of arXiv 2605.20555 about the untrained pair, mixed by both schemes at every alpha: section 5, table 4.
 
-Legend: A alphas, C conditions, R resamples, S seeds, N problems.
+Shape legend: A alphas, C conditions, R resamples, S seeds, N problems.
 """
 
 from collections.abc import Callable
@@ -17,24 +17,26 @@ Scores = NDArray[np.float64]
 
 
 def logits_need_a_smaller_weight(o: Outcomes) -> Finding:
-    finding = _of_alphas(
+    finding = _alpha_claim(
         o,
         "Logit mixing keeps the format at a smaller weight of the anchor",
         "section 5, (i); table 4",
         "format 80 % at alpha 0.4 by logits, 75 % at 0.5 by probabilities",
         "alpha at which the format rate reaches half of its largest (between grid points on a line), probability - "
         "logit; above 0",
-        lambda alphas, logit, prob: _half_height(alphas, prob) - _half_height(alphas, logit),
+        lambda alphas, logit, prob: _half_maximum(alphas, prob) - _half_maximum(alphas, logit),
         key="format_ok",
     )
-    formats = {a: [float(o.swept(s, a, "format_ok").mean()) for s in ("logit", "prob")] for a in o.alphas("logit")}
+    formats = {
+        a: [float(o.sweep_scores(s, a, "format_ok").mean()) for s in ("logit", "prob")] for a in o.alphas("logit")
+    }
     alpha = max(formats, key=lambda a: abs(formats[a][0] - formats[a][1]))
     logit, prob = formats[alpha]
     return replace(finding, rates={f"format at alpha {alpha:g}, logit": logit, "probability": prob})
 
 
 def logits_peak_higher(o: Outcomes) -> Finding:
-    (logit, at), (prob, at_prob) = at_its_best(o, "logit"), at_its_best(o, "prob")
+    (logit, at), (prob, at_prob) = scores_at_best_alpha(o, "logit"), scores_at_best_alpha(o, "prob")
     estimate = paired_difference(logit, prob)
     return Finding(
         "The untrained pair peaks higher by logits than by probabilities",
@@ -49,8 +51,10 @@ def logits_peak_higher(o: Outcomes) -> Finding:
 
 
 def both_peaks_exceed_the_anchor(o: Outcomes) -> Finding:
-    sft = o.swept("logit", 1.0)
-    peaks = {name: at_its_best(o, scheme)[0] for name, scheme in (("logit", "logit"), ("probability", "prob"))}
+    sft = o.sweep_scores("logit", 1.0)
+    peaks = {
+        name: scores_at_best_alpha(o, scheme)[0] for name, scheme in (("logit", "logit"), ("probability", "prob"))
+    }
     estimate = min((paired_difference(peak, sft) for peak in peaks.values()), key=lambda e: (e.value, e.low))
     return Finding(
         "Both schemes' best exceeds the SFT model alone",
@@ -65,7 +69,7 @@ def both_peaks_exceed_the_anchor(o: Outcomes) -> Finding:
 
 
 def logits_peak_at_a_smaller_alpha(o: Outcomes) -> Finding:
-    return _of_alphas(
+    return _alpha_claim(
         o,
         "Logit mixing peaks at a smaller alpha than probability mixing",
         "section 5, (iii); table 4",
@@ -76,7 +80,7 @@ def logits_peak_at_a_smaller_alpha(o: Outcomes) -> Finding:
 
 
 def probabilities_peak_where_the_anchor_dominates(o: Outcomes) -> Finding:
-    return _of_alphas(
+    return _alpha_claim(
         o,
         "Probability mixing is best only where the anchor dominates",
         "section 5, (iii); table 4",
@@ -87,7 +91,7 @@ def probabilities_peak_where_the_anchor_dominates(o: Outcomes) -> Finding:
     )
 
 
-def _of_alphas(
+def _alpha_claim(
     o: Outcomes,
     claim: str,
     source: str,
@@ -97,12 +101,13 @@ def _of_alphas(
     key: str = "answer_ok",
     bound: float = 0.0,
 ) -> Finding:
-    """A claim on where a curve over alpha has something.
+    """A claim about the alpha at which a curve has some property.
 
-    `statistic` takes the alphas and the rates of both schemes by alpha and resample, and gives one alpha each.
+    `statistic` takes the alphas `[A]` and the rates `[A, R]` of logit and probability mixing, and returns an alpha, or
+    a difference of two, for each resample `[R]`.
     """
     alphas = np.array(o.alphas("logit"))
-    scores_CSN = np.array([o.swept(scheme, alpha, key) for scheme in ("logit", "prob") for alpha in alphas])
+    scores_CSN = np.array([o.sweep_scores(scheme, alpha, key) for scheme in ("logit", "prob") for alpha in alphas])
     half = len(alphas)
     estimate = bootstrap_rates(scores_CSN, lambda rates_CR: statistic(alphas, rates_CR[:half], rates_CR[half:]))
     means = scores_CSN.mean(axis=(1, 2)).reshape(2, half)
@@ -110,29 +115,28 @@ def _of_alphas(
         f"{scheme} at alpha {alphas[values.argmax()]:g}": float(values.max())
         for scheme, values in zip(("logit", "probability"), means, strict=True)
     }
-    # where a scheme has nothing right at any alpha, its largest rate stands nowhere
+    # if a scheme has nothing right at any alpha, its largest rate is at no alpha
     verdict = above(estimate, bound) if min(rates.values()) > 0 else "undecided"
     return Finding(claim, source, paper, measure, estimate, verdict, "alpha", rates)
 
 
-def at_its_best(o: Outcomes, scheme: str) -> tuple[Scores, str]:
-    """`[S, N]` of a scheme at its best alpha, and that alpha.
+def scores_at_best_alpha(o: Outcomes, scheme: str) -> tuple[Scores, str]:
+    """Scores `[S, N]` of a scheme at its best alpha, and that alpha, or both if the halves below choose differently.
 
-    The largest of many rates flatters itself. So the even problems are read at the alpha that is best on the odd ones
-    over all seeds, and the odd at that of the even; of several as good it is the smallest. Two alphas, where the
-    halves do not agree.
+    The largest of many rates is biased upwards. So the even problems are scored at the alpha that is best on the odd
+    ones over all seeds, and the odd problems at the alpha that is best on the even ones; ties go to the smaller alpha.
     """
     alphas = o.alphas(scheme)
-    scores_ASN = np.array([o.swept(scheme, alpha) for alpha in alphas])
+    scores_ASN = np.array([o.sweep_scores(scheme, alpha) for alpha in alphas])
     best = [int(scores_ASN[:, :, half::2].mean(axis=(1, 2)).argmax()) for half in (1, 0)]
-    read = np.empty_like(scores_ASN[0])
+    scores_SN = np.empty_like(scores_ASN[0])
     for half in (0, 1):
-        read[:, half::2] = scores_ASN[best[half], :, half::2]
-    return read, " and ".join(dict.fromkeys(f"{alphas[i]:g}" for i in best))
+        scores_SN[:, half::2] = scores_ASN[best[half], :, half::2]
+    return scores_SN, " and ".join(dict.fromkeys(f"{alphas[i]:g}" for i in best))
 
 
-def _half_height(alphas: Scores, rates_CR: Scores) -> Scores:
-    """The smallest alpha at which a rate reaches half of its largest, on a line between the grid's points."""
+def _half_maximum(alphas: Scores, rates_CR: Scores) -> Scores:
+    """`[R]`: the smallest alpha at which the rates `[A, R]` reach half of their maximum, interpolated linearly."""
     reached_CR = rates_CR >= rates_CR.max(axis=0) / 2
     i = reached_CR.argmax(axis=0)
     before = np.maximum(i - 1, 0)

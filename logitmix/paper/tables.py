@@ -1,4 +1,4 @@
-"""The paper's tables 1 to 4, and one of all arms, from who had which problem right.
+"""The paper's tables 1 to 4 and a table of all arms, from the outcomes of a reproduction.
 
 Shape legend: S seeds, N problems.
 """
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from logitmix.evaluation.outcomes import KEYS
 from logitmix.evaluation.report.tables import interval, p_value, percent
 from logitmix.evaluation.statistics import (
     Estimate,
@@ -17,7 +18,7 @@ from logitmix.evaluation.statistics import (
     paired_difference,
     wilson_interval,
 )
-from logitmix.paper.outcomes import KEYS, Outcomes
+from logitmix.paper.outcomes import Outcomes
 from logitmix.paper.recipes import TITLES
 
 SweepCells = dict[tuple[str, float], dict[str, float]]
@@ -25,13 +26,13 @@ SweepCells = dict[tuple[str, float], dict[str, float]]
 
 @dataclass(frozen=True)
 class Table:
-    """Cells that are text already; the first column is a name."""
+    """A table of formatted cells; the first column holds names."""
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     note: str = ""
-    rule: str = "---:"  # of all columns but the first
+    rule: str = "---:"  # Markdown alignment of all columns but the first
 
     def markdown(self) -> str:
         lines = [self.columns, ["---", *[self.rule] * (len(self.columns) - 1)], *self.rows]
@@ -40,16 +41,16 @@ class Table:
 
 
 def complement_tables(o: Outcomes) -> list[Table]:
-    """Tables 1 to 3, a row a seed and one for all: the SFT model and the policy of fixed mixing after training."""
+    """Tables 1 to 3: the SFT model and the policy of fixed mixing after training, a row for each seed and for all."""
     last = o.steps("fixed_mixing")[-1]
-    sft = {key: o.anchor(key) for key in KEYS}
-    policy = {key: o.evaluated("fixed_mixing", "policy", last, key) for key in KEYS}
+    sft = {key: o.anchor_scores(key) for key in KEYS}
+    policy = {key: o.member_scores("fixed_mixing", "policy", last, key) for key in KEYS}
     rates, differences, disagreements = [], [], []
-    for name, of in {
+    for name, rows in {
         **{f"seed {seed}": slice(i, i + 1) for i, seed in enumerate(o.seeds)},
         "all": slice(None),
     }.items():
-        a, b = ({key: scores[of] for key, scores in scores_by_key.items()} for scores_by_key in (sft, policy))
+        a, b = ({key: scores[rows] for key, scores in scores_by_key.items()} for scores_by_key in (sft, policy))
         right_a, right_b = a["answer_ok"], b["answer_ok"]
         both, only_b, only_a, neither = (
             int(((right_a == x) & (right_b == y)).sum()) for x, y in ((1, 1), (0, 1), (1, 0), (0, 0))
@@ -94,19 +95,19 @@ def complement_tables(o: Outcomes) -> list[Table]:
 
 
 def sweep_cells(o: Outcomes) -> SweepCells:
-    """Format and answer rates of the untrained pair with the ends of their intervals, by scheme and alpha."""
+    """Format and answer rates of the untrained pair with their intervals, by scheme and alpha."""
     cells: SweepCells = {}
     for scheme in ("logit", "prob", "merge"):
         for alpha in o.alphas(scheme):
             cells[scheme, alpha] = {}
             for key in ("format", "answer"):
-                found = _rate(o.swept(scheme, alpha, f"{key}_ok"))
+                found = _rate(o.sweep_scores(scheme, alpha, f"{key}_ok"))
                 cells[scheme, alpha] |= {key: found.value, f"{key}_low": found.low, f"{key}_high": found.high}
     return cells
 
 
 def sweep_table(cells: SweepCells) -> Table:
-    """Table 4: means over the seeds, with intervals, the best answer rate of each mix in bold."""
+    """Table 4: means over seeds with intervals; the best answer rate of each scheme is bold."""
     schemes, alphas = (list(dict.fromkeys(column)) for column in zip(*cells, strict=True))
     best = {scheme: max(alphas, key=lambda alpha: cells[scheme, alpha]["answer"]) for scheme in schemes}
     rows = []
@@ -127,15 +128,15 @@ def sweep_table(cells: SweepCells) -> Table:
 
 
 def arms_table(o: Outcomes) -> Table:
-    """Every arm before and after training, by what it trains."""
+    """Rates of every arm's mixture, or of its model without an anchor, before and after training."""
     rows = []
     for arm, title in TITLES.items():
         first, last = o.steps(arm)[0], o.steps(arm)[-1]
-        cells = [percent(o.trained(arm, first).mean())]
+        cells = [percent(o.arm_scores(arm, first).mean())]
         for key in ("answer_ok", "format_ok"):
-            scores = o.trained(arm, last, key)
+            scores = o.arm_scores(arm, last, key)
             cells.append(interval(_rate(scores)))
-        by_seed = o.trained(arm, last).mean(axis=1)
+        by_seed = o.arm_scores(arm, last).mean(axis=1)
         rows.append([title, *cells, ", ".join(map(percent, by_seed))])
     return Table(
         "All arms: the mixture, or the model where there is no anchor",
@@ -146,7 +147,7 @@ def arms_table(o: Outcomes) -> Table:
 
 
 def _rate(scores_SN: NDArray[np.float64]) -> Estimate:
-    """A rate: over problems alone Wilson's interval, over seeds as well a bootstrap."""
+    """The mean with its interval: Wilson's for one seed, a bootstrap over problems and seeds for several."""
     if len(scores_SN) == 1:
         return Estimate(float(scores_SN.mean()), *wilson_interval(int(scores_SN.sum()), scores_SN.size))
     found = paired_difference(scores_SN, np.zeros_like(scores_SN))
@@ -154,5 +155,6 @@ def _rate(scores_SN: NDArray[np.float64]) -> Estimate:
 
 
 def signed(estimate: Estimate) -> str:
+    """`+8.5 [+3.0, +14.0]`, in per cent."""
     value, low, high = (100 * x for x in (estimate.value, estimate.low, estimate.high))
     return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"

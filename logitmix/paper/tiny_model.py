@@ -1,4 +1,4 @@
-"""The quickstart's model and tokenizer: small enough to learn arithmetic on a CPU in a minute."""
+"""The model and tokenizer of the quickstart: small enough to learn arithmetic on a CPU in a minute."""
 
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -7,9 +7,9 @@ EOS, PAD = "<|endoftext|>", "<|pad|>"
 
 
 def character_tokenizer(alphabet: str) -> Qwen2Tokenizer:
-    """A tokenizer with one token a character of the (ASCII) alphabet, EOS and padding.
+    """A tokenizer with one token for each character of the (ASCII) alphabet, and tokens for EOS and padding.
 
-    A Qwen2 tokenizer without merges, since `AutoTokenizer` loads that class beside a Qwen2 model whatever was saved.
+    It is a Qwen2 tokenizer without merges: `AutoTokenizer` loads that class for a Qwen2 model, whatever was saved.
     """
     symbols = bytes_to_unicode()
     tokens = [EOS, PAD, *(symbols[ord(character)] for character in alphabet)]
@@ -35,7 +35,7 @@ def tiny_model(vocab_size: int) -> Qwen2ForCausalLM:
             num_key_value_heads=4,
             max_position_embeddings=256,
             tie_word_embeddings=True,
-            initializer_range=0.06,  # at transformers' 0.02 so small a model learns half as fast
+            initializer_range=0.06,  # at transformers' default, 0.02, a model this small learns half as fast
             eos_token_id=0,
             pad_token_id=1,
         )

@@ -1,4 +1,4 @@
-"""What becomes of a claim: a number with its interval, and the verdict of the whole interval. Pure functions."""
+"""Findings: a claim, the number that decides it with its interval, and the verdict. Pure functions."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,19 +9,19 @@ from logitmix.evaluation.statistics import Estimate
 Verdict = Literal["holds", "does not hold", "undecided"]
 Unit = Literal["points", "share", "alpha"]  # points: a difference of shares
 
-# "Comparable" is a difference of at most so much; the paper gives no number
+# The largest difference that counts as "comparable"; the paper gives no number
 MARGIN = 0.02
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A claim and what became of it.
+    """A claim and its verdict.
 
     source:   the paper's section, tables and figures
     paper:    what the paper reports
-    measure:  the number that decides, and what it must be
+    measure:  the number that decides, and the condition on it
     estimate: that number and its interval
-    rates:    what it is made of
+    rates:    the rates that the number is computed from
     """
 
     claim: str
@@ -35,14 +35,14 @@ class Finding:
 
 
 def above(estimate: Estimate, bound: float = 0.0) -> Verdict:
-    """A claim that a number is larger than a bound: it holds where the whole interval is, and fails where none is."""
+    """A claim that a number is above a bound: it holds if the whole interval is, and does not if none of it is."""
     if estimate.low > bound:
         return "holds"
     return "does not hold" if estimate.high <= bound else "undecided"
 
 
 def not_below(estimate: Estimate, margin: float = MARGIN) -> Verdict:
-    """A claim of "higher or at least comparable": a difference of no less than -margin."""
+    """A claim of "higher or at least comparable": a difference of at least -margin."""
     if estimate.low >= -margin:
         return "holds"
     return "does not hold" if estimate.high < -margin else "undecided"

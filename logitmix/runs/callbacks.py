@@ -1,27 +1,23 @@
-"""What each training command adds to TRL's trainers: progress, the run's files, evaluations, a graceful stop."""
+"""Callbacks of every training command: a progress bar, the run's files, evaluations, and a stop that saves."""
 
-import shlex
 import signal
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from accelerate import PartialState
 from accelerate.utils import gather_object
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from logitmix.runs.files import COMPLETIONS_FILE, METRICS_FILE
-from logitmix.runs.folder import append_jsonl, console, progress_bar, record_start, rewind, validate_same_data
-from logitmix.runs.provenance import fingerprint
-from logitmix.training.checkpointing.folders import explained_write_errors
+from logitmix.runs.console import console, progress_bar
+from logitmix.runs.files import COMPLETIONS_FILE, METRICS_FILE, append_jsonl
 from logitmix.training.grpo import LogitMixGRPOTrainer
 
 
 class ProgressBar(TrainerCallback):
-    """A progress bar with the time left and the main metrics, instead of the dictionaries that the Trainer prints."""
+    """A progress bar with the time left and the latest metrics, instead of the Trainer's printed dictionaries."""
 
-    SHOWN = ("reward", "format_rate", "loss")  # the first two of these that the trainer logs
+    SHOWN = ("reward", "format_rate", "loss")  # the first two that the trainer logs
 
     def __init__(self, title: str) -> None:
         self.title = title
@@ -64,7 +60,7 @@ class ProgressBar(TrainerCallback):
 
 
 class MetricsFile(TrainerCallback):
-    """Writes each log of the trainer as a line of `metrics.jsonl`, whatever trackers `report_to` names."""
+    """Writes every log of the trainer as a line of `metrics.jsonl`, independent of the trackers in `report_to`."""
 
     def on_log(
         self,
@@ -79,9 +75,9 @@ class MetricsFile(TrainerCallback):
 
 
 class CompletionsFile(TrainerCallback):
-    """Writes the first `count` completions of each outer step to `completions.jsonl`, with their rewards.
+    """Writes the first `count` completions of every outer step as lines of `completions.jsonl`, with their rewards.
 
-    `step` is the update they were sampled for; `advantage` is that of eq. 4.
+    `step` is the update that they were sampled for, `advantage` that of eq. 4.
     """
 
     def __init__(self, trainer: LogitMixGRPOTrainer, count: int) -> None:
@@ -104,7 +100,7 @@ class CompletionsFile(TrainerCallback):
         self._write(args, state, state.global_step)
 
     def _write(self, args: TrainingArguments, state: TrainerState, step: int) -> None:
-        if state.num_input_tokens_seen == self._tokens_seen:  # TRL adds to it when it samples
+        if state.num_input_tokens_seen == self._tokens_seen:  # the trainer adds to it when it samples
             return
         self._tokens_seen = state.num_input_tokens_seen
         logs = self.trainer.completion_log
@@ -117,9 +113,9 @@ class CompletionsFile(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """Finishes the step and saves a checkpoint on Ctrl-C or a cluster's SIGTERM; a second signal stops at once.
+    """Stops the training on Ctrl-C or a cluster's SIGTERM, after the current step, and saves a checkpoint.
 
-    A signal to one of several processes stops all of them at the same step.
+    A second signal stops immediately. If one of several processes receives the signal, all stop at the same step.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -137,7 +133,8 @@ class StopOnSignal(TrainerCallback):
         self.stopped = True
         self.restore()
         console.print(
-            f"{signal.Signals(signum).name}: finishing this step, then saving. Send it again to stop without saving."
+            f"{signal.Signals(signum).name}: finishing this step, then saving a checkpoint. "
+            "Repeat it to stop immediately without saving."
         )
 
     def on_step_end(
@@ -149,7 +146,7 @@ class StopOnSignal(TrainerCallback):
             control.should_training_stop = True
 
     def restore(self) -> None:
-        """Restore the signal handlers from before the training."""
+        """Reinstall the signal handlers from before the training."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
@@ -172,70 +169,3 @@ class EverySteps(TrainerCallback):
     ) -> None:
         if state.global_step % self.every == 0 or state.global_step == state.max_steps:
             self.function(state.global_step)
-
-
-def train_with_progress(
-    trainer: Trainer, title: str, callbacks: Sequence[TrainerCallback] = (), checkpoint: str | None = None
-) -> None:
-    """Train with a progress bar and `metrics.jsonl` instead of the dictionaries that the Trainer prints."""
-    progress = ProgressBar(title)
-    trainer.remove_callback(PrinterCallback)
-    for callback in (progress, MetricsFile(), *callbacks):
-        trainer.add_callback(callback)
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    finally:
-        if progress.bar.live.is_started:  # an exception would leave the terminal without a cursor
-            progress.bar.stop()
-
-
-def run_training(
-    trainer: Trainer,
-    command: Sequence[str],
-    title: str,
-    arguments: Mapping[str, Any],
-    checkpoint: str | None,
-    callbacks: Sequence[TrainerCallback] = (),
-    data: Mapping[str, Iterable[Any]] | None = None,
-) -> None:
-    """Record the start of the run, train, and save the model.
-
-    On Ctrl-C or SIGTERM, save a checkpoint, print how to continue `command`, and raise `KeyboardInterrupt`. `data`
-    holds the rows trained and evaluated on, by name; their fingerprints are recorded.
-    """
-    output_dir = trainer.args.output_dir
-    fingerprints = {name: fingerprint(rows) for name, rows in (data or {}).items()}
-    if checkpoint is not None:
-        validate_same_data(output_dir, fingerprints)
-    trainer.accelerator.wait_for_everyone()  # another process may still check that the folder is free
-    if trainer.is_world_process_zero():
-        resolved = {key: value for key, value in trainer.args.to_dict().items() if arguments.get(key) != value}
-        passed_over = rewind(output_dir, checkpoint)
-        record_start(
-            output_dir,
-            arguments,
-            resumed_from=checkpoint,
-            passed_over=passed_over,
-            resolved=resolved,
-            data=fingerprints,
-        )
-    stop = StopOnSignal()
-    try:
-        train_with_progress(trainer, title, (stop, *callbacks), checkpoint)
-    finally:
-        stop.restore()
-    if stop.stopped:
-        again = shlex.join([*_without_resume(command), "--resume_from_checkpoint", "true"])
-        console.print(f"Saved step {trainer.state.global_step}. Continue with:\n  {again}", soft_wrap=True)
-        raise KeyboardInterrupt
-    with explained_write_errors(Path(output_dir), "the model"):
-        trainer.save_model()
-    PartialState().destroy_process_group()  # a launcher may take a process that exits with it for a crash
-
-
-def _without_resume(command: Sequence[str]) -> list[str]:
-    kept = list(command)
-    if "--resume_from_checkpoint" in kept:
-        i = kept.index("--resume_from_checkpoint")
-        del kept[i : i + 2]
-    return kept

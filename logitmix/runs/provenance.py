@@ -1,4 +1,4 @@
-"""Where a run comes from: versions, machine, git commit, and a fingerprint of the data."""
+"""What a run records of its origin: versions, hardware, git commit, and fingerprints of the data."""
 
 import hashlib
 import json
@@ -32,7 +32,7 @@ def provenance() -> dict[str, Any]:
 
 
 def processor() -> dict[str, Any]:
-    """The CPU's `name`, as the system reports it, and the `count` of cores that this process may use."""
+    """The CPU's `name`, if the system reports it, and the `count` of cores that this process may use."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -43,7 +43,7 @@ def processor() -> dict[str, Any]:
 def git_commit() -> dict[str, Any] | None:
     """The `commit` checked out in the working directory, and whether tracked files differ from it (`dirty`).
 
-    None outside a git repository, and where git cannot be run.
+    None outside a git repository, and if git is not installed or does not answer.
     """
     commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
     return None if commit is None or changes is None else {"commit": commit, "dirty": bool(changes)}
@@ -58,9 +58,9 @@ def _git(*arguments: str) -> str | None:
 
 
 def fingerprint(rows: Iterable[Any]) -> dict[str, Any]:
-    """The number of rows (mappings or dataclasses) and the SHA-256 of their JSON lines.
+    """The number of rows (mappings or dataclasses) and the SHA-256 of them as JSON lines with sorted keys.
 
-    It is equal for equal rows in equal order, in every process.
+    Equal rows in the same order have the same fingerprint in every process.
     """
     digest, count = hashlib.sha256(), 0
     for row in rows:

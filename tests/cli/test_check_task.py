@@ -51,7 +51,7 @@ def test_what_was_dropped_from_math_is_shown(capsys):
     assert "dropped, nearly in test: How many integers are there in the solution set of $|x-2| \\leq 5.6$?" in printed
 
 
-def test_ones_own_file_in_ones_own_template(tmp_path, capsys):
+def test_a_custom_file_in_a_custom_template(tmp_path, capsys):
     rows = [{"q": f"What is {n} plus {n}?", "a": 2 * n} for n in range(20)]
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "mine.yaml").write_text(
@@ -67,7 +67,7 @@ def test_ones_own_file_in_ones_own_template(tmp_path, capsys):
     assert ["all", "20", "20"] in lines_of(printed)
 
 
-def test_a_task_of_ones_own_from_the_working_directory(tmp_path, monkeypatch, capsys):
+def test_a_custom_task_from_the_working_directory(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "sound_task.py").write_text(MINE.format(name="Doubles", answer="str(2 * n)"))
@@ -106,6 +106,6 @@ def test_an_empty_split_is_a_failure(tmp_path, capsys):
         (["arithmetic", "--answer_column", "a"], "does not choose its columns"),
     ],
 )
-def test_wrong_input_is_answered_by_one_sentence(argv, message, capsys):
+def test_wrong_input_prints_one_error_line(argv, message, capsys):
     assert main(["check-task", *argv]) == 2
     assert message in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Which problems a checkpoint is evaluated on: the flags', or else those of the run that made it."""
+"""The problems a checkpoint is evaluated on: those given by flags, or else those of the run that made it."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ SMALL = ["--eval_limit", "4", "--max_new_tokens", "2"]
 
 @pytest.fixture
 def problems(tmp_path) -> str:
-    """A file of problems that are not the arithmetic task's."""
+    """A file of problems other than those of the arithmetic task."""
     path = tmp_path / "mine.jsonl"
     rows = [{"sum": f"{n}+{n}", "result": str(2 * n)} for n in range(40)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -25,7 +25,7 @@ def problems(tmp_path) -> str:
 
 
 def made_by_run(folder: Path, **arguments) -> str:
-    """A checkpoint in the folder of the run that made it, as `logitmix train` leaves one."""
+    """A checkpoint in the folder of its run, as `logitmix train` writes it."""
     save_member(folder, len(arguments), string.printable)
     (folder / RUN_FILE).write_text(json.dumps({"arguments": {"command": "train"} | arguments}) + "\n")
     return str(folder)
@@ -59,7 +59,7 @@ def test_an_evaluation_takes_the_task_of_the_run(run, checkpoint, tmp_path):
     assert prompts(out) == prompts(tmp_path / "given")
 
 
-def test_a_checkpoint_by_another_path_has_its_run_too(run, tmp_path, monkeypatch):
+def test_the_run_of_a_checkpoint_is_found_by_any_path(run, tmp_path, monkeypatch):
     checkpoint = Path(run) / "checkpoint-4"
     checkpoint.mkdir()
     (tmp_path / "latest").symlink_to(checkpoint)
@@ -68,14 +68,12 @@ def test_a_checkpoint_by_another_path_has_its_run_too(run, tmp_path, monkeypatch
         assert CheckpointDataArguments().resolve(path).split_seed == 3
 
 
-def test_flags_go_over_the_run(run):
+def test_flags_override_the_run(run):
     assert CheckpointDataArguments(split_seed=5).resolve(run).split_seed == 5
     assert CheckpointDataArguments(split_seed=5).resolve(run).question_column == "sum"
-    assert CheckpointDataArguments(task="jsonl").resolve(run).split_seed == 3, "the run's own task: its splits hold"
+    assert CheckpointDataArguments(task="jsonl").resolve(run).split_seed == 3, "the task of the run: its splits apply"
     own = CheckpointDataArguments(task="arithmetic").resolve(run)
-    assert (own.data, own.split_seed, own.question_column) == (None, 0, None), (
-        "another task, of which the run says nothing"
-    )
+    assert (own.data, own.split_seed, own.question_column) == (None, 0, None), "the run used another task"
 
 
 def test_without_a_run_it_is_the_arithmetic_task(tmp_path):
@@ -86,23 +84,21 @@ def test_without_a_run_it_is_the_arithmetic_task(tmp_path):
 @pytest.mark.parametrize(
     "line", ['{"x": 1}', "[1]", "null", '{"arguments": null}', '{"arguments": {"task": null}}', ""]
 )
-def test_a_run_file_that_is_not_ours_says_nothing(line, tmp_path):
+def test_run_files_of_other_programs_are_ignored(line, tmp_path):
     folder = save_member(tmp_path / "model", 0)
     (Path(folder) / RUN_FILE).write_text(line + "\n" if line else "")
     assert CheckpointDataArguments().resolve(folder) == DataArguments()
 
 
-def test_solutions_which_sft_alone_reads_are_no_difference(run, problems, tmp_path):
+def test_runs_may_differ_in_the_column_of_solutions_which_only_sft_reads(run, problems, tmp_path):
     arguments = read_jsonl(Path(run) / RUN_FILE)[-1]["arguments"]
     sft = made_by_run(tmp_path / "sft", **arguments | {"command": "sft", "solution_column": "worked"})
     assert CheckpointDataArguments().resolve(sft, run) == CheckpointDataArguments().resolve(run)
 
 
-def test_checkpoints_of_runs_on_different_problems_are_refused_without_a_task(run, tmp_path, capsys):
+def test_checkpoints_of_runs_on_different_problems_need_a_task(run, tmp_path, capsys):
     other = made_by_run(tmp_path / "other", task="arithmetic", split_seed=0)
     message = error_of(capsys, ["complement", run, other, *SMALL])
-    assert (
-        f"the run of {run} had the task 'jsonl', and that of {other} 'arithmetic'; choose one with --task" in message
-    )
+    assert f"the run of {run} had task 'jsonl', and that of {other} 'arithmetic'; choose one with --task" in message
     assert main(["complement", run, other, "--task", "arithmetic", "--eval_limit", "8", "--max_new_tokens", "2"]) == 0
     assert main(["sweep", "--model_name_or_path", run, "--anchor", other, "--alphas", "0.5", *SMALL]) == 2

@@ -1,4 +1,4 @@
-"""The command line: what it makes, and how it answers wrong input."""
+"""The command line: what commands write, and the errors they print for wrong input."""
 
 import json
 import math
@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import is_flash_attn_2_available
 
 from logitmix.cli.__main__ import main
+from logitmix.evaluation.outcomes import unpack
 from logitmix.mixture.modeling import LogitMixForCausalLM
-from logitmix.paper.outcomes import unpack
 from logitmix.paper.recipes import TITLES
 from logitmix.runs.files import read_jsonl
 from logitmix.tasks import Arithmetic
@@ -52,7 +52,7 @@ def test_the_quickstart_runs_from_nothing_to_a_report(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_the_quickstart_takes_every_arm_to_the_report(tmp_path, capsys):
+def test_the_quickstart_reports_every_arm(tmp_path, capsys):
     folder = tmp_path / "quickstart"
     sizes = ["--base_steps", "12", "--sft_steps", "6", "--rl_steps", "2", "--questions", "4", "--eval_limit", "8"]
     assert main(["quickstart", "--output_dir", str(folder), "--arms", "all", "--eval_every", "1", *sizes]) == 0
@@ -64,7 +64,7 @@ def test_the_quickstart_takes_every_arm_to_the_report(tmp_path, capsys):
     assert starts == {arm: "qwen2" if arm.startswith("grpo") else "logitmix" for arm in TITLES}
 
 
-def test_an_arm_that_does_not_exist_is_answered_with_the_nearest(capsys, tmp_path):
+def test_an_unknown_arm_suggests_the_nearest_one(capsys, tmp_path):
     message = error_of(capsys, ["quickstart", "--arms", "fixed_mix", "--output_dir", str(tmp_path / "q")])
     assert "there is no arm 'fixed_mix'; did you mean 'fixed_mixing'?" in message
 
@@ -79,7 +79,7 @@ def test_sft_makes_a_checkpoint_that_plain_transformers_loads(members, tmp_path)
     assert json.loads((out / "run.jsonl").read_text())["arguments"]["max_steps"] == 2
 
 
-def test_flags_go_over_the_config_file(train, tmp_path):
+def test_flags_override_the_config_file(train, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("alpha: 0.25\nscheme: prob\nmax_steps: 5\n")
     assert main([*train, "--config", str(recipe), "--max_steps", "1"]) == 0
@@ -88,7 +88,7 @@ def test_flags_go_over_the_config_file(train, tmp_path):
     assert LogitMixForCausalLM.from_pretrained(tmp_path / "run").config.scheme == "prob"
 
 
-def test_a_training_that_is_interrupted_saves_a_checkpoint_and_the_printed_command_continues_it(train, tmp_path):
+def test_an_interrupted_training_saves_a_checkpoint_and_the_printed_command_continues_it(train, tmp_path):
     command = [sys.executable, "-m", "logitmix.cli", *train, "--max_steps", "400"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"COLUMNS": "500"})
     metrics = tmp_path / "run" / "metrics.jsonl"
@@ -162,36 +162,36 @@ def test_resuming_without_a_checkpoint(train, capsys):
         ),
     ],
 )
-def test_wrong_input_is_answered_by_one_sentence(train, tmp_path, capsys, flags, message):
+def test_wrong_input_prints_one_error_line(train, tmp_path, capsys, flags, message):
     assert message in error_of(capsys, [*train, *flags])
     assert not (tmp_path / "run" / "run.jsonl").exists(), "the run was not started"
 
 
-def test_an_unknown_config_key_is_answered_with_the_nearest_valid_one(train, tmp_path, capsys):
+def test_an_unknown_config_key_suggests_the_nearest_one(train, tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("num_generation: 4\n")
     message = error_of(capsys, [*train, "--config", str(recipe)])
     assert "unknown key 'num_generation' in the config file; did you mean 'num_generations'?" in message
 
 
-def test_members_with_different_tokenizers_are_refused(members, train, tmp_path, capsys):
+def test_members_with_different_tokenizers_are_rejected(members, train, tmp_path, capsys):
     other = save_member(tmp_path / "other", 1, Arithmetic.alphabet[::-1])
     message = error_of(capsys, [*train, "--anchor", other])
     assert "tokenizers differ: token 2" in message
 
 
-def test_an_empty_data_set_is_refused(train, tmp_path, capsys):
+def test_an_empty_data_set_is_rejected(train, tmp_path, capsys):
     (tmp_path / "train.jsonl").write_text("")
     (tmp_path / "test.jsonl").write_text("")
     assert "logitmix: error" in error_of(capsys, [*train, "--task", "hendrycks_math", "--data", str(tmp_path)])
 
 
-def test_memory_that_runs_out_is_answered_by_one_sentence(monkeypatch, capsys):
+def test_running_out_of_memory_prints_one_error_line(monkeypatch, capsys):
     def run_out(argv):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr("logitmix.cli.eval.main", run_out)
-    assert "Tried to allocate 2.00 GiB. Take fewer sequences at a time" in error_of(capsys, ["eval"])
+    assert "Tried to allocate 2.00 GiB. Process fewer sequences at a time" in error_of(capsys, ["eval"])
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["--version"]])
@@ -200,7 +200,7 @@ def test_help_and_version(argv, capsys):
     assert "logitmix" in capsys.readouterr().out
 
 
-def test_an_unknown_command_is_answered_with_the_nearest_one(capsys):
+def test_an_unknown_command_suggests_the_nearest_one(capsys):
     assert "did you mean 'train'" in error_of(capsys, ["trian"])
 
 
@@ -243,12 +243,12 @@ def run_of_two_steps(members, tmp_path_factory) -> list[str]:
     return flags
 
 
-def test_resuming_with_other_arguments_is_refused(run_of_two_steps, capsys):
+def test_resuming_with_other_arguments_is_rejected(run_of_two_steps, capsys):
     resume = [*run_of_two_steps, "--resume_from_checkpoint", "true", "--max_steps", "3", "--alpha", "0.8"]
-    assert "was started with alpha None, now 0.8; resume it with the same" in error_of(capsys, resume)
+    assert "was started with alpha None, now 0.8; continue it with the same arguments" in error_of(capsys, resume)
 
 
-def test_resuming_where_no_steps_are_left_writes_the_model_again(run_of_two_steps):
+def test_resuming_a_finished_run_writes_the_model_again(run_of_two_steps):
     folder = Path(run_of_two_steps[run_of_two_steps.index("--output_dir") + 1])
     before = [(folder / name).read_bytes() for name in ("model.safetensors", "evaluations.jsonl", "completions.jsonl")]
     (folder / "model.safetensors").unlink()
@@ -257,22 +257,22 @@ def test_resuming_where_no_steps_are_left_writes_the_model_again(run_of_two_step
     assert after == before
 
 
-def test_resuming_past_the_last_step_is_refused(run_of_two_steps, capsys):
+def test_resuming_past_the_last_step_is_rejected(run_of_two_steps, capsys):
     resume = [*run_of_two_steps, "--resume_from_checkpoint", "true", "--max_steps", "1"]
     assert "is at step 2 and max_steps is 1; raise --max_steps" in error_of(capsys, resume)
 
 
-def test_resuming_another_runs_checkpoint_is_refused(run_of_two_steps, tmp_path, capsys):
+def test_resuming_another_runs_checkpoint_is_rejected(run_of_two_steps, tmp_path, capsys):
     folder = run_of_two_steps[run_of_two_steps.index("--output_dir") + 1]
     resume = [*run_of_two_steps, "--output_dir", str(tmp_path), "--resume_from_checkpoint", f"{folder}/checkpoint-1"]
-    assert "is not of the run in" in error_of(capsys, resume)
+    assert "does not belong to the run in" in error_of(capsys, resume)
 
 
-def test_an_earlier_checkpoint_takes_its_steps_again(run_of_two_steps):
+def test_resuming_from_an_earlier_checkpoint_repeats_its_steps(run_of_two_steps):
     folder = Path(run_of_two_steps[run_of_two_steps.index("--output_dir") + 1])
     checkpoint = str(folder / "checkpoint-1")
     assert main([*run_of_two_steps, "--max_steps", "3", "--resume_from_checkpoint", checkpoint]) == 0
-    assert len(list(folder.glob("abandoned-*/checkpoint-2"))) == 1, "of steps that were taken again"
+    assert len(list(folder.glob("abandoned-*/checkpoint-2"))) == 1, "its step was repeated"
     logs = read_jsonl(folder / "metrics.jsonl")
     assert [log["step"] for log in logs if "reward" in log] == [1, 2, 3]
     assert [log["step"] for log in logs if "train_runtime" in log] == [3]
@@ -284,7 +284,7 @@ def test_an_earlier_checkpoint_takes_its_steps_again(run_of_two_steps):
     assert [row["step"] for row in completions] == [step for step in (1, 2, 3) for _ in range(16)]
 
 
-def test_a_runs_folder_holds_what_made_it(run_of_two_steps):
+def test_a_run_records_its_origin(run_of_two_steps):
     folder = Path(run_of_two_steps[run_of_two_steps.index("--output_dir") + 1])
     start = read_jsonl(folder / "run.jsonl")[0]
     assert start["arguments"]["seed"] == 42
@@ -292,13 +292,13 @@ def test_a_runs_folder_holds_what_made_it(run_of_two_steps):
     assert start["data"]["train"]["rows"] == 64
     assert start["versions"]["trl"].startswith("1.16")
     rows = read_jsonl(folder / "completions.jsonl")[:4]
-    assert len({row["prompt"] for row in rows}) == 1, "a question's completions stand beside each other"
+    assert len({row["prompt"] for row in rows}) == 1, "the completions of a question are consecutive"
     rewards = [row["task_reward"] for row in rows]
     assert sum(row["advantage"] for row in rows) == pytest.approx(0, abs=1e-5)
     assert [row["advantage"] > 0 for row in rows] == [reward > sum(rewards) / 4 for reward in rewards]
 
 
-def test_resuming_on_other_data_is_refused(members, tmp_path, capsys):
+def test_resuming_on_other_data_is_rejected(members, tmp_path, capsys):
     rows = [{"question": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(40)]
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -312,7 +312,7 @@ def test_resuming_on_other_data_is_refused(members, tmp_path, capsys):
     assert "resume it on the same data" in message
 
 
-def test_what_the_documentation_lists_is_logged(train, tmp_path):
+def test_the_documented_metrics_are_logged(train, tmp_path):
     assert main([*train, "--dynamic_sampling", "filter", "--max_steps", "1"]) == 0
     log = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
     page = (ROOT / "docs" / "runs.md").read_text()
@@ -327,7 +327,7 @@ def test_what_the_documentation_lists_is_logged(train, tmp_path):
     assert set(names) - set(log) == missing
 
 
-def test_the_model_card_says_how_to_load_the_mixture(run_of_two_steps):
+def test_the_model_card_shows_how_to_load_the_mixture(run_of_two_steps):
     folder = Path(run_of_two_steps[run_of_two_steps.index("--output_dir") + 1])
     card = (folder / "README.md").read_text()
     assert "None" not in card
@@ -363,7 +363,7 @@ def test_held_out_problems_come_after_the_training_problems():
 @pytest.mark.slow
 @pytest.mark.parametrize("eval_limit", [4, 1])
 def test_two_processes_train_and_evaluate_as_one_run(members, tmp_path, eval_limit):
-    """Also where there are fewer problems to evaluate on than processes."""
+    """Also with fewer test problems than processes."""
     base, sft = members
     out = tmp_path / "two"
     flags = ["train", "--model_name_or_path", base, "--anchor", sft, "--output_dir", str(out), *TINY]
@@ -392,7 +392,7 @@ def test_a_model_without_a_tokenizer(members, tmp_path, capsys):
     assert "no tokenizer at" in message
 
 
-def test_alpha_without_an_anchor_is_refused(members, tmp_path, capsys):
+def test_alpha_without_an_anchor_is_rejected(members, tmp_path, capsys):
     argv = [
         "train",
         "--model_name_or_path",
@@ -406,11 +406,11 @@ def test_alpha_without_an_anchor_is_refused(members, tmp_path, capsys):
     assert "there is no anchor to mix with" in error_of(capsys, argv)
 
 
-def test_fewer_questions_than_a_step_needs_are_refused(train, capsys):
+def test_fewer_questions_than_a_step_needs_are_rejected(train, capsys):
     assert "the data set has 2 questions, fewer than the 4" in error_of(capsys, [*train, "--train_limit", "2"])
 
 
-def test_a_run_that_diverges_ends_in_one_sentence_and_leaves_the_batch(train, tmp_path, capsys):
+def test_a_run_that_diverges_prints_one_error_line_and_saves_the_batch(train, tmp_path, capsys):
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     message = error_of(capsys, [*train, "--learning_rate", "1e38", "--max_grad_norm", "0", "--max_steps", "3"])
     assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]

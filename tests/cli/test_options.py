@@ -1,6 +1,6 @@
-"""Every option of TRL that could bring in another head, reference or engine is decided upon.
+"""Every option of TRL that could bring in another head, reference model or engine is in one of three lists.
 
-A new version of TRL with such an option fails here, until it is put into one of the lists.
+A new version of TRL with such an option fails here until the option is listed.
 """
 
 import dataclasses
@@ -15,8 +15,8 @@ from tests.helpers.grpo import trainer_of
 
 SUSPECT = re.compile(r"ref_|head|liger|kernel|vllm|continuous|paged|sync|engine|fused|router|kl|beta$|peft|rollout")
 
-# with a value under which a mixture must refuse them
-REFUSED = {
+# with a value that a mixture must reject
+REJECTED = {
     "beta": 0.1,
     "use_liger_kernel": True,
     "cast_lm_head_to_fp32": True,
@@ -25,7 +25,7 @@ REFUSED = {
     "sync_ref_model": True,
     "router_aux_loss_coef": 0.1,
 }
-# only read beside an option that is refused, or beside use_vllm
+# only read with an option that is rejected, or with use_vllm
 WITHOUT_EFFECT = {
     "liger_kernel_config",
     "ref_model_mixup_alpha",
@@ -44,19 +44,19 @@ ALLOWED = {
 }
 
 
-def test_every_suspect_option_is_decided_upon():
+def test_every_suspect_option_is_listed():
     suspects = {field.name for field in dataclasses.fields(GRPOConfig) if SUSPECT.search(field.name)}
-    assert suspects == set(REFUSED) | WITHOUT_EFFECT | ALLOWED
+    assert suspects == set(REJECTED) | WITHOUT_EFFECT | ALLOWED
 
 
 @pytest.mark.filterwarnings("ignore:`use_transformers_paged` is deprecated")
-@pytest.mark.parametrize(("option", "value"), REFUSED.items())
-def test_a_mixture_refuses_what_would_bypass_it(tmp_path, option, value):
+@pytest.mark.parametrize(("option", "value"), REJECTED.items())
+def test_a_mixture_rejects_options_that_would_bypass_it(tmp_path, option, value):
     with pytest.raises(ValueError, match=option if option != "use_transformers_paged" else "continuous_batching"):
         trainer_of(tmp_path, loss_type="grpo", **{option: value})
 
 
-def test_the_loss_types_are_those_that_trl_knows():
+def test_the_loss_types_are_those_of_trl():
     source = inspect.getsource(GRPOTrainer._compute_loss)
     compared = re.findall(r"self\.loss_type (?:==|in) (\[[^\]]*\]|\"\w+\")", source)
     assert set(re.findall(r"\w+", " ".join(compared))) == set(LOSS_TYPES_OF_TRL)

@@ -1,4 +1,4 @@
-"""`logitmix serve`: what it asks of vLLM, and what it refuses. The server itself: tests/serving."""
+"""`logitmix serve`: the command line of vLLM that it runs, and what it rejects. The server itself: tests/serving."""
 
 import json
 import re
@@ -22,11 +22,11 @@ def folders(tmp_path):
 
 def command_of(args, flags=()):
     arguments = serve.ServeArguments(**args)
-    serve.require_sound(arguments, flags)
-    return serve.server_command(arguments, flags)
+    serve.validate_arguments(arguments, flags)
+    return serve.vllm_command(arguments, flags)
 
 
-def test_two_checkpoints_become_the_mixture_that_vllm_serves(folders):
+def test_a_pair_is_saved_as_the_mixture_that_vllm_serves(folders):
     served = {"anchor": str(folders / "sft"), "alpha": 0.3, "output_dir": str(folders / "mixture")}
     command = command_of({"model_name_or_path": str(folders / "base")} | served, ["--port", "8001"])
     assert command[command.index("--model") + 1] == str(folders / "mixture")
@@ -46,12 +46,12 @@ def test_the_mixture_is_saved_with_its_scheme(folders):
     served["output_dir"] = str(folders / "mixture")
     with pytest.raises(ValueError, match="scheme 'prob' needs weights >= 0"):
         command_of(served | {"alpha": 2.0, "alpha_range": [0.0, 3.0]})
-    command_of(served | {"alpha": 0.3})  # the refusal left nothing behind
+    command_of(served | {"alpha": 0.3})  # the error left no folder behind
     again = command_of({"model_name_or_path": str(folders / "mixture")})
     assert json.loads(again[again.index("--hf-overrides") + 1])["scheme"] == "prob"
 
 
-def test_the_documentations_command_becomes_the_other(folders, monkeypatch):
+def test_the_command_of_the_docs_runs_the_one_it_names(folders, monkeypatch):
     page = (ROOT / "docs" / "serving.md").read_text()
     two_models, vllms = re.findall(r"^(logitmix serve --.*?|python -m vllm.*?)\n```", page, re.DOTALL | re.MULTILINE)
     (folders / "path/to").mkdir(parents=True)
@@ -74,30 +74,30 @@ def test_the_documentations_command_becomes_the_other(folders, monkeypatch):
     ("args", "flags", "sentence"),
     [
         ({}, [], "needs the folder of a mixture"),
-        ({"model_name_or_path": "base"}, [], "is no mixture; give --anchor"),
-        ({"model_name_or_path": "base", "anchor": "sft"}, [], "--output_dir has to name a new folder"),
+        ({"model_name_or_path": "base"}, [], "is not a mixture; give --anchor"),
+        ({"model_name_or_path": "base", "anchor": "sft"}, [], "--output_dir must name a new folder"),
         ({"model_name_or_path": "base", "alpha_range": [1.0, 0.0]}, [], "two numbers, the lower first"),
-        ({"model_name_or_path": "base"}, ["--hf-overrides", "{}"], "--hf-overrides is taken"),
-        ({"model_name_or_path": "base"}, ["--model", "other"], "--model is taken by the first word"),
+        ({"model_name_or_path": "base"}, ["--hf-overrides", "{}"], "--hf-overrides is set"),
+        ({"model_name_or_path": "base"}, ["--model", "other"], "--model is set from the first argument"),
         ({"model_name_or_path": "base", "alpha": 0.9, "alpha_range": [0.0, 0.5]}, [], r"alpha_range is \[0.0, 0.5\]"),
-        ({"model_name_or_path": "base"}, ["--hf_overrides={}"], "--hf-overrides is taken"),
-        ({"model_name_or_path": "base"}, ["--hf-overrides.scheme", "prob"], "--hf-overrides is taken"),
+        ({"model_name_or_path": "base"}, ["--hf_overrides={}"], "--hf-overrides is set"),
+        ({"model_name_or_path": "base"}, ["--hf-overrides.scheme", "prob"], "--hf-overrides is set"),
     ],
 )
-def test_refusals(folders, monkeypatch, args, flags, sentence):
+def test_wrong_input(folders, monkeypatch, args, flags, sentence):
     monkeypatch.chdir(folders)
     with pytest.raises(ValueError, match=sentence):
         command_of(args, flags)
 
 
-def test_without_vllm_and_without_what_transformers_server_needs(monkeypatch, capsys):
+def test_without_any_server_installed(monkeypatch, capsys):
     monkeypatch.setattr(serve, "find_spec", lambda name: None)
     monkeypatch.setattr(serve, "is_serve_available", lambda: False)
     assert main(["serve", "somewhere"]) == 2
     assert "pip install 'logitmix[serve]'" in capsys.readouterr().err
 
 
-def test_without_vllm_its_flags_are_refused(monkeypatch, capsys):
+def test_without_vllm_its_flags_are_rejected(monkeypatch, capsys):
     monkeypatch.setattr(serve, "find_spec", lambda name: None)
     monkeypatch.setattr(serve, "is_serve_available", lambda: True)
     assert main(["serve", "somewhere", "--port", "8001", "--max-model-len", "128"]) == 2

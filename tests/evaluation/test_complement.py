@@ -155,9 +155,9 @@ def test_a_file_and_a_checkpoint(checkpoints, tmp_path, capsys):
     ("sources", "message"),
     [
         (["base", "other"], "tokenizers differ: token 2"),
-        (["base"], "is no mixture; give a second checkpoint or file of responses"),
-        (["base", "sft", "mixture"], "3 sources are given; a comparison is of one or two"),
-        (["two.jsonl", "base"], "holds responses of policy, anchor; say which, as"),
+        (["base"], "is not a mixture; give a second checkpoint or file of responses"),
+        (["base", "sft", "mixture"], "3 sources are given; a comparison takes one or two"),
+        (["two.jsonl", "base"], "holds responses of policy, anchor; choose one, as"),
         (["two.jsonl:mixture", "base"], "names 'mixture', but the file holds responses of policy, anchor"),
         (["one.jsonl"], "holds responses of model, not of policy and anchor"),
         (["two.jsonl:policy", "one.jsonl"], "different problem sets: "),

@@ -210,7 +210,7 @@ def test_wrong_input(members, tmp_path, capsys, flags, message):
 @pytest.mark.parametrize("flags", [["--alpha", "0.3"], ["--scheme", "prob"]])
 def test_alpha_and_scheme_of_a_model_that_is_no_mixture(members, capsys, flags):
     assert main(["eval", "--model_name_or_path", members[0], *flags]) == 2
-    assert "is no mixture; give --anchor to mix it with" in capsys.readouterr().err
+    assert "is not a mixture; add --anchor to mix it with" in capsys.readouterr().err
 
 
 def test_a_folder_that_holds_something_else(members, tmp_path):

@@ -180,4 +180,4 @@ def test_wrong_input(pair, tmp_path, capsys, monkeypatch, flags, message):
 
 def test_a_checkpoint_that_is_no_mixture(pair, capsys):
     assert main(["inspect", "1+1", "--model_name_or_path", pair[0]]) == 2
-    assert "is no mixture; give its anchor with --anchor" in capsys.readouterr().err
+    assert "is not a mixture; give its anchor with --anchor" in capsys.readouterr().err

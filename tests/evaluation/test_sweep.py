@@ -154,7 +154,10 @@ def test_the_responses_are_those_of_each_mix_on_its_own(pair, tmp_path):
     [
         (["--alphas", "-0.5"], "scheme 'prob' needs weights >= 0 that sum to 1 (alpha within [0, 1])"),
         (["--alphas", "nan"], "not finite"),
-        (["--mixes", "logits"], "there is no mix 'logits'; --mixes takes some of logit, prob, merge"),
+        (
+            ["--mixes", "logits"],
+            "there is no mix 'logits'; did you mean 'logit'? --mixes takes some of logit, prob, merge",
+        ),
         (["--eval_limit", "1"], "raise it above 1"),
         (["--anchor", "no/such"], "no model at 'no/such'"),
     ],
@@ -167,7 +170,7 @@ def test_wrong_input(pair, tmp_path, capsys, flags, message):
 
 def test_a_model_that_is_no_mixture(pair, capsys):
     assert main(["sweep", "--model_name_or_path", pair[0]]) == 2
-    assert "is no mixture; give its anchor with --anchor" in capsys.readouterr().err
+    assert "is not a mixture; give its anchor with --anchor" in capsys.readouterr().err
 
 
 def test_beyond_zero_and_one_the_logit_scheme_is_swept(pair):

@@ -1,4 +1,4 @@
-"""The paper's claims as functions: from made-up rows whose verdict is known, also those that fail or stay open."""
+"""The paper's claims as functions, on synthetic rows with a known verdict: holds, does not hold, undecided."""
 
 import math
 from functools import cache
@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from logitmix.evaluation.outcomes import KEYS, pack, pack_outcomes, unpack
 from logitmix.evaluation.statistics import (
     Estimate,
     bootstrap_rates,
@@ -15,8 +16,8 @@ from logitmix.evaluation.statistics import (
     wilson_interval,
 )
 from logitmix.paper import claims, sweep_claims
-from logitmix.paper.claims import CLAIMS, check_size, findings
-from logitmix.paper.outcomes import KEYS, Outcomes, pack, packed_outcomes, unpack
+from logitmix.paper.claims import CLAIMS, evaluate_claims, validate_num_problems
+from logitmix.paper.outcomes import Outcomes
 from logitmix.paper.verdicts import above, comparable, not_below
 
 ALPHAS = [i / 10 for i in range(11)]
@@ -35,7 +36,7 @@ EQUAL = ({"prob_mixing": 0.6}, {"prob_mixing": 0.8})
 
 @cache
 def right(rate: float, first: int = 0) -> np.ndarray:
-    """A share of the problems, in an order that has nothing to do with their numbers, from the `first` on."""
+    """A share of the problems, chosen in a random order, starting at its `first`."""
     order = np.random.default_rng(7).permutation(N)
     chosen = np.zeros(N, dtype=bool)
     chosen[np.roll(order, -first)[: round(rate * N)]] = True
@@ -49,7 +50,7 @@ def row(what: str, seed: int, outcomes: dict, **which) -> dict:
 def rows(
     sft=(0.95, 0.59, 0.62), policy=(0.90, 0.76, 0.80), first=None, last=None, logit=LOGIT, prob=PROB
 ) -> list[dict]:
-    """A reproduction that bears the paper out: format, answer and lenient rates of members, answer rates of arms."""
+    """A reproduction that agrees with the paper: format, answer and lenient rates of members, answer rates of arms."""
     first = (
         dict.fromkeys(MIXTURES, 0.6)
         | {"grpo": 0.59, "grpo_kl": 0.59, "base_anchor": 0.05, "prob_mixing": 0.49}
@@ -106,15 +107,15 @@ def verdict(claim, **changed) -> str:
         (comparable, -0.05, -0.03, "does not hold"),
     ],
 )
-def test_a_verdict_is_what_the_whole_interval_says(rule, low, high, expected):
+def test_a_verdict_depends_on_the_whole_interval(rule, low, high, expected):
     assert rule(Estimate((low + high) / 2, low, high)) == expected
 
 
 # --- claims --------------------------------------------------------------------------------------------------------
 
 
-def test_rows_like_the_papers_bear_out_every_claim():
-    found = findings(Outcomes(rows()))
+def test_every_claim_holds_on_rows_like_the_papers():
+    found = evaluate_claims(Outcomes(rows()))
     assert {f.claim: f.verdict for f in found if f.verdict != "holds"} == {}
     assert len(found) == len(CLAIMS) == len({f.claim for f in found})
     peaks = next(f for f in found if f.claim.startswith("The untrained pair peaks"))
@@ -143,7 +144,7 @@ def test_rows_like_the_papers_bear_out_every_claim():
         (sweep_claims.probabilities_peak_where_the_anchor_dominates, {"prob": LOGIT}, {"prob": NOTHING}),
     ],
 )  # fmt: skip
-def test_a_claim_that_fails_is_reported_as_failing_and_an_open_one_as_open(claim, failing, open_):
+def test_claims_that_fail_and_claims_that_stay_undecided(claim, failing, open_):
     assert verdict(claim) == "holds"
     if failing is not None:
         assert verdict(claim, **failing) == "does not hold"
@@ -151,8 +152,8 @@ def test_a_claim_that_fails_is_reported_as_failing_and_an_open_one_as_open(claim
         assert verdict(claim, **open_) == "undecided"
 
 
-def test_a_best_alpha_is_read_on_problems_that_did_not_choose_it():
-    """Of eleven rates that are noise about one value the largest is above it; read on other problems it is not."""
+def test_the_best_alpha_is_scored_on_problems_that_did_not_choose_it():
+    """The largest of eleven noisy rates is biased upwards; scored on other problems it is not."""
     chance = np.random.default_rng(0)
     excess, naive = [], []
     for _ in range(100):
@@ -161,46 +162,44 @@ def test_a_best_alpha_is_read_on_problems_that_did_not_choose_it():
             for alpha in ALPHAS
         ]
         o = Outcomes(made)
-        excess.append(sweep_claims.at_its_best(o, "logit")[0].mean() - 0.5)
-        naive.append(max(o.swept("logit", alpha).mean() for alpha in ALPHAS) - 0.5)
+        excess.append(sweep_claims.scores_at_best_alpha(o, "logit")[0].mean() - 0.5)
+        naive.append(max(o.sweep_scores("logit", alpha).mean() for alpha in ALPHAS) - 0.5)
     standard_error = 0.5 / math.sqrt(N * 100)
     assert np.mean(naive) > 10 * standard_error
     assert abs(np.mean(excess)) < 3 * standard_error
 
 
-def test_half_height_lies_between_the_grids_points():
+def test_the_half_maximum_is_interpolated_between_grid_points():
     alphas = np.array([0.0, 0.5, 1.0])
     rates_CR = np.array([[0.0, 0.8, 0.0], [0.2, 0.9, 0.0], [0.8, 1.0, 1.0]])
-    np.testing.assert_allclose(sweep_claims._half_height(alphas, rates_CR), [0.5 + 0.5 / 3, 0.0, 0.75])
+    np.testing.assert_allclose(sweep_claims._half_maximum(alphas, rates_CR), [0.5 + 0.5 / 3, 0.0, 0.75])
 
 
 @pytest.mark.parametrize("n", [-1, 0, 1, 5])
-def test_too_few_problems_for_any_verdict_are_refused(n):
+def test_too_few_problems_for_any_verdict_are_rejected(n):
     with pytest.raises(ValueError, match=rf"eval_limit is {n}, .* raise it above 5"):
-        check_size(n)
-    check_size(6)
+        validate_num_problems(n)
+    validate_num_problems(6)
 
 
-def test_a_reproduction_that_lacks_a_seed_of_an_arm_is_refused():
+def test_a_reproduction_that_lacks_a_seed_of_an_arm_is_rejected():
     made = [r for r in rows() if not (r.get("arm") == "grpo" and r["seed"] == 1)]
-    with pytest.raises(
-        ValueError, match=r"no results of grpo 40 model for seeds \[1\]; run the reproduction to its end"
-    ):
-        findings(Outcomes(made))
+    with pytest.raises(ValueError, match=r"no results of grpo 40 model for seeds \[1\]; let the reproduction finish"):
+        evaluate_claims(Outcomes(made))
 
 
-def test_evaluations_of_different_sizes_are_refused():
+def test_evaluations_of_different_sizes_are_rejected():
     made = rows()
     made[-1]["n"] = 12
     with pytest.raises(ValueError, match=r"evaluations of \[12, 400\] problems cannot be compared"):
-        findings(Outcomes(made))
+        evaluate_claims(Outcomes(made))
 
 
-# --- what they stand on --------------------------------------------------------------------------------------------
+# --- outcomes and statistics ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", [1, 7, 8, 9, 500])
-def test_outcomes_come_back_as_they_were_packed(n):
+def test_packed_outcomes_unpack_unchanged(n):
     original = np.random.default_rng(n).random(n) < 0.5
     assert np.array_equal(unpack(pack(original), n), original)
     assert len(pack(original)) == 2 * math.ceil(n / 8)
@@ -210,7 +209,7 @@ def test_outcomes_come_back_as_they_were_packed(n):
 
 def test_outcomes_are_packed_in_the_order_of_the_problems():
     made = [{"problem": i, "format_ok": True, "answer_ok": i == 2, "lenient_ok": False} for i in (3, 2, 0, 1)]
-    assert packed_outcomes(made) == {"format_ok": "f0", "answer_ok": "20", "lenient_ok": "00"}
+    assert pack_outcomes(made) == {"format_ok": "f0", "answer_ok": "20", "lenient_ok": "00"}
 
 
 def test_a_bootstrap_of_a_difference_is_the_paired_bootstrap():
@@ -227,7 +226,7 @@ def test_a_bootstrap_of_a_mean_has_the_width_of_a_normal_interval():
     assert (found.low, found.high) == pytest.approx((found.value - error, found.value + error), abs=0.002)
 
 
-def test_no_spread_among_few_problems_is_no_certainty():
+def test_equal_outcomes_of_few_problems_leave_uncertainty():
     same = paired_difference([1.0] * 20, [1.0] * 20)
     _, share = wilson_interval(0, 20)
     assert (same.value, same.low, same.high) == (0, -share, share)

@@ -1,4 +1,4 @@
-"""The recipes: what they say, how flags and files go over them, and what their dry runs print and refuse."""
+"""Recipes: their values, how flags and config files override them, and what their dry runs print and reject."""
 
 import json
 import string
@@ -9,13 +9,12 @@ import torch
 import yaml
 from transformers import AutoConfig
 
-from logitmix.cli import sft, train
 from logitmix.cli.__main__ import main
 from logitmix.cli.options.parser import build
-from logitmix.cli.quickstart import QuickstartArguments
-from logitmix.cli.sft import parse_sft
-from logitmix.cli.train import parse_train
+from logitmix.cli.sft import SFTOptions, parse_sft
+from logitmix.cli.train import TrainOptions, parse_train
 from logitmix.mixture.modeling import LogitMixForCausalLM
+from logitmix.paper.quickstart_config import QuickstartConfig
 from logitmix.paper.recipes import ARMS, CELLS, FOLDER, NAMES, PAPER_CELLS, SOURCES, TITLES, load_recipe
 from logitmix.paper.tiny_model import character_tokenizer, tiny_model
 from logitmix.tasks import Arithmetic
@@ -32,9 +31,10 @@ def error_of(capsys, argv) -> str:
     return error.splitlines()[-1]
 
 
-def parsed(name: str, *flags: str):
+def parsed(name: str, *flags: str) -> list:
+    """The groups of options of a recipe's command."""
     parse = parse_sft if name.endswith("/sft") else parse_train
-    return parse(["--recipe", name, "--dry_run", *flags])
+    return list(vars(parse(["--recipe", name, "--dry_run", *flags])).values())
 
 
 def test_every_run_of_the_paper_has_a_recipe():
@@ -44,7 +44,7 @@ def test_every_run_of_the_paper_has_a_recipe():
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
-def test_every_value_says_where_it_comes_from(layer):
+def test_every_value_names_its_source(layer):
     content = yaml.safe_load((FOLDER / layer).read_text())
     sections = [content] if layer.parts[0] not in ("models", "tasks") else [
         section for name, section in content.items() if name != "config"
@@ -52,7 +52,7 @@ def test_every_value_says_where_it_comes_from(layer):
     for key, entry in ((key, entry) for section in sections for key, entry in section.items()):
         _, source, *reason = entry
         assert source in SOURCES, key
-        assert reason or source != "O", f"{key} is our choice, and says no reason"
+        assert reason or source != "O", f"{key} is our choice, without a reason"
         assert len(reason) <= 1, f"{key}: a reason with a comma needs quotes"
         assert all(isinstance(text, str) and text for text in reason), key
 
@@ -66,6 +66,20 @@ def test_every_key_is_a_flag_and_every_value_reaches_it(name):
         actual = getattr(owner, key)
         assert actual == wanted or (wanted == "Qwen" and actual == instances[2].model_name_or_path), key
         assert instances[0].sources[key] == str(value)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_options_built_without_a_command_line_equal_the_parsed_ones(name, tmp_path):
+    """As `logitmix reproduce` builds them."""
+    parse, options = (parse_sft, SFTOptions) if name.endswith("/sft") else (parse_train, TrainOptions)
+    settings = {"use_cpu": True, "bf16": False, "seed": 3, "output_dir": str(tmp_path), "max_steps": 2}
+    settings |= {"resume_from_checkpoint": "true", "model_name_or_path": "here/qwen"}
+    flags = [string for key, value in settings.items() for string in (f"--{key}", str(value))]
+    built, expected = build(options, name, settings), parse(["--recipe", name, *flags])
+    assert list(vars(built)) == list(vars(expected))
+    for group in vars(built):
+        found, wanted = getattr(built, group), getattr(expected, group)
+        assert vars(found) == vars(wanted) if group != "training" else found.to_dict() == wanted.to_dict()
 
 
 @pytest.mark.parametrize("name", PAPER_RUNS)
@@ -87,7 +101,7 @@ def test_an_anchor_is_made_of_768_examples_16_an_update(cell):
     assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 16
 
 
-def test_arms_differ_in_what_defines_them_alone():
+def test_arms_differ_only_in_what_defines_them():
     recipes = {arm: load_recipe(f"math/3b/{arm}").values for arm in ARMS}
     common = {key for key in recipes["grpo"] if all(recipes[arm].get(key) == recipes["grpo"][key] for arm in ARMS)}
     defining = {"model_name_or_path", "anchor", "alpha", "scheme", "loss_type", "beta", "output_dir"}
@@ -121,7 +135,7 @@ def test_the_adaptive_arm_has_equation_9s_numbers_and_the_toy_scales_them():
     assert [n / toy[2] for n in toy] == [n / paper[2] for n in paper]
 
 
-def test_flags_go_over_the_config_file_and_that_over_the_recipe(tmp_path):
+def test_flags_override_the_config_file_which_overrides_the_recipe(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("alpha: 0.25\nlearning_rate: 3.0e-6\n")
     recipe_args, *_, args = parsed("math/3b/fixed_mixing", "--config", str(file), "--learning-rate", "2e-6")
@@ -131,13 +145,13 @@ def test_flags_go_over_the_config_file_and_that_over_the_recipe(tmp_path):
     assert (sources["alpha"], sources["learning_rate"]) == ("config file", "flag")
 
 
-def test_the_base_anchor_follows_the_model_that_is_given():
+def test_the_base_anchor_is_the_given_model():
     assert parsed("math/3b/base_anchor")[-1].anchor == "Qwen/Qwen2.5-3B-Instruct"
     assert parsed("math/3b/base_anchor", "--model_name_or_path", "here/qwen")[-1].anchor == "here/qwen"
 
 
 @pytest.mark.parametrize("started", [False, True])
-def test_processes_share_an_updates_rollouts(started, monkeypatch):
+def test_processes_divide_the_rollouts_of_an_update(started, monkeypatch):
     if started:
         # not by WORLD_SIZE, at which torch would wait for the other seven
         monkeypatch.setattr("logitmix.cli.options.parser.launched_processes", lambda: 8)
@@ -148,7 +162,7 @@ def test_processes_share_an_updates_rollouts(started, monkeypatch):
     assert 8 * args.per_device_train_batch_size * args.steps_per_generation == 2048
 
 
-def test_a_number_of_processes_that_cannot_share_is_refused(capsys):
+def test_a_number_of_processes_that_does_not_divide_the_batch_is_rejected(capsys):
     message = error_of(capsys, ["train", "--recipe", "math/3b/grpo", "--dry_run", "--num_processes", "3"])
     assert "which 3 processes cannot share equally; use a number of processes that divides it: 1, 2, 4, 8" in message
 
@@ -160,7 +174,7 @@ def test_a_number_of_processes_that_cannot_share_is_refused(capsys):
         (["train", "--recipe", "math/3b/sft"], "is a recipe for `logitmix sft`, not for `logitmix train`"),
         (["sft", "--recipe", "math/3b/grpo"], "is a recipe for `logitmix train`, not for `logitmix sft`"),
         (["train", "--recipe"], "expected one argument"),
-        (["train", "--recipe", "arithmetic/tiny/grpo", "--device_memory", "80GiB"], "is read by --dry_run only"),
+        (["train", "--recipe", "arithmetic/tiny/grpo", "--device_memory", "80GiB"], "is for --dry_run alone"),
         (["train", "--recipe", "math/3b/grpo", "--dry_run", "--device_memory", "lots"], "write it as 80GiB"),
         (["train", "--recipe", "math/3b/grpo", "--dry_run", "--model_name_or_path", "no/such"], "no config.json at"),
         (["train", "--recipe", "math/3b/grpo", "--dry_run", "--num_processes", "0"], "--num_processes is 0, but must"),
@@ -175,13 +189,13 @@ def test_a_number_of_processes_that_cannot_share_is_refused(capsys):
         (["recipes", "math"], "takes no arguments, got 'math'"),
     ],
 )
-def test_wrong_input_is_answered_by_one_sentence(argv, message, capsys):
+def test_wrong_input_prints_one_error_line(argv, message, capsys):
     assert message in error_of(capsys, argv)
 
 
 @pytest.mark.parametrize("arm", ["fixed_mixing", "grpo_kl"])
-def test_a_run_before_its_sft_stage_is_sent_there(arm, tmp_path, monkeypatch, capsys):
-    """Whether the SFT model is the anchor or where the policy starts."""
+def test_a_run_before_its_sft_stage_names_the_command_for_it(arm, tmp_path, monkeypatch, capsys):
+    """Both where the SFT model is the anchor and where the policy starts from it."""
     monkeypatch.chdir(tmp_path)
     assert main(["train", "--recipe", f"arithmetic/tiny/{arm}", "--use_cpu", "true"]) == 2
     assert "make it with `logitmix sft --recipe arithmetic/tiny/sft`" in capsys.readouterr().err
@@ -216,13 +230,13 @@ def test_every_recipe_dry_runs_within_80_gib(name, tmp_path, monkeypatch, capsys
         (["math/3b/grpo", "--gradient_checkpointing", "false"], "set --gradient_checkpointing true"),
     ],
 )
-def test_what_cannot_fit_is_refused_with_a_way_out(flags, way_out, capsys):
+def test_a_run_that_does_not_fit_is_rejected_with_a_way_out(flags, way_out, capsys):
     message = error_of(capsys, ["train", "--dry_run", "--device_memory", "80GiB", "--recipe", *flags])
     assert "GiB on one device, which has 80.0 GiB" in message
     assert way_out in message
 
 
-def test_without_a_device_to_compare_with_the_need_is_printed(capsys, monkeypatch):
+def test_without_a_gpu_the_memory_needed_is_printed(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["train", "--recipe", "math/7b/fixed_mixing", "--dry_run"]) == 0
     assert "174." in capsys.readouterr().out
@@ -232,7 +246,7 @@ def test_without_a_device_to_compare_with_the_need_is_printed(capsys, monkeypatc
     ("model", "parameters"), [("1.5b", 1_543_714_304), ("3b", 3_085_938_688), ("7b", 7_615_616_512)]
 )
 def test_the_models_have_as_many_parameters_as_their_checkpoints(model, parameters):
-    """The totals that the index files of the checkpoints on the hub state."""
+    """The totals in the index files of the checkpoints on the hub."""
     config = AutoConfig.for_model(**load_recipe(f"math/{model}/sft").model_config)
     assert model_shape(config).parameters == parameters
 
@@ -242,10 +256,10 @@ def test_the_tiny_model_of_the_recipes_is_the_quickstarts():
     assert model_shape(config) == model_shape(tiny_model(len(character_tokenizer(Arithmetic.alphabet))).config)
 
 
-def test_the_quickstarts_sizes_are_its_recipes():
+def test_the_defaults_of_the_quickstart_are_those_of_its_recipes():
     assert set(TITLES) == set(ARMS)
     values = load_recipe("arithmetic/tiny/adaptive_mixing").values
-    defaults = {f.name: f.default for f in fields(QuickstartArguments)}
+    defaults = {f.name: f.default for f in fields(QuickstartConfig)}
     assert defaults["rl_steps"] == values["max_steps"].value
     assert defaults["questions"] * defaults["num_generations"] == values["per_device_train_batch_size"].value
     assert defaults["rl_learning_rate"] == values["learning_rate"].value
@@ -308,32 +322,3 @@ def test_every_arm_trains_two_steps_on_small_members(arm, members, problems, tmp
         mixture = LogitMixForCausalLM.from_pretrained(out)
         assert mixture.config.scheme == ("prob" if arm == "prob_mixing" else "logit")
         assert (mixture.alpha == 0.5) == (arm != "adaptive_mixing")
-
-
-def settings(options) -> dict:
-    """What a run records of its options; the sources of values are shown by a dry run only."""
-    values = options.to_dict() if hasattr(options, "to_dict") else vars(options)
-    return {key: value for key, value in values.items() if key != "sources"}
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_options_built_from_a_recipe_equal_those_parsed_from_its_flag(name):
-    """Commands that run other commands build their options; nobody parses a command line twice."""
-    stage, parsed = (sft, parse_sft) if name.endswith("/sft") else (train, parse_train)
-    on_cpu = {"use_cpu": True, "bf16": False}
-    built = build(stage.GROUPS, name, on_cpu)
-    flags = parsed(["--recipe", name, "--use_cpu", "true", "--bf16", "false"])
-    for ours, theirs in zip(built, flags, strict=True):
-        assert type(ours) is type(theirs)
-        a, b = (
-            options.to_dict()
-            if hasattr(options, "to_dict")
-            else {k: v for k, v in vars(options).items() if k != "sources"}
-            for options in (ours, theirs)
-        )
-        assert a == b
-
-
-def test_settings_that_are_no_flags_are_refused():
-    with pytest.raises(ValueError, match="unknown settings: learning_rat"):
-        build(train.GROUPS, "arithmetic/tiny/grpo", {"learning_rat": 1})

@@ -1,17 +1,18 @@
-"""`logitmix reproduce`: every stage through the other commands, a report of all, interruptions, wrong input."""
+"""`logitmix reproduce`: stages run by the other commands, the report, interruptions, wrong input."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from logitmix.cli import reproduce
+from logitmix.cli import train
 from logitmix.cli.__main__ import main
-from logitmix.cli.train import parse_train
+from logitmix.cli.options.parser import build
 from logitmix.paper.claims import CLAIMS
-from logitmix.paper.presets import PRESETS, load_preset, stages
+from logitmix.paper.presets import PRESETS, load_preset
 from logitmix.paper.recipes import ARMS, PAPER_CELLS
-from logitmix.paper.reproduction import time_left
+from logitmix.paper.reproduction import format_time_left
+from logitmix.paper.stages import plan_stages
 from tests.helpers.browser import Parsed, assert_self_contained, page_in_chromium
 
 KINDS = ["base", "sft", "sweep", *ARMS]
@@ -23,19 +24,19 @@ def rows_of(path: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory) -> Path:
-    """The smoke scale, stopped by Ctrl-C in its second arm and gone on with."""
+    """The smoke scale, interrupted by Ctrl-C in its second arm and then continued."""
     folder = tmp_path_factory.mktemp("reproduce") / "smoke"
     flags = ["reproduce", "--scale", "smoke", "--seeds", "1", "--output_dir", str(folder)]
-    train = reproduce.RUNNERS["train"]
+    run = train.run
 
-    def stop(stage):
-        train(stage)
-        if stage.kind == "base_anchor":
-            (folder / "seed-0" / "base_anchor" / "training_args.bin").unlink()  # as if it had not come to its end
+    def stop(options, command):
+        run(options, command)
+        if options.recipe.recipe == "arithmetic/tiny/base_anchor":
+            (folder / "seed-0" / "base_anchor" / "training_args.bin").unlink()  # as if it had not finished
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(reproduce.RUNNERS, "train", stop)
+        patch.setattr(train, "run", stop)
         assert main(flags) == 130
     assert [row["kind"] for row in rows_of(folder / "times.jsonl")] == KINDS[:5]
     assert not (folder / "report").exists()
@@ -44,7 +45,7 @@ def interrupted(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_what_is_whole_is_not_made_again(interrupted):
+def test_complete_stages_are_not_made_again(interrupted):
     made = [row["kind"] for row in rows_of(interrupted / "times.jsonl")]
     assert made == [*KINDS[:5], *KINDS[4:]], "base_anchor twice"
     starts = {kind: len(rows_of(interrupted / "seed-0" / kind / "run.jsonl")) for kind in KINDS[1:]}
@@ -55,7 +56,7 @@ def test_what_is_whole_is_not_made_again(interrupted):
 
 @pytest.mark.slow
 def test_a_trainer_writes_its_arguments_last(interrupted):
-    """By which a stage is known to be whole."""
+    """Which is how a stage is known to be complete."""
     for kind in set(KINDS) - {"sweep"}:
         folder = interrupted / "seed-0" / kind
         written = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
@@ -98,7 +99,7 @@ def test_the_report_can_be_committed(interrupted):
 
 
 @pytest.mark.slow
-def test_the_page_asks_nothing_of_the_network_and_fits_a_phone(interrupted):
+def test_the_page_uses_no_network_and_fits_a_phone(interrupted):
     with page_in_chromium(interrupted / "report" / "index.html", width=390) as (page, requests):
         assert len(requests) == 1
         assert page.locator(".claims li").count() == len(CLAIMS)
@@ -106,7 +107,7 @@ def test_the_page_asks_nothing_of_the_network_and_fits_a_phone(interrupted):
 
 
 @pytest.mark.slow
-def test_another_scale_in_its_folder_is_refused(interrupted, capsys):
+def test_another_scale_in_its_folder_is_rejected(interrupted, capsys):
     before = (interrupted / "run.jsonl").read_text()
     assert main(["reproduce", "--scale", "tiny", "--output_dir", str(interrupted)]) == 2
     assert "was started with scale 'smoke', now 'tiny'" in capsys.readouterr().err
@@ -129,14 +130,14 @@ def test_wrong_input(tmp_path, capsys, flags, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_with_something_else_is_refused(tmp_path, capsys):
+def test_a_folder_with_other_files_is_rejected(tmp_path, capsys):
     (tmp_path / "thesis.tex").write_text("years of work")
     assert main(["reproduce", "--output_dir", str(tmp_path)]) == 2
     assert "holds something else (thesis.tex); choose another --output_dir" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_a_dry_run_prints_the_commands_and_makes_nothing(tmp_path, capsys):
+def test_a_dry_run_prints_the_commands_and_writes_nothing(tmp_path, capsys):
     folder = tmp_path / "out"
     assert (
         main(["reproduce", "--scale", "math-3b", "--seeds", "2", "--dry_run", "true", "--output_dir", str(folder)])
@@ -152,32 +153,27 @@ def test_a_dry_run_prints_the_commands_and_makes_nothing(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["tiny", *(cell.replace("/", "-") for cell in PAPER_CELLS)])
 def test_every_scale_trains_what_the_paper_compares(name, tmp_path):
-    """Policy and anchor of every arm, as the recipe's parser understands the command."""
-    planned = stages(load_preset(name), 1, tmp_path)
-    scale = PRESETS[name]
+    """Policy and anchor of every arm, in the options that its stage is run with."""
+    planned = plan_stages(load_preset(name), 1, tmp_path)
     sft = str(tmp_path / "seed-0" / "sft")
     (stage,) = [stage for stage in planned if stage.kind == "sft"]
-    base = str(stage.settings["model_name_or_path"])
-    assert base.startswith("Qwen/") == (scale.base_steps is None)
+    base = stage.settings["model_name_or_path"]
+    assert base.startswith("Qwen/") == (PRESETS[name].base_steps is None)
     expected = dict.fromkeys(ARMS, (base, sft)) | {"base_anchor": (base, base)}
     expected |= {"grpo": (sft, None), "grpo_kl": (sft, None)}
     for stage in planned:
         if stage.verb == "train":
-            _, task_args, model_args, _, eval_args, args = parse_train(
-                [*stage.command[2:], "--use_cpu", "true", "--bf16", "false"]
-            )
-            assert (model_args.model_name_or_path, args.anchor) == expected[stage.kind]
-            assert task_args.eval_limit == 500, "as in the paper"
-            assert eval_args.eval_every
-            assert args.output_dir == str(tmp_path / "seed-0" / stage.kind)
+            options = build(train.TrainOptions, stage.recipe, {**stage.settings, "use_cpu": True, "bf16": False})
+            assert (options.model.model_name_or_path, options.training.anchor) == expected[stage.kind]
+            assert options.task.eval_limit == 500, "as in the paper"
+            assert options.evaluation.eval_every
+            assert options.training.output_dir == str(tmp_path / "seed-0" / stage.kind)
 
 
-def test_the_time_left_is_estimated_from_earlier_stages_of_the_same_kind():
+def test_the_time_left_is_estimated_from_stages_of_the_same_kind():
     spent = [("sft", 0, 40.0), ("sft", 0, 20.0), ("grpo", 0, 120.0), ("grpo", 1, 240.0)]  # the first was interrupted
     times = [{"kind": kind, "seed": seed, "seconds": seconds} for kind, seed, seconds in spent]
-    assert time_left([], ["sft"]) == ""
-    assert time_left(times, ["sft", "grpo"]) == ", about 4 min left"
-    assert time_left(times, ["prob_mixing"] * 2) == ", about 4 min left", (
-        "for a kind without a finished stage: the mean"
-    )
-    assert time_left(times[:1], []) == ", less than a minute left"
+    assert format_time_left([], ["sft"]) == ""
+    assert format_time_left(times, ["sft", "grpo"]) == ", about 4 min left"
+    assert format_time_left(times, ["prob_mixing"] * 2) == ", about 4 min left", "a kind that has not run: the mean"
+    assert format_time_left(times[:1], []) == ", less than a minute left"

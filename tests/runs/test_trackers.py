@@ -1,4 +1,4 @@
-"""Trackers of `--report_to`: everything that a report draws reaches them, and one that is missing is said at once."""
+"""Trackers of `--report_to`: they receive everything that a report plots, and a missing one is reported at once."""
 
 import importlib.util
 import json
@@ -30,14 +30,14 @@ def train(members, tmp_path):
 
 
 def run(argv, **environment) -> None:
-    """In a process of its own, since trackers read their settings from the environment when they are imported."""
+    """In a new process, since trackers read their settings from the environment when they are imported."""
     command = [sys.executable, "-m", "logitmix.cli", *argv]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=120)
     assert done.returncode == 0, done.stderr
 
 
 def evaluations(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """What a tracker should show of the held-out evaluations: points by name."""
+    """The points of the held-out evaluations that a tracker should show, by name."""
     points: dict[str, list[tuple[int, float]]] = {}
     for line in (folder / "evaluations.jsonl").read_text().splitlines():
         row = json.loads(line)
@@ -54,7 +54,7 @@ def assert_same_points(found, expected) -> None:
             assert math.isclose(value, other, rel_tol=1e-6), name  # TensorBoard keeps float32
 
 
-def test_tensorboard_gets_what_the_report_draws(train, tmp_path):
+def test_tensorboard_gets_what_the_report_plots(train, tmp_path):
     pytest.importorskip("tensorboard", reason="pip install tensorboard, to test it as a tracker")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -65,10 +65,10 @@ def test_tensorboard_gets_what_the_report_draws(train, tmp_path):
     assert found.keys() >= DRAWN
     assert_same_points(found, evaluations(tmp_path / "run"))
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert not [key for line in metrics for key in line if key.startswith("eval_")], "they have a file of their own"
+    assert not [key for line in metrics for key in line if key.startswith("eval_")], "they are in evaluations.jsonl"
 
 
-def test_trackio_gets_what_the_report_draws(train, tmp_path):
+def test_trackio_gets_what_the_report_plots(train, tmp_path):
     pytest.importorskip("trackio", reason="pip install trackio, to test it as a tracker")
     run(
         [*train, "--report_to", "trackio", "--project", "ours", "--run_name", "a"],
@@ -87,7 +87,7 @@ def test_trackio_gets_what_the_report_draws(train, tmp_path):
 
 
 @pytest.mark.parametrize("verb", ["train", "sft"])
-def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_made(verb, train, tmp_path, capsys):
+def test_a_tracker_that_is_not_installed_is_rejected_before_anything_is_written(verb, train, tmp_path, capsys):
     absent = next(name for name in ("swanlab", "clearml", "wandb") if importlib.util.find_spec(name) is None)
     argv = [*train, "--report_to", absent]
     if verb == "sft":
@@ -98,5 +98,5 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_made(verb
     assert not (tmp_path / "run").exists()
 
 
-def test_a_tracker_that_does_not_exist_is_refused(train, capsys):
+def test_an_unknown_tracker_is_rejected(train, capsys):
     assert "report_to is 'wandbb', which cannot be used here" in error_of(capsys, [*train, "--report_to", "wandbb"])

@@ -111,11 +111,12 @@ def test_a_checkpoint_that_was_being_written_is_never_taken(run, never_killed):
     assert not (run.folder / STAGING).exists()
     assert [start["passed_over"] for start in run.starts] == [
         [],
-        ["checkpoint-2 was half written when the run stopped, and is removed"],
-        ["checkpoint-5 was half written when the run stopped, and is removed"],
+        ["checkpoint-2 was only partly written when the run stopped, and is removed"],
+        ["checkpoint-5 was only partly written when the run stopped, and is removed"],
     ]
     printed = " ".join(run.log.read_text().split())
-    assert "checkpoint-5 was half written when the run stopped, and is removed; the run continues from" in printed
+    expected = "checkpoint-5 was only partly written when the run stopped, and is removed; the run continues from"
+    assert expected in printed
 
 
 @pytest.mark.slow
@@ -126,7 +127,7 @@ def test_a_run_killed_before_its_first_checkpoint_or_after_its_last_step(run, ne
     assert run.checkpoints == ["checkpoint-8"]
     run.finish(*RESUME)
     assert not differences(run.folder, never_killed)
-    assert "it starts again" in run.log.read_text()
+    assert "and starts again" in run.log.read_text()
 
 
 @pytest.mark.slow
@@ -192,13 +193,13 @@ def test_a_damaged_checkpoint_is_passed_over(run, never_killed):
     damaged = run.folder / "checkpoint-4"
     os.truncate(damaged / "optimizer.pt", 1000)
     message = run.fail(*flags, "--resume_from_checkpoint", str(damaged))
-    assert "checkpoint-4 is not whole: its optimizer.pt has 1000 of" in message
-    assert f"the last whole one is {run.folder}/checkpoint-3" in message
+    assert "checkpoint-4 is incomplete: its optimizer.pt has 1000 of" in message
+    assert f"the last complete one is {run.folder}/checkpoint-3" in message
     run.finish(*flags, *RESUME)
     assert run.starts[-1]["resumed_from"] == str(run.folder / "checkpoint-3")
     half_written, aside = run.starts[-1]["passed_over"]
-    assert half_written.startswith("checkpoint-5 was half written")
-    assert aside.startswith("checkpoint-4 is not whole: its optimizer.pt has 1000 of")
+    assert half_written.startswith("checkpoint-5 was only partly written")
+    assert aside.startswith("checkpoint-4 is incomplete: its optimizer.pt has 1000 of")
     assert not differences(run.folder, never_killed)
 
 

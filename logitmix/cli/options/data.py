@@ -1,4 +1,4 @@
-"""Flags that name a task, its data and its template; of a checkpoint, those of the run that made it by default."""
+"""Flags for tasks and problems. A checkpoint is evaluated on the problems of the run that made it, unless told."""
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -12,32 +12,36 @@ from logitmix.tasks.templates import TEMPLATES
 
 @dataclass
 class SourceArguments:
-    """Where the problems come from, and the template that asks them."""
+    """Data and template"""
 
-    data: str | None = field(default=None, metadata={"help": "Local file or folder to read instead of the hub."})
+    data: str | None = field(
+        default=None, metadata={"help": "Local folder or file with the problems, instead of the dataset on the hub."}
+    )
     template: str | None = field(
         default=None,
-        metadata={"help": f"Instead of the task's own template: {', '.join(TEMPLATES)}, or a YAML file."},
+        metadata={"help": f"Prompt template, instead of the task's own: {', '.join(TEMPLATES)}, or a YAML file."},
     )
     question_column: str | None = field(
-        default=None, metadata={"help": "Task jsonl: column of the question, default 'question'."}
+        default=None, metadata={"help": "Task jsonl: column of the question; default: question."}
     )
     answer_column: str | None = field(
-        default=None, metadata={"help": "Task jsonl: column of the answer, default 'answer'."}
+        default=None, metadata={"help": "Task jsonl: column of the answer; default: answer."}
     )
     solution_column: str | None = field(
-        default=None, metadata={"help": "Task jsonl: column of the worked solution, which SFT needs."}
+        default=None, metadata={"help": "Task jsonl: column of a worked solution, which SFT needs."}
     )
 
 
 @dataclass
 class DataArguments(SourceArguments):
-    """Which problems, and the template that asks them."""
+    """Task and data"""
 
-    task: str = field(default="arithmetic", metadata={"help": f"{', '.join(TASKS)}, or your own as module.Class."})
+    task: str = field(
+        default="arithmetic", metadata={"help": f"{', '.join(TASKS)}, or a class of your own as module.Class."}
+    )
     split_seed: int = field(
         default=0,
-        metadata={"help": "Seed of the splits, apart from --seed, so that no run trains on another's test problems."},
+        metadata={"help": "Seed of the splits; independent of --seed, so that training never sees test problems."},
     )
 
     def load(self) -> Task:
@@ -54,10 +58,12 @@ class DataArguments(SourceArguments):
 
 @dataclass
 class TaskArguments(DataArguments):
-    """Which problems to train and evaluate on, and how many."""
+    """Task and data"""
 
-    train_limit: int | None = field(default=None, metadata={"help": "Train on the first N problems; default all."})
-    eval_limit: int = field(default=200, metadata={"help": "Evaluate on the first N test problems."})
+    train_limit: int | None = field(
+        default=None, metadata={"help": "Number of training problems, from the first; default: all."}
+    )
+    eval_limit: int = field(default=200, metadata={"help": "Number of test problems, from the first."})
 
     def __post_init__(self) -> None:
         validate_at_least(self, train_limit=1, eval_limit=1)
@@ -65,35 +71,35 @@ class TaskArguments(DataArguments):
 
 @dataclass
 class CheckpointDataArguments(SourceArguments):
-    """As `DataArguments`, with defaults from the run that made the checkpoint, unless `--task` names another task."""
+    """Task and data; default: those of the run that made the checkpoint"""
 
     task: str | None = field(
         default=None,
-        metadata={"help": "As in training; default that of the run that made the checkpoint, or arithmetic."},
+        metadata={"help": "Task, as in training; default: that of the checkpoint's run, else arithmetic."},
     )
     split_seed: int | None = field(
-        default=None, metadata={"help": "Seed of the splits; default that of the checkpoint's run, or 0."}
+        default=None, metadata={"help": "Seed of the splits; default: that of the checkpoint's run, else 0."}
     )
 
     def resolve(self, *checkpoints: str | None) -> DataArguments:
-        """The data to evaluate the checkpoints on: the flags given, and for the rest what their runs used.
+        """The data to evaluate checkpoints on: what the flags give and, for the rest, what the checkpoints' runs used.
 
-        A run on another task than `--task` is ignored. A run on the same task is not: with another seed of the
-        splits, its training problems would be among the test problems.
+        That includes the seed of the splits: with another one, training problems would be among the test problems.
+        Ignored are None, checkpoints without a run of logitmix, and runs on a task other than `--task`.
 
-        Raises `ValueError` where the runs differ in a setting that no flag decides.
+        Raises `ValueError` if the runs differ in what the flags leave open.
         """
         given = {f.name: value for f in fields(DataArguments) if (value := getattr(self, f.name)) is not None}
-        of_runs = {source: data for source in checkpoints if source is not None and (data := data_of_run(source))}
+        found = {source: data for source in checkpoints if source is not None and (data := read_run_data(source))}
         if self.task is not None:
-            of_runs = {source: data for source, data in of_runs.items() if data["task"] == self.task}
-        resolved = {source: data | given for source, data in of_runs.items()}
+            found = {source: data for source, data in found.items() if data["task"] == self.task}
+        resolved = {source: data | given for source, data in found.items()}
         for source, data in resolved.items():
             first = next(iter(resolved))
             for key, value in data.items():
                 if value != resolved[first][key]:
                     raise ValueError(
-                        f"the run of {first} had the {key} {resolved[first][key]!r}, and that of {source} {value!r}; "
+                        f"the run of {first} had {key} {resolved[first][key]!r}, and that of {source} {value!r}; "
                         f"choose one with --{key}"
                     )
         return DataArguments(**next(iter(resolved.values()), given))
@@ -101,21 +107,21 @@ class CheckpointDataArguments(SourceArguments):
 
 @dataclass
 class TestProblemArguments(CheckpointDataArguments):
-    """Which test problems, and how many."""
+    """Task and data; default: those of the run that made the checkpoint"""
 
-    eval_limit: int = field(default=200, metadata={"help": "Evaluate on the first N test problems."})
+    eval_limit: int = field(default=200, metadata={"help": "Number of test problems, from the first."})
 
     def __post_init__(self) -> None:
         validate_at_least(self, eval_limit=1)
 
 
-def data_of_run(checkpoint: str) -> dict[str, Any] | None:
-    """The `DataArguments` of the run that made a checkpoint, from its `run.jsonl`; None without such a run.
+def read_run_data(checkpoint: str) -> dict[str, Any] | None:
+    """The values of `DataArguments` in the `run.jsonl` of the run that made a checkpoint; None without such a run.
 
-    The column of the solutions is left out, since only SFT reads it.
+    The column of solutions is left out: only SFT reads it.
     """
-    folder = Path(checkpoint).resolve()  # follows "." and links to the folder's own name and parent
-    for path in (folder / RUN_FILE, folder.parent / RUN_FILE):  # the parent is the run of a checkpoint-N
+    folder = Path(checkpoint).resolve()  # gives "." and links their name and parent
+    for path in (folder / RUN_FILE, folder.parent / RUN_FILE):  # in the parent for a checkpoint-N
         if path.is_file() and (path.parent == folder or folder.name.startswith("checkpoint-")):
             starts = read_jsonl(path)
             arguments = starts[-1].get("arguments") if starts and isinstance(starts[-1], dict) else None

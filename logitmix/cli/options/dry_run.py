@@ -1,4 +1,4 @@
-"""`--dry_run`: a run's settings with their sources, its token budget, and its memory on each device."""
+"""`--dry_run`: the settings of a run with their sources, its token budget, and the memory it needs on each device."""
 
 import math
 import os
@@ -38,7 +38,7 @@ def dry_run_train(
     eval_args: EvaluationArguments,
     args: LogitMixGRPOConfig,
 ) -> None:
-    """Print what a GRPO run will be. Raises `ValueError` where it cannot fit the device."""
+    """Print the plan of a GRPO run. Raises `ValueError` if it does not fit the memory of the device."""
     policy = model_args.model_name_or_path
     configs = model_configs(policy, recipe_args.recipe)
     if args.anchor is not None:
@@ -56,20 +56,20 @@ def dry_run_train(
     updates = args.max_steps
     if updates <= 0:
         updates = int(batches.updates_in(train_size(task_args)) * args.num_train_epochs)
-    generations = math.ceil(updates / batches.updates_per_outer_step)
-    rollouts = generations * batches.rollouts_per_outer_step
+    outer_steps = math.ceil(updates / batches.updates_per_outer_step)
+    rollouts = outer_steps * batches.rollouts_per_outer_step
     decodes = 0
     if eval_args.eval_every:
         times = 1 + math.ceil(updates / eval_args.eval_every)
         decodes = task_args.eval_limit * (2 * times + 1 if len(members) > 1 else times)
-    validated = 0
-    if args.alpha_controller in VALIDATING:  # the policy and the mixture, and to weight by accuracy the anchor too
-        validated = generations * args.validation_size * (2 if args.alpha_controller == "adaptive" else 3)
-    show_settings(recipe_args, (task_args, model_args, adapter_args, eval_args, args))
-    show_budget(
+    validated = 0  # greedy responses
+    if args.alpha_controller in VALIDATING:  # of policy and mixture; validation_weighted also of the anchor
+        validated = outer_steps * args.validation_size * (2 if args.alpha_controller == "adaptive" else 3)
+    print_settings(recipe_args, (task_args, model_args, adapter_args, eval_args, args))
+    print_budget(
         {
             "updates": f"{updates:,}, of {batches.rollouts_per_update:,} rollouts each",
-            "generation steps": f"{generations:,}, of {batches.rollouts_per_outer_step:,} rollouts each",
+            "outer steps": f"{outer_steps:,}, of {batches.rollouts_per_outer_step:,} rollouts each",
             "questions": f"{rollouts // args.num_generations:,}, of {args.num_generations} rollouts each",
             "greedy responses": f"{decodes:,} to evaluate, {validated:,} to set alpha",
             "tokens sampled": f"at most {(rollouts + decodes + validated) * args.max_completion_length:,}",
@@ -77,7 +77,7 @@ def dry_run_train(
     )
     setup = Setup(
         members=members,
-        # with an adapter the reference is the model without it, with an anchor it is that
+        # with an adapter the reference is the model without it; with an anchor it is the anchor
         reference=members[0] if args.beta != 0 and len(members) == 1 and adapter is None else None,
         rows=batches.rows,
         sampled=args.rollout_batch_size or batches.rows * batches.steps_per_generation,
@@ -87,7 +87,7 @@ def dry_run_train(
         one_base=adapter is not None and args.anchor is not None and _base_of(args.anchor) == _base_of(policy),
         **_device(recipe_args, model_args, args),
     )
-    show_memory(recipe_args, setup)
+    print_memory(recipe_args, setup)
 
 
 def dry_run_sft(
@@ -97,7 +97,7 @@ def dry_run_sft(
     adapter_args: AdapterArguments,
     args: SFTConfig,
 ) -> None:
-    """Print what an SFT run will be. Raises `ValueError` where it cannot fit the device."""
+    """Print the plan of an SFT run. Raises `ValueError` if it does not fit the memory of the device."""
     (config,) = model_configs(model_args.model_name_or_path, recipe_args.recipe)
     adapter = adapter_args.peft_config
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * recipe_args.processes
@@ -105,8 +105,8 @@ def dry_run_sft(
     if updates <= 0:
         updates = math.ceil(math.ceil(train_size(task_args) / batch) * args.num_train_epochs)
     longest = args.max_length or recipe_args.prompt_length
-    show_settings(recipe_args, (task_args, model_args, adapter_args, args))
-    show_budget(
+    print_settings(recipe_args, (task_args, model_args, adapter_args, args))
+    print_budget(
         {
             "updates": f"{updates:,}, of {batch:,} examples each",
             "tokens read": f"at most {updates * batch * longest:,}",
@@ -122,14 +122,14 @@ def dry_run_sft(
         completion=longest,
         **_device(recipe_args, model_args, args),
     )
-    show_memory(recipe_args, setup)
+    print_memory(recipe_args, setup)
 
 
 def model_configs(source: str, recipe: str | None) -> list[PreTrainedConfig]:
-    """The configuration of the model at a folder or hub id, or those of a mixture's members.
+    """The configuration of the model at a folder or hub id, or of each member of a mixture.
 
-    A recipe knows its own models, so that its dry run needs no hub and no anchor that is made already.
-    Raises `ValueError` where nothing says how large the model is.
+    A recipe holds the configuration of its own models: its dry run needs no hub, and no anchor that exists already.
+    Raises `ValueError` if the size of the model cannot be found.
     """
     source = _base_of(source)
     config = _recipe_config(source, recipe) if recipe and not Path(source, "config.json").exists() else None
@@ -137,23 +137,25 @@ def model_configs(source: str, recipe: str | None) -> list[PreTrainedConfig]:
         try:
             config = AutoConfig.from_pretrained(source)
         except (OSError, ValueError) as error:
-            raise ValueError(f"there is no config.json at {source!r} to tell the size of the model from") from error
+            raise ValueError(
+                f"there is no config.json at {source!r}, which gives the size of the model; check the name"
+            ) from error
     return config.member_configs if isinstance(config, LogitMixConfig) else [config]
 
 
 def _adapter_at(source: str) -> PeftConfig | None:
-    """The configuration of the adapter in a folder. (A hub id is not asked: a dry run needs no network.)"""
+    """The configuration of the adapter in a folder; None for a hub id, as a dry run uses no network."""
     return read_adapter_config(source) if Path(source).is_dir() else None
 
 
 def _base_of(source: str) -> str:
-    """The model that an adapter's folder is made on, or the model itself."""
+    """The base model of an adapter's folder, or the model itself."""
     adapter = _adapter_at(source)
     return source if adapter is None else str(adapter.base_model_name_or_path)
 
 
 def _recipe_config(source: str, recipe: str) -> PreTrainedConfig | None:
-    """The configuration that a recipe has for its own base and its own SFT model."""
+    """The configuration in a recipe for its own base and SFT model; None for other models."""
     stage = load_recipe(f"{recipe.rpartition('/')[0]}/sft")
     if source not in (stage.values["model_name_or_path"].value, stage.values["output_dir"].value):
         return None
@@ -161,12 +163,12 @@ def _recipe_config(source: str, recipe: str) -> PreTrainedConfig | None:
 
 
 def train_size(task_args: TaskArguments) -> int:
-    """How many problems a pass has."""
+    """The number of problems in an epoch."""
     return task_args.train_limit or len(task_args.load().problems("train"))
 
 
 def _device(recipe_args: RecipeArguments, model_args: ModelArguments, args: TrainingArguments) -> dict[str, Any]:
-    """What both stages have in common of a `Setup`."""
+    """The arguments of `Setup` that GRPO and SFT share."""
     weight = 4 if model_args.dtype == "float32" else 2
     return {
         "weight": weight,
@@ -178,12 +180,12 @@ def _device(recipe_args: RecipeArguments, model_args: ModelArguments, args: Trai
 
 
 def _launched_sharded() -> bool:
-    """Whether `accelerate launch` asked for FSDP or ZeRO-3: it says so in the environment."""
+    """Whether `accelerate launch` set the environment variables of FSDP or ZeRO-3."""
     return os.environ.get("ACCELERATE_USE_FSDP") == "true" or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
 
 
-def show_settings(recipe_args: RecipeArguments, parsed: Sequence[Any]) -> None:
-    """Each value that is no default, and where it comes from; the settings of the dry run itself left out."""
+def print_settings(recipe_args: RecipeArguments, parsed: Sequence[Any]) -> None:
+    """Print each value that is not a default, with its source, except the settings of the dry run itself."""
     table = Table("setting", "value", "from", title=recipe_args.recipe or "settings", title_justify="left")
     for key, source in recipe_args.sources.items():
         owner = next((instance for instance in parsed if hasattr(instance, key)), None)
@@ -193,15 +195,16 @@ def show_settings(recipe_args: RecipeArguments, parsed: Sequence[Any]) -> None:
     Console().print(table)
 
 
-def show_budget(budget: Mapping[str, str]) -> None:
+def print_budget(budget: Mapping[str, str]) -> None:
+    """Print how many updates, rollouts and tokens the run has."""
     table = Table(title="token budget", title_justify="left", show_header=False)
     for row in budget.items():
         table.add_row(*row)
     Console().print(table)
 
 
-def show_memory(recipe_args: RecipeArguments, setup: Setup) -> None:
-    """The parts of a device's memory. Raises `ValueError` where they need more than it has."""
+def print_memory(recipe_args: RecipeArguments, setup: Setup) -> None:
+    """Print the parts of the memory needed on a device. Raises `ValueError` if it has less."""
     devices = f"each of {setup.processes} devices" if setup.processes > 1 else "one device"
     parts = memory(setup)
     table = Table("", "GiB", "when", title=f"memory of {devices}, estimated", title_justify="left")
@@ -211,18 +214,18 @@ def show_memory(recipe_args: RecipeArguments, setup: Setup) -> None:
     table.add_row("at most at a time", f"{needed / GIB:.2f}", "", style="bold")
     console = Console()
     console.print(table)
-    prompts = f"Prompts are taken to have {setup.prompt} tokens. " if setup.sampled else ""
-    console.print(f"{prompts}Not counted: the CUDA context, and what the allocator loses.", soft_wrap=True)
+    prompts = f"Prompts are assumed to have {setup.prompt} tokens. " if setup.sampled else ""
+    console.print(f"{prompts}Not counted: the CUDA context and fragmentation.", soft_wrap=True)
     available = device_bytes(recipe_args.device_memory)
     if available is not None and needed > available:
         raise ValueError(
             f"{recipe_args.recipe or 'the run'} needs about {needed / GIB:.1f} GiB on {devices}, which has "
-            f"{available / GIB:.1f} GiB; {way_out(parts, setup, available)}"
+            f"{available / GIB:.1f} GiB; {suggest_change(parts, setup, available)}"
         )
 
 
-def way_out(parts: list[Part], setup: Setup, available: float) -> str:
-    """What to change so that a run fits, the change that costs least first."""
+def suggest_change(parts: list[Part], setup: Setup, available: float) -> str:
+    """The least costly change with which the run may fit."""
     state = sum(part.size for part in parts if part.phase == "always")
     gradients = sum(
         part.size for part in parts if part.name.startswith(("gradients", "weights")) and part.phase == "update"
@@ -244,7 +247,7 @@ def way_out(parts: list[Part], setup: Setup, available: float) -> str:
 
 
 def device_bytes(size: str | None) -> int | None:
-    """The memory of a device: as given (`80GiB`), else the GPU's, else unknown."""
+    """The memory of a device in bytes: as given (`80GiB`), or else the GPU's; None without a GPU."""
     if size is not None:
         try:
             return int(convert_file_size_to_int(size))

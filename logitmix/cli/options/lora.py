@@ -1,58 +1,58 @@
-"""Flags of a LoRA adapter, under TRL's names."""
+"""Flags for a LoRA adapter, with TRL's names."""
+
+from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING
 
-from peft import LoraConfig
-from transformers import PreTrainedModel
-
-from logitmix.mixture.modeling import LogitMixForCausalLM
-from logitmix.runs.folder import console
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 
 @dataclass
 class AdapterArguments:
-    """Train a LoRA adapter instead of the model's weights. Names and defaults are those of TRL's `ModelConfig`."""
+    """LoRA adapter
 
-    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter instead of the model's weights."})
+    Names and defaults are those of TRL's `ModelConfig`.
+    """
+
+    use_peft: bool = field(
+        default=False, metadata={"help": "Train a LoRA adapter instead of the model's own weights."}
+    )
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
-    lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapter: lora_alpha / lora_r."})
+    lora_alpha: int = field(default=32, metadata={"help": "The adapter is scaled by lora_alpha / lora_r."})
     lora_dropout: float = field(
         default=0.05,
-        metadata={"help": "Dropout of the adapter's input in SFT; in GRPO only with --disable_dropout false."},
+        metadata={"help": "Dropout on the adapter's input; in GRPO only with --disable_dropout false."},
     )
     lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Layers to adapt; default PEFT's for the architecture, or all-linear."}
+        default=None, metadata={"help": "Layers to adapt, or all-linear; default: PEFT's for the architecture."}
     )
     lora_modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules to train in full, as copies of the model's."}
+        default=None, metadata={"help": "Modules to train in full, as a copy of the model's own."}
     )
-    use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(lora_r) instead (rsLoRA)."})
+    use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(lora_r) instead."})
     use_dora: bool = field(default=False, metadata={"help": "Train magnitude and direction separately (DoRA)."})
 
     @property
     def peft_config(self) -> LoraConfig | None:
-        """The adapter's configuration, or None without `--use_peft`. Raises `ValueError` for flags without effect."""
+        """None without `--use_peft`. Raises `ValueError` for flags that would have no effect or that PEFT rejects."""
         given = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
         if not self.use_peft:
             if given:
                 raise ValueError(f"{given[0]} is {getattr(self, given[0])!r}, but there is no adapter; add --use_peft")
             return None
+        from peft import LoraConfig
+
         targets = self.lora_target_modules
         return LoraConfig(
             task_type="CAUSAL_LM",
             r=self.lora_r,
             lora_alpha=self.lora_alpha,
             lora_dropout=self.lora_dropout,
-            # a single name may be "all-linear" or a regular expression, which PEFT takes as a string
+            # a single name may be "all-linear" or a regular expression, which PEFT expects as a string
             target_modules=targets[0] if targets is not None and len(targets) == 1 else targets,
             modules_to_save=self.lora_modules_to_save,
             use_rslora=self.use_rslora,
             use_dora=self.use_dora,
         )
-
-
-def print_shared_memory(model: PreTrainedModel) -> None:
-    """Print the memory that members save by sharing a base, if any do."""
-    if isinstance(model, LogitMixForCausalLM) and model.anchors != model.members[1:]:
-        held, saved = model.weight_bytes()
-        console.print(f"Members share one base: weights take {held / 1e9:.3g} GB, not {(held + saved) / 1e9:.3g} GB.")

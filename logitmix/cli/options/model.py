@@ -1,18 +1,25 @@
-"""Flags that name a checkpoint and say how to load it."""
+"""Flags for the model of a command: a checkpoint, or a policy and `--anchor`; and loading what they name."""
+
+from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from logitmix.mixture.modeling import LogitMixForCausalLM
+
+Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 
 
 @dataclass(kw_only=True)
 class LoadingArguments:
-    """How a checkpoint is loaded."""
+    """Loading"""
 
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = field(
-        default="float32", metadata={"help": "Dtype of the weights; auto is the checkpoint's own."}
-    )
+    dtype: Dtype = field(default="float32", metadata={"help": "Dtype of the weights; auto: the checkpoint's own."})
     attn_implementation: str | None = field(
-        default=None, metadata={"help": "Attention kernel: sdpa, eager, flash_attention_2, …"}
+        default=None, metadata={"help": "Attention implementation: sdpa, eager, flash_attention_2, ..."}
     )
 
     @property
@@ -23,8 +30,77 @@ class LoadingArguments:
 
 @dataclass(kw_only=True)
 class ModelArguments(LoadingArguments):
-    """Which checkpoint, and how it is loaded."""
+    """Model"""
 
-    model_name_or_path: str = field(
-        metadata={"help": "Folder or hub id of the model; in training, of the policy's start."}
+    model_name_or_path: str = field(metadata={"help": "Folder or hub id of the model; of the policy, in training."})
+
+
+@dataclass
+class AnchorArguments:
+    """Mixture"""
+
+    anchor: str | None = field(
+        default=None, metadata={"help": "Folder or hub id of the anchor to mix the model with."}
     )
+
+
+@dataclass
+class MixtureArguments(AnchorArguments):
+    """Mixture"""
+
+    alpha: float | None = field(
+        default=None, metadata={"help": "Weight of the anchor; default: the checkpoint's, or 0.5 with --anchor."}
+    )
+    scheme: Literal["logit", "prob"] | None = field(
+        default=None,
+        metadata={"help": "How members are mixed; default: the checkpoint's, or logit with --anchor."},
+    )
+
+
+def load_model(model_args: ModelArguments, mixture_args: MixtureArguments) -> PreTrainedModel:
+    """The mixture of the model with `--anchor`, or the checkpoint itself, at `--alpha` and with `--scheme`.
+
+    Raises `ValueError` for an alpha or a scheme without anything to mix with.
+    """
+    from accelerate import PartialState
+
+    from logitmix.mixture.configuration import resolve_weights
+    from logitmix.mixture.loading import load_member
+    from logitmix.mixture.modeling import LogitMixForCausalLM
+
+    source, alpha, scheme = model_args.model_name_or_path, mixture_args.alpha, mixture_args.scheme
+    if mixture_args.anchor is not None:
+        model: PreTrainedModel = LogitMixForCausalLM.from_members(
+            source, mixture_args.anchor, alpha, scheme=scheme or "logit", **model_args.init_kwargs
+        )
+    else:
+        model = load_member(source, **model_args.init_kwargs)
+        for name, value in (("alpha", alpha), ("scheme", scheme)):
+            if value is not None and not isinstance(model, LogitMixForCausalLM):
+                raise ValueError(f"{name} is {value}, but {source} is not a mixture; add --anchor to mix it with")
+        if isinstance(model, LogitMixForCausalLM):
+            config = model.config
+            config.scheme = scheme or config.scheme
+            config.set_weights(
+                resolve_weights(alpha, None, len(config.weights), config.scheme, default=config.weights)
+            )
+    return model.to(PartialState().device).eval()
+
+
+def load_mixture(model_args: ModelArguments, mixture_args: MixtureArguments) -> LogitMixForCausalLM:
+    """As `load_model`, for a mixture with one anchor. Raises `ValueError` for anything else."""
+    from logitmix.mixture.modeling import LogitMixForCausalLM
+
+    model = load_model(model_args, mixture_args)
+    if not isinstance(model, LogitMixForCausalLM):
+        raise ValueError(
+            f"{model_args.model_name_or_path} is not a mixture; give its anchor with --anchor, or give the checkpoint "
+            "of a mixture, as logitmix train saves it"
+        )
+    num_anchors = len(model.config.members) - 1
+    if num_anchors != 1:
+        raise ValueError(
+            f"{model_args.model_name_or_path} has {num_anchors} anchors, but alpha is the weight of one; give the "
+            "policy and one of them with --anchor"
+        )
+    return model

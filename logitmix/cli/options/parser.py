@@ -1,83 +1,47 @@
-"""Flags, YAML files and recipes as configuration objects, by TRL's parser and conventions.
+"""Command-line flags, YAML files and recipes as configuration objects, through TRL's argument parser.
 
-`parse` reads a command line. `build` makes the same objects from values, for commands that run other commands.
+The options of a command are a dataclass: its fields are flags, or are dataclasses (groups) whose fields are flags.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import field, fields, make_dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
-from pathlib import Path
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, NoReturn, TypeVar, cast, get_type_hints
 
-import torch
 import yaml
-from transformers import HfArgumentParser, TrainingArguments
 from trl import TrlParser
 
+from logitmix.cli.options.help import asks_for_help, print_help
 from logitmix.cli.options.recipe import RecipeArguments, launched_processes
-from logitmix.paper.recipes import Recipe, load_recipe
+from logitmix.paper.recipes import Recipe, configure, load_recipe, resolve_policy
 
-# What `--help` shows of TRL's and transformers' flags; `--help all` shows them all
-COMMON_FLAGS = (
-    *("output_dir", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps"),
-    *("num_train_epochs", "num_generations", "max_completion_length", "max_length", "temperature", "beta", "bf16"),
-    *("gradient_checkpointing", "use_vllm", "logging_steps", "save_steps", "resume_from_checkpoint", "report_to"),
-    "seed",
-)
-POLICY_PATH = "{model_name_or_path}"  # in a recipe: the value of that flag
+Options = TypeVar("Options")
 
 
-class RecipeParser(TrlParser):
-    """TRL's parser over a recipe: a config file overrides the recipe, and flags override both.
+def parse(
+    verb: str,
+    description: str,
+    options: type[Options],
+    argv: Sequence[str],
+    positional: tuple[str, str] | None = None,
+) -> Options:
+    """The options of `logitmix VERB`: flags override `--config file.yaml`, which overrides `--recipe NAME`.
 
-    A mistake raises `ValueError`, where argparse would print a usage and exit.
+    `positional` names a field whose values may come first, without its flag, and how the usage line shows them.
+    `--recipe` needs a field of type `RecipeArguments`. With `--help` this prints the help and exits with status 0.
+
+    Raises `ValueError` for an unknown key or flag, with the nearest known one, and for a value of the wrong type.
     """
-
-    recipe: Recipe | None = None
-    config_keys: tuple[str, ...] = ()
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
-
-    def set_recipe(self, recipe: Recipe) -> None:
-        """Make the recipe's values the defaults."""
-        self.recipe = recipe
-        unknown = super().set_defaults_with_config(**{key: v.value for key, v in recipe.values.items()})
-        assert not unknown, f"the recipe {recipe.name} has keys that are no flags: {unknown}"
-
-    def set_defaults_with_config(self, **config: Any) -> list[str]:
-        self.config_keys = tuple(config)
-        return super().set_defaults_with_config(**config)
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        namespace, rest = super().parse_known_args(args, namespace)
-        for key in self.recipe.values if self.recipe else ():
-            if getattr(namespace, key) == POLICY_PATH:
-                setattr(namespace, key, namespace.model_name_or_path)
-        return namespace, rest
-
-    def sources(self, argv: Sequence[str], names: Sequence[str]) -> dict[str, str]:
-        """The source of each value that is not a default, by key; `names` are the keys of all flags."""
-        keys = [string.split("=")[0][2:].replace("-", "_") for string in argv if string.startswith("--")]
-        keys = [key if key in names else key.removeprefix("no_") for key in keys]
-        recipe = {key: str(value) for key, value in self.recipe.values.items()} if self.recipe else {}
-        return recipe | dict.fromkeys(self.config_keys, "config file") | {k: "flag" for k in keys if k in names}
-
-
-def parse(program: str, description: str, dataclasses: Sequence[type], argv: Sequence[str]) -> tuple[Any, ...]:
-    """Instances of the dataclasses: flags override `--config file.yaml`, which overrides `--recipe name`.
-
-    `program` ends in the command's verb. A recipe can be given where the dataclasses include `RecipeArguments`.
-    `--help` prints the flags and exits.
-
-    Raises `ValueError` for an unknown key or flag, naming the nearest valid one, and for a value that does not parse.
-    """
-    if "-h" in argv or "--help" in argv:
-        print(help_text(program, description, dataclasses, everything=argv[-1] == "all"), end="")
+    groups = _groups(options)
+    if asks_for_help(argv):
+        print_help(verb, description, groups, positional, everything="all" in argv)
         raise SystemExit(0)
-    parser = RecipeParser(list(dataclasses), prog=program, add_help=False, allow_abbrev=False)
-    if RecipeArguments in dataclasses:
-        _set_defaults(parser, argv, program.split()[-1])
+    argv = list(argv)
+    if positional is not None and argv and not argv[0].startswith("-"):
+        argv.insert(0, f"--{positional[0]}")
+    parser = _Parser(groups, prog=f"logitmix {verb}", add_help=False, allow_abbrev=False)
+    if RecipeArguments in groups:
+        _apply_recipe(parser, argv, verb)
     try:
         *parsed, from_config, from_flags = parser.parse_args_and_config(
             argv, return_remaining_strings=True, separate_remaining_strings=True
@@ -88,87 +52,109 @@ def parse(program: str, description: str, dataclasses: Sequence[type], argv: Seq
         raise ValueError("--config needs the path of a YAML file") from error
     except yaml.YAMLError as error:
         raise ValueError(f"the config file is not YAML: {' '.join(str(error).split())}") from error
-    names = [f.name for dataclass_type in dataclasses for f in fields(dataclass_type) if f.init]
-    _validate_all_read(from_config, "in the config file", names, program)
-    _validate_all_read(from_flags, "on the command line", names, program)
-    for instance in parsed:
-        if isinstance(instance, RecipeArguments):
-            instance.sources = parser.sources(argv, names)
-    return tuple(parsed)
+    keys = [field.name for group in groups for field in fields(group) if field.init]
+    for source, strings in (("in the config file", from_config), ("on the command line", from_flags)):
+        _validate_nothing_remains(strings, source, keys, verb)
+    flags = [_key(string, keys) for string in argv if string.startswith("--")]
+    return _assemble(options, parsed, _sources(parser.recipe, parser.config_keys, flags))
 
 
-def build(dataclasses: Sequence[type], recipe: str | None, values: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Instances of the dataclasses from `values`, which override those of a recipe; keys are the flags' names.
+def build(options: type[Options], recipe_name: str | None, settings: Mapping[str, Any]) -> Options:
+    """The options that `parse` makes of the recipe and these settings as flags, without a command line.
 
-    The same objects that `parse` makes of the flags. Raises `ValueError` for a key that is no flag.
+    Raises `ValueError` for an unknown recipe. A setting that is not a flag fails an assertion.
     """
-    settings: dict[str, Any] = {} if recipe is None else {"recipe": recipe}
-    if recipe is not None:
-        shared = load_recipe(recipe).shared_by(launched_processes())
-        settings |= {key: value.value for key, value in shared.values.items()}
-    settings |= {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
-    settings = {key: settings["model_name_or_path"] if v == POLICY_PATH else v for key, v in settings.items()}
-    names = [{f.name for f in fields(dataclass_type) if f.init} for dataclass_type in dataclasses]
-    unknown = settings.keys() - set().union(*names)
-    if unknown:
-        raise ValueError(f"unknown settings: {', '.join(sorted(unknown))}")
-    return tuple(
-        dataclass_type(**{key: value for key, value in settings.items() if key in own})
-        for dataclass_type, own in zip(dataclasses, names, strict=True)
-    )
+    groups = _groups(options)
+    recipe = None if recipe_name is None else load_recipe(recipe_name).divided_among(launched_processes())
+    unknown = settings.keys() - {field.name for group in groups for field in fields(group)}
+    assert not unknown, f"{options.__name__} has no {', '.join(sorted(unknown))}"
+    if recipe is None:
+        values = resolve_policy(settings)
+    else:
+        settings = {"recipe": recipe.name, **settings}
+        values = recipe.settings(settings)
+    return _assemble(options, [configure(group, values) for group in groups], _sources(recipe, (), settings))
 
 
-def help_text(program: str, description: str, dataclasses: Sequence[type], everything: bool = False) -> str:
-    """The help of a command: its own flags and the common ones of TRL's, or with `everything` all of them."""
-    shown = [group if everything else _with_common_flags(group) for group in dataclasses]
-    note = "Flags can also be set in a YAML file: --config recipe.yaml."
-    if list(shown) != list(dataclasses):
-        trl = next(group for group in dataclasses if issubclass(group, TrainingArguments)).__mro__
-        config = next(base for base in trl if base.__module__.startswith("trl.")).__name__
-        note += f" All flags of TRL's {config} work too: `{program} --help all` lists them."
-    parser = HfArgumentParser(
-        shown, prog=program, usage=f"{program} [flags]", description=f"{description} {note}", add_help=False
-    )
-    parser.add_argument("-h", "--help", metavar="[all]", help="Show this help, or that of all flags, and exit.")
-    return parser.format_help()
+def flatten(*groups: Any) -> dict[str, Any]:
+    """The values of several dataclasses by flag, as `run.jsonl` records them; a later one wins."""
+    return {key: value for group in groups for key, value in vars(group).items()}
 
 
-def _with_common_flags(group: type) -> type:
-    """A trainer's configuration reduced to our own fields and `COMMON_FLAGS`; any other group as it is."""
-    if not issubclass(group, TrainingArguments):
-        return group
-    types = get_type_hints(group)
-    own = vars(group).get("__annotations__", {}) if group.__module__.startswith("logitmix") else {}
-    kept = [f for f in fields(group) if f.init and (f.name in own or f.name in COMMON_FLAGS)]
-    return make_dataclass(
-        group.__name__,
-        [
-            (f.name, types[f.name], field(default=f.default, default_factory=f.default_factory, metadata=f.metadata))
-            for f in kept
-        ],
-        kw_only=True,
-    )
+class _Parser(TrlParser):
+    """TRL's parser, with a recipe under the config file, and errors instead of exits."""
+
+    recipe: Recipe | None = None
+    config_keys: tuple[str, ...] = ()
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+    def set_recipe_defaults(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        unknown = super().set_defaults_with_config(**{key: value.value for key, value in recipe.values.items()})
+        assert not unknown, f"the recipe {recipe.name} has keys that are not flags: {unknown}"
+
+    def set_defaults_with_config(self, **config: Any) -> list[str]:
+        self.config_keys = tuple(config)
+        return super().set_defaults_with_config(**config)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        namespace, rest = super().parse_known_args(args, namespace)
+        if self.recipe is not None:
+            vars(namespace).update(resolve_policy(vars(namespace)))
+        return namespace, rest
 
 
-def _set_defaults(parser: RecipeParser, argv: Sequence[str], verb: str) -> None:
-    """Set the recipe's values as defaults, its batches shared among the processes."""
-    asked, _ = RecipeParser([RecipeArguments], add_help=False, allow_abbrev=False).parse_known_args(list(argv))
-    if asked.recipe is not None:
-        recipe = load_recipe(asked.recipe)
+def _groups(options: type) -> list[type]:
+    """The dataclasses whose fields are flags: the types of the fields of `options`, or `options` itself."""
+    types = list(get_type_hints(options).values())
+    return types if all(map(is_dataclass, types)) else [options]
+
+
+def _assemble(options: type[Options], parsed: Sequence[Any], sources: dict[str, str]) -> Options:
+    for group in parsed:
+        if isinstance(group, RecipeArguments):
+            group.sources = sources
+    if _groups(options) == [options]:
+        (single,) = parsed
+        return cast(Options, single)
+    return cast(Callable[..., Options], options)(*parsed)
+
+
+def _apply_recipe(parser: _Parser, argv: Sequence[str], verb: str) -> None:
+    """Make the values of the recipe given by `--recipe` the defaults, its batches divided among the processes."""
+    given, _ = _Parser([RecipeArguments], add_help=False, allow_abbrev=False).parse_known_args(list(argv))
+    if given.recipe is not None:
+        recipe = load_recipe(given.recipe)
         if recipe.verb != verb:
             raise ValueError(f"{recipe.name} is a recipe for `logitmix {recipe.verb}`, not for `logitmix {verb}`")
-        parser.set_recipe(recipe.shared_by(asked.num_processes or launched_processes()))
-    if asked.dry_run and not torch.accelerator.is_available():
-        parser.set_defaults(use_cpu=True)  # transformers refuses to plan bf16 without a GPU
+        parser.set_recipe_defaults(recipe.divided_among(given.num_processes or launched_processes()))
+    if given.dry_run:
+        import torch
+
+        if not torch.accelerator.is_available():
+            parser.set_defaults(use_cpu=True)  # transformers rejects bf16 without a GPU, even for a plan
 
 
-def _validate_all_read(strings: Sequence[str], where: str, names: Sequence[str], program: str) -> None:
-    """Raise `ValueError` where a string of the command line or the config file was read by no flag."""
+def _validate_nothing_remains(strings: Sequence[str], source: str, keys: Sequence[str], verb: str) -> None:
     for string in strings:
         if string.startswith("--"):
-            key = string[2:].split("=")[0].replace("-", "_")
-            nearest = get_close_matches(key, names, n=1)
-            way_out = f"did you mean {nearest[0]!r}?" if nearest else f"`{program} --help` lists the flags"
-            raise ValueError(f"unknown key {key!r} {where}; {way_out}")
+            key = _key(string, keys)
+            nearest = get_close_matches(key, keys, n=1)
+            way_out = f"did you mean {nearest[0]!r}?" if nearest else f"`logitmix {verb} --help` lists the flags"
+            raise ValueError(f"unknown key {key!r} {source}; {way_out}")
     if strings:
-        raise ValueError(f"{strings[0]!r} {where} belongs to no flag")
+        raise ValueError(f"{strings[0]!r} {source} does not belong to any flag")
+
+
+def _key(flag: str, keys: Collection[str]) -> str:
+    """The key of a flag: `learning_rate` for `--learning-rate=1e-5`, and `bf16` for `--no_bf16`."""
+    key = flag.removeprefix("--").split("=")[0].replace("-", "_")
+    return key.removeprefix("no_") if key not in keys and key.removeprefix("no_") in keys else key
+
+
+def _sources(recipe: Recipe | None, config_keys: Collection[str], flags: Collection[str]) -> dict[str, str]:
+    """The source of each value that is not a default, by key."""
+    values = {} if recipe is None else {key: str(value) for key, value in recipe.values.items()}
+    return values | dict.fromkeys(config_keys, "config file") | dict.fromkeys(flags, "flag")

@@ -1,4 +1,4 @@
-"""Checks that several groups of flags share."""
+"""Checks of flags that several commands share."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def validate_at_least(arguments: Any, **limits: int) -> None:
-    """Raise `ValueError` for a flag below its limit; a flag that was not given (None) passes."""
+    """Raise `ValueError` for a flag below its limit. A flag that was not given, None, passes."""
     for key, limit in limits.items():
         value = getattr(arguments, key)
         if value is not None and value < limit:
@@ -14,7 +14,7 @@ def validate_at_least(arguments: Any, **limits: int) -> None:
 
 
 def validate_distinct(sources: Sequence[str], what: str) -> None:
-    """Raise `ValueError` where two of the files or folders to compare are the same."""
+    """Raise `ValueError` if a file or folder is given twice, under whatever path."""
     paths = [Path(source).resolve() for source in sources]
     for i, source in enumerate(sources):
         if paths[i] in paths[:i]:

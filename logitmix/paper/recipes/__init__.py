@@ -1,34 +1,37 @@
-"""Recipes: the settings of every run that the paper reports, as data. Each value says where it comes from.
+"""Recipes: the settings of every run that the paper reports, as data. Each value names its source.
 
-`math/3b/fixed_mixing` is the cell `math/3b` (a task, a model) and an arm, or the stage `sft` that makes the anchor.
-It is four layers of YAML in this folder, a later one over an earlier one:
+A recipe is a cell (a task and a model) and an arm, such as `math/3b/fixed_mixing`, or a cell and the stage `sft`,
+which makes the anchor. It is merged from four layers of YAML in this folder, later over earlier:
 
     train.yaml (or sft.yaml)  <  models/3b.yaml  <  arms/fixed_mixing.yaml  <  tasks/math.yaml
 
-A layer maps flags of `logitmix train` and `logitmix sft` to `[value, source, reason]`, the files of models and tasks
-under `all`, `train`, `sft` or an arm's name, since all read them. The sources:
+A layer maps flags of `logitmix train` and `logitmix sft` to `[value, source, reason]`. The files of models and tasks
+are read by every stage and arm, and group their flags under `all`, `train`, `sft` or the name of an arm. The sources:
 
     P  the paper, arXiv 2605.20555
-    C  the authors' code, github.com/xingweiGan/LAPO: it is for MATH with 3B; its values are taken for every cell
+    C  the authors' code, github.com/xingweiGan/LAPO, written for MATH with 3B; its values are used for every cell
     O  our choice, always with the reason
 
-In a text `{cell}` and `{arm}` are the recipe's, and `{model_name_or_path}` is the flag of that name, as it was given.
+In a string value, `{cell}` and `{arm}` are replaced by the recipe's own, and `{model_name_or_path}` by the value of
+that flag, which may come from the user.
 """
 
-from dataclasses import dataclass, replace
-from difflib import get_close_matches
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
+
+from logitmix.tasks.names import unknown_name
 
 FOLDER = Path(__file__).parent
 SOURCES = {"P": "paper", "C": "authors' code", "O": "our choice"}
 SFT = "sft"
 ARMS = tuple(sorted(path.stem for path in (FOLDER / "arms").glob("*.yaml")))
-# What reports call the arms, in their order
+# Names of the arms in reports, in the order of reports
 TITLES = {
     "fixed_mixing": "fixed mixing",
     "adaptive_mixing": "adaptive mixing",
@@ -38,16 +41,20 @@ TITLES = {
     "grpo": "GRPO beta 0",
 }
 PAPER_CELLS = tuple(map("/".join, product(("math", "cn_k12", "mmlu"), ("1.5b", "3b", "7b"))))
-CELLS = (*PAPER_CELLS, "arithmetic/tiny")  # the second for a laptop, where `logitmix quickstart` uses it
+TINY_CELL = "arithmetic/tiny"  # for a laptop; `logitmix quickstart` trains it
+CELLS = (*PAPER_CELLS, TINY_CELL)
 NAMES = tuple(f"{cell}/{arm}" for cell, arm in product(CELLS, (SFT, *ARMS)))
 
-# Counted on each process: what a recipe says for one is divided among more, so that an update stays the same
+# Counted per process: several processes divide the recipe's value, which is for one, so that an update stays the same
 PER_PROCESS = ("gradient_accumulation_steps", "steps_per_generation")
+POLICY = "{model_name_or_path}"
+
+Config = TypeVar("Config")
 
 
 @dataclass(frozen=True)
 class Value:
-    """A flag's value, where it comes from (`P`, `C` or `O`), why, and the layer that says so."""
+    """The value of a flag, its source (`P`, `C` or `O`), the reason, and the layer it is from."""
 
     value: Any
     source: str
@@ -60,7 +67,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The settings of one run, by flag, and the model's `config.json` as far as sizes depend on it."""
+    """The settings of one run, by flag, and the entries of the model's `config.json` that determine its size."""
 
     name: str
     values: dict[str, Value]
@@ -68,13 +75,17 @@ class Recipe:
 
     @property
     def verb(self) -> str:
-        """The command that it is for."""
+        """The command that the recipe is for."""
         return "sft" if self.name.endswith(f"/{SFT}") else "train"
 
-    def shared_by(self, num_processes: int) -> "Recipe":
-        """The recipe with its batches shared among processes: the same rollouts (or examples) an update.
+    def settings(self, changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The values by flag, with `changes` over them."""
+        return resolve_policy({key: value.value for key, value in self.values.items()} | dict(changes or {}))
 
-        Raises `ValueError` where they cannot be.
+    def divided_among(self, num_processes: int) -> "Recipe":
+        """The recipe for several processes, with as many rollouts (or examples) an update as for one.
+
+        Raises `ValueError` if the batches cannot be divided equally.
         """
         values = dict(self.values)
         for key in PER_PROCESS:
@@ -87,17 +98,16 @@ class Recipe:
                     f"the recipe {self.name} has {key} {value.value}, which {num_processes} processes cannot share "
                     f"equally; use a number of processes that divides it: {possible}"
                 )
-            reason = f"{value.value} shared by {num_processes} processes; {value.reason}"
+            reason = f"{value.value} divided among {num_processes} processes; {value.reason}"
             values[key] = replace(value, value=value.value // num_processes, reason=reason)
         return replace(self, values=values)
 
 
 @cache
 def load_recipe(name: str) -> Recipe:
-    """The recipe of that name. Raises `ValueError` that names the nearest for one that does not exist."""
+    """The recipe of that name. Raises `ValueError` for an unknown name, with the nearest known one."""
     if name not in NAMES:
-        nearest = get_close_matches(name, NAMES, n=1, cutoff=0.0)[0]
-        raise ValueError(f"there is no recipe {name!r}; did you mean {nearest!r}? `logitmix recipes` lists them")
+        raise unknown_name("recipe", name, NAMES, "`logitmix recipes` lists them")
     task, model, arm = name.split("/")
     stage = SFT if arm == SFT else "train"
     layers = {
@@ -115,8 +125,19 @@ def load_recipe(name: str) -> Recipe:
     return Recipe(name, values, _read(f"models/{model}")["config"])
 
 
+def resolve_policy(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with the value `{model_name_or_path}` replaced by the policy's."""
+    return {key: settings["model_name_or_path"] if value == POLICY else value for key, value in settings.items()}
+
+
+def configure(config_type: type[Config], settings: Mapping[str, Any]) -> Config:
+    """An instance of the dataclass from those of the settings that are its fields; the others are ignored."""
+    names = [field.name for field in fields(config_type) if field.init]  # type: ignore[arg-type]
+    return config_type(**{name: settings[name] for name in names if name in settings})
+
+
 def _sections(layer: str, *names: str) -> dict[str, Any]:
-    """The flags of a layer that several stages and arms read, a later section over an earlier one."""
+    """The flags in the named sections of a layer, later sections over earlier ones."""
     content = _read(layer)
     return {key: entry for name in dict.fromkeys(names) for key, entry in content.get(name, {}).items()}
 

@@ -1,0 +1,56 @@
+"""Greedy evaluation of policy, anchor and mixture on test problems while they are trained."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import gather_object
+
+from logitmix.evaluation.decode import BATCH_SIZE, greedy_responses, members_of
+from logitmix.evaluation.metrics import rates_by
+from logitmix.evaluation.outcomes import pack_outcomes
+from logitmix.runs.files import EVALUATIONS_FILE, append_jsonl
+from logitmix.runs.trackers import log_to_trackers
+from logitmix.tasks import Problem, Task
+from logitmix.training.grpo import LogitMixGRPOTrainer
+
+
+def evaluate_members(
+    trainer: LogitMixGRPOTrainer, task: Task, problems: Sequence[Problem], folder: Path
+) -> Callable[[int], None]:
+    """A function of the step that evaluates the members and the mixture, or the model if there is no anchor.
+
+    It appends a line for each to `evaluations.jsonl` in the folder, with the rates and which problems were right
+    (`evaluation.outcomes.unpack`), and logs the rates to the trackers. The anchor is frozen, so it is decoded once.
+
+    Processes share the problems. Each decodes equally many, because sharded weights are gathered by all processes
+    together; a problem that is decoded twice for this reason counts once.
+    """
+    rank, processes = trainer.accelerator.process_index, trainer.accelerator.num_processes
+    share = math.ceil(len(problems) / processes)
+    mine = [problems[(rank + i * processes) % len(problems)] for i in range(share)]
+    batch_size = trainer.args.rollout_batch_size or BATCH_SIZE
+    anchor: list[dict[str, Any]] = []
+
+    def evaluate(step: int) -> None:
+        names = {name: alpha for name, alpha in members_of(trainer.model).items() if name != "anchor" or not anchor}
+        with trainer.generation_model() as model:
+            responses = greedy_responses(
+                model, trainer.processing_class, task, mine, names, trainer.max_completion_length, batch_size
+            )
+        own = [asdict(r) | {"problem": rank + r.problem * processes} for r in responses]
+        rows = gather_object([row for row in own if row["problem"] < len(problems)])
+        anchor.extend(row for row in rows if row["name"] == "anchor")
+        rows = [row for row in rows if row["name"] != "anchor"] + anchor
+        if trainer.is_world_process_zero():
+            rates = {name: asdict(r) for name, r in rates_by(rows, "name").items()}
+            lines = [
+                {"step": step, "name": name} | r | pack_outcomes(row for row in rows if row["name"] == name)
+                for name, r in rates.items()
+            ]
+            append_jsonl(folder / EVALUATIONS_FILE, lines)
+            log_to_trackers(trainer, rates)
+
+    return evaluate

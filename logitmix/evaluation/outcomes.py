@@ -1,0 +1,32 @@
+"""Which problems were right, packed into a few hexadecimal digits for the lines of result files."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+KEYS = ("format_ok", "answer_ok", "lenient_ok")
+
+
+def pack(right: Iterable[bool]) -> str:
+    """One bit a problem, in order, as hexadecimal digits; the first problem is the highest bit of the first digit.
+
+    >>> pack([True, False, False, True, True])
+    '98'
+    """
+    return np.packbits(np.fromiter(right, dtype=bool)).tobytes().hex()
+
+
+def unpack(digits: str, n: int) -> NDArray[np.bool_]:
+    """The outcomes `[n]` of n problems, as `pack` wrote them. Raises `ValueError` if it wrote another number."""
+    packed = np.frombuffer(bytes.fromhex(digits), dtype=np.uint8)
+    if len(packed) != -(-n // 8):
+        raise ValueError(f"{digits[:20]!r}… holds {8 * len(packed)} bits, which are not those of {n} problems")
+    return np.unpackbits(packed, count=n).astype(bool)
+
+
+def pack_outcomes(responses: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """`format_ok`, `answer_ok` and `lenient_ok` of graded responses, one a problem, packed in the problems' order."""
+    rows = sorted(responses, key=lambda row: row["problem"])
+    return {key: pack(row[key] for row in rows) for key in KEYS}

@@ -1,0 +1,70 @@
+"""The report of training runs: a figure for each panel, an HTML page, a CSV file, and a table of the arms."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+from logitmix.evaluation.report.curves import PANELS, Arm, curve, panel_lines, points
+from logitmix.evaluation.report.figures import plot_panel
+from logitmix.evaluation.report.pages import report_page
+from logitmix.evaluation.report.tables import interval, print_rows
+from logitmix.evaluation.statistics import Estimate, wilson_interval
+
+COLUMNS = ("arm", "seeds", "step", "first answer %", "last answer %", "best answer %", "last format %")
+
+
+def write_training_report(folder: Path, title: str, arms: Sequence[Arm]) -> int:
+    """Write the figures, `report.csv` and `report.html` into the folder, print the table, and count the figures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    svgs = {}
+    for panel in PANELS:
+        lines = panel_lines(panel, arms)
+        if lines:
+            png, svg = (folder / f"{panel.file}.{suffix}" for suffix in ("png", "svg"))
+            plot_panel(panel, lines, png, svg)
+            svgs[panel.file] = svg.read_text(encoding="utf-8")
+    rows = [summarise(arm) for arm in arms]
+    write_csv(folder / "report.csv", arms)
+    (folder / "report.html").write_text(report_page(title, COLUMNS, rows, svgs), encoding="utf-8")
+    print_rows(title, COLUMNS, rows)
+    return len(svgs)
+
+
+def summarise(arm: Arm) -> list[str]:
+    """A row of the table: answer rates at the first, the last and the best step, and the format rate at the last."""
+    answers, formats = curve(arm, "main", "answer"), curve(arm, "main", "format")
+    assert answers is not None
+    assert formats is not None
+    best = max(range(len(answers.steps)), key=lambda i: answers.mean[i])
+
+    def cell(values: tuple[float, float, float]) -> str:
+        if answers.seeds == 1:
+            n = next(row["n"] for row in arm.runs[0].evaluations if row["name"] == arm.runs[0].name)
+            return interval(Estimate(values[0], *wilson_interval(round(values[0] * n), n)))
+        return interval(Estimate(*values))
+
+    at = list(zip(answers.mean, answers.low, answers.high, strict=True))
+    return [
+        arm.label,
+        str(len(arm.runs)),
+        ", ".join(dict.fromkeys(run.progress for run in arm.runs)),
+        cell(at[0]),
+        cell(at[-1]),
+        f"{cell(at[best])} at {answers.steps[best]:g}",
+        cell((formats.mean[-1], formats.low[-1], formats.high[-1])),
+    ]
+
+
+def write_csv(path: Path, arms: Sequence[Arm]) -> None:
+    """Write every number of every panel: a line for each run, quantity and step."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["arm", "run", "seed", "of", "quantity", "outer_step", "value"])
+        for arm in arms:
+            for run in arm.runs:
+                for panel in PANELS:
+                    of = run.name if panel.of == "main" else panel.of
+                    for key in panel.keys:
+                        for step, value in points(run, panel.of, key).items():
+                            seed = run.arguments.get("seed", "")
+                            writer.writerow([arm.label, run.folder, seed, of, key, f"{step:g}", repr(value)])

@@ -1,0 +1,56 @@
+"""Decoding a sweep: the members alone, then every mix at every alpha, on the same problems."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from transformers import PreTrainedModel
+
+from logitmix.evaluation.decode import Decode, Request, Response, in_batches, requests_for
+from logitmix.evaluation.responses import Responses
+from logitmix.evaluation.sweep import MEMBERS, set_merge
+from logitmix.mixture.modeling import LogitMixForCausalLM
+
+
+@dataclass(frozen=True)
+class Decoders:
+    """The models of a sweep and their decoders; `merged` takes the weights of the merge at one alpha after another."""
+
+    pair: LogitMixForCausalLM
+    decode_pair: Decode
+    merged: PreTrainedModel | None
+    decode_merged: Decode | None
+
+
+def decode_sweep(
+    responses: Responses,
+    decoders: Decoders,
+    num_problems: int,
+    mixes: Sequence[str],
+    alphas: Sequence[float],
+    batch_size: int,
+) -> None:
+    """Add the responses of both members and of every mix at the alphas strictly between them."""
+    members = in_batches(requests_for(dict(MEMBERS), num_problems), batch_size)
+    responses.add("members alone", members, decoders.decode_pair)
+    for mix in mixes:
+        if mix != "merge":
+            decoders.pair.config.scheme = mix  # type: ignore[assignment]
+            requests = [Request(mix, alpha, i) for alpha in alphas for i in range(num_problems)]
+            responses.add(f"mix {mix}", in_batches(requests, batch_size), decoders.decode_pair)
+    if decoders.merged is not None and decoders.decode_merged is not None:
+        policy, anchor = decoders.pair.members
+        for alpha in alphas:
+            set_merge(decoders.merged, policy, anchor, alpha)
+            batches = in_batches(requests_for({"merge": alpha}, num_problems), batch_size)
+            responses.add(f"merge at {alpha:g}", batches, _without_alpha(decoders.decode_merged))
+
+
+def _without_alpha(decode: Decode) -> Decode:
+    """Decode requests with a model that takes no alpha; the responses keep the alpha of their requests."""
+
+    def decode_requests(batches: Sequence[Sequence[Request]]) -> Iterator[list[Response]]:
+        plain = [[replace(request, alpha=None) for request in batch] for batch in batches]
+        for batch, responses in zip(batches, decode(plain), strict=True):
+            yield [replace(response, alpha=request.alpha) for request, response in zip(batch, responses, strict=True)]
+
+    return decode_requests

@@ -1,0 +1,87 @@
+"""The stages of a reproduction: what is run, in which order, with which settings."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from logitmix.paper.presets import Preset
+from logitmix.paper.recipes import ARMS, SFT, load_recipe
+from logitmix.runs.files import SWEEP_FILE
+
+BASE = "base"
+SWEEP = "sweep"
+LAST_FILE = "training_args.bin"  # the last file that a trainer writes into the folder of its model
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a reproduction, complete once it has written `last_file` into its folder.
+
+    seed:     of the run
+    kind:     `"base"`, `"sft"`, `"sweep"` or an arm; the name of its folder
+    verb:     the command that makes it; `"base"` is made by `paper.tiny_training`
+    recipe:   name of the recipe, if the command takes one
+    settings: values that differ from the recipe or from the command's defaults, by flag
+    """
+
+    seed: int
+    kind: str
+    verb: str
+    recipe: str | None
+    settings: Mapping[str, Any]
+    folder: Path
+    last_file: str = LAST_FILE
+
+    @property
+    def name(self) -> str:
+        return f"seed {self.seed}, {self.kind}"
+
+    @property
+    def is_complete(self) -> bool:
+        return (self.folder / self.last_file).exists()
+
+    @property
+    def command(self) -> list[str]:
+        """The command line that makes the stage by hand."""
+        settings = ({} if self.recipe is None else {"recipe": self.recipe}) | dict(self.settings)
+        return ["logitmix", self.verb, *(word for key, value in settings.items() for word in (f"--{key}", str(value)))]
+
+
+def plan_stages(preset: Preset, seeds: int, folder: Path, eval_limit: int | None = None) -> list[Stage]:
+    """All stages in order: for each seed a base model (if it is made here), an SFT model, a sweep, the arms."""
+    return [stage for seed in range(seeds) for stage in _plan_seed(preset, seed, folder / f"seed-{seed}", eval_limit)]
+
+
+def _plan_seed(preset: Preset, seed: int, folder: Path, eval_limit: int | None) -> list[Stage]:
+    recipes = {arm: load_recipe(f"{preset.cell}/{arm}") for arm in (SFT, *ARMS)}
+    arm_settings = recipes["fixed_mixing"].settings(preset.train)
+    limit = arm_settings["eval_limit"] if eval_limit is None else eval_limit
+    base, anchor = (recipes[SFT].values[key].value for key in ("model_name_or_path", "output_dir"))
+    # the models that recipes name, and where this reproduction has them
+    models = {base: base if preset.base_steps is None else str(folder / BASE), anchor: str(folder / SFT)}
+
+    def stage(kind: str, verb: str, changes: Mapping[str, Any]) -> Stage:
+        named = {key: value.value for key, value in recipes[kind].values.items()}
+        own = {key: named[key] for key in ("model_name_or_path", "anchor") if named.get(key) in models}
+        settings = {"seed": seed, "output_dir": str(folder / kind)}
+        settings |= {key: models[model] for key, model in own.items()} | dict(changes)
+        return Stage(seed, kind, verb, recipes[kind].name, settings, folder / kind)
+
+    sweep = {
+        "model_name_or_path": models[base],
+        "anchor": models[anchor],
+        "task": arm_settings["task"],
+        "eval_limit": limit,
+        "max_new_tokens": arm_settings["max_completion_length"],
+        "batch_size": arm_settings["rollout_batch_size"] or 256,
+        "dtype": "bfloat16" if arm_settings["bf16"] else "float32",
+        "output_dir": str(folder / SWEEP),
+    }
+    made_here = [Stage(seed, BASE, BASE, None, {"max_steps": preset.base_steps}, folder / BASE)]
+    return [
+        *(made_here if preset.base_steps else []),
+        stage(SFT, "sft", preset.sft),
+        Stage(seed, SWEEP, "sweep", None, sweep, folder / SWEEP, last_file=SWEEP_FILE),
+        *(stage(arm, "train", preset.train | {"eval_limit": limit}) for arm in ARMS),
+    ]
