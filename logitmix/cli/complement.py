@@ -14,7 +14,7 @@ from logitmix.cli.options.validation import validate_distinct
 from logitmix.runs.console import console
 
 if TYPE_CHECKING:
-    from logitmix.evaluation.sources import Rows
+    from logitmix.evaluation.decode import Response
 
 COMPLEMENT_FILE = "complement.json"
 
@@ -65,13 +65,13 @@ def run(options: ComplementOptions) -> None:
         console.print(f"The numbers are in {path}.", soft_wrap=True)
 
 
-def decode_checkpoints(checkpoints: Sequence[str], options: ComplementOptions) -> dict[str, "Rows"]:
+def decode_checkpoints(checkpoints: Sequence[str], options: ComplementOptions) -> dict[str, "list[Response]"]:
     """Greedy responses of the checkpoints, by source, or by member for a single mixture. One is loaded at a time."""
     from accelerate import PartialState
 
     from logitmix.evaluation.decode import decoder, in_batches, members_of, requests_for
+    from logitmix.evaluation.metrics import group_by
     from logitmix.evaluation.responses import Responses, open_responses
-    from logitmix.evaluation.sources import group_by_name
     from logitmix.mixture.loading import load_member, require_tokenizer, validate_same_tokenizer
 
     args, eval_limit = options.decoding, options.problems.eval_limit
@@ -99,4 +99,4 @@ def decode_checkpoints(checkpoints: Sequence[str], options: ComplementOptions) -
         responses = responses or open_responses(args.output_dir, arguments)
         responses.add(f"{Path(source).name} on {task.name}", batches, decode)
     assert responses is not None
-    return group_by_name(responses.rows)
+    return group_by(responses.rows, "name")

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from logitmix.evaluation.decode import Response
 from logitmix.evaluation.statistics import (
     CONFIDENCE,
     Estimate,
@@ -13,7 +14,7 @@ from logitmix.evaluation.statistics import (
     wilson_interval,
 )
 
-Rows = Sequence[Mapping[str, Any]]
+Responses = Sequence[Response]
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,10 @@ class Difference:
 class Complement:
     """Tables 1 to 3 for policies a and b on n problems.
 
-    `answer` is right in the format, `lenient` right wherever it stands. `both`, `only_a`, `only_b` and `neither` count
-    problems by who has them answer-correct. `disagreement` is the share that exactly one has, `either` that at least
-    one has: what a perfect choice between the two would reach. `noise` is the smallest difference of the answer rates
-    that McNemar's exact test tells from 0 with so many problems and so much disagreement.
+    `answer` is right in the format, `lenient` right anywhere in the text. `both`, `only_a`, `only_b` and `neither`
+    count problems by which policies are answer-correct. `disagreement` is the share where exactly one is, `either`
+    where at least one is: what a perfect choice between the two would reach. `noise` is the smallest difference of the
+    answer rates that McNemar's exact test tells from 0 with this number of problems and this disagreement.
     """
 
     n: int
@@ -49,10 +50,10 @@ class Complement:
     noise: float
 
 
-def complement(a: Rows, b: Rows, name_a: str = "a", name_b: str = "b") -> Complement:
-    """Compare the responses of two policies to the same problems, one a problem.
+def complement(a: Responses, b: Responses, name_a: str = "a", name_b: str = "b") -> Complement:
+    """Compare the responses of two policies to the same problems, one response per problem.
 
-    Raises `ValueError` for other problems in a than in b, several samples of one, and too few problems to tell any
+    Raises `ValueError` for different problems, several samples of a problem, and too few problems to tell any
     difference from noise.
     """
     pairs = paired(a, b, name_a, name_b)
@@ -63,7 +64,7 @@ def complement(a: Rows, b: Rows, name_a: str = "a", name_b: str = "b") -> Comple
             f"p = {mcnemar_exact(n, 0):.2g}); raise eval_limit, the paper has 200"
         )
     formats, answers, lenient = (
-        [(bool(x[key]), bool(y[key])) for x, y in pairs] for key in ("format_ok", "answer_ok", "lenient_ok")
+        [(getattr(x, key), getattr(y, key)) for x, y in pairs] for key in ("format_ok", "answer_ok", "lenient_ok")
     )
     both, only_a, only_b = (answers.count(pair) for pair in ((True, True), (True, False), (False, True)))
     return Complement(
@@ -81,12 +82,12 @@ def complement(a: Rows, b: Rows, name_a: str = "a", name_b: str = "b") -> Comple
     )
 
 
-def paired(a: Rows, b: Rows, name_a: str, name_b: str) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
-    """The rows of both, problem by problem. Raises `ValueError` where they are not about the same problems."""
+def paired(a: Responses, b: Responses, name_a: str, name_b: str) -> list[tuple[Response, Response]]:
+    """The responses of both, problem by problem. Raises `ValueError` where their problems differ."""
     by_problem = []
-    for name, rows in ((name_a, a), (name_b, b)):
-        problems = {row["problem"]: row for row in rows}
-        if len(problems) < len(rows):
+    for name, responses in ((name_a, a), (name_b, b)):
+        problems = {response.problem: response for response in responses}
+        if len(problems) < len(responses):
             raise ValueError(
                 f"{name} holds several samples of one problem; a paired comparison needs one response each, so "
                 "evaluate greedily"
@@ -100,10 +101,11 @@ def paired(a: Rows, b: Rows, name_a: str, name_b: str) -> list[tuple[Mapping[str
         )
     for i in first:
         for key in ("prompt", "gold"):
-            if first[i][key] != second[i][key]:
+            x, y = getattr(first[i], key), getattr(second[i], key)
+            if x != y:
                 raise ValueError(
-                    f"different problem sets: the {key} of problem {i} is {first[i][key][:80]!r} in {name_a} and "
-                    f"{second[i][key][:80]!r} in {name_b}; evaluate both with the same --task, --data, --split_seed "
+                    f"different problem sets: the {key} of problem {i} is {x[:80]!r} in {name_a} and "
+                    f"{y[:80]!r} in {name_b}; evaluate both with the same --task, --data, --split_seed "
                     "and --template"
                 )
     return [(first[i], second[i]) for i in first]

@@ -2,14 +2,13 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from accelerate.utils import gather_object
 
-from logitmix.evaluation.decode import BATCH_SIZE, greedy_responses, members_of
-from logitmix.evaluation.metrics import rates_by
+from logitmix.evaluation.decode import BATCH_SIZE, Response, greedy_responses, members_of
+from logitmix.evaluation.metrics import group_by, rates
 from logitmix.evaluation.outcomes import pack_outcomes
 from logitmix.runs.files import EVALUATIONS_FILE, append_jsonl
 from logitmix.runs.trackers import log_to_trackers
@@ -32,7 +31,7 @@ def evaluate_members(
     share = math.ceil(len(problems) / processes)
     mine = [problems[(rank + i * processes) % len(problems)] for i in range(share)]
     batch_size = trainer.args.rollout_batch_size or BATCH_SIZE
-    anchor: list[dict[str, Any]] = []
+    anchor: list[Response] = []
 
     def evaluate(step: int) -> None:
         names = {name: alpha for name, alpha in members_of(trainer.model).items() if name != "anchor" or not anchor}
@@ -40,17 +39,17 @@ def evaluate_members(
             responses = greedy_responses(
                 model, trainer.processing_class, task, mine, names, trainer.max_completion_length, batch_size
             )
-        own = [asdict(r) | {"problem": rank + r.problem * processes} for r in responses]
-        rows = gather_object([row for row in own if row["problem"] < len(problems)])
-        anchor.extend(row for row in rows if row["name"] == "anchor")
-        rows = [row for row in rows if row["name"] != "anchor"] + anchor
+        own = [replace(response, problem=rank + response.problem * processes) for response in responses]
+        gathered: list[Response] = gather_object([response for response in own if response.problem < len(problems)])
+        by_name = group_by(gathered, "name")
+        anchor.extend(by_name.get("anchor", []))
         if trainer.is_world_process_zero():
-            rates = {name: asdict(r) for name, r in rates_by(rows, "name").items()}
+            by_name |= {"anchor": anchor} if anchor else {}
+            found = {name: asdict(rates(group)) for name, group in by_name.items()}
             lines = [
-                {"step": step, "name": name} | r | pack_outcomes(row for row in rows if row["name"] == name)
-                for name, r in rates.items()
+                {"step": step, "name": name} | found[name] | pack_outcomes(group) for name, group in by_name.items()
             ]
             append_jsonl(folder / EVALUATIONS_FILE, lines)
-            log_to_trackers(trainer, rates)
+            log_to_trackers(trainer, found)
 
     return evaluate

@@ -1,9 +1,10 @@
-"""What a set of graded responses adds up to. Pure functions."""
+"""Rates of graded responses, with intervals, and pass@k. Pure functions."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from logitmix.evaluation.decode import Response
 from logitmix.evaluation.statistics import Estimate, paired_bootstrap, pass_at_k, wilson_interval
 
 
@@ -11,8 +12,8 @@ from logitmix.evaluation.statistics import Estimate, paired_bootstrap, pass_at_k
 class Rates:
     """Shares of n responses, in [0, 1].
 
-    `format`: the answer stands in the required template. `answer`: in the template **and** right, the paper's
-    accuracy. `lenient`: right wherever it stands; reported beside, never a reward. `truncated`: cut by the limit.
+    `format`: in the required format. `answer`: in the format **and** right, the paper's accuracy. `lenient`: right
+    anywhere in the text; reported, never a reward. `truncated`: ended by the length limit. `mean_length` is in tokens.
     """
 
     n: int
@@ -23,17 +24,17 @@ class Rates:
     mean_length: float
 
 
-def rates(responses: Iterable[Mapping[str, Any]]) -> Rates:
-    """Rates of graded responses (lines of an evaluation file). Raises `ValueError` for none at all."""
-    rows = list(responses)
-    if not rows:
+def rates(responses: Iterable[Response]) -> Rates:
+    """Rates of graded responses. Raises `ValueError` if there are none."""
+    graded = list(responses)
+    if not graded:
         raise ValueError("there are no responses to take rates of; evaluate at least one problem")
 
     def mean(key: str) -> float:
-        return sum(float(row[key]) for row in rows) / len(rows)
+        return sum(float(getattr(response, key)) for response in graded) / len(graded)
 
     return Rates(
-        n=len(rows),
+        n=len(graded),
         format=mean("format_ok"),
         answer=mean("answer_ok"),
         lenient=mean("lenient_ok"),
@@ -42,19 +43,24 @@ def rates(responses: Iterable[Mapping[str, Any]]) -> Rates:
     )
 
 
-def rates_by(responses: Iterable[Mapping[str, Any]], key: str) -> dict[Any, Rates]:
-    """Rates for each value of a column, in the order in which the values first appear."""
-    groups: dict[Any, list[Mapping[str, Any]]] = {}
-    for row in responses:
-        groups.setdefault(row[key], []).append(row)
-    return {value: rates(rows) for value, rows in groups.items()}
+def group_by(responses: Iterable[Response], key: str) -> dict[Any, list[Response]]:
+    """The responses for each value of a field, in the order in which the values first appear."""
+    groups: dict[Any, list[Response]] = {}
+    for response in responses:
+        groups.setdefault(getattr(response, key), []).append(response)
+    return groups
 
 
-def estimate(responses: Iterable[Mapping[str, Any]], key: str) -> Estimate:
-    """The share of responses of which `key` holds (`"format_ok"`, `"answer_ok"`, …), with its 95 % interval.
+def rates_by(responses: Iterable[Response], key: str) -> dict[Any, Rates]:
+    """Rates for each value of a field, in the order in which the values first appear."""
+    return {value: rates(group) for value, group in group_by(responses, key).items()}
 
-    Wilson's for one response a problem. Several samples of one problem are not independent: then a bootstrap over
-    problems.
+
+def estimate(responses: Iterable[Response], key: str) -> Estimate:
+    """The share of responses whose `key` is true (`"format_ok"`, `"answer_ok"`, …), with its 95 % interval.
+
+    Wilson's interval with one response per problem. Several samples of a problem are not independent, so their
+    interval is a bootstrap over problems.
     """
     shares = [sum(values) / len(values) for values in _by_problem(responses, key).values()]
     if not shares:
@@ -64,10 +70,10 @@ def estimate(responses: Iterable[Mapping[str, Any]], key: str) -> Estimate:
     return paired_bootstrap(shares, [0.0] * len(shares))
 
 
-def pass_rates(responses: Iterable[Mapping[str, Any]]) -> dict[int, float]:
-    """pass@k for k = 1, 2, 4, … up to the samples that each problem has; pass@1 of n samples is avg@n.
+def pass_rates(responses: Iterable[Response]) -> dict[int, float]:
+    """pass@k for k = 1, 2, 4, … up to the number of samples per problem; pass@1 of n samples is avg@n.
 
-    Raises `ValueError` where some problems have more samples than others.
+    Raises `ValueError` where problems differ in their number of samples.
     """
     problems = list(_by_problem(responses, "answer_ok").values())
     counts = {len(values) for values in problems}
@@ -79,7 +85,7 @@ def pass_rates(responses: Iterable[Mapping[str, Any]]) -> dict[int, float]:
 
 
 def check_pass_at(num_samples: int, temperature: float) -> None:
-    """Refuse samples that would all be one and the same, or none."""
+    """Raise `ValueError` for fewer than one sample, or several identical ones."""
     if num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}, but must be at least 1")
     if num_samples > 1 and temperature == 0:
@@ -89,8 +95,6 @@ def check_pass_at(num_samples: int, temperature: float) -> None:
         )
 
 
-def _by_problem(responses: Iterable[Mapping[str, Any]], key: str) -> dict[int, list[bool]]:
-    problems: dict[int, list[bool]] = {}
-    for row in responses:
-        problems.setdefault(row["problem"], []).append(bool(row[key]))
-    return problems
+def _by_problem(responses: Iterable[Response], key: str) -> dict[int, list[bool]]:
+    by_problem = group_by(responses, "problem")
+    return {problem: [bool(getattr(sample, key)) for sample in samples] for problem, samples in by_problem.items()}

@@ -1,10 +1,11 @@
 """Which problems were right, packed into a few hexadecimal digits for the lines of result files."""
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
+
+from logitmix.evaluation.decode import Response
 
 KEYS = ("format_ok", "answer_ok", "lenient_ok")
 
@@ -26,7 +27,7 @@ def unpack(digits: str, n: int) -> NDArray[np.bool_]:
     return np.unpackbits(packed, count=n).astype(bool)
 
 
-def pack_outcomes(responses: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+def pack_outcomes(responses: Iterable[Response]) -> dict[str, str]:
     """`format_ok`, `answer_ok` and `lenient_ok` of graded responses, one a problem, packed in the problems' order."""
-    rows = sorted(responses, key=lambda row: row["problem"])
-    return {key: pack(row[key] for row in rows) for key in KEYS}
+    ordered = sorted(responses, key=lambda response: response.problem)
+    return {key: pack(getattr(response, key) for response in ordered) for key in KEYS}

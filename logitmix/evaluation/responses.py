@@ -1,34 +1,34 @@
-"""An evaluation's folder: what was asked for, and every response, a line each, added batch by batch."""
+"""The folder of an evaluation: its arguments, and every response as a line, added batch by batch."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 
-from logitmix.evaluation.decode import Decode, Request
+from logitmix.evaluation.decode import Decode, Request, Response
 from logitmix.runs.console import console, progress_bar
 from logitmix.runs.files import RESPONSES_FILE, RUN_FILE, append_jsonl, read_jsonl
 from logitmix.runs.folder import find_run_or_model, record_start, validate_same_arguments
 
-# May differ between an evaluation and its continuation: it is how a batch is made to fit into memory
+# Arguments that may change when an evaluation is continued: they fit a batch into memory
 IGNORED_ARGUMENTS = {"batch_size"}
 
 
 class Responses:
-    """The responses so far, `rows`; in a file as well, where there is one, from which a later start goes on."""
+    """The responses so far, `rows`; with a file, they are also written there, and a later start continues from it."""
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
-        self.rows: list[dict[str, Any]] = []
+        self.rows: list[Response] = []
         self._earlier = read_jsonl(path) if path is not None and path.exists() else []
 
     def add(self, title: str, batches: Sequence[Sequence[Request]], decode: Decode) -> None:
-        """Add the responses to the batches; those that the file holds already are not decoded again.
+        """Add the responses to the batches, without decoding those that the file holds already.
 
-        A batch of which the file holds a part is decoded as a whole, so that samples do not depend on an interruption.
-        Raises `ValueError` where the file's next lines answer other requests.
+        A batch that the file holds in part is decoded again, so that samples do not depend on an interruption. Raises
+        `ValueError` where the next lines of the file are for other requests.
         """
         done = 0
         for batch in batches:
@@ -41,7 +41,7 @@ class Responses:
                     )
             if len(earlier) < len(batch):
                 break
-            self.rows += earlier
+            self.rows += [_response(row, self.path) for row in earlier]
             done += 1
         if done == len(batches):
             return
@@ -54,20 +54,17 @@ class Responses:
             shown = bar.add_task(title, total=total, completed=total - left, info="")
             try:
                 for responses in decode(batches[done:]):
-                    lines = [asdict(response) for response in responses]
                     if self.path is not None:
-                        append_jsonl(self.path, lines)
-                    self.rows += lines
-                    bar.advance(shown, len(lines))
+                        append_jsonl(self.path, [asdict(response) for response in responses])
+                    self.rows += responses
+                    bar.advance(shown, len(responses))
             except KeyboardInterrupt:
                 if self.path is not None:
-                    console.print(
-                        f"{len(self.rows)} responses are in {self.path}; the same command goes on from there."
-                    )
+                    console.print(f"{len(self.rows)} responses are in {self.path}; repeat the command to continue.")
                 raise
 
     def _cut_after(self, lines: int) -> None:
-        """Drop what the file holds after so many lines: a batch, or a line, that was not finished."""
+        """Truncate the file after this many lines: the rest is an unfinished batch or line."""
         assert self.path is not None
         with self.path.open("r+b") as file:
             for _ in range(lines):
@@ -75,8 +72,21 @@ class Responses:
             file.truncate(file.tell())
 
 
+def read_responses(path: Path) -> list[Response]:
+    """The responses in a file that an evaluation wrote. Raises `ValueError` for lines that are no responses."""
+    return [_response(row, path) for row in read_jsonl(path)]
+
+
+def _response(row: Mapping[str, Any], path: Path | None) -> Response:
+    names = [field.name for field in fields(Response)]
+    missing = [name for name in names if name not in row]
+    if missing:
+        raise ValueError(f"{path} holds no responses: its lines have no {missing[0]!r}; give a file that eval wrote")
+    return Response(**{name: row[name] for name in names})
+
+
 def open_responses(output_dir: str | None, arguments: Mapping[str, Any]) -> Responses:
-    """The responses in the folder of an evaluation, begun or continued; without a folder they are in no file.
+    """Start or continue an evaluation in a folder; without a folder, responses are kept in memory only.
 
     Raises `ValueError` for a folder that holds something else, or an evaluation with other arguments.
     """

@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from logitmix.runs.files import RESPONSES_FILE, read_jsonl
+from logitmix.evaluation.decode import Response
+from logitmix.evaluation.metrics import group_by
+from logitmix.evaluation.responses import read_responses
+from logitmix.runs.files import RESPONSES_FILE
 
-Rows = list[dict[str, Any]]
-
-KEYS = ("name", "problem", "prompt", "gold", "format_ok", "answer_ok", "lenient_ok")
+Named = list[Response]  # of one member or model
 
 
 def find_responses(source: str) -> tuple[Path, str | None] | None:
@@ -30,7 +30,7 @@ def find_responses(source: str) -> tuple[Path, str | None] | None:
     return None
 
 
-def select_pair(sources: Sequence[str], decoded: Mapping[str, Rows]) -> list[tuple[str, Rows]]:
+def select_pair(sources: Sequence[str], decoded: Mapping[str, Named]) -> list[tuple[str, Named]]:
     """The names and responses of the two policies to compare.
 
     `decoded` has the responses of checkpoints, by source, or by member if a single checkpoint is given. The others
@@ -38,7 +38,7 @@ def select_pair(sources: Sequence[str], decoded: Mapping[str, Rows]) -> list[tup
     """
     if len(sources) == 1:
         (source,) = sources
-        by_name = decoded or group_by_name(_read(source)[0])
+        by_name = decoded or group_by(_read(source)[0], "name")
         if not {"policy", "anchor"} <= by_name.keys():
             raise ValueError(
                 f"{source} holds responses of {', '.join(by_name)}, not of policy and anchor; compare two of them as "
@@ -48,18 +48,10 @@ def select_pair(sources: Sequence[str], decoded: Mapping[str, Rows]) -> list[tup
     return [(source, decoded[source] if source in decoded else _select(source)) for source in sources]
 
 
-def group_by_name(rows: Rows) -> dict[str, Rows]:
-    """The responses of each member or model."""
-    groups: dict[str, Rows] = {}
-    for row in rows:
-        groups.setdefault(row["name"], []).append(row)
-    return groups
-
-
-def _select(source: str) -> Rows:
+def _select(source: str) -> Named:
     """The responses of the member that a source names, or of the only one in its file."""
-    rows, name = _read(source)
-    by_name = group_by_name(rows)
+    responses, name = _read(source)
+    by_name = group_by(responses, "name")
     if name is None and len(by_name) > 1:
         raise ValueError(
             f"{source} holds responses of {', '.join(by_name)}; choose one, as {source}:{next(iter(by_name))}"
@@ -69,14 +61,11 @@ def _select(source: str) -> Rows:
     return by_name[name or next(iter(by_name))]
 
 
-def _read(source: str) -> tuple[Rows, str | None]:
+def _read(source: str) -> tuple[Named, str | None]:
     found = find_responses(source)
     assert found is not None
     path, name = found
-    rows = read_jsonl(path)
-    if not rows:
+    responses = read_responses(path)
+    if not responses:
         raise ValueError(f"{path} holds no responses; evaluate first, with logitmix eval --output_dir")
-    missing = [key for key in KEYS if key not in rows[0]]
-    if missing:
-        raise ValueError(f"{path} holds no responses: its lines have no {missing[0]!r}; give a file that eval wrote")
-    return rows, name
+    return responses, name

@@ -1,27 +1,26 @@
-"""A sweep over alpha: how good each mixture of one pair is, and which alpha to choose without flattering it."""
+"""A sweep over alpha: rates of every mixture of a pair, and an unbiased choice of alpha."""
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from logitmix.evaluation.decode import Response
 from logitmix.evaluation.metrics import estimate, rates
 from logitmix.evaluation.statistics import Estimate, mcnemar_exact
 
 MIXES = ("logit", "prob", "merge")
-MEMBERS = {"policy": 0.0, "anchor": 1.0}  # what every mix is at these alphas
-
-Rows = Sequence[Mapping[str, Any]]
+MEMBERS = {"policy": 0.0, "anchor": 1.0}  # every mix equals a member at these alphas
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The best alpha of one mix: chosen on half of the problems, its answer rate on the other half.
+    """The best alpha of a mix, chosen on half of the problems, with its answer rate on the other half.
 
-    `policy` and `anchor` are the members' rates on that other half, and `p_value` is McNemar's exact test there
+    `policy` and `anchor` are the members' rates on the other half. `p_value` is that of McNemar's exact test there,
     against the better of the two.
     """
 
@@ -35,14 +34,14 @@ class Choice:
 
 
 def merge_weights(policy: PreTrainedModel, anchor: PreTrainedModel) -> PreTrainedModel:
-    """A copy of the policy to put merged weights in, see `set_merge`; frozen, in evaluation mode.
+    """A frozen copy of the policy in evaluation mode, to hold merged weights; see `set_merge`.
 
     Raises `ValueError` for models whose weights differ in name or shape.
     """
     if policy is anchor:
         raise ValueError(
-            "policy and anchor share one model with adapters, whose weights cannot be merged as they are; leave the "
-            "merge out, with --mixes logit prob"
+            "policy and anchor share one model with adapters, whose weights cannot be merged; leave the merge out, "
+            "with --mixes logit prob"
         )
     shapes = [{name: tuple(weight.shape) for name, weight in m.named_parameters()} for m in (policy, anchor)]
     if shapes[0] != shapes[1]:
@@ -57,63 +56,62 @@ def merge_weights(policy: PreTrainedModel, anchor: PreTrainedModel) -> PreTraine
 
 @torch.no_grad()
 def set_merge(merged: PreTrainedModel, policy: PreTrainedModel, anchor: PreTrainedModel, alpha: float) -> None:
-    """Give `merged` the weights `(1 - alpha) θ_policy + alpha θ_anchor`, computed in float32: one model, not two."""
+    """Set the weights of `merged` to `(1 - alpha) θ_policy + alpha θ_anchor`, computed in float32."""
     parameters = (model.parameters() for model in (merged, policy, anchor))
     for into, ours, theirs in zip(*parameters, strict=True):
         into.copy_(torch.lerp(ours.float(), theirs.to(ours.device).float(), alpha))
 
 
-def sweep_rates(responses: Rows) -> list[dict[str, Any]]:
-    """A row for each mix and alpha: `scheme`, `alpha`, the rates, and the ends of their intervals.
+def sweep_rates(responses: Sequence[Response]) -> list[dict[str, Any]]:
+    """A row for each mix and alpha with `scheme`, `alpha`, the rates, and the ends of their intervals.
 
-    The members alone, in the responses as `policy` and `anchor`, are every mix at alpha 0 and 1.
+    The responses of `policy` and `anchor` count for every mix, at alpha 0 and 1.
     """
     table = []
     for mix, by_alpha in by_mix(responses).items():
-        for alpha, rows in sorted(by_alpha.items()):
-            line = {"scheme": mix, "alpha": alpha} | asdict(rates(rows))
+        for alpha, group in sorted(by_alpha.items()):
+            line = {"scheme": mix, "alpha": alpha} | asdict(rates(group))
             for key in ("format", "answer"):
-                value = estimate(rows, f"{key}_ok")
+                value = estimate(group, f"{key}_ok")
                 line |= {f"{key}_low": value.low, f"{key}_high": value.high}
             table.append(line)
     return table
 
 
-def choose_alpha(responses: Rows) -> list[Choice]:
-    """For each mix the alpha of the best answer rate on the even-numbered problems, and its rate on the others.
+def choose_alpha(responses: Sequence[Response]) -> list[Choice]:
+    """For each mix, the alpha with the best answer rate on even-numbered problems, and its rate on the others.
 
-    Of several as good it is the smallest. The best of many rates flatters on the problems that chose it; the other
-    half does not know of the choice.
+    Among equal rates the smallest alpha wins. The best of many rates is biased on the problems that chose it, and
+    unbiased on the other half.
 
     Raises `ValueError` for fewer than two problems.
     """
-    if len({row["problem"] for row in responses}) < 2:
+    if len({response.problem for response in responses}) < 2:
         raise ValueError(
-            "alpha is chosen on half of the problems and reported on the other; raise --eval_limit above 1"
+            "alpha is chosen on half of the problems and reported on the other half; raise --eval_limit above 1"
         )
     choices = []
     for mix, by_alpha in by_mix(responses).items():
-        on_even = {alpha: estimate(_half(rows, 0), "answer_ok") for alpha, rows in sorted(by_alpha.items())}
+        on_even = {alpha: estimate(_half(group, 0), "answer_ok") for alpha, group in sorted(by_alpha.items())}
         alpha = max(on_even, key=lambda candidate: on_even[candidate].value)
         other = {candidate: _half(by_alpha[candidate], 1) for candidate in (alpha, *MEMBERS.values())}
-        on_odd = {candidate: estimate(rows, "answer_ok") for candidate, rows in other.items()}
+        on_odd = {candidate: estimate(group, "answer_ok") for candidate, group in other.items()}
         better = max(MEMBERS.values(), key=lambda member: on_odd[member].value)
-        pairs = [
-            (bool(x["answer_ok"]), bool(y["answer_ok"])) for x, y in zip(other[alpha], other[better], strict=True)
-        ]
+        pairs = [(x.answer_ok, y.answer_ok) for x, y in zip(other[alpha], other[better], strict=True)]
         p_value = mcnemar_exact(pairs.count((True, False)), pairs.count((False, True)))
         choices.append(Choice(mix, alpha, on_even[alpha], on_odd[alpha], on_odd[0.0], on_odd[1.0], p_value))
     return choices
 
 
-def by_mix(responses: Iterable[Mapping[str, Any]]) -> dict[str, dict[float, list[Mapping[str, Any]]]]:
-    """Responses of each mix by alpha, those of a problem in the same place of every list."""
-    named: dict[str, dict[float, list[Mapping[str, Any]]]] = {}
-    for row in sorted(responses, key=lambda row: row["problem"]):
-        named.setdefault(row["name"], {}).setdefault(row["alpha"], []).append(row)
+def by_mix(responses: Iterable[Response]) -> dict[str, dict[float, list[Response]]]:
+    """Responses of each mix by alpha, each list in the order of the problems."""
+    named: dict[str, dict[float, list[Response]]] = {}
+    for response in sorted(responses, key=lambda response: response.problem):
+        assert response.alpha is not None
+        named.setdefault(response.name, {}).setdefault(response.alpha, []).append(response)
     members = {alpha: named[name][alpha] for name, alpha in MEMBERS.items()}
     return {mix: named.get(mix, {}) | members for mix in MIXES if mix in named}
 
 
-def _half(rows: Rows, remainder: int) -> list[Mapping[str, Any]]:
-    return [row for row in rows if row["problem"] % 2 == remainder]
+def _half(responses: Sequence[Response], remainder: int) -> list[Response]:
+    return [response for response in responses if response.problem % 2 == remainder]

@@ -16,7 +16,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from logitmix.evaluation.decode import greedy_responses, members_of
+from logitmix.evaluation.decode import Response, greedy_responses, members_of
 from logitmix.evaluation.during_training import evaluate_members
 from logitmix.evaluation.metrics import Rates, rates_by
 from logitmix.mixture.loading import load_member
@@ -85,7 +85,7 @@ def train_arm(arm: str, task: Arithmetic, problems: list[Problem], config: Quick
     train_with_progress(trainer, f"4 {TITLES[arm]}", [evaluate])
     trainer.save_model()
     responses = _greedy(trainer.model, trainer.processing_class, task, problems, members_of(trainer.model))
-    append_jsonl(folder / RESPONSES_FILE, responses)
+    append_jsonl(folder / RESPONSES_FILE, [asdict(response) for response in responses])
     rates = rates_by(responses, "name")
     return {TITLES[arm] if name == "model" else f"{TITLES[arm]}: {name}": r for name, r in rates.items()}
 
@@ -120,6 +120,5 @@ def _greedy(
     problems: list[Problem],
     alphas: Mapping[str, float | None],
     progress: Callable[[int], None] | None = None,
-) -> list[dict[str, Any]]:
-    responses = greedy_responses(model, tokenizer, task, problems, alphas, MAX_NEW_TOKENS, progress=progress)
-    return [asdict(response) for response in responses]
+) -> list[Response]:
+    return greedy_responses(model, tokenizer, task, problems, alphas, MAX_NEW_TOKENS, progress=progress)

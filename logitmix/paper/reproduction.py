@@ -10,6 +10,7 @@ from typing import Any
 
 from logitmix.evaluation.metrics import rates
 from logitmix.evaluation.outcomes import pack_outcomes
+from logitmix.evaluation.responses import read_responses
 from logitmix.evaluation.sweep import by_mix
 from logitmix.paper.presets import load_preset
 from logitmix.paper.recipes import ARMS
@@ -114,13 +115,13 @@ def read_results(stage: Stage) -> list[dict[str, Any]]:
 
 
 def _sweep_results(stage: Stage) -> list[dict[str, Any]]:
-    responses = read_jsonl(stage.folder / RESPONSES_FILE)
+    responses = read_responses(stage.folder / RESPONSES_FILE)
     return [
         {"what": "sweep", "seed": stage.seed, "scheme": scheme, "alpha": alpha}
-        | asdict(rates(rows))
-        | pack_outcomes(rows)
+        | asdict(rates(group))
+        | pack_outcomes(group)
         for scheme, by_alpha in by_mix(responses).items()
-        for alpha, rows in sorted(by_alpha.items())
+        for alpha, group in sorted(by_alpha.items())
     ]
 
 

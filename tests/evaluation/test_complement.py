@@ -1,15 +1,18 @@
 """Two policies on the same problems: the paper's tables 1 to 3, and what the differences in them are worth."""
 
 import json
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 
 from logitmix.cli.__main__ import main
 from logitmix.evaluation.complement import complement
+from logitmix.evaluation.decode import Response
 from logitmix.evaluation.report.tables import complement_notes
 from logitmix.paper.tiny_model import character_tokenizer, tiny_model
 from logitmix.tasks import Arithmetic
+from tests.helpers.responses import make_response
 
 # Table 1 of arXiv 2605.20555: answer-correct of SFT and policy, and problems by who has them right
 TABLE_1 = {
@@ -25,14 +28,25 @@ TABLE_1 = {
 }
 
 
-def responses(answers: list[bool], name: str = "policy", **columns) -> list[dict]:
-    """Lines of a file of responses, right and in the format where `answers` says so."""
-    same = {"name": name, "gold": "1", "length": 1, "truncated": False, "alpha": 0.0, "sample": 0}
-    grades = [{"format_ok": ok, "answer_ok": ok, "lenient_ok": ok} for ok in answers]
-    return [{"problem": i, "prompt": f"question {i}"} | same | grade | columns for i, grade in enumerate(grades)]
+def responses(answers: list[bool], name: str = "policy", **fields) -> list[Response]:
+    """Responses to one problem after the other, right and in the format where `answers` says so."""
+    return [
+        make_response(
+            **{
+                "name": name,
+                "problem": i,
+                "prompt": f"question {i}",
+                "format_ok": ok,
+                "answer_ok": ok,
+                "lenient_ok": ok,
+            }
+            | fields
+        )
+        for i, ok in enumerate(answers)
+    ]
 
 
-def both_sides(both: int, only_b: int, only_a: int, neither: int) -> tuple[list[dict], list[dict]]:
+def both_sides(both: int, only_b: int, only_a: int, neither: int) -> tuple[list[Response], list[Response]]:
     a = [True] * both + [False] * only_b + [True] * only_a + [False] * neither
     b = [True] * both + [True] * only_b + [False] * only_a + [False] * neither
     return responses(a), responses(b)
@@ -105,7 +119,7 @@ def checkpoints(tmp_path_factory) -> dict[str, str]:
 
 def write(path, rows) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(asdict(row) if isinstance(row, Response) else row) + "\n" for row in rows))
     return str(path)
 
 
@@ -132,7 +146,7 @@ def test_the_members_of_a_mixture(checkpoints, capsys):
 
 def test_files_of_responses(tmp_path, capsys):
     a, b = both_sides(110, 43, 8, 39)
-    two = write(tmp_path / "run" / "responses.jsonl", [row | {"name": "anchor"} for row in a] + b)
+    two = write(tmp_path / "run" / "responses.jsonl", [replace(response, name="anchor") for response in a] + b)
     other = write(tmp_path / "other.jsonl", b)
     for sources in (
         [str(tmp_path / "run")],

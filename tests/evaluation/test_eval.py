@@ -10,13 +10,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from logitmix.cli.__main__ import main
-from logitmix.evaluation.decode import SMALL_BATCH, decoder, in_batches, members_of, requests_for, sampling_at
+from logitmix.evaluation.decode import (
+    SMALL_BATCH,
+    Response,
+    decoder,
+    in_batches,
+    members_of,
+    requests_for,
+    sampling_at,
+)
 from logitmix.evaluation.metrics import estimate, pass_rates
 from logitmix.evaluation.responses import Responses, open_responses
 from logitmix.mixture.generation import generate_completions
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.paper.tiny_model import character_tokenizer, tiny_model
 from logitmix.tasks import Arithmetic
+from tests.helpers.responses import make_response
 
 TASK = Arithmetic()
 ALPHAS = {"policy": 0.0, "anchor": 1.0, "mixture": 0.5, "more anchor": 0.75}
@@ -221,9 +230,9 @@ def test_a_folder_that_holds_something_else(members, tmp_path):
         open_responses(str(tmp_path / "file"), {})
 
 
-def graded(*answers: list[bool]) -> list[dict]:
-    """Rows of problems with some samples each."""
-    return [{"problem": i, "answer_ok": ok} for i, samples in enumerate(answers) for ok in samples]
+def graded(*answers: list[bool]) -> list[Response]:
+    """Responses to problems with some samples each."""
+    return [make_response(problem=i, answer_ok=ok) for i, samples in enumerate(answers) for ok in samples]
 
 
 def test_pass_rates_by_hand():

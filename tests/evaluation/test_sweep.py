@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from logitmix.cli.__main__ import main
-from logitmix.evaluation.decode import decoder, in_batches, requests_for
+from logitmix.evaluation.decode import Response, decoder, in_batches, requests_for
 from logitmix.evaluation.sweep import choose_alpha, merge_weights, set_merge, sweep_rates
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.paper.tiny_model import character_tokenizer, tiny_model
 from logitmix.tasks import Arithmetic
 from tests.helpers.members import tiny_member
+from tests.helpers.responses import make_response
 
 
 def test_merged_weights_are_the_weighted_mean_and_leave_the_members_alone():
@@ -56,9 +57,8 @@ def test_members_that_share_a_model_are_not_merged():
         merge_weights(member, member)
 
 
-def responses(name: str, alpha: float, answers: list[bool]) -> list[dict]:
-    same = {"name": name, "alpha": alpha, "sample": 0, "lenient_ok": True, "length": 3, "truncated": False}
-    return [same | {"problem": i, "format_ok": True, "answer_ok": ok} for i, ok in enumerate(answers)]
+def responses(name: str, alpha: float, answers: list[bool]) -> list[Response]:
+    return [make_response(name=name, alpha=alpha, problem=i, answer_ok=ok, length=3) for i, ok in enumerate(answers)]
 
 
 def test_alpha_is_chosen_on_one_half_and_reported_on_the_other():

@@ -19,6 +19,7 @@ from logitmix.paper import claims, sweep_claims
 from logitmix.paper.claims import CLAIMS, evaluate_claims, validate_num_problems
 from logitmix.paper.outcomes import Outcomes
 from logitmix.paper.verdicts import above, comparable, not_below
+from tests.helpers.responses import make_response
 
 ALPHAS = [i / 10 for i in range(11)]
 N, SEEDS = 400, (0, 1, 2)
@@ -208,7 +209,7 @@ def test_packed_outcomes_unpack_unchanged(n):
 
 
 def test_outcomes_are_packed_in_the_order_of_the_problems():
-    made = [{"problem": i, "format_ok": True, "answer_ok": i == 2, "lenient_ok": False} for i in (3, 2, 0, 1)]
+    made = [make_response(problem=i, answer_ok=i == 2, lenient_ok=False) for i in (3, 2, 0, 1)]
     assert pack_outcomes(made) == {"format_ok": "f0", "answer_ok": "20", "lenient_ok": "00"}
 
 

@@ -8,8 +8,9 @@ from rich.table import Table
 from rich.text import Text
 
 from logitmix.evaluation.complement import Complement
+from logitmix.evaluation.decode import Response
 from logitmix.evaluation.inspect import NAMES, Inspection
-from logitmix.evaluation.metrics import Rates, estimate, pass_rates, rates
+from logitmix.evaluation.metrics import Rates, estimate, group_by, pass_rates, rates
 from logitmix.evaluation.report.pages import visible
 from logitmix.evaluation.statistics import Estimate
 from logitmix.evaluation.sweep import Choice
@@ -43,21 +44,19 @@ def print_sweep(title: str, sweep: Sequence[Mapping[str, Any]]) -> None:
     Console().print(table)
 
 
-def print_evaluation(title: str, responses: Sequence[Mapping[str, Any]]) -> None:
+def print_evaluation(title: str, responses: Sequence[Response]) -> None:
     """Rates of each name in the responses, with 95 % intervals; of several samples a problem, pass@k below."""
-    groups: dict[str, list[Mapping[str, Any]]] = {}
-    for row in responses:
-        groups.setdefault(row["name"], []).append(row)
+    groups = group_by(responses, "name")
     table = Table(title=title, title_justify="left", caption="[ ]: 95 % interval", caption_justify="left")
     table.add_column("", no_wrap=True)
     for column in ("format %", "answer %", "lenient %", "cut %", "tokens"):
         table.add_column(column, justify="right")
-    for name, rows in groups.items():
-        r = rates(rows)
-        cells = [interval(estimate(rows, key)) for key in ("format_ok", "answer_ok")]
+    for name, group in groups.items():
+        r = rates(group)
+        cells = [interval(estimate(group, key)) for key in ("format_ok", "answer_ok")]
         table.add_row(name, *cells, percent(r.lenient), percent(r.truncated), f"{r.mean_length:.1f}")
     Console().print(table)
-    passes = {name: pass_rates(rows) for name, rows in groups.items()}
+    passes = {name: pass_rates(group) for name, group in groups.items()}
     ks = list(next(iter(passes.values())))
     if len(ks) == 1:
         return
