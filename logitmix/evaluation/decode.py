@@ -1,4 +1,4 @@
-"""Responses to a task's problems, greedy or sampled, at any weights of the anchor, graded."""
+"""Decodes and grades responses to a task's problems, greedy or sampled, at any alpha."""
 
 import hashlib
 import itertools
@@ -15,17 +15,17 @@ from logitmix.mixture.generation import GREEDY, generate_completions, get_eos_to
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.tasks import Problem, Task
 
-MAX_NEW_TOKENS = 512  # the authors' longest response
+MAX_NEW_TOKENS = 512  # the limit in the authors' code
 BATCH_SIZE = 256
 
-# Up to so many sequences, one batch at alphas 0, 0.5 and 1 together, which runs both members for all, beats one batch
-# for each alpha; above, it does not. Measured on one CPU core (docs/analysis.md).
+# Up to this many sequences, one batch of alphas 0, 0.5 and 1, which runs both members on all rows, is faster than one
+# batch per alpha. Measured on one CPU core (docs/analysis.md).
 SMALL_BATCH = 64
 
 
 @dataclass(frozen=True)
 class Request:
-    """One response that is wanted: whose, at which weight of the anchor, to which problem, the how manieth sample."""
+    """A response to decode: the name of the model, its alpha, the problem, and the index of the sample."""
 
     name: str
     alpha: float | None
@@ -34,7 +34,7 @@ class Request:
 
     @property
     def members(self) -> float | str | None:
-        """Which members it takes: 0.0 the policy, 1.0 the anchor, else both; None for a model that is no mixture."""
+        """The members to run: 0.0 the policy, 1.0 the anchor, `"both"`, or None for a model that is not a mixture."""
         return self.alpha if self.alpha in (0.0, 1.0, None) else "both"
 
 
@@ -42,10 +42,9 @@ class Request:
 class Response:
     """One graded response; a line of an evaluation file.
 
-    `name` says who answered (`"policy"`, `"anchor"`, `"mixture"`, …), `alpha` at which weight of the anchor (None: a
-    model that is no mixture), `sample` tells apart several to one problem. `prompt` is the text that the model was
-    given, a chat as the tokenizer rendered it. `length` counts tokens, `truncated` says that it reached the limit
-    without ending.
+    `name` is the model (`"policy"`, `"anchor"`, `"mixture"`, …) and `alpha` the weight of the anchor (None for a model
+    that is not a mixture). `sample` numbers several responses to one problem. `prompt` is the text given to the model;
+    a chat is rendered by the tokenizer. `length` is in tokens; `truncated` means that the response reached the limit.
     """
 
     name: str
@@ -63,7 +62,7 @@ class Response:
 
 
 def members_of(model: PreTrainedModel) -> dict[str, float | None]:
-    """Who is evaluated: policy, anchor and mixture of a mixture with one anchor, or the model itself."""
+    """The names and alphas to evaluate: policy, anchor and mixture, or the model itself if it is not a mixture."""
     if isinstance(model, LogitMixForCausalLM):
         return {"policy": 0.0, "anchor": 1.0, "mixture": model.alpha}
     return {"model": None}
@@ -73,7 +72,7 @@ Decode = Callable[[Sequence[Sequence[Request]]], Iterator[list[Response]]]
 
 
 def requests_for(alphas: Mapping[str, float | None], num_problems: int, num_samples: int = 1) -> list[Request]:
-    """Every named alpha's samples for every problem, those that run the same members side by side."""
+    """A request for each alpha, problem and sample, ordered so that requests for the same members are adjacent."""
     requests = [
         Request(name, alpha, problem, sample)
         for name, alpha in alphas.items()
@@ -84,9 +83,10 @@ def requests_for(alphas: Mapping[str, float | None], num_problems: int, num_samp
 
 
 def in_batches(requests: Sequence[Request], batch_size: int) -> list[list[Request]]:
-    """Batches of at most `batch_size` that run no member in vain: at alpha 0 and 1 a single one is run.
+    """Batches of at most `batch_size` requests for the same members, as alpha 0 and 1 need only one member.
 
-    So few sequences that a decoding step costs about the same for all as for some (see `SMALL_BATCH`) share one batch.
+    Few enough requests share one batch, since a decoding step then costs about the same for any number of rows (see
+    `SMALL_BATCH`).
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, but must be at least 1")
@@ -105,13 +105,12 @@ def decoder(
     temperature: float = 0.0,
     seed: int = 0,
 ) -> Decode:
-    """A function of batches of requests that gives the graded responses to each, one batch after the other.
+    """A function that decodes and grades batches of requests, one batch after the other.
 
-    Each sequence has its own alpha. Temperature 0 is greedy; above it, a batch's samples depend on the seed and on
-    the batch alone, not on the batches before it. `max_new_tokens` defaults to 512, or less where the longest prompt
-    leaves less of the context.
+    Each sequence has its own alpha. Temperature 0 is greedy; above 0, the samples of a batch depend only on the seed
+    and the batch. `max_new_tokens` defaults to 512, or to what the longest prompt leaves of the context.
 
-    Raises `ValueError`, before anything is decoded, for a prompt that leaves no room in the context.
+    Raises `ValueError`, before anything is decoded, for a prompt that exceeds the context.
     """
     if temperature < 0:
         raise ValueError(f"temperature is {temperature}, but must be 0 (greedy) or above")
@@ -177,13 +176,13 @@ def greedy_responses(
 
 
 def sampling_at(temperature: float) -> dict[str, Any]:
-    """Settings that sample from the whole distribution at a temperature, or greedily at 0."""
-    # transformers' own default is the 50 likeliest tokens
+    """Generation settings: greedy at temperature 0, otherwise sampling from the whole distribution."""
+    # top_k=0: transformers samples from the 50 most probable tokens by default
     return {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else dict(GREEDY)
 
 
 def _alphas(batch: Sequence[Request]) -> dict[str, Any]:
-    """The argument of the model's forward: one alpha, or one a sequence; none for a model that is no mixture."""
+    """The `alpha` argument of the forward: one value or one per sequence; none for a model that is not a mixture."""
     alphas = [request.alpha for request in batch]
     if None in alphas:
         return {}
@@ -192,7 +191,7 @@ def _alphas(batch: Sequence[Request]) -> dict[str, Any]:
 
 @contextmanager
 def _seeded(name: str) -> Iterator[None]:
-    """Torch's generators seeded by a name, and afterwards as they were."""
+    """Seed torch's generators by a name within the context, and restore them afterwards."""
     with torch.random.fork_rng():
         torch.manual_seed(int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest()))
         yield

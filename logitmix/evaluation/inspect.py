@@ -1,4 +1,4 @@
-"""One response of a mixture, token by token: what each member would have written, and which of them carried it.
+"""One response of a mixture, token by token: what each member would have written, and which member carried it.
 
 Shape legend: K members, T tokens of the response, V vocabulary.
 """
@@ -19,14 +19,14 @@ from logitmix.tasks.templates import Prompt
 
 NAMES = ("policy", "anchor", "mixture")
 TOP = 5
-_ROWS = 64  # positions whose distributions are in memory at a time
+_ROWS = 64  # positions whose distributions are held in memory at a time
 
 Carrier = Literal["both", "policy", "anchor", "neither"]
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A token that a distribution has among its most probable ones."""
+    """One of the most probable tokens of a distribution."""
 
     text: str
     probability: float
@@ -37,9 +37,9 @@ class InspectedToken:
     """A token of the mixture's response.
 
     probabilities: of this token under policy, anchor and mixture, after the same text
-    top:           the five most probable tokens of each, the first is its argmax
-    carried_by:    `"policy"` if it is the policy's most probable token and not the anchor's, `"anchor"` if it is the
-                   anchor's and not the policy's, `"both"`, or `"neither"`: a third token, that only the mix put first
+    top:           the five most probable tokens of each; the first is the argmax
+    carried_by:    `"policy"` if it is the policy's most probable token and not the anchor's, `"anchor"` for the
+                   reverse, `"both"`, or `"neither"` for a token that only the mixture ranks first
     """
 
     text: str
@@ -50,7 +50,7 @@ class InspectedToken:
 
 @dataclass(frozen=True)
 class Inspection:
-    """The mixture's greedy response to a prompt, and beside it those of all three, each as it writes alone."""
+    """The tokens of the mixture's greedy response, and the greedy responses of policy, anchor and mixture."""
 
     prompt: str
     alpha: float
@@ -59,7 +59,7 @@ class Inspection:
     responses: Mapping[str, str]
 
     def carried(self) -> dict[Carrier, int]:
-        """How many tokens each carried."""
+        """The number of tokens by carrier."""
         counts: dict[Carrier, int] = {"both": 0, "policy": 0, "anchor": 0, "neither": 0}
         for token in self.tokens:
             counts[token.carried_by] += 1
@@ -74,10 +74,10 @@ def inspect(
     max_new_tokens: int,
     stop_strings: tuple[str, ...] = (),
 ) -> Inspection:
-    """Decode the prompt greedily by policy, anchor and mixture, and look at every token of the mixture's response.
+    """Decode the prompt greedily with policy, anchor and mixture, and inspect each token of the mixture's response.
 
-    The probabilities are of one pass of each member over the whole text, at temperature 1. Raises `ValueError` where
-    the prompt leaves no room for the response in the context.
+    Probabilities come from one pass of each member over the whole text, at temperature 1. Raises `ValueError` where
+    prompt and response exceed the context.
     """
     (prompt_ids,) = tokenize_prompts(tokenizer, [prompt])
     validate_fits_context(context_length(model.config), len(prompt_ids), max_new_tokens)
@@ -143,6 +143,6 @@ def _carrier(policy: bool, anchor: bool) -> Carrier:
 
 
 def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    """A token as text; where its bytes are no whole characters, as the vocabulary writes it."""
+    """A token as text; if its bytes are not whole characters, as it is written in the vocabulary."""
     text = tokenizer.decode([token])
     return text if text and "\ufffd" not in text else str(tokenizer.convert_ids_to_tokens(token))

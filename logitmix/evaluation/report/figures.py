@@ -1,4 +1,4 @@
-"""Figures, from the numbers that evaluation wrote."""
+"""Figures of evaluations and training runs."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,17 +7,17 @@ from typing import Any
 
 from logitmix.evaluation.report.curves import Line, Panel
 
-# Okabe and Ito's colours, which people of any colour vision can tell apart; markers differ as well
+# Okabe and Ito's colours, which are distinct in any colour vision; markers differ as well
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "x")
 LINES = ("-", "--", ":")
-# Inches: small, so that letters can be read where a phone shows the figure; what a legend needs comes on top
+# Inches, small enough for text to be readable on a phone; the legend adds to the height
 HEIGHT, LEGEND_ROW = 3.7, 0.19
-WIDEST_OF_TWO = 30  # letters of a label, in a legend of two columns
+WIDEST_OF_TWO = 30  # characters of a label in a legend of two columns
 
 
 def plot_curves(curves: Mapping[str, Sequence[tuple[int, float]]], title: str, path: Path) -> None:
-    """Held-out answer rate, in per cent, against the training step: one line a run."""
+    """Plot the held-out answer rate in per cent against the training step, with one line per run."""
     figure, (axes,) = _figure(title, "training step", ["answer-correct on test problems, greedy (%)"])
     for i, (name, points) in enumerate(curves.items()):
         steps, values = zip(*points, strict=True)
@@ -27,7 +27,7 @@ def plot_curves(curves: Mapping[str, Sequence[tuple[int, float]]], title: str, p
 
 
 def plot_panel(panel: Panel, lines: Sequence[Line], *paths: Path) -> None:
-    """A quantity against the outer step: a line an arm, the mean over its seeds, in a band from lowest to highest."""
+    """Plot a quantity against the outer step: for each arm the mean over seeds, and a band from lowest to highest."""
     figure, (axes,) = _figure(panel.title, "outer step (one sampling of rollouts)", [panel.axis], panel.limits)
     axes.xaxis.get_major_locator().set_params(integer=True)
     for line in lines:
@@ -40,7 +40,7 @@ def plot_panel(panel: Panel, lines: Sequence[Line], *paths: Path) -> None:
             color=color,
             linestyle=LINES[(line.variant + line.arm // len(COLORS)) % len(LINES)],
             marker=MARKERS[line.arm % len(MARKERS)],
-            # where lines coincide, an earlier one shows around a later, and each has markers of its own
+            # where lines coincide, an earlier one is wider than a later one, and their markers alternate
             linewidth=max(1.0, 2.4 - 0.28 * line.arm),
             markersize=4.5,
             markevery=(line.arm % every, every),
@@ -53,9 +53,9 @@ def plot_panel(panel: Panel, lines: Sequence[Line], *paths: Path) -> None:
 def plot_sweep(
     sweep: Sequence[Mapping[str, Any]], title: str, *paths: Path, members: tuple[str, str] = ("base", "SFT")
 ) -> None:
-    """Format rate and answer rate, in per cent, against alpha, side by side: one line a scheme.
+    """Plot format rate and answer rate in per cent against alpha, side by side, with one line per scheme.
 
-    Rows that have them (`format_low`, `format_high`, …) show their intervals as bands.
+    Intervals are drawn as bands if the rows have them (`format_low`, `format_high`, …).
     """
     panels = {"format": "format-correct (%)", "answer": "answer-correct (%)"}
     figure, axes = _figure(title, f"alpha (0: {members[0]} alone, 1: {members[1]} alone)", list(panels.values()))
@@ -67,7 +67,7 @@ def plot_sweep(
                 alphas,
                 [100 * row[key] for row in rows],
                 color=COLORS[i],
-                # where two schemes coincide, the first shows around the second
+                # where two schemes coincide, the first is wider than the second
                 linewidth=3 if i == 0 else 1.2,
                 linestyle="--" if i == 2 else "-",
                 marker=MARKERS[i],
@@ -81,7 +81,7 @@ def plot_sweep(
 
 
 def _figure(title: str, x: str, ys: Sequence[str], limits: tuple[float, float] | None = (-2, 102)) -> tuple[Any, Any]:
-    """A figure with a panel for each y."""
+    """A figure with one panel per y axis."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -102,12 +102,12 @@ def _figure(title: str, x: str, ys: Sequence[str], limits: tuple[float, float] |
 
 
 def _literal(label: str) -> str:
-    """A label as it is: matplotlib would read `$` as mathematics, and leave out what begins with `_`."""
+    """A label shown literally: matplotlib renders `$` as mathematics, and hides labels that begin with `_`."""
     return label.replace("$", r"\$") if not label.startswith("_") else f" {label}".replace("$", r"\$")
 
 
 def _save(figure: Any, axes: Any, *paths: Path) -> None:
-    """Write the figure, with its legend below it, to files whose suffix says whether PNG or SVG."""
+    """Save the figure with its legend below, as PNG or SVG by the suffix of each path."""
     from matplotlib import pyplot
 
     handles, labels = axes.get_legend_handles_labels()
@@ -118,7 +118,7 @@ def _save(figure: Any, axes: Any, *paths: Path) -> None:
     )
     with pyplot.rc_context(
         {"svg.fonttype": "none", "svg.hashsalt": "logitmix"}
-    ):  # text stays text; the same each time
+    ):  # keep text as text, and the file reproducible
         for path in paths:
             figure.savefig(path, dpi=180, metadata={"Date": None} if path.suffix == ".svg" else None)
     pyplot.close(figure)

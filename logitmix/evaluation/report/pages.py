@@ -1,4 +1,4 @@
-"""Pages: one HTML file each that asks nothing of the network. Jinja escapes whatever a model or a user wrote."""
+"""HTML pages, each one self-contained file. Jinja escapes everything that a model or a user wrote."""
 
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -10,15 +10,15 @@ from markupsafe import Markup, escape
 from logitmix.evaluation.inspect import NAMES, Inspection
 
 LEGEND = {
-    "both": "the token is the most probable one of policy and of anchor",
-    "policy": "of the policy, and not of the anchor",
-    "anchor": "of the anchor, and not of the policy",
-    "neither": "of neither: only the mix puts it first",
+    "both": "the most probable token of policy and anchor",
+    "policy": "the policy's most probable token, and not the anchor's",
+    "anchor": "the anchor's most probable token, and not the policy's",
+    "neither": "neither's most probable token, only the mixture's",
 }
 
 
 def inspection_page(inspection: Inspection, question: str, policy: str, anchor: str) -> str:
-    """The page of one response; `policy` and `anchor` say which checkpoints these are."""
+    """The page of one response; `policy` and `anchor` are the names of the checkpoints."""
     return _render(
         "inspect.html",
         inspection=inspection,
@@ -32,22 +32,22 @@ def inspection_page(inspection: Inspection, question: str, policy: str, anchor: 
 
 
 def report_page(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], svgs: Mapping[str, str]) -> str:
-    """The page of a report: a table, and the figures as they were written, by name."""
+    """The page of a report: a table, and the figures by name, as SVG."""
     return _render("report.html", title=title, columns=columns, rows=rows, figures=_drawings(svgs))
 
 
 def reproduction_page(**values: Any) -> str:
-    """The page of a reproduction, from what `templates/reproduction.html` names; `svgs` are the figures, by name."""
+    """The page of a reproduction from the values in `templates/reproduction.html`; `svgs` are the figures, by name."""
     return _render("reproduction.html", figures=_drawings(values.pop("svgs")), **values)
 
 
 def _drawings(svgs: Mapping[str, str]) -> dict[str, Markup]:
-    """Figures as parts of a page: of matplotlib, which escapes its labels, without the prolog of a file."""
+    """SVG elements to embed, without the prolog of a file; matplotlib has escaped their labels."""
     return {name: Markup(svg[svg.index("<svg") :]) for name, svg in svgs.items()}
 
 
 def visible(text: str) -> str:
-    """A token in which blanks can be seen: `␣` for a space, `⏎` for a new line, `⇥` for a tab."""
+    """A token with visible white space: `␣` for a space, `⏎` for a new line, `⇥` for a tab."""
     return text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
 
 
@@ -64,5 +64,5 @@ def _render(template: str, **values: Any) -> str:
 
 
 def _shown(text: str) -> Markup:
-    """A token within the running text: a new line is marked, and breaks the line as well."""
+    """A token in running text: a new line is marked, and also breaks the line."""
     return Markup('<span class="blank">⏎</span>\n').join(escape(part) for part in text.split("\n"))

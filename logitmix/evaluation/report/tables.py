@@ -1,4 +1,4 @@
-"""Tables in the terminal, from the numbers that evaluation wrote."""
+"""Tables of evaluations in the terminal."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,7 +19,7 @@ CARRIER_STYLES = {"both": "", "policy": "blue", "anchor": "yellow", "neither": "
 
 
 def print_rates(title: str, rates: Mapping[str, Rates]) -> None:
-    """A row for each name: format-correct, answer-correct (in the format and right), lenient, truncated, length."""
+    """Print a row for each name: format-correct, answer-correct, lenient, truncated, and length in tokens."""
     table = Table(title=title, title_justify="left")
     table.add_column("", no_wrap=True)
     for column in ("format %", "answer %", "lenient %", "cut %", "tokens"):
@@ -31,7 +31,7 @@ def print_rates(title: str, rates: Mapping[str, Rates]) -> None:
 
 
 def print_sweep(title: str, sweep: Sequence[Mapping[str, Any]]) -> None:
-    """Format and answer rates by alpha, a pair of columns a scheme, from rows of `scheme`, `alpha` and rates."""
+    """Print format and answer rates by alpha, from rows of `scheme`, `alpha` and rates."""
     schemes = list(dict.fromkeys(row["scheme"] for row in sweep))
     table = Table(title=title, title_justify="left")
     table.add_column("alpha", justify="right")
@@ -45,7 +45,7 @@ def print_sweep(title: str, sweep: Sequence[Mapping[str, Any]]) -> None:
 
 
 def print_evaluation(title: str, responses: Sequence[Response]) -> None:
-    """Rates of each name in the responses, with 95 % intervals; of several samples a problem, pass@k below."""
+    """Print the rates of each name with 95 % intervals, and pass@k if there are several samples per problem."""
     groups = group_by(responses, "name")
     table = Table(title=title, title_justify="left", caption="[ ]: 95 % interval", caption_justify="left")
     table.add_column("", no_wrap=True)
@@ -70,7 +70,7 @@ def print_evaluation(title: str, responses: Sequence[Response]) -> None:
 
 
 def print_complement(c: Complement, name_a: str, name_b: str) -> None:
-    """Tables 1 to 3: rates and their differences, who has what right, and whether the difference is beyond noise."""
+    """Print the paper's tables 1 to 3: rates, differences, the cross table, and whether they are beyond noise."""
     table = Table(title=f"A and B on the same {c.n} problems", title_justify="left")
     table.add_column("", no_wrap=True)
     for column in ("format %", "answer %", "lenient %"):
@@ -95,7 +95,7 @@ def print_complement(c: Complement, name_a: str, name_b: str) -> None:
 
 
 def complement_notes(c: Complement) -> list[str]:
-    """What the tables say in words, computed."""
+    """The tables in words."""
     gap, p = 100 * c.answer.b_minus_a.value, c.answer.p_value
     verdict = "beyond noise" if p < 0.05 else "within noise"
     smallest = (
@@ -112,7 +112,7 @@ def complement_notes(c: Complement) -> list[str]:
 
 
 def print_sweep_intervals(title: str, sweep: Sequence[Mapping[str, Any]]) -> None:
-    """Table 4: answer rates by alpha, a column a scheme, with their intervals; then format rates in the same way."""
+    """Print the paper's table 4 with intervals: answer rates by alpha and scheme, then format rates."""
     schemes = list(dict.fromkeys(row["scheme"] for row in sweep))
     console = Console()
     for key in ("answer", "format"):
@@ -130,7 +130,7 @@ def print_sweep_intervals(title: str, sweep: Sequence[Mapping[str, Any]]) -> Non
 
 
 def print_choices(choices: Sequence[Choice]) -> None:
-    """The best alpha of each mix, chosen on one half of the problems and reported on the other."""
+    """Print the best alpha of each mix, chosen on half of the problems and reported on the other half."""
     table = Table(title="Best alpha by answer %, chosen on every second problem", title_justify="left")
     for column in ("", "alpha", "chosen on", "on the others", "policy", "anchor", "p"):
         table.add_column(column, justify="right")
@@ -144,7 +144,7 @@ def print_choices(choices: Sequence[Choice]) -> None:
 
 
 def print_inspection(inspection: Inspection) -> None:
-    """A row for each token of the mixture's response, then what each writes alone."""
+    """Print a row for each token of the mixture's response, then the response of each model alone."""
     table = Table(
         title=f"The mixture at alpha {inspection.alpha:g}, scheme {inspection.scheme}: probability of each token, %",
         title_justify="left",
@@ -153,7 +153,7 @@ def print_inspection(inspection: Inspection) -> None:
         table.add_column(column, justify="right" if column in NAMES else "left")
     for token in inspection.tokens:
         probabilities = (percent(token.probabilities[name]) for name in NAMES)
-        # Text, not str: what a model writes may look like markup
+        # Text, not str: a model's output may look like markup
         firsts = (Text(visible(token.top[name][0].text)) for name in ("policy", "anchor"))
         style = CARRIER_STYLES[token.carried_by]
         table.add_row(Text(visible(token.text), style), *probabilities, *firsts, Text(token.carried_by, style))
@@ -167,11 +167,11 @@ def print_inspection(inspection: Inspection) -> None:
 
 
 def print_rows(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table of cells that are text already; the first column is a name."""
+    """Print a table of text cells; the first column holds names."""
     table = Table(title=title, title_justify="left")
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if i else "left", overflow="fold")
-    for row in rows:  # an interval on a line of its own, or it would be broken anywhere
+    for row in rows:  # put intervals on their own lines, so that they are not broken
         table.add_row(*(Text(cell.replace(" [", "\n[").replace("] ", "]\n")) for cell in row))
     Console().print(table)
 
@@ -185,5 +185,5 @@ def percent(share: float) -> str:
 
 
 def interval(estimate: Estimate) -> str:
-    """`81.5 [76, 86]`, in per cent."""
+    """An estimate in per cent: `81.5 [76, 86]`."""
     return f"{percent(estimate.value)} [{100 * estimate.low:.0f}, {100 * estimate.high:.0f}]"
