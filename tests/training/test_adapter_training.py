@@ -194,7 +194,7 @@ def test_an_adapter_for_an_anchor_then_one_for_the_policy_on_one_base(members, t
         assert f"{folder} exists" in error_of(capsys, export)
 
     merge = ["export", "--model_name_or_path", str(tmp_path / "sft"), "--output_dir", str(tmp_path / "merged")]
-    assert "--merge puts it into its base" in error_of(capsys, merge)
+    assert "add --merge to merge it into its base" in error_of(capsys, merge)
     assert main([*merge, "--merge"]) == 0
     merged = few_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
     torch.testing.assert_close(merged, few_logits(model, alpha=1.0), atol=1e-5, rtol=1e-5)
