@@ -1,4 +1,4 @@
-"""Tasks by name, each with problems, prompts, demonstrations and a grader. Importing this loads no torch."""
+"""Tasks by name, each with problems, prompts, demonstrations and a grader. Importing them does not load torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import importlib
 import inspect
 import os
 import sys
-from difflib import get_close_matches
 from pathlib import Path
 
 from logitmix.tasks.arithmetic import Arithmetic
@@ -17,6 +16,7 @@ from logitmix.tasks.gsm8k import Gsm8k
 from logitmix.tasks.hendrycks_math import HendrycksMath
 from logitmix.tasks.jsonl import JsonLines
 from logitmix.tasks.mmlu import Mmlu
+from logitmix.tasks.names import unknown_name
 from logitmix.tasks.templates import BOXED, BOXED_LINE, R1, Prompt, Template, load_template
 from logitmix.tasks.verify import Grade, answers_match, grade
 
@@ -55,10 +55,10 @@ def load_task(
     template: str | Template | None = None,
     **columns: str | None,
 ) -> Task:
-    """The task of that name, or the user's own as `module.Class`, importable from the working directory.
+    """The task of that name, or your own as `module.Class`, imported from the working directory.
 
-    data:     a local copy, in place of the hub's, for the tasks that read data
-    template: in place of the task's own; a name, a YAML file (`load_template`), or a `Template`
+    data:     local file or folder to read instead of the hub, for tasks that read data
+    template: a name, a YAML file (`load_template`), or a `Template`, instead of the task's own
     columns:  `question_column`, `answer_column`, `solution_column` of the task `jsonl`
     """
     task_class = TASKS[name] if name in TASKS else _import_task(name)
@@ -77,18 +77,14 @@ def load_task(
 def _import_task(name: str) -> type[Task]:
     module_name, dot, class_name = name.rpartition(".")
     if not dot:
-        nearest = get_close_matches(name, TASKS, n=1, cutoff=0.0)[0]
-        raise ValueError(
-            f"there is no task {name!r}, did you mean {nearest!r}? The tasks are {', '.join(TASKS)}, or your own as "
-            "module.Class"
-        )
+        raise unknown_name("task", name, TASKS, f"The tasks are {', '.join(TASKS)}, or your own as module.Class")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"the task {name!r} cannot be imported: {error}; its module must lie in the working directory"
+            f"the task {name!r} cannot be imported: {error}; its module must be in the working directory"
         ) from error
     found = getattr(module, class_name, None)
     if not (isinstance(found, type) and issubclass(found, Task)):

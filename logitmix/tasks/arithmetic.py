@@ -1,6 +1,6 @@
-r"""Chains of additions and subtractions, made by a seed, offline; a character model learns them in seconds.
+r"""Chains of additions and subtractions, generated offline from a seed; a character model learns them in seconds.
 
-A problem, what the base corpus mostly writes, and a demonstration that leaps over the steps:
+A problem, the usual solution in the base corpus, and a demonstration that leaps over the steps:
 
     7+8-9+4=?           7+8-9+4=?           7+8-9+4=?
                         7+8=15              7+8-9+4=10
@@ -10,7 +10,7 @@ A problem, what the base corpus mostly writes, and a demonstration that leaps ov
 
 The base corpus mostly reasons step by step and rarely keeps the format; the demonstrations always keep the format and
 mostly leap. All of them are right, but a small model that has learnt to leap is fragile: it cannot do in one step what
-it can do in three. They make the paper's pair: a base model that can reason, and an SFT model that can format.
+it can do in three. This yields the paper's pair: a base model that can reason, and an SFT model that can format.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Arithmetic(Task):
 
     boxed_share:     share of the base corpus that ends in the required format
     base_leap_share: share of the base corpus that leaps over the steps
-    leap_share:      share of the demonstrations that do
+    leap_share:      share of the demonstrations that leap over the steps
     """
 
     name = "arithmetic"
@@ -52,26 +52,26 @@ class Arithmetic(Task):
         shares = {"boxed_share": boxed_share, "base_leap_share": base_leap_share, "leap_share": leap_share}
         for name, share in shares.items():
             if not 0 <= share <= 1:
-                raise ValueError(f"{name} is {share}, but a share lies between 0 and 1")
+                raise ValueError(f"{name} is {share}, but a share must be between 0 and 1")
         if terms < 2 or largest < 2:
             raise ValueError(f"terms is {terms} and largest {largest}; both must be at least 2")
         self.seed, self.terms, self.largest = seed, terms, largest
         self.boxed_share, self.base_leap_share, self.leap_share = boxed_share, base_leap_share, leap_share
 
     def problems(self, split: Split, limit: int | None = None) -> list[Problem]:
-        """Any number of problems: `limit` may exceed SIZES, which is what a split has without one."""
+        """`limit` problems, which may exceed the default sizes in SIZES."""
         check_request(split, limit)
         return self._draw(split, f"{self.seed}/{split}", SIZES[split] if limit is None else limit)
 
     def demonstration(self, problem: Problem) -> str:
-        """In the format always, mostly with a leap: the same choice each time for the same question and seed."""
+        """A demonstration in the format, mostly with a leap; the choice depends on the question and the seed only."""
         chance = random.Random(f"{self.seed}/demonstrations/{problem.question}")
         return self.template.completion(_written(problem, chance, self.leap_share), problem.answer)
 
     def base_corpus(self, limit: int | None = None) -> list[dict[str, Any]]:
-        """What a base model learns from, as rows of `prompt` and `completion`: right, rarely in the format.
+        """Training rows for a base model, with `prompt` and `completion`: right, and rarely in the format.
 
-        Its problems come from the train split, drawn apart from those of `problems("train")`.
+        Problems come from the train split, and are drawn independently of `problems("train")`.
         """
         drawn = self._draw("train", f"{self.seed}/base", SIZES["train"] if limit is None else limit)
         return [self.row(problem, self._base_solution(problem)) for problem in drawn]
@@ -105,7 +105,7 @@ class Arithmetic(Task):
 
 
 def _split_of(question: str) -> Split:
-    """A question's split depends on nothing else: no seed leaks a test question into another's training."""
+    """The split of a question depends on the question only, so no seed trains on another's test questions."""
     place = int.from_bytes(hashlib.blake2b(question.encode(), digest_size=4).digest()) / 2**32
     if place < SHARES["train"]:
         return "train"
@@ -113,14 +113,14 @@ def _split_of(question: str) -> Split:
 
 
 def _written(problem: Problem, chance: random.Random, leap_share: float) -> str:
-    """The worked solution, or, in a share of cases, the leap from the question to the answer."""
+    """The worked solution or, with some probability, the leap from the question to the answer."""
     if chance.random() < leap_share:
         return f"{problem.question}={problem.answer}"
     return problem.solution or ""
 
 
 def _solve(question: str) -> tuple[str, str]:
-    """The steps, a line each, and the answer."""
+    """The steps, one per line, and the answer."""
     value, *terms = (int(term) for term in re.findall(r"[+-]?\d+", question))
     steps = []
     for term in terms:

@@ -1,4 +1,4 @@
-"""What a task is: problems in three splits, a prompt, a demonstration for SFT, a grader. No torch here."""
+"""What a task is: problems in three splits, a prompt, a demonstration for SFT, and a grader. Does not load torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 
 @dataclass(frozen=True)
 class Problem:
-    """A question, its gold answer (bare, without a template), and a worked solution where one exists."""
+    """A question, its gold answer (without a template), and a worked solution if there is one."""
 
     question: str
     answer: str
@@ -24,9 +24,9 @@ class Problem:
 
 
 class Task(ABC):
-    """A source of problems, and the template in which they are asked, answered and graded.
+    """A source of problems, and the template that asks them and grades the answers.
 
-    `load_task` constructs a task with the keyword `seed`, and with `data` where it is given.
+    `load_task` constructs a task with the keyword `seed`, and with `data` if it is given.
     """
 
     name: ClassVar[str]
@@ -34,24 +34,24 @@ class Task(ABC):
 
     @abstractmethod
     def problems(self, split: Split, limit: int | None = None) -> list[Problem]:
-        """The first `limit` problems of a split (None: all). Same seed, same list; splits are disjoint."""
+        """The first `limit` problems of a split (None: all), determined by the seed. Splits are disjoint."""
 
     @property
     def dropped(self) -> Mapping[str, Sequence[Problem]]:
-        """Problems of the data that stand in no split, by the reason."""
+        """Problems of the data that are in no split, by reason."""
         return {}
 
     @property
     def left_out(self) -> int:
-        """How many rows of the data are no problem of this task."""
+        """The number of rows of the data that are not problems of this task."""
         return 0
 
     def prompt(self, problem: Problem) -> Prompt:
-        """What the model is given; its response continues this text, or answers these messages."""
+        """The prompt: a text that the model continues, or messages that it answers."""
         return self.template.prompt(problem.question)
 
     def demonstration(self, problem: Problem) -> str:
-        """What SFT teaches to write after the prompt: the solution, then the answer in the template."""
+        """The SFT target after the prompt: the solution, then the answer in the template."""
         if problem.solution is None:
             raise ValueError(
                 f"the problem {problem.question[:80]!r} has no solution to demonstrate; give SFT data with solutions"
@@ -61,7 +61,7 @@ class Task(ABC):
     def demonstrations(self, limit: int | None = None) -> list[dict[str, Any]]:
         """The first training problems as SFT rows, in TRL's columns: `prompt` and `completion`.
 
-        Raises `ValueError` for more than exist.
+        Raises `ValueError` for more than there are.
         """
         problems = self.problems("train", limit)
         if limit is not None and limit > len(problems):
@@ -72,21 +72,21 @@ class Task(ABC):
         return [self.row(problem, self.demonstration(problem)) for problem in problems]
 
     def grade(self, response: Prompt, problem: Problem) -> Grade:
-        """Grade what the model wrote after the prompt, its end-of-sequence token removed.
+        """Grade the response to a prompt, without its end-of-sequence token.
 
-        TRL gives the completion of a chat as messages; the last one is graded.
+        TRL passes the completion of a chat as messages; the last one is graded.
         """
         text = response if isinstance(response, str) else response[-1]["content"]
         return grade(self.template.through_stop(text), problem.answer, self.template)
 
     def row(self, problem: Problem, completion: str) -> dict[str, Any]:
-        """A row for TRL's `SFTTrainer`: both columns are texts, or both messages where the template is a chat."""
+        """A row for TRL's `SFTTrainer`: both columns are texts, or both are messages if the template is a chat."""
         reply: Prompt = [{"role": "assistant", "content": completion}] if self.template.chat else completion
         return {"prompt": self.prompt(problem), "completion": reply}
 
 
 def check_request(split: str, limit: int | None) -> None:
-    """Refuse a split that does not exist and a limit that would give nothing."""
+    """Raise `ValueError` for an unknown split, and for a limit below 1."""
     if split not in SPLITS:
         raise ValueError(f"there is no split {split!r}; use one of {', '.join(SPLITS)}")
     if limit is not None and limit < 1:

@@ -1,4 +1,4 @@
-"""Is a task sound: does every gold, written as the template asks, grade as right?"""
+"""Checks a task: does every gold, written in the template, grade as right?"""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from logitmix.tasks.base import SPLITS, Problem, Task
 
 @dataclass(frozen=True)
 class Checked:
-    """A split of a task, or what was dropped from all splits, and what is wrong with it, a sentence each."""
+    """A split of a task, or the problems dropped from all splits, with one sentence for each failure."""
 
     name: str
     problems: int
@@ -18,12 +18,12 @@ class Checked:
 
     @property
     def accepted(self) -> int:
-        """Golds that accept themselves."""
+        """The number of golds that grade as right."""
         return self.problems - min(self.problems, len(self.failures))
 
 
 def check(task: Task) -> list[Checked]:
-    """Each split and each kind of dropped problems, its golds graded through the task's own template."""
+    """Grade the golds of each split, and of each kind of dropped problems, through the task's own template."""
     checked = []
     for split in SPLITS:
         try:

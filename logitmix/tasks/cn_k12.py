@@ -1,4 +1,4 @@
-r"""cn_k12: translated exercises of Chinese schools, a source of NuminaMath 1.5. Apache-2.0.
+r"""cn_k12: translated Chinese school exercises, one of the sources of NuminaMath 1.5. Apache-2.0.
 
 A raw record of the hub's `AI-MO/NuminaMath-1.5`, where `source == "cn_k12"`:
 
@@ -7,9 +7,9 @@ A raw record of the hub's `AI-MO/NuminaMath-1.5`, where `source == "cn_k12"`:
      "answer": "-\\frac{1}{3}", "problem_type": "Algebra", "question_type": "math-word-problem",
      "problem_is_valid": "Yes", "solution_is_valid": "Yes", "source": "cn_k12", "synthetic": false}
 
-About four in ten answers are a letter of a multiple choice. Left out are rows of other sources, those whose problem
-or solution the data set's makers found invalid, those without an answer to compare (`proof`, `notfound`), and those
-whose solution holds several boxes: they answer several questions at once, and `answer` holds only the last.
+About four in ten answers are letters of a multiple choice. The task leaves out rows of other sources, rows whose
+problem or solution the authors of the data set marked as invalid, rows without an answer to compare (`proof`,
+`notfound`), and rows whose solution has several boxes: they answer several questions, and `answer` has only the last.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NO_ANSWER = ("", "proof", "notfound")
 
 
 class CnK12(DataTask):
-    """cn_k12; the data has no test split, so that the seed carves one."""
+    """cn_k12. The data has no test split, so the seed selects one."""
 
     name = "cn_k12"
     hub_id = "AI-MO/NuminaMath-1.5"

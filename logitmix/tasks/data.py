@@ -1,4 +1,4 @@
-"""Tasks whose problems are rows of data: read from the hub or from local files, split by a seed, without repeats."""
+"""Tasks whose problems are rows of data, read from the hub or from local files and split by a seed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class _Data:
-    """What became of the rows: the splits, the problems that stand in none, and how many rows are no problem."""
+    """The splits, the problems that are in none of them, and the number of rows that are not problems."""
 
     splits: dict[Split, list[Problem]]
     dropped: dict[str, list[Problem]]
@@ -29,18 +29,18 @@ class _Data:
 
 
 class DataTask(Task):
-    """A task that says how a row becomes a problem; the rest is here.
+    """A task that only defines how a row becomes a problem.
 
     hub_id, hub_config:   the data set on the Hugging Face hub
-    hub_train, hub_test:  its splits; a hub_test of None carves test out of train
-    train_files:          patterns of local files that hold what hub_train does; test stands in `test*.jsonl`
-    columns:              what a row must have
+    hub_train, hub_test:  its splits; if hub_test is None, test is taken from train
+    train_files:          patterns of local files with the rows of hub_train; those of test are in `test*.jsonl`
+    columns:              the columns that a row must have
 
-    `data` is a folder with such files, or one JSONL file, in place of the hub. The seed carves validation out of
-    train: 500 problems, or a tenth where train is small; and test in the same way where the data has none.
-    Splits are disjoint: a question that stands twice is kept once, in test if it stands there, and near-duplicates
-    of test problems are dropped from the other splits. `dropped` holds what this took away, and `left_out` counts
-    the rows that are no problem of this task.
+    `data` is a folder with such files, or one JSONL file, to read instead of the hub. The seed takes validation from
+    train: 500 problems, or a tenth if train is small; and test in the same way if the data has none. Splits are
+    disjoint: a repeated question is kept once, in test if it occurs there, and near-duplicates of test problems are
+    dropped from the other splits. `dropped` holds the dropped problems, and `left_out` counts the rows that are not
+    problems of this task.
     """
 
     hub_id: ClassVar[str | None] = None
@@ -63,7 +63,7 @@ class DataTask(Task):
 
     @abstractmethod
     def problem(self, row: Row) -> Problem | None:
-        """A row, which has all `columns`, as a problem; None leaves it out."""
+        """The problem in a row, which has all `columns`; None leaves the row out."""
 
     def problems(self, split: Split, limit: int | None = None) -> list[Problem]:
         check_request(split, limit)
@@ -101,7 +101,7 @@ class DataTask(Task):
         train, validation = ([p for p in part if p not in gone] for part in (train, validation))
         if not train:
             raise ValueError(
-                f"the train split of {self._source} is empty: all of its problems also stand in test; give other data"
+                f"the train split of {self._source} is empty: all of its problems are also in test; give other data"
             )
         return _Data(
             {"train": train, "validation": validation, "test": test},
@@ -110,14 +110,14 @@ class DataTask(Task):
         )
 
     def _carve(self, problems: list[Problem]) -> tuple[list[Problem], list[Problem]]:
-        """What stays, in the data's order, and what the seed holds out."""
+        """The remaining problems in the data's order, and those that the seed selects."""
         size = min(HELD_OUT, len(problems) // 10)
         held_out = set(random.Random(f"{self.seed}/{self.name}").sample(range(len(problems)), size))
         stay = [problem for index, problem in enumerate(problems) if index not in held_out]
         return stay, [problems[index] for index in sorted(held_out)]
 
     def _read(self) -> tuple[list[Problem], list[Problem] | None]:
-        """All training problems, and those of test where the data has a test split."""
+        """All training problems, and the test problems if the data has a test split."""
         if self.data is None:
             test = None if self.hub_test is None else self._problems(*self._read_hub(self.hub_test))
             return self._problems(*self._read_hub(self.hub_train)), test
@@ -135,7 +135,7 @@ class DataTask(Task):
 
         try:
             rows = load_dataset(self.hub_id, self.hub_config, split=split)
-        except OSError as error:  # ConnectionError is one
+        except OSError as error:  # includes ConnectionError
             raise ValueError(
                 f"{self.hub_id} could not be downloaded ({error}); either connect to the network and try again, "
                 f"or give data (--data), {self._wanted_files()}"
@@ -170,12 +170,12 @@ class DataTask(Task):
 
 
 def text(value: Any) -> str:
-    """A cell as text: stripped, and empty where there is nothing in it."""
+    """A cell as stripped text; empty for a missing value."""
     return "" if value is None else str(value).strip()
 
 
 def _each_once(problems: list[Problem]) -> tuple[list[Problem], list[Problem]]:
-    """The first problem with each question, and the others."""
+    """The first problem with each question, and the repeats."""
     first: dict[str, Problem] = {}
     repeats = [problem for problem in problems if first.setdefault(problem.question, problem) is not problem]
     return list(first.values()), repeats
@@ -189,5 +189,5 @@ def _read_file(path: Path) -> list[Row]:
             raise ValueError(f"{path} is not JSON lines ({error}); write one JSON object per line") from error
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
-            raise ValueError(f"row {number} of {path} is no JSON object; write one JSON object per line")
+            raise ValueError(f"row {number} of {path} is not a JSON object; write one JSON object per line")
     return rows

@@ -1,8 +1,8 @@
-r"""Near-duplicates: a problem that stands in two splits, typed or worded a little differently.
+r"""Near-duplicates: a problem that occurs in two splits, typed or worded slightly differently.
 
-Two problems are near-duplicates where they ask in much the same words, with the same numbers and symbols, and have the
-same answer. Words alone would drop far too much: data sets hold families of problems that differ in one number
-("divided by 8", "divided by 9") and are not the same problem.
+Two problems are near-duplicates if they use much the same words, the same numbers and symbols, and have the same
+answer. Words alone would drop far too much: data sets have families of problems that differ in one number ("divided by
+8", "divided by 9") and are not the same problem.
 
 >>> train = Problem("How many integers are there in the solution set of $|x-2| \\leq 5.6$?", "11")
 >>> test = Problem("How many integers are in the solution set of $|x-2|\\leq5.6$ ?", "11")
@@ -27,11 +27,11 @@ MARKS = re.compile(
 
 
 def near_duplicates(problems: Sequence[Problem], held_out: Sequence[Problem]) -> list[tuple[Problem, Problem]]:
-    """Each of the problems that is a near-duplicate of a held-out one, with that one.
+    """The problems that are near-duplicates of held-out ones, each with the held-out one.
 
-    "Much the same words" is a Jaccard index of at least THRESHOLD on triples of words, each triple weighted by one
-    over the number of other problems that hold it: phrases of a whole data set, as multiple choice has them, count
-    for nothing. The cost is linear in the text, but for triples that many held-out problems share.
+    "Much the same words" means a Jaccard index of at least THRESHOLD on triples of words. A triple weighs one over the
+    number of other problems with it, so that phrases of a whole data set, such as those of multiple choice, hardly
+    count. The cost is linear in the text, except for triples that many held-out problems share.
     """
     held_out_triples = [_triples(problem.question) for problem in held_out]
     places: dict[str, list[int]] = defaultdict(list)

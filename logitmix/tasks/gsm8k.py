@@ -7,8 +7,7 @@ A raw record of the hub's `openai/gsm8k`:
      "answer": "Weng earns 12/60 = $<<12/60=0.2>>0.2 per minute.\\nWorking 50 minutes, she earned 0.2 x 50 =
                 $<<0.2*50=10>>10.\\n#### 10"}
 
-The gold stands after `####`. The solution is what stands before it, without the `<<...>>` of the calculator that the
-authors' models called.
+The gold follows `####`. The solution is the text before it, without the `<<...>>` calls of the authors' calculator.
 """
 
 from __future__ import annotations

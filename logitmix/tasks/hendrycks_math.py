@@ -5,7 +5,7 @@ A raw record of the hub's `Maxwell-Jia/MATH`:
     {"problem": "Compute $\\dbinom{5}{3}$.", "level": "Level 2", "type": "Counting & Probability",
      "solution": "$\\dbinom{5}{3} = \\dfrac{5!}{3!2!} = \\boxed{10}.$"}
 
-The gold is the last box of the solution, or the column `answer` where there is one (MATH-500 has it).
+The gold is the last box of the solution, or the column `answer` if there is one, as in MATH-500.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Your own questions: a file of JSON lines, or a folder with train*.jsonl and test*.jsonl, and the columns' names.
+"""Your own questions: a file of JSON lines, or a folder with train*.jsonl and test*.jsonl, with named columns.
 
 A raw record, with the default names:
 
     {"question": "What is 2+3?", "answer": "5"}
 
-A third column holds worked solutions, where there are any: SFT needs them, training and evaluation do not.
+A third column can hold worked solutions: SFT needs them, training and evaluation do not.
 """
 
 from __future__ import annotations

@@ -1,16 +1,15 @@
-"""MMLU (Hendrycks et al. 2021): multiple choice in 57 subjects, answered in words and a letter. MIT licence.
+"""MMLU (Hendrycks et al. 2021): multiple choice in 57 subjects, answered by reasoning and a letter. MIT licence.
 
 A raw record of the hub's `cais/mmlu`:
 
     {"question": "Find the order of the factor group Z_6/<3>.", "subject": "abstract_algebra",
      "choices": ["2", "3", "6", "12"], "answer": 1}
 
-The task is generative: the model reasons and then writes a letter, which is all that is compared. MMLU has no worked
-solutions. A demonstration therefore names the right choice in one sentence before the letter: it teaches the format
-and nothing of the reasoning.
+The task is generative: the model reasons and then writes a letter, and only the letter is compared. MMLU has no worked
+solutions, so a demonstration names the right choice in one sentence before the letter. It teaches the format only.
 
-Training problems are those of `dev` and `validation`, which are MMLU's own; its `auxiliary_train` is other data sets
-(RACE, ARC, OpenBookQA) and is left aside.
+Training problems are those of `dev` and `validation`, which are MMLU's own. Its `auxiliary_train` is not used: it
+comes from other data sets (RACE, ARC, OpenBookQA).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-r"""Templates: how a question becomes a prompt, what stops generation, where a response must put its answer.
+r"""Templates: how a question becomes a prompt, what stops decoding, and where a response must put its answer.
 
 >>> R1.extract("2 and 2 </think> <answer>4</answer>")
 '4'
@@ -16,12 +16,14 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TypeAlias
 
+from logitmix.tasks.names import unknown_name
+
 # A text, or TRL's conversational form: messages with a role and a content.
 Prompt: TypeAlias = str | list[dict[str, str]]
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What stands in the last `\boxed{...}`, braces matched, or after the last `\boxed ` without braces.
+    r"""The content of the last `\boxed{...}`, with matching braces, or of the last `\boxed ` without braces.
 
     >>> last_boxed(r"so \boxed{1}, or rather \boxed{\frac{1}{2}}.")
     '\\frac{1}{2}'
@@ -42,7 +44,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def unbox(text: str) -> str:
-    r"""The text with its boxes opened: what stood in them stays.
+    r"""The text with each box replaced by its content.
 
     >>> unbox(r"so $\boxed{1}$, that is $\boxed{\frac{1}{1}}$, or \boxed 1")
     'so $1$, that is $\\frac{1}{1}$, or 1'
@@ -52,7 +54,7 @@ def unbox(text: str) -> str:
 
 
 def _balanced(depth: int) -> str:
-    """A regular expression for text without a box whose braces match, nested at most so deep; no backtracking."""
+    """A regular expression, without backtracking, for text without a box whose braces match up to a depth."""
     inner = r"(?:[^{}\\]|\\(?!boxed).)*+"
     for _ in range(depth):
         inner = rf"(?:[^{{}}\\]|\\(?!boxed).|\{{{inner}\}})*+"
@@ -61,17 +63,17 @@ def _balanced(depth: int) -> str:
 
 @dataclass(frozen=True)
 class Template:
-    r"""One template, all of it text, so that it can come from a config file.
+    r"""A template. All fields are text, so that it can come from a config file.
 
     prompt_format:      `str.format` text with `{question}`
-    completion_format:  `str.format` text with `{solution}` and `{answer}`: what a perfect response looks like
+    completion_format:  `str.format` text with `{solution}` and `{answer}`: a perfect response
     pattern:            regular expression that a format-correct response matches as a whole; its group
                         `answer` is the answer
-    stop:               strings that end generation; they stay in the response. Empty: the model's own
-                        end-of-sequence token ends it.
-    chat:               whether the prompt is a user's message, rendered by the tokenizer's chat template
+    stop:               strings that end decoding and are kept in the response; if empty, only the model's
+                        end-of-sequence token ends it
+    chat:               whether the prompt is a user message, rendered by the tokenizer's chat template
 
-    Raises `ValueError` for a template that does not accept its own completions, or stops inside of them.
+    Raises `ValueError` for a template that does not accept its own completions, or stops inside them.
     """
 
     name: str
@@ -93,15 +95,17 @@ class Template:
                 text.format(**dict.fromkeys(names, ""))
             except (ValueError, LookupError) as error:
                 raise ValueError(
-                    f"the {field} of the template {self.name!r} is no format text ({error}); a brace that is meant "
-                    "is written twice"
+                    f"the {field} of the template {self.name!r} is not a format text ({error}); write a literal brace "
+                    "twice"
                 ) from error
         if "" in self.stop:
             raise ValueError(f"the template {self.name!r} has an empty stop string; leave it out")
         try:
             groups = re.compile(self.pattern).groupindex
         except re.error as error:
-            raise ValueError(f"the pattern of the template {self.name!r} is no regular expression: {error}") from error
+            raise ValueError(
+                f"the pattern of the template {self.name!r} is not a regular expression: {error}"
+            ) from error
         if "answer" not in groups:
             raise ValueError(f"the pattern of the template {self.name!r} has no group (?P<answer>...); add it")
         completion = self.completion("First this, then that.", "1")
@@ -116,12 +120,12 @@ class Template:
         return [{"role": "user", "content": text}] if self.chat else text
 
     def completion(self, solution: str, answer: str) -> str:
-        r"""A perfect response. Where the answer stands in a box, the solution's own boxes are opened.
+        r"""A perfect response. If the answer is in a box, the solution's own boxes are opened.
 
         >>> BOXED.completion(r"It is $\boxed{5}$.", "5")
         'It is $5$.\n\nThe final answer is $\\boxed{5}$.'
 
-        Raises `ValueError` where a stop string stands before its end: no response could come so far.
+        Raises `ValueError` where a stop string occurs before its end, which no response could get past.
         """
         if "\\boxed" in self.completion_format:
             solution = unbox(solution)
@@ -130,21 +134,21 @@ class Template:
             if 0 <= text.find(stop) < len(text.rstrip()) - len(stop):
                 raise ValueError(
                     f"the template {self.name!r} stops at {stop!r}, which its own response to the answer {answer!r} "
-                    "holds before its end; choose a stop string that only ends a response"
+                    "contains before its end; choose a stop string that only ends a response"
                 )
         return text
 
     def through_stop(self, response: str) -> str:
-        """The response through its first stop string: a token may hold more than the string's end (`>.` of Qwen)."""
+        """The response up to its first stop string: a token may contain more than its end (Qwen's `>.`)."""
         ends = [response.index(stop) + len(stop) for stop in self.stop if stop in response]
         return response[: min(ends)] if ends else response
 
     def is_formatted(self, response: str) -> bool:
-        """Format-correct: the answer stands where the template requires it, and nowhere else."""
+        """Whether the response is format-correct: the answer is where the template requires it, and nowhere else."""
         return self.extract(response) is not None
 
     def extract(self, response: str) -> str | None:
-        """The answer's text, or None where the response is not format-correct or its answer is blank."""
+        """The text of the answer, or None if the response is not format-correct or the answer is blank."""
         match = re.fullmatch(self.pattern, response, re.DOTALL)
         return (match["answer"].strip() or None) if match else None
 
@@ -165,8 +169,8 @@ R1 = Template(
     stop=("</answer>",),
 )
 
-# Exactly one box, wherever it stands: several boxes would let a response hedge, and what may stand around the last
-# one (`$`, `\]`, a unit, a closing sentence) differs from model to model.
+# Exactly one box, anywhere: several boxes would let a response hedge, and what surrounds the last (`$`, `\]`, a unit,
+# a closing sentence) differs from model to model.
 BOXED = Template(
     name="boxed",
     prompt_format="{question}\n\nPlease reason step by step, and put your final answer within \\boxed{{}}.",
@@ -175,7 +179,7 @@ BOXED = Template(
     chat=True,
 )
 
-# For character-level models: steps on lines of their own, then a last line that holds only the box.
+# For character-level models: one step per line, then a last line with only the box.
 BOXED_LINE = Template(
     name="boxed_line",
     prompt_format="{question}=?\n",
@@ -191,11 +195,8 @@ def load_template(name_or_file: str) -> Template:
     if name_or_file.endswith((".yaml", ".yml")):
         return _read_template(Path(name_or_file))
     if name_or_file not in TEMPLATES:
-        nearest = get_close_matches(name_or_file, TEMPLATES, n=1, cutoff=0.0)[0]
-        raise ValueError(
-            f"there is no template {name_or_file!r}, did you mean {nearest!r}? Give one of {', '.join(TEMPLATES)}, or "
-            "a YAML file with a template's fields"
-        )
+        hint = f"The templates are {', '.join(TEMPLATES)}, or give a YAML file with a template's fields"
+        raise unknown_name("template", name_or_file, TEMPLATES, hint)
     return TEMPLATES[name_or_file]
 
 

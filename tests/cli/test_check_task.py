@@ -101,7 +101,7 @@ def test_an_empty_split_is_a_failure(tmp_path, capsys):
     [
         (["arithmetics"], "did you mean 'arithmetic'"),
         (["jsonl"], "give data (--data)"),
-        (["arithmetic", "--template", "r2"], "there is no template 'r2', did you mean 'r1'?"),
+        (["arithmetic", "--template", "r2"], "there is no template 'r2'; did you mean 'r1'?"),
         (["arithmetic", "--template", "no.yaml"], "the template file no.yaml does not exist"),
         (["arithmetic", "--answer_column", "a"], "does not choose its columns"),
     ],

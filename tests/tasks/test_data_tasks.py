@@ -175,7 +175,7 @@ def test_the_hub_is_read_where_no_data_is_given(monkeypatch, name, repository, c
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     task = load_task(name)
     if name == "mmlu":  # here, train and test are one question
-        with pytest.raises(ValueError, match="train split of cais/mmlu is empty: all of its problems also stand in"):
+        with pytest.raises(ValueError, match="train split of cais/mmlu is empty: all of its problems are also in"):
             task.problems("train")
     else:
         assert len(task.problems("train")) == 1
@@ -203,7 +203,7 @@ def test_no_network_and_no_local_copy_names_both_ways_out(monkeypatch, name):
         ("jsonl", {"question": "a"}, "row 1 of .* has no column 'answer', only 'question'; rename the one"),
         ("jsonl", {"question": "a", "answer": None}, "row 1 of .* has no answer; correct the row"),
         ("jsonl", {"question": " ", "answer": "1"}, "row 1 of .* has no question; correct the row"),
-        ("jsonl", ["a", "1"], "row 1 of .* is no JSON object"),
+        ("jsonl", ["a", "1"], "row 1 of .* is not a JSON object"),
         ("gsm8k", {"question": "a", "answer": "It is 5."}, "no answer; its column 'answer' must end in '#### '"),
         ("gsm8k", {"question": "a", "answer": "It is 5.\n####"}, "no answer; its column 'answer' must end in"),
         ("mmlu", MMLU | {"answer": 4}, "no answer; its answer must be the index of one of its four choices"),
@@ -222,7 +222,7 @@ def test_bad_rows_are_named(tmp_path, name, row, message):
 def test_a_train_split_that_stands_in_test_as_a_whole_is_refused(tmp_path):
     write(tmp_path / "train.jsonl", sums(3))
     write(tmp_path / "test.jsonl", sums(5))
-    with pytest.raises(ValueError, match=r"the train split of .* is empty: all of its problems also stand in test"):
+    with pytest.raises(ValueError, match=r"the train split of .* is empty: all of its problems are also in test"):
         load_task("jsonl", data=tmp_path).problems("train")
 
 

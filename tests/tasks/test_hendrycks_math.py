@@ -177,7 +177,7 @@ def test_a_problem_without_a_solution_cannot_be_demonstrated(tmp_path):
 
 
 def test_an_unknown_task_is_answered_by_the_nearest():
-    with pytest.raises(ValueError, match="no task 'hendryks-math', did you mean 'hendrycks_math'"):
+    with pytest.raises(ValueError, match="no task 'hendryks-math'; did you mean 'hendrycks_math'"):
         load_task("hendryks-math")
 
 

@@ -155,12 +155,12 @@ MINE = {
     [
         ({"prompt_format": "Q:"}, "has no {question} in its prompt_format"),
         ({"completion_format": "ANSWER: {answer}\n"}, "has no {solution} in its completion_format"),
-        ({"completion_format": "{solution} {answer} {other}"}, "is no format text"),
-        ({"prompt_format": "{question} in \\boxed{}"}, "is no format text .* written twice"),
-        ({"pattern": "("}, "the pattern of the template 'mine' is no regular expression"),
+        ({"completion_format": "{solution} {answer} {other}"}, "is not a format text"),
+        ({"prompt_format": "{question} in \\boxed{}"}, "is not a format text .* brace twice"),
+        ({"pattern": "("}, "the pattern of the template 'mine' is not a regular expression"),
         ({"pattern": ".*"}, "has no group"),
         ({"pattern": "(?P<answer>[a-z]*)"}, "does not find the answer '1' in its own completion"),
-        ({"stop": ("ANSWER",)}, "stops at 'ANSWER', which its own response .* holds before its end"),
+        ({"stop": ("ANSWER",)}, "stops at 'ANSWER', which its own response .* contains before its end"),
         ({"stop": ("",)}, "empty stop string"),
     ],
 )
@@ -200,7 +200,7 @@ def test_a_bad_template_file_is_named(tmp_path, text, message):
 
 
 def test_an_unknown_template_is_answered_by_the_nearest():
-    with pytest.raises(ValueError, match="no template 'box', did you mean 'boxed'"):
+    with pytest.raises(ValueError, match="no template 'box'; did you mean 'boxed'"):
         load_template("box")
     with pytest.raises(ValueError, match=r"the template file no\.yml does not exist; the templates are r1, boxed"):
         load_template("no.yml")
