@@ -1,6 +1,6 @@
 """Intervals and tests for rates on a few hundred problems. Pure functions.
 
-Closed forms need the standard library alone, so they are written out; the tests hold them against SciPy.
+Closed forms need only the standard library, so they are written out; tests compare them with SciPy.
 """
 
 from collections.abc import Callable
@@ -49,8 +49,8 @@ def wilson_interval(successes: int, n: int, confidence: float = CONFIDENCE) -> t
 def mcnemar_exact(only_a: int, only_b: int) -> float:
     """Two-sided p-value of McNemar's exact test that two policies are right equally often on the same problems.
 
-    `only_a` and `only_b` count the problems that one alone has right; those that both or neither have right say
-    nothing about the difference. If the two are equal, each such problem falls to either with probability 1/2, and
+    `only_a` and `only_b` count the problems that exactly one policy has right; the others carry no information about
+    the difference. If the policies are equal, each such problem falls to either with probability 1/2, and
     `p = min(1, 2 P[Binomial(only_a + only_b, 1/2) <= min(only_a, only_b)])` (McNemar 1947; the sum is exact).
 
     >>> mcnemar_exact(5, 1)
@@ -71,7 +71,7 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
     """Unbiased estimate of the chance that at least one of k samples is right, from n samples of which some are.
 
     `1 - C(n - correct, k) / C(n, k)` (Chen et al., arXiv 2107.03374, eq. 1): the share of all k-subsets of the n
-    samples that hold a right one. For k = 1 it is correct / n, the avg@n of one problem.
+    samples that contain a right one. For k = 1 it is correct / n, the avg@n of one problem.
 
     >>> pass_at_k(n=4, correct=2, k=2)
     0.833...
@@ -96,8 +96,8 @@ def paired_bootstrap(
 
     Row s holds the scores of seed s on the same N problems, so a and b are paired in both axes. Each resample draws N
     problems and S seeds with replacement, for a and b alike, and takes the mean of the differences: the interval
-    holds for other problems and other seeds of the same kind. With one row it is over problems alone. With few seeds
-    (3, say) it is too narrow: there is little to draw from. Where all differences are equal it has no width at all.
+    covers other problems and other seeds of the same kind. With one row it covers problems only. With few seeds (3,
+    say) it is too narrow, as there is little to draw from. If all differences are equal, its width is 0.
 
     Raises `ValueError` where the shapes differ, or there is nothing to draw from.
     """
@@ -106,15 +106,15 @@ def paired_bootstrap(
 
 
 def paired_difference(a: ArrayLike, b: ArrayLike) -> Estimate:
-    """As `paired_bootstrap`, of scores in [0, 1], and honest where all differences are equal; see `unseen`."""
+    """As `paired_bootstrap` for scores in [0, 1], with a valid interval if all differences are equal; see `unseen`."""
     return unseen(paired_bootstrap(a, b), np.atleast_2d(np.asarray(a)).shape[1])
 
 
 def unseen(estimate: Estimate, n: int) -> Estimate:
-    """An interval of a bootstrap over n problems; wider where resampling showed no spread at all.
+    """A bootstrap interval over n problems, widened if resampling showed no spread.
 
-    Where all problems agree, so do all resamples, however few problems there are. Others may still differ: as many as
-    Wilson's interval for 0 of n allows, which is what the interval then allows to either side, within [-1, 1].
+    If all problems agree, so do all resamples, however few problems there are. Other problems may still differ:
+    Wilson's interval for 0 of n bounds their share, and widens the interval on both sides, within [-1, 1].
 
     >>> unseen(Estimate(0.0, 0.0, 0.0), 200).high
     0.018845...
@@ -132,12 +132,12 @@ def bootstrap_rates(
     resamples: int = 10_000,
     seed: int = 0,
 ) -> Estimate:
-    """A number made of C mean scores, with a percentile bootstrap interval; the scores are `[C, S, N]`.
+    """A statistic of C mean scores, with a percentile bootstrap interval; the scores are `[C, S, N]`.
 
-    `statistic` takes the C means of each of R resamples, `[C, R]`, and gives R numbers: where the largest of the
-    means is, for instance. Resamples are drawn as in `paired_bootstrap`: the same seeds and problems for all C.
+    `statistic` takes the C means of each of R resamples, `[C, R]`, and returns R numbers, for instance the position of
+    the largest mean. Resamples are drawn as in `paired_bootstrap`: the same seeds and problems for all C.
 
-    Raises `ValueError` where there is nothing to draw from.
+    Raises `ValueError` if there is nothing to draw from.
     """
     scores_CSN = np.asarray(scores, dtype=float)
     if scores_CSN.ndim != 3 or scores_CSN.size == 0:
@@ -162,7 +162,7 @@ def difference_from_noise(n: int, disagreement: float, confidence: float = CONFI
     """The smallest difference of two rates on the same n problems that McNemar's exact test tells from 0.
 
     `disagreement` is the share of problems that exactly one of the two has right. Of `m = round(n · disagreement)`
-    such problems the least uneven division that the test rejects is looked up; infinite where no division is.
+    such problems it is the least uneven split that the test rejects; infinite if the test rejects none.
 
     >>> round(difference_from_noise(200, 0.3), 3)
     0.09

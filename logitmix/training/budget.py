@@ -1,11 +1,11 @@
-"""What a run will take, worked out before anything is loaded: rollouts and updates, and bytes on each device.
+"""Estimates, before anything is loaded, the rollouts and updates of a run, and its memory on each device.
 
-Sizes are those of a decoder like Qwen2's (attention with grouped keys, a gated MLP, RMS norms) under SDPA or flash
-attention. `weight` and `compute` are bytes a number, of the weights and of the products of matrices: 4 and 2 where
-float32 weights run under bf16 autocast, else alike.
+Sizes are those of a decoder like Qwen2 (grouped-query attention, a gated MLP, RMS norms) with SDPA or flash attention.
+`weight` and `compute` are the bytes per number of weights and of matrix products: 4 and 2 for float32 weights under
+bf16 autocast, otherwise equal.
 
 Weights, gradients and AdamW's moments are exact. The rest counts the tensors that PyTorch keeps, and
-`tests/test_budget.py` holds it against them. Not counted: the CUDA context, and what the allocator loses.
+tests/training/test_budget.py compares it with them. The CUDA context and fragmentation are not counted.
 """
 
 import json
@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from logitmix.loss_head.chunking import CHUNK_BYTES
 
-# TRL's fused head takes so many tokens x so many rows of the vocabulary at a time
+# tile of TRL's fused head: tokens x rows of the vocabulary
 _TILE_TOKENS, _TILE_ROWS = 4096, 32768
 
 Phase = Literal["always", "sampling", "update"]
@@ -27,7 +27,7 @@ Phase = Literal["always", "sampling", "update"]
 
 @dataclass(frozen=True)
 class Batches:
-    """TRL's batch sizes, `rows` being per_device_train_batch_size, and what follows from them for all processes."""
+    """TRL's batch sizes, and the totals over all processes; `rows` is per_device_train_batch_size."""
 
     rows: int
     gradient_accumulation_steps: int
@@ -42,7 +42,7 @@ class Batches:
 
     @property
     def rollouts_per_outer_step(self) -> int:
-        """Rollouts that are sampled together: an outer step of the paper."""
+        """The number of rollouts in an outer step."""
         return self.rows * self.steps_per_generation * self.processes
 
     @property
@@ -50,14 +50,14 @@ class Batches:
         return self.steps_per_generation * self.num_iterations / self.gradient_accumulation_steps
 
     def updates_in(self, questions: int) -> int:
-        """Updates in one pass over so many questions; those that fill no whole generation step are left out."""
-        generations = questions * self.num_generations // self.rollouts_per_outer_step
-        return int(generations * self.updates_per_outer_step)
+        """Updates in one pass over the questions; those that do not fill an outer step are left out."""
+        outer_steps = questions * self.num_generations // self.rollouts_per_outer_step
+        return int(outer_steps * self.updates_per_outer_step)
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What memory depends on of a model. `embedding` counts token embeddings and head, once where they are tied."""
+    """The sizes of a model that determine its memory. `embedding` counts token embeddings and head, once if tied."""
 
     parameters: int
     embedding: int
@@ -72,16 +72,16 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Setup:
-    """A run as memory sees it.
+    """The settings of a run that determine its memory.
 
-    members:   the policy, and the anchor where there is one: both run in every forward
-    reference: the frozen model of a KL term, which is not sampled from
-    rows:      sequences in a forward with gradients
+    members:   the policy, and the anchor if there is one; both run in every forward pass
+    reference: the frozen model of a KL term, which is not sampled
+    rows:      sequences in a forward pass with gradients
     sampled:   rollouts sampled at a time; 0 in SFT
-    processes: each on a device of its own
-    sharded:   whether they share weights, gradients and moments (FSDP, ZeRO-3), or each has them whole (DDP)
-    adapter:   float32 numbers of the LoRA adapter that is trained in the policy's place; 0: there is none
-    one_base:  whether the anchor is the policy's model under another adapter, or none
+    processes: one on each device
+    sharded:   whether processes shard weights, gradients and moments (FSDP, ZeRO-3) or hold copies (DDP)
+    adapter:   float32 numbers of the LoRA adapter that is trained instead of the policy; 0 for none
+    one_base:  whether the anchor is the policy's model with another adapter, or without
     """
 
     members: tuple[ModelShape, ...]
@@ -105,7 +105,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Part:
-    """Some bytes of a device's memory, and when they are taken."""
+    """A part of a device's memory, in bytes, and the phase that needs it."""
 
     name: str
     size: float
@@ -113,7 +113,7 @@ class Part:
 
 
 def model_shape(config: PreTrainedConfig) -> ModelShape:
-    """The shape of a model of this configuration, counted on the meta device, where nothing is allocated."""
+    """The sizes of a model of this configuration, counted on the meta device without allocating memory."""
     return _model_shape(config.to_json_string())
 
 
@@ -136,7 +136,7 @@ def _model_shape(content: str) -> ModelShape:
 
 
 def adapter_size(config: PreTrainedConfig, peft_config: PeftConfig) -> int:
-    """How many numbers an adapter trains on a model of this configuration."""
+    """The number of values that an adapter trains on a model of this configuration."""
     model = get_peft_model(_on_meta(config.to_dict()), peft_config)
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
@@ -147,12 +147,12 @@ def _on_meta(config: dict[str, Any]) -> PreTrainedModel:
 
 
 def layer_bytes(setup: Setup) -> int:
-    """What the backward pass of one of the policy's layers keeps.
+    """Bytes kept for the backward pass of one layer of the policy.
 
-    Each of the two norms keeps its input (in float32) and the normalised values, and its output, which the products
-    read: in `weight`, or under autocast as a copy for each of the five. Attention keeps the queries, the keys and the
-    values repeated to all heads, its output, that once more for the product that follows, and a mask of every
-    sequence; the MLP keeps four tensors of the intermediate size.
+    Each of the two norms keeps its input (in float32), the normalised values, and its output, which matrix products
+    read: in `weight`, or under autocast as a copy for each of the five products. Attention keeps queries, keys and
+    values repeated to all heads, its output twice (once for the next product), and a mask per sequence. The MLP keeps
+    four tensors of the intermediate size.
     """
     policy, weight, compute = setup.members[0], setup.weight, setup.compute
     outputs = 5 * compute if compute < weight else 2 * weight
@@ -162,9 +162,9 @@ def layer_bytes(setup: Setup) -> int:
 
 
 def activation_bytes(setup: Setup) -> int:
-    """What the policy's decoder keeps for the backward pass, and the gradients of the layer that this is in.
+    """Bytes kept for the backward pass of the policy's decoder, and the gradients of the current layer.
 
-    That is every layer; with checkpointing their inputs, and one layer that is computed again.
+    Without checkpointing that is every layer; with it, the layers' inputs and one layer that is recomputed.
     """
     policy, layer = setup.members[0], layer_bytes(setup)
     if not setup.checkpointing:
@@ -173,15 +173,15 @@ def activation_bytes(setup: Setup) -> int:
 
 
 def kv_cache_bytes(shape: ModelShape, tokens: int, weight: int) -> int:
-    """Keys and values of all layers. They have the weights' dtype under autocast too, as the rotation's angles do."""
+    """Bytes of the keys and values of all layers, which keep the dtype of the weights under autocast."""
     return 2 * shape.layers * shape.kv_heads * shape.head_size * tokens * weight
 
 
 def head_bytes(setup: Setup) -> int:
-    """The loss, from the last hidden states on.
+    """Bytes of the loss, from the last hidden states on.
 
-    Of a mixture the fused loss head takes so many bytes of logits at a time, with what they become beside them; of a
-    single model TRL's takes a tile. Both give the gradients of the head and of the hidden states in float32.
+    For a mixture, the fused loss head holds a chunk of logits and its results; for a single model, TRL's holds a tile.
+    Both compute the gradients of the head and of the hidden states in float32.
     """
     policy, vocabulary = setup.members[0], min(shape.vocabulary for shape in setup.members)
     tokens = setup.rows * (setup.completion if len(setup.members) > 1 else setup.length)
@@ -189,12 +189,12 @@ def head_bytes(setup: Setup) -> int:
         logits = 2 * min(4 * tokens * vocabulary, CHUNK_BYTES["cuda"])
     else:
         logits = min(tokens, _TILE_TOKENS) * min(vocabulary, _TILE_ROWS) * setup.compute
-    rows = tokens if setup.adapter else vocabulary + tokens  # beside an adapter the head is frozen
+    rows = tokens if setup.adapter else vocabulary + tokens  # with an adapter the head is frozen
     return logits + 4 * policy.hidden * rows
 
 
 def memory(setup: Setup) -> list[Part]:
-    """The parts of a device's memory; `peak` adds them up."""
+    """The parts of a device's memory; see `peak` for their maximum."""
     policy, shares = setup.members[0], setup.processes if setup.sharded else 1
     trained = (setup.adapter * 4 if setup.adapter else policy.parameters * setup.weight) / shares
     frozen = () if setup.one_base else setup.members[1:]
@@ -221,9 +221,9 @@ def memory(setup: Setup) -> list[Part]:
 
 def _sampling(setup: Setup) -> list[Part]:
     tokens, vocabulary = setup.sampled * setup.length, setup.members[0].vocabulary
-    # while the prompts are read, of one layer: three tensors of the MLP's, beside the residual and its norm
+    # during prefill, of one layer: three tensors of the MLP, the residual and its norm
     prompts = max(3 * s.intermediate * setup.compute + 3 * s.hidden * setup.weight for s in setup.members)
-    # each member's logits, and the mixture's: mixed, scaled, as probabilities
+    # logits of each member, and of the mixture: mixed, scaled, and as probabilities
     logits = setup.sampled * vocabulary * 4 * (len(setup.members) + 3)
     return [
         Part("KV cache", sum(kv_cache_bytes(s, tokens, setup.weight) for s in setup.members), "sampling"),
@@ -233,8 +233,8 @@ def _sampling(setup: Setup) -> list[Part]:
 
 
 def _weight_copies(setup: Setup) -> dict[str, float]:
-    """Weights beside the weights: under autocast a forward keeps a copy of those that are trained; sharding gathers a
-    layer while the next one is on its way, and the embeddings throughout.
+    """Copies of weights: under autocast a forward pass keeps a cast copy of trained ones; sharding gathers two layers
+    at a time, and the embeddings throughout.
     """
     if setup.processes > 1 and setup.sharded:
         models = (*setup.members, *([setup.reference] if setup.reference else []))
@@ -246,6 +246,6 @@ def _weight_copies(setup: Setup) -> dict[str, float]:
 
 
 def peak(parts: list[Part]) -> float:
-    """Bytes at the worst moment: what is always there, and the more of sampling and updating."""
+    """Peak bytes: what is always held, plus the larger of sampling and update."""
     sampling, update = (sum(p.size for p in parts if p.phase == phase) for phase in ("sampling", "update"))
     return sum(p.size for p in parts if p.phase == "always") + max(sampling, update)

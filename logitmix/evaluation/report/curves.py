@@ -1,4 +1,4 @@
-"""Training runs as a report sees them: read from their folders, put together by arm, laid out as curves."""
+"""Training runs for a report: read from their folders, grouped by arm, and turned into curves."""
 
 import itertools
 from collections.abc import Iterable, Sequence
@@ -8,7 +8,7 @@ from typing import Any
 
 from logitmix.runs.files import EVALUATIONS_FILE, METRICS_FILE, RUN_FILE, read_jsonl
 
-# Two runs that differ in nothing else are one arm with two seeds
+# Two runs that differ only in these arguments are two seeds of one arm
 IGNORED_ARGUMENTS = {
     *("seed", "data_seed", "output_dir", "run_name", "logging_dir", "resume_from_checkpoint", "max_steps"),
     *("num_train_epochs", "report_to", "disable_tqdm", "hub_model_id", "hub_token"),
@@ -17,7 +17,7 @@ IGNORED_ARGUMENTS = {
 
 @dataclass(frozen=True)
 class Run:
-    """What a run's folder holds; `label` is the arm that the user named, if any."""
+    """The contents of a run's folder; `label` is the arm that the user named, if any."""
 
     folder: Path
     label: str | None
@@ -27,20 +27,20 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Whose held-out accuracy the run is about: the mixture's, or the model's where it trained one alone."""
+        """The model whose held-out accuracy is reported: the mixture, or the model if there is no anchor."""
         names = {row["name"] for row in self.evaluations}
         return "mixture" if "mixture" in names else sorted(names)[0]
 
     @property
     def updates(self) -> float:
-        """Optimizer updates in an outer step, which is one sampling of rollouts; 1 where the run does not say."""
+        """The number of updates in an outer step; 1 if the run does not record it."""
         per_generation = self.arguments.get("steps_per_generation") or 1
         accumulated = self.arguments.get("gradient_accumulation_steps") or 1
         return per_generation * (self.arguments.get("num_iterations") or 1) / accumulated
 
     @property
     def progress(self) -> str:
-        """The last step that anything is known of, and of how many."""
+        """The last recorded step, and of how many if the run is unfinished."""
         last = max(row["step"] for row in (*self.evaluations, *self.metrics))
         of = self.arguments.get("max_steps") or 0
         return f"{last} of {of} so far" if last < of else str(last)
@@ -48,7 +48,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Arm:
-    """Runs that differ in the seed alone."""
+    """Runs that differ only in the seed."""
 
     label: str
     runs: list[Run] = field(default_factory=list)
@@ -56,7 +56,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Curve:
-    """A quantity of one arm by outer step: the mean over the seeds that have reached it, the lowest, the highest."""
+    """A quantity of an arm by outer step: its mean, lowest and highest value over the seeds that reached the step."""
 
     steps: list[float]
     mean: list[float]
@@ -67,7 +67,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Line:
-    """A curve in a panel; an arm looks the same in every panel, and `variant` tells its lines apart."""
+    """A curve in a panel; an arm has the same style in every panel, and `variant` distinguishes its lines."""
 
     label: str
     curve: Curve
@@ -77,7 +77,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """One figure: its file name, title and axis; where its numbers stand, their factor, and the ends of the axis."""
+    """One figure: its file name, title and axis; the keys of its numbers, their factor, and the limits of the axis."""
 
     file: str
     title: str
@@ -119,9 +119,9 @@ PANELS = (
 
 
 def read_run(source: str) -> list[Run]:
-    """The run in a folder, `NAME=` before it to name its arm; or all the runs in the folder's own folders.
+    """The run in a folder, or all runs in its subfolders; `NAME=` before the folder names the arm.
 
-    Raises `ValueError` for a folder that does not exist, or has no evaluations.
+    Raises `ValueError` for a folder that does not exist or has no evaluations.
     """
     label, equals, path = source.partition("=")
     if not equals or Path(source).is_dir():
@@ -151,7 +151,7 @@ def _read(folder: Path, label: str) -> Run:
 
 
 def arms_of(runs: Iterable[Run]) -> list[Arm]:
-    """Runs by arm: the named by their name, the others by their arguments; a run without arguments is its own."""
+    """Runs grouped by arm: by name if they have one, otherwise by their arguments."""
     arms: dict[Any, Arm] = {}
     taken: set[str] = set()
     for run in runs:
@@ -170,7 +170,7 @@ def arms_of(runs: Iterable[Run]) -> list[Arm]:
 
 
 def points(run: Run, of: str, key: str) -> dict[float, float]:
-    """A quantity of a run by outer step, where the run has it."""
+    """A quantity of a run by outer step, as far as the run has it."""
     if of == "metrics":
         rows: Sequence[dict[str, Any]] = run.metrics
     else:
@@ -180,7 +180,7 @@ def points(run: Run, of: str, key: str) -> dict[float, float]:
 
 
 def curve(arm: Arm, of: str, key: str, factor: float = 1.0) -> Curve | None:
-    """The arm's curve of a quantity, None where no run has it."""
+    """The arm's curve of a quantity, or None if no run has it."""
     by_run = [found for found in (points(run, of, key) for run in arm.runs) if found]
     if not by_run:
         return None
@@ -192,7 +192,7 @@ def curve(arm: Arm, of: str, key: str, factor: float = 1.0) -> Curve | None:
 
 
 def panel_lines(panel: Panel, arms: Sequence[Arm]) -> list[Line]:
-    """A panel's lines; none where no run has its numbers."""
+    """The lines of a panel; empty if no run has its numbers."""
     lines = []
     for (i, arm), (variant, key) in itertools.product(enumerate(arms), enumerate(panel.keys)):
         found = curve(arm, panel.of, key, panel.factor)

@@ -1,4 +1,4 @@
-"""The verifier: is a response in the required format, and is its answer the gold? (docs/verifier.md)"""
+"""The verifier: is a response in the required format, and does its answer equal the gold? See docs/verifier.md."""
 
 from logitmix.tasks.verify.grading import Grade, answers_match, extract_answer, grade, normalise
 

@@ -1,4 +1,4 @@
-r"""Answers, read from the outside in: lists, sets, tuples, intervals, matrices and relations of formulas."""
+r"""Parses answers from the outside in: lists, sets, tuples, intervals, matrices and relations of formulas."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ REALS = ("\\mathbb{R}", "R", "\\Re", "all real numbers", "all reals", "reals")
 
 @dataclass(frozen=True)
 class Answer:
-    """What an answer is made of: a kind, and parts of that kind.
+    """A node of a parsed answer: its kind, and its parts.
 
-    formula  no parts; `text` is the formula, `unit` its unit (None: without one, "": not known)
+    formula  no parts; `text` is the formula, `unit` its unit (None: no unit, "": an unknown one)
     words    no parts; `text` is the text
     list     in any order; set: the same, in braces
-    tuple    in order; `text` holds its two brackets: an interval is a pair of which the brackets matter
+    tuple    in order; `text` holds its two brackets: an interval is a pair whose brackets matter
     matrix   rows, which are tuples; union: of sets, in any order
     relation `text` holds the operators between the parts, separated by blanks
     """
@@ -57,7 +57,7 @@ def read(text: str, depth: int = 0) -> Answer:
         return Answer("tuple", "()", (Answer("formula", "-\\infty"), Answer("formula", "\\infty")))
     if text in ("\\emptyset", "\\{\\}") or text.casefold() in ("empty set", "the empty set", "emptyset"):
         return Answer("set")
-    if text.startswith("\\{\\begin{array}") and text.endswith("\\end{array}"):  # a system, its right brace left out
+    if text.startswith("\\{\\begin{array}") and text.endswith("\\end{array}"):  # a system without its right brace
         text = text[2:].replace("{array}", "{cases}")
     if match := MATRIX.fullmatch(text):
         return _read_matrix(match[1], match[2], depth)
@@ -120,7 +120,7 @@ def _read_bracketed(text: str, inner: str, depth: int) -> Answer:
 
 
 def _inside(text: str) -> str | None:
-    """What stands between the brackets that enclose all of the text."""
+    """The text between the brackets that enclose all of it."""
     if text.startswith("\\{") and text.endswith("\\}"):
         start, end = 2, len(text) - 2
     elif len(text) > 2 and text[0] in "([" and text[-1] in ")]":
@@ -138,7 +138,7 @@ def _inside(text: str) -> str | None:
 
 
 def _split(text: str, separator: str, keep: bool = False) -> list[str]:
-    """Split where no bracket is open. `keep` keeps the separators, as every second piece."""
+    """Split outside brackets. `keep` keeps the separators as every second piece."""
     pieces, start, depth = [], 0, 0
     places = re.compile(rf"(?P<separator>{separator})|\\begin\{{|\\end\{{|\\[a-zA-Z]+|[(\[{{)\]}}]|.", re.DOTALL)
     for match in places.finditer(text):
@@ -158,7 +158,7 @@ def _split(text: str, separator: str, keep: bool = False) -> list[str]:
 
 
 def _expanded(parts: Sequence[str]) -> list[str]:
-    r"""Both values of every `\pm`; with a `\mp` beside it, the two signs change together."""
+    r"""Both values of each `\pm`; the sign of a `\mp` in the same answer changes with it."""
     found: list[str] = []
     for part in parts:
         signs = len(re.findall(r"\\pm(?![a-zA-Z])", part)) + len(re.findall(r"\\mp(?![a-zA-Z])", part))

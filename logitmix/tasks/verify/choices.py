@@ -1,4 +1,4 @@
-"""Choices: the letters that an answer to a multiple-choice question is."""
+"""Choices: answers to multiple-choice questions, which are letters."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ LABELLED = re.compile(r"\(?([A-J])(?:\)\s*[:.]?|[:.]\)?)\s*(.+)", re.DOTALL)
 
 
 def no_choice(prediction: str) -> bool | None:
-    """A gold that is one capital letter may also be a formula: leave formulas of letters to those who read them."""
+    """A gold of one capital letter may also be a formula, so formulas of letters are left to the formula parser."""
     return None if re.search(r"[A-Ja-j]", prediction) else False
 
 

@@ -1,7 +1,7 @@
-r"""When two answers mean the same.
+r"""Decides whether two answers mean the same.
 
-Every verdict is True, False, or None: "not decided here". Structures are compared part by part, by the same rules;
-formulas by value. docs/verifier.md says what is decided where public graders disagree.
+Every verdict is True, False, or None for "undecided". Structures are compared part by part by the same rules, and
+formulas by value. docs/verifier.md lists the decisions on which public graders disagree.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from fractions import Fraction
 
 from logitmix.tasks.verify.answers import NAME, Answer, is_words, plain, read
 from logitmix.tasks.verify.choices import LABELLED, letters_of, no_choice
-from logitmix.tasks.verify.formulas import Unreadable
 from logitmix.tasks.verify.relations import (
     FLIPPED,
     as_set,
@@ -24,13 +23,14 @@ from logitmix.tasks.verify.relations import (
     values_of,
     variable,
 )
+from logitmix.tasks.verify.tokens import Unreadable
 from logitmix.tasks.verify.values import DECIMAL, SCIENTIFIC, Undefined, equal, rounded, value
 
 MAX_PARTS = 40
 
 
 def same(prediction: str, gold: str) -> bool | None:
-    """Whether two normalised answers mean the same; None where that is not decided here."""
+    """Whether two normalised answers mean the same; None if undecided."""
     if prediction == gold:
         return bool(gold)
     if not prediction or not gold:
@@ -46,7 +46,7 @@ def same(prediction: str, gold: str) -> bool | None:
 
 
 def read_plain_number(text: str) -> Fraction | None:
-    """The value of a decimal number or a fraction of integers, its thousands grouped or not."""
+    """The value of a decimal number or a fraction of integers, with or without thousands separators."""
     if match := re.fullmatch(r"(-?)(?:\\frac\{(-?[0-9]+)\}\{([0-9]+)\}|([0-9]+)/([0-9]+))", text):
         top, bottom = int(match[2] or match[4]), int(match[3] or match[5])
         return Fraction(-top if match[1] else top, bottom) if bottom else None
@@ -57,7 +57,7 @@ def read_plain_number(text: str) -> Fraction | None:
 
 
 def _same_choice(prediction: str, gold: str) -> bool | None:
-    """Letters of choices: the gold is a letter, letters, or a letter and its text; None where it is none of these."""
+    """Compare choices: the gold is a letter, letters, or a letter and its text; None for any other gold."""
     letters = letters_of(gold)
     if letters:
         found = letters_of(prediction)
@@ -98,7 +98,7 @@ def _same(prediction: Answer, gold: Answer) -> bool | None:
 
 
 def _same_unit(left: str, right: str) -> bool:
-    """One unit, to one power; a power that one of them leaves out is not missed."""
+    """Whether the units are the same, to the same power; a power that one of them leaves out is ignored."""
     (left_name, left_power), (right_name, right_power) = (
         (unit.rstrip("0123456789"), unit.lstrip("abcdefghijklmnopqrstuvwxyz")) for unit in (left, right)
     )
@@ -136,7 +136,7 @@ def _same_formula(prediction: str, gold: str) -> bool | None:
 
 
 def _are_inequalities(*answers: Answer) -> bool:
-    """Whether the list among them is one of inequalities, which together stand for a set."""
+    """Whether one of the answers is a list of inequalities, which together describe a set."""
     parts = [part for answer in answers if answer.kind == "list" for part in answer.parts]
     return all(part.kind == "relation" and part.text != "=" and part.text in FLIPPED for part in parts)
 
@@ -149,7 +149,7 @@ def _same_collection(prediction: Answer, gold: Answer) -> bool | None:
     kinds = {prediction.kind, gold.kind}
     left, right = prediction.parts, gold.parts
     if len(kinds) == 2 and kinds & {"formula", "words"}:
-        # One element in braces is that element; nothing else with parts is the same as something without.
+        # A set of one element equals that element; no other answer with parts equals one without.
         collection, single = (prediction, gold) if prediction.parts else (gold, prediction)
         return _same(collection.parts[0], single) if collection.kind == "set" and len(collection.parts) == 1 else False
     if kinds == {"tuple", "set"}:
@@ -157,7 +157,7 @@ def _same_collection(prediction: Answer, gold: Answer) -> bool | None:
     if "tuple" in kinds:
         if prediction.kind == gold.kind:
             brackets = prediction.text.replace("][", "()"), gold.text.replace("][", "()")
-            loose = len(left) > 2 and {*brackets} == {"()", "[]"}  # (1, 2, 3) and [1, 2, 3]: no intervals
+            loose = len(left) > 2 and {*brackets} == {"()", "[]"}  # (1, 2, 3) and [1, 2, 3] are not intervals
             if brackets[0] != brackets[1] and not loose and not _french(prediction, gold):
                 return False
         elif len(left) == 2 and (prediction.text + gold.text).strip("and") != "()":
@@ -175,7 +175,7 @@ def _same_collection(prediction: Answer, gold: Answer) -> bool | None:
     if verdict is not True and len(left) == len(right):
         stripped = values_of(left), values_of(right)
         if (stripped[0] != left) != (stripped[1] != right):
-            # "x=1, y=2" and "1, 2": names on one side alone are taken away, and then the order counts.
+            # "x=1, y=2" and "1, 2": names on one side only are removed, and then the order counts.
             if len({name_of(part) for part in (*left, *right)} - {""}) > 1:
                 return _all(_same(one, other) for one, other in zip(*stripped, strict=True))
             return _same_unordered(*stripped)
@@ -288,7 +288,7 @@ def _same_relation(prediction: Answer, gold: Answer) -> bool | None:
 
 
 def _simplified(answer: Answer) -> Answer:
-    """One relation: written the one way, and a chain of equals, if they are equal, shortened to its ends."""
+    """A relation in canonical form; a chain of equalities that hold is shortened to its ends."""
     if answer.kind != "relation":
         return answer
     operators, parts = answer.text.split(" "), answer.parts

@@ -1,4 +1,4 @@
-r"""Formulas: a small reader of LaTeX into trees. What it does not read is Unreadable, and left to others."""
+r"""Formulas: a small parser of LaTeX into trees. It raises `Unreadable` for what it does not support."""
 
 from __future__ import annotations
 
@@ -6,32 +6,14 @@ import re
 from fractions import Fraction
 from typing import Any
 
+from logitmix.tasks.verify.tokens import ACCENTS, ALIASES, GREEK, INVERSES, NAMES, Unreadable, starts_factor, tokenize
+
 MAX_DEPTH = 40
-TRIGONOMETRIC = frozenset(
-    {"sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "asin", "acos", "atan"}
-)
-NAMES = TRIGONOMETRIC | {"sinh", "cosh", "tanh", "ln", "exp", "log", "lg", "abs", "sqrt", "max", "min"}
-ALIASES = {"arcsin": "asin", "arccos": "acos", "arctan": "atan", "lg": "log"}
-INVERSES = {"sin": "asin", "cos": "acos", "tan": "atan"}
-GREEK = re.compile(
-    "(?:alpha|beta|gamma|delta|epsilon|zeta|eta|theta|vartheta|iota|kappa|lambda|mu|nu|xi|rho|sigma|tau|upsilon|phi"
-    "|varphi|chi|psi|omega|Gamma|Delta|Theta|Lambda|Xi|Pi|Sigma|Phi|Psi|Omega|ell|hbar)"
-)
-ACCENTS = re.compile("overline|bar|vec|hat|tilde|dot|mathbf|boldsymbol|mathcal|mathbb|overrightarrow|widehat")
-TOKEN = re.compile(
-    r"\\[a-zA-Z]+|\\.|[0-9]*\.[0-9]*\\overline\{[0-9]+\}|[0-9]+(?:\.[0-9]+)?|\.[0-9]+|\s+|[a-zA-Z]'*|.",
-    re.DOTALL,
-)
-WORD = re.compile("|".join(sorted([*NAMES, "pi", "infty"], key=len, reverse=True)))
 Node = tuple[Any, ...]
 
 
-class Unreadable(Exception):
-    """The text is no formula that this module reads; it may still be one."""
-
-
 def parse(text: str) -> Node:
-    """Read a normalised formula; Unreadable where it is none."""
+    """Parse a normalised formula. Raises `Unreadable` if it is none."""
     if not text.isascii():
         raise Unreadable("not ASCII")
     parser = _Parser(text)
@@ -43,13 +25,7 @@ def parse(text: str) -> Node:
 
 class _Parser:
     def __init__(self, text: str) -> None:
-        self.tokens: list[str] = []
-        for token in TOKEN.findall(re.sub(r"(?<![a-zA-Z\\])[a-zA-Z]{2,}", _split_names, text)):
-            # A blank matters between digits alone: there it keeps two numbers apart, or makes a mixed number.
-            if not token.isspace():
-                self.tokens.append(token)
-            elif self.tokens and self.tokens[-1][-1].isdigit():
-                self.tokens.append(" ")
+        self.tokens = tokenize(text)
         self.place = 0
         self.in_bars = False
 
@@ -103,9 +79,9 @@ class _Parser:
         if token == "|":
             return not self.in_bars
         if token[:1].isdigit() or token[:1] == ".":
-            # "x2" is no product, but "x \cdot 2" and "\pi 2" written so are; digits never follow digits.
+            # "x2" is not a product, but "x \cdot 2" and "\pi 2" are; digits never follow digits.
             return self.place > 0 and self.tokens[self.place - 1] in (")", "]", "}")
-        return token in ("(", "[", "{") or token[:1].isalpha() or (token[:1] == "\\" and _starts(token[1:]))
+        return token in ("(", "[", "{") or token[:1].isalpha() or (token[:1] == "\\" and starts_factor(token[1:]))
 
     def power(self, depth: int) -> Node:
         tree = self.primary(depth)
@@ -128,7 +104,7 @@ class _Parser:
                 return tree
 
     def exponent(self, depth: int) -> Node:
-        """A group, or one token, or what `2^-1` and `2^10` mean to those who leave the braces out."""
+        """A group or one token; `2^-1` and `2^10` are read as if they had braces."""
         if self.peek() in ("+", "-"):
             sign = self.take()
             tree = self.exponent(depth)
@@ -142,7 +118,7 @@ class _Parser:
         return tree
 
     def group(self, depth: int) -> Node:
-        """The argument of a command: braces, or a single token."""
+        """The argument of a command: a group in braces, or a single token."""
         if depth > MAX_DEPTH:
             raise Unreadable("too deep")
         return self.primary(depth)
@@ -199,7 +175,7 @@ class _Parser:
         return ("symbol", f"{name}_{self.braced()}")
 
     def braced(self) -> str:
-        """The text of a group, as it stands."""
+        """The literal text of a group."""
         if self.peek() != "{":
             return self.take()
         depth, text = 0, ""
@@ -272,7 +248,7 @@ class _Parser:
         return tree if exponent is None else ("power", tree, exponent)
 
     def argument(self, depth: int) -> Node:
-        r"""What a function without brackets applies to: `\sin 2x\cos y` is `\sin(2x)\cos(y)`."""
+        r"""The argument of a function without brackets: `\sin 2x\cos y` is `\sin(2x)\cos(y)`."""
         if depth > MAX_DEPTH:
             raise Unreadable("too deep")
         if self.peek() == "-":
@@ -285,25 +261,12 @@ class _Parser:
 
 
 _CLOSERS = {"(": ")", "[": "]", "{": "}"}
-_COMMANDS = NAMES | {"frac", "pi", "binom", "lfloor", "lceil"}
-
-
-def _starts(name: str) -> bool:
-    return name in _COMMANDS or bool(GREEK.fullmatch(name) or ACCENTS.fullmatch(name))
 
 
 def _proper(top: str, bottom: str) -> Fraction:
     if int(bottom) == 0 or int(top) >= int(bottom):
         raise Unreadable("no mixed number")
     return Fraction(int(top), int(bottom))
-
-
-def _split_names(word: re.Match[str]) -> str:
-    r"""`sinx` is `\sin x`, `xy` is x times y; but a longer run of letters is a word, not a product."""
-    letters = re.sub(WORD, lambda name: f"\\{name[0]} ", word[0])
-    if re.search(r"(?<![\\a-zA-Z])[a-zA-Z]{5,}", letters):
-        raise Unreadable(f"{word[0]!r} is a word")
-    return letters
 
 
 def read_number(token: str) -> Fraction:

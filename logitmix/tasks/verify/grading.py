@@ -1,8 +1,8 @@
-r"""Grading: is the answer in the required format, and is it right?
+r"""Grades a response: whether its answer is in the required format, and whether it is right.
 
-A response is untrusted text. What most answers are (numbers, formulas, lists, intervals) is decided here, in bounded
-time; the rest goes to math-verify in a pool of worker processes, which are killed after 2 seconds. What is decided
-where public graders disagree stands in docs/verifier.md.
+A response is untrusted text. Most answers (numbers, formulas, lists, intervals) are decided here, in bounded time. The
+rest goes to math-verify in a pool of worker processes, which are killed after 2 seconds. docs/verifier.md lists the
+decisions on which public graders disagree.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from logitmix.tasks.verify.pool import shared_pool
 from logitmix.tasks.verify.symbolic import refusal
 
 MAX_LENGTH = 500  # characters of an answer; the longest gold of MATH has 159
-MAX_TEXT = 20_000  # characters of the text that an answer is taken from
-# What math-verify would take a part of, the one that suits: words, numbers side by side, labels, open environments,
-# two answers with an arrow, a bar or a stray sign between them.
+MAX_TEXT = 20_000  # characters of the text that is searched for an answer
+# Text of which math-verify would compare only the part that fits: words, numbers side by side, labels, open
+# environments, two answers with an arrow, a bar or a stray sign between them.
 MISREAD = re.compile(
     r"(?<![\\a-zA-Z{])[a-zA-Z]{3,}|[0-9] [0-9]|[a-zA-Z][0-9]|[a-zA-Z]\.|\\approx|\\begin\{(?:array|cases)|[^\x00-\x7f]"
     r"|[?@#]|\^$|[0-9]\|+[0-9_]|\\[|&]|^(?!.*\\begin).*(?:&|\\\\)"
@@ -33,11 +33,11 @@ __all__ = ["Grade", "answers_match", "extract_answer", "grade", "normalise"]
 class Grade:
     """The verdict on one response.
 
-    format_ok:   the answer stands in the required template
+    format_ok:   the answer is in the required format
     answer_ok:   format_ok and the answer is right; the reward
-    lenient_ok:  right wherever an answer can be found; reported beside answer_ok, never a reward
-    answer:      the text that was compared, None where none was found
-    error:       why the comparison did not come to a verdict; such an answer counts as wrong
+    lenient_ok:  a right answer is found anywhere in the text; reported, never a reward
+    answer:      the text that was compared, or None if no answer was found
+    error:       why the comparison reached no verdict; such an answer counts as wrong
     """
 
     format_ok: bool
@@ -48,7 +48,7 @@ class Grade:
 
 
 def grade(response: str, gold: str, template: Template) -> Grade:
-    """Grade what the model wrote after the prompt against the gold answer."""
+    """Grade a response to a prompt against the gold answer."""
     strict = template.extract(response)
     answer = strict if strict is not None else _find_answer(response)
     if answer is None:
@@ -59,12 +59,12 @@ def grade(response: str, gold: str, template: Template) -> Grade:
 
 
 def extract_answer(response: str, template: Template) -> str | None:
-    """The answer's text where the response is format-correct, else None."""
+    """The text of the answer if the response is format-correct, else None."""
     return template.extract(response)
 
 
 def answers_match(prediction: str, gold: str) -> bool:
-    r"""Whether two answer strings mean the same; the prediction is untrusted, the gold is not.
+    r"""Whether two answers mean the same. The prediction is untrusted, the gold is trusted.
 
     >>> answers_match("1/2", r"\frac{1}{2}"), answers_match("$1,000$", "1000"), answers_match("2", "3")
     (True, True, False)
@@ -73,7 +73,7 @@ def answers_match(prediction: str, gold: str) -> bool:
 
 
 def _find_answer(response: str) -> str | None:
-    """The likeliest answer of a response outside the format: last answer block, last box, last number."""
+    """The most likely answer of a response outside the format: its last answer block, last box or last number."""
     blocks = re.findall(r"<answer>((?:(?!</?answer>).)*)</answer>", response, re.DOTALL)
     if blocks and blocks[-1].strip():
         return str(blocks[-1]).strip()
@@ -84,7 +84,7 @@ def _find_answer(response: str) -> str | None:
 
 
 def _compare(prediction: str, gold: str) -> tuple[bool, str | None]:
-    """Whether the answers match, and what kept the comparison from a verdict."""
+    """Whether the answers match, and the error if the comparison reached no verdict."""
     if prediction.strip() == gold.strip():
         return bool(normalise(gold)) if len(gold) <= MAX_TEXT else True, None
     if len(prediction) > MAX_LENGTH and not (len(prediction) <= MAX_TEXT and last_boxed(prediction)):
@@ -94,7 +94,7 @@ def _compare(prediction: str, gold: str) -> tuple[bool, str | None]:
         if len(left) > MAX_LENGTH:
             return False, f"the answer has {len(left)} characters; at most {MAX_LENGTH} are compared"
         verdict = same(left, right)
-    except Exception as error:  # a hole in the verifier must not end a training run; the log counts it
+    except Exception as error:  # an error of the verifier must not end a training run; the log counts it
         return False, f"{type(error).__name__}: {error}"[:200]
     if verdict is not None:
         return verdict, None

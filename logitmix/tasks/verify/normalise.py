@@ -1,4 +1,4 @@
-r"""One spelling for each answer: what changes an answer's looks and not its meaning is taken away.
+r"""Normalises the spelling of answers: removes what changes their look and not their meaning.
 
 >>> normalise(r"$\left(3,\ \dfrac{\pi}2\right)$.")
 '(3,\\frac{\\pi}{2})'
@@ -157,9 +157,9 @@ PREFIX = re.compile(
 
 
 def normalise(answer: str) -> str:
-    r"""Take away what changes an answer's looks and not its meaning: `$`, `\left`, thin spaces, `\dfrac`, `\text`.
+    r"""Remove what changes the look of an answer and not its meaning: `$`, `\left`, thin spaces, `\dfrac`, `\text`.
 
-    Units become `\unit{cm}` at the end of the text they stand in; the words "and" and "or" become `\and` and `\or`.
+    Units become `\unit{cm}` at the end of their text; the words "and" and "or" become `\and` and `\or`.
     """
     text = re.sub("⁻?[⁰¹²³⁴⁵⁶⁷⁸⁹]+", lambda power: f"^{{{power[0].translate(SUPERSCRIPTS)}}}", answer.strip())
     text = EMPHASIS.sub(lambda found: found[1] or "", _unboxed(text.translate(UNICODE)))
@@ -195,7 +195,7 @@ def normalise(answer: str) -> str:
 
 
 def _unboxed(text: str) -> str:
-    """What stands in the boxes; beside other numbers a box is opened only, and earns nothing for what it holds."""
+    """The content of the boxes; a box beside other numbers is only opened, and earns nothing."""
     if "\\boxed" not in text and "\\fbox" not in text:
         return text
     text = text.replace("\\fbox", "\\boxed")
@@ -205,10 +205,10 @@ def _unboxed(text: str) -> str:
     around = text[: text.rfind("\\boxed")]
     if not re.search(r"\\boxed", around):
         after = text[text.rfind(boxed) + len(boxed) :]
-        # "6, no, \boxed{5}" names two candidates; "2+3=\boxed{5}" comes to one
+        # "6, no, \boxed{5}" names two candidates, "2+3=\boxed{5}" only one
         hedged = re.search(r"[0-9]", around + after) and not re.search(r"(?:=|:|\bis)[\s$({]*$", around)
         return f"{around}{boxed}{after}" if hedged else boxed
-    # Several boxes: all of them are the answer, so that no one is paid for naming every candidate.
+    # Several boxes are one answer together, so that naming every candidate earns nothing.
     boxes = []
     while "\\boxed" in text:
         box = last_boxed(text)
@@ -243,7 +243,7 @@ def _texts(text: str) -> str:
 
 
 def _arguments(text: str) -> str:
-    r"""Braces around the arguments that TeX lets stand without: `\frac12`, `\sqrt3`, `x^2`, `a_1`."""
+    r"""Add braces around arguments that TeX allows without: `\frac12`, `\sqrt3`, `x^2`, `a_1`."""
     text = re.sub(r"(?<![a-zA-Z\\])sqrt\s*(?=[({0-9])", r"\\sqrt", text)
     text = re.sub(r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
     text = re.sub(r"\\sqrt\s*([0-9a-zA-Z]|\\[a-zA-Z]+)", r"\\sqrt{\1}", text)
@@ -255,7 +255,7 @@ def _arguments(text: str) -> str:
 
 
 def _trimmed(text: str) -> str:
-    """Without closing marks, and without braces or brackets around nothing but a word or a number."""
+    """Remove closing punctuation, and braces or brackets around a single word or number."""
     text = re.sub(r"^\s*(?::|=|\\approx(?![a-zA-Z]))\s*", "", text).strip()
     while text and text[-1] in ".,;:" and not text.endswith(".."):
         text = text[:-1].rstrip()
@@ -275,7 +275,7 @@ def _closes_at_end(text: str) -> bool:
 
 
 def _tight(text: str) -> str:
-    """A blank stays only where it keeps two words, or two numbers, apart, or follows a comma between numbers."""
+    """Keep a blank only between two words or two numbers, or after a comma between numbers."""
     text = re.sub(r"\s+", " ", text)
     text = re.sub(r"(?<=[0-9]), (?=[0-9])", ",\n", text)
     text = re.sub(r" (?!\w)|(?<!\w) ", "", text)

@@ -1,7 +1,8 @@
-"""A pool of worker processes for comparisons that may hang, crash or eat the memory: each has 2 seconds, then a kill.
+"""A pool of worker processes for comparisons that may hang, crash or exhaust memory; each is killed after 2 seconds.
 
-A worker is a fresh Python (never a fork, which would copy CUDA's and other threads' state) that imports math-verify
-and no torch. Workers start when they are first needed, are replaced when they die, and end with this process.
+A worker is a fresh Python process (not a fork, which would copy the state of CUDA and of other threads) that imports
+math-verify and not torch. Workers start when they are first needed, are replaced when they die, and end with this
+process.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ CRASHED = "the worker died"
 
 
 class Pool:
-    """Compares from any thread; as many cases run at once as there are workers (None: one a core).
+    """Compares answers from any thread, as many at once as there are workers (None: one per core).
 
-    errors, timeouts: how many cases came to no verdict, and how many of these were killed for their time
+    errors, timeouts: the number of cases without a verdict, and how many of these were killed by the time limit
     """
 
     def __init__(self, size: int | None = None, seconds: float = SECONDS) -> None:
@@ -40,9 +41,9 @@ class Pool:
         self._places = threading.BoundedSemaphore(self.size)
 
     def compare(self, prediction: str, gold: str) -> tuple[bool, str | None]:
-        """Whether math-verify takes them for equal, and what kept it from a verdict (then they count as unequal).
+        """Whether math-verify finds them equal, and the error if it reached no verdict (they then count as unequal).
 
-        Raises `RuntimeError` where no worker starts: going on with rewards of 0 would ruin a run without a word.
+        Raises `RuntimeError` if no worker starts, since rewards of 0 would silently ruin a run.
         """
         with self._places:
             with self._lock:
@@ -74,7 +75,7 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)), "OMP_NUM_THREADS": "1"},
-            start_new_session=True,  # Ctrl-C is for the training, which then ends the workers
+            start_new_session=True,  # Ctrl-C is handled by the training, which then ends the workers
         )
         if self._read(START_SECONDS) != "ready":
             self.kill()
@@ -90,7 +91,7 @@ class _Worker:
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
-                with suppress(BrokenPipeError):  # the question that it was sent may be in the buffer
+                with suppress(BrokenPipeError):  # the request may still be in the buffer
                     pipe.close()
 
     def ask(self, prediction: str, gold: str, seconds: float) -> tuple[bool, str | None]:
@@ -108,7 +109,7 @@ class _Worker:
         return False, f"{TIMED_OUT} after {seconds:g} s" if reply is None else CRASHED
 
     def _read(self, seconds: float) -> str | None:
-        """A line; empty where the worker died before it came; None where the time ran out."""
+        """A line; empty if the worker died, None if the time ran out."""
         assert self.process.stdout is not None
         channel, line, end = self.process.stdout.fileno(), b"", time.monotonic() + seconds
         waiting = select.poll()
@@ -128,7 +129,7 @@ _pool_lock = threading.Lock()
 
 
 def shared_pool() -> Pool:
-    """This process's pool."""
+    """The pool of this process."""
     global _pool
     with _pool_lock:
         _pool = _pool or Pool()
@@ -136,7 +137,7 @@ def shared_pool() -> Pool:
 
 
 def _forget() -> None:
-    """A forked child must not talk to its parent's workers, nor wait for a lock that a thread of its parent held."""
+    """Drop the pool in a forked child, which must not use its parent's workers or wait for its locks."""
     global _pool, _pool_lock
     _pool, _pool_lock = None, threading.Lock()
 

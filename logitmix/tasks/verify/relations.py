@@ -1,16 +1,17 @@
-r"""Relations: what x = 5 names, the set that 1 < x < 2 stands for, equations up to a factor."""
+r"""Relations: the name in x = 5, the set that 1 < x < 2 describes, and equations up to a factor."""
 
 from __future__ import annotations
 
 from logitmix.tasks.verify.answers import NAME, Answer
-from logitmix.tasks.verify.formulas import Unreadable, parse, symbols
+from logitmix.tasks.verify.formulas import parse, symbols
+from logitmix.tasks.verify.tokens import Unreadable
 from logitmix.tasks.verify.values import Undefined, context, ratio
 
 FLIPPED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le", "=": "=", "\\ne": "\\ne"}
 
 
 def name_of(part: Answer) -> str:
-    """The name that a relation gives a value to: x in x = 5."""
+    """The name that a relation assigns a value: x in x = 5."""
     if part.kind == "relation" and part.text in ("=", "\\in", "\\approx") and NAME.fullmatch(part.parts[0].text):
         return part.parts[0].text
     return ""
@@ -21,7 +22,7 @@ def values_of(parts: tuple[Answer, ...]) -> tuple[Answer, ...]:
 
 
 def oriented(answer: Answer) -> Answer:
-    r"""A relation written the one way: no `\approx` after an exact value, names left, small before large."""
+    r"""A relation in canonical form: no `\approx` after an exact value, names on the left, smaller before larger."""
     if answer.kind != "relation":
         return answer
     operators, parts = answer.text.split(" "), list(answer.parts)
@@ -61,7 +62,7 @@ def variable(answer: Answer) -> str:
 
 
 def as_set(answer: Answer) -> Answer | None:
-    """The set of numbers that an inequality in one variable, or several joined by "or", stands for."""
+    """The set of numbers described by an inequality in one variable, or by several joined by "or"."""
     if answer.kind == "relation":
         if answer.text == "\\in" and name_of(answer):
             return answer.parts[1]
@@ -118,7 +119,8 @@ def _variables(text: str) -> set[str]:
 
 
 def proportional(left: Answer, right: Answer) -> bool | None:
-    """Equations up to a factor; inequalities up to a positive one, or a negative one that turns them round."""
+    """Whether two equations are equal up to a factor; two inequalities up to a positive factor, or a negative one that
+    reverses them."""
     operators = left.text, right.text
     if " " in operators[0] or " " in operators[1] or operators[0] not in FLIPPED or operators[1] not in FLIPPED:
         return None if operators[0] == operators[1] else False

@@ -1,6 +1,6 @@
-"""What is left for math-verify: answers that `answers.py` does not read. Runs in a worker of the pool.
+"""Comparison by math-verify of answers that answers.py cannot parse. Runs in a worker of the pool.
 
-`refusal` turns away what could keep sympy busy without end, so that a worker is killed in exceptional cases only.
+`refusal` rejects answers that could keep sympy busy indefinitely, so that workers are rarely killed.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import sys
 from itertools import accumulate
 
 MEMORY = 4 << 30  # bytes of address space; sympy needs a tenth of it
-ORPHAN_SECONDS = 10  # of processor time that a case may take at the very most
+ORPHAN_SECONDS = 10  # the most processor time that a case may take
 
 
 def refusal(answer: str) -> str | None:
-    """Why an answer is kept from sympy, which would evaluate it without bounds; None where it is harmless."""
+    """Why an answer is kept from sympy, which would evaluate it without bounds; None if it is harmless."""
     exponents = "".join(re.findall(r"(?:\^|\*\*)\s*\{?\s*[-+]?([0-9]{2,})", answer))
     if len(exponents) > 5:
         return "the answer's exponents are too large to evaluate"
@@ -39,7 +39,7 @@ def refusal(answer: str) -> str | None:
 
 
 def _stacks_powers(answer: str) -> bool:
-    """Whether an exponent is a power or holds one. Brackets collapse inside out: P holds a power, q none."""
+    """Whether an exponent contains a power. Brackets collapse from the inside: P contains a power, q does not."""
     text = answer.lower().replace("**", "^").replace(" ", "")
     collapsed = 1
     while collapsed:
@@ -52,7 +52,7 @@ def _stacks_powers(answer: str) -> bool:
 
 
 def compare(prediction: str, gold: str) -> tuple[bool, str | None]:
-    """math-verify's verdict, and what kept it from one. It has no time limit here: the pool's is a hard one."""
+    """math-verify's verdict, and the error if it reached none. The pool enforces the time limit."""
     from math_verify import parse, verify
 
     try:
@@ -67,18 +67,18 @@ def compare(prediction: str, gold: str) -> tuple[bool, str | None]:
 
 
 def serve() -> None:
-    """Answer a line of JSON, [prediction, gold], with a line of JSON, [right, error], until the input ends."""
+    """Answer each line of JSON, [prediction, gold], with a line of JSON, [right, error], until the input ends."""
     import resource
 
-    import math_verify  # noqa: F401  # a second, spent before the first case's time begins
+    import math_verify  # noqa: F401  # takes a second, before the time of the first case starts
 
     logging.disable(logging.CRITICAL)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints must not mix with the replies
+    os.dup2(2, 1)  # output of libraries must not mix with the replies
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
-        # the pool kills at its own limit; this ends a worker whose parent was killed in the middle of a case
+        # ends a worker whose parent was killed during a case; otherwise the pool kills at its own limit
         used = resource.getrusage(resource.RUSAGE_SELF)
         hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
         resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime) + ORPHAN_SECONDS, hard))

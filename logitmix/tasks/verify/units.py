@@ -1,10 +1,10 @@
-r"""Units: found at the end of an answer, and written in one way: `\unit{cm}`. Also 5 million."""
+r"""Units at the end of an answer, normalised to `\unit{cm}`; also "5 million"."""
 
 from __future__ import annotations
 
 import re
 
-# A unit is dropped where it is; two units that are both known and differ are two answers.
+# A unit may be left out; two known units that differ make two answers.
 UNITS = {
     spelling: names.split()[0]
     for names in (
@@ -50,7 +50,7 @@ BARE_UNIT = re.compile(
     rf"(?:\s*(?:/|per)\s*(?:{_WORD}|[a-zA-Z]+){POWER})?\s*$"
 )
 NOUNS = re.compile(r"(?<=[0-9}])\s+[a-z]{3,}(?:\s+[a-zA-Z]+)*$")
-# Words behind a number that change its value: no unit, and nothing that is counted.
+# Words after a number that change its value; they are neither units nor things counted.
 NOT_UNITS = re.compile(
     r"^\s*(?:squared|cubed|half)\b|\b(?:and|or|to|mod|plus|minus|over|than|if|base|point|factorial|choose|halves|thirds"
     r"|fifths|tenths|hundredths|thousandths|dozen|hundred|thousand|million|billion|trillion|lakh|crore"
@@ -61,7 +61,7 @@ WORD_NUMBERS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trilli
 
 
 def unit_of(words: str, power: str) -> str:
-    r"""`\unit{cm2}` for "square centimeters" or "cm^2"; `\unit{}` for what is not known, `\unit{km}` for km/h."""
+    r"""`\unit{cm2}` for "square centimeters" or "cm^2"; `\unit{}` for an unknown unit, `\unit{km}` for km/h."""
     name = re.search(r"(?:square|sq|cubic|cu)\b\.?\s*(\w+)|(\w+)", words)
     digit = re.search(r"\^[\s{]*([0-9])", power)
     exponent = "2" if re.match(r"\s*sq", words) else "3" if re.match(r"\s*cu", words) else digit[1] if digit else ""

@@ -1,8 +1,8 @@
 r"""Equality of formulas by value.
 
-Equality is decided by evaluation, exactly on rationals and otherwise to 40 digits, at fixed points where there are
-variables. Two formulas that agree to 25 digits at all of them are taken to be one. There is no simplification and
-so no search: the work is bounded by the length of the text, and what would be large is refused before it is computed.
+Equality is decided by evaluation, exact on rationals and otherwise to 40 digits, at fixed points if there are
+variables. Two formulas that agree to 25 digits at all points count as equal. Without simplification there is no
+search: the work is bounded by the length of the text, and large values are refused before they are computed.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from fractions import Fraction
 from math import comb, factorial
 from typing import Any
 
-from logitmix.tasks.verify.formulas import Node, Unreadable, constants, parse, symbols
+from logitmix.tasks.verify.formulas import Node, constants, parse, symbols
+from logitmix.tasks.verify.tokens import Unreadable
 
-# Fixed, not drawn: a verdict never depends on chance. No two are related, so no identity holds at them by accident.
+# Fixed, so that a verdict never depends on chance, and unrelated, so that no identity holds at them by accident.
 POINTS = (
     ("0.3141", "0.4177"),
     ("0.7313", "0.1039"),
@@ -31,11 +32,11 @@ SCIENTIFIC = re.compile(rf"({DECIMAL.pattern})(?:\*10\^\{{(-?[0-9]{{1,2}})\}})?"
 
 
 class Undefined(Exception):
-    """The formula has no (real) value here."""
+    """The formula has no real value at this point."""
 
 
 def equal(left: str, right: str) -> bool | None:
-    """Whether two normalised formulas are equal as functions of their variables; None where one is not read."""
+    """Whether two normalised formulas are equal as functions of their variables; None if one cannot be parsed."""
     try:
         trees = parse(left), parse(right)
     except Unreadable:
@@ -62,7 +63,7 @@ def equal(left: str, right: str) -> bool | None:
 
 
 def ratio(left: str, right: str) -> Any:
-    """The constant c with left = c * right everywhere, or None where there is none."""
+    """The constant c with left = c * right everywhere, or None."""
     trees = parse(left), parse(right)
     names = sorted(symbols(trees[0]) | symbols(trees[1]))
     found: list[Any] = []
@@ -80,7 +81,7 @@ def ratio(left: str, right: str) -> Any:
 
 
 def value(text: str) -> Any:
-    """The value of a formula without variables: a Fraction where it is rational, else to 40 digits."""
+    """The value of a formula without variables: a Fraction if it is rational, else to 40 digits."""
     tree = parse(text)
     if symbols(tree):
         raise Unreadable("it has variables")
@@ -88,7 +89,7 @@ def value(text: str) -> Any:
 
 
 def rounded(decimal: str, exact: Any, other: str) -> bool:
-    """Whether a decimal is an exact value, rounded or cut, to six digits or more."""
+    """Whether a decimal is an exact value rounded or truncated to six digits or more."""
     if not DECIMAL.fullmatch(decimal) or DECIMAL.fullmatch(other):
         return False
     whole, _, digits = decimal.lstrip("-").partition(".")
@@ -109,9 +110,9 @@ def close(left: Any, right: Any) -> bool:
     mp = context()
     left, right = _number(left), _number(right)
     size = max(abs(left), abs(right))
-    # Against an exact 0 only the rounding of the other side is left to see.
+    # Against an exact 0, only the rounding error of the other side remains.
     bound = mp.mpf(10) ** -30 if min(abs(left), abs(right)) == 0 else size * mp.mpf(10) ** -25
-    # An infinite side would make the bound infinite too, and equal to everything.
+    # An infinite side would make the bound infinite, and equal to everything.
     return bool(mp.isfinite(size) and abs(left - right) <= bound)
 
 
@@ -119,9 +120,9 @@ _local = threading.local()
 
 
 def context() -> Any:
-    """mpmath at 40 digits, one context a thread: its functions change the precision while they work."""
+    """mpmath at 40 digits, one context per thread, as its functions change the precision while they run."""
     if not hasattr(_local, "mp"):
-        from mpmath.ctx_mp import MPContext  # 0.1 s, when first needed
+        from mpmath.ctx_mp import MPContext  # takes 0.1 s, so only when first needed
 
         _local.mp = MPContext()  # type: ignore[no-untyped-call]
         _local.mp.dps = 40
@@ -135,7 +136,7 @@ def _environments(names: list[str], complex_numbers: bool) -> list[dict[str, Any
     for base, step in points:
         values: dict[str, Any] = {"": complex_numbers}
         for index, name in enumerate(names):
-            # The square root keeps the variables algebraically unrelated to each other.
+            # The square root keeps the variables algebraically independent.
             values[name] = mp.mpf(base) + mp.mpf(step) * (mp.sqrt(index + 2) - 1 if index else 0)
         environments.append(values)
     return environments
