@@ -1,6 +1,5 @@
 """Greedy evaluation of policy, anchor and mixture on test problems while they are trained."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from logitmix.runs.files import EVALUATIONS_FILE, append_jsonl
 from logitmix.runs.trackers import log_to_trackers
 from logitmix.tasks import Problem, Task
 from logitmix.training.grpo import LogitMixGRPOTrainer
+from logitmix.training.process_shares import process_share
 
 
 def evaluate_members(
@@ -27,9 +27,8 @@ def evaluate_members(
     Processes share the problems. Each decodes equally many, because sharded weights are gathered by all processes
     together; a problem that is decoded twice for this reason counts once.
     """
-    rank, processes = trainer.accelerator.process_index, trainer.accelerator.num_processes
-    share = math.ceil(len(problems) / processes)
-    mine = [problems[(rank + i * processes) % len(problems)] for i in range(share)]
+    share = process_share(len(problems), trainer.accelerator)
+    mine = [problems[i % len(problems)] for i in share]
     batch_size = trainer.args.rollout_batch_size or BATCH_SIZE
     anchor: list[Response] = []
 
@@ -39,12 +38,13 @@ def evaluate_members(
             responses = greedy_responses(
                 model, trainer.processing_class, task, mine, names, trainer.max_completion_length, batch_size
             )
-        own = [replace(response, problem=rank + response.problem * processes) for response in responses]
+        own = [replace(response, problem=share[response.problem]) for response in responses]
         gathered: list[Response] = gather_object([response for response in own if response.problem < len(problems)])
         by_name = group_by(gathered, "name")
-        anchor.extend(by_name.get("anchor", []))
+        anchor.extend(by_name.pop("anchor", []))
+        if anchor:
+            by_name["anchor"] = anchor
         if trainer.is_world_process_zero():
-            by_name |= {"anchor": anchor} if anchor else {}
             found = {name: asdict(rates(group)) for name, group in by_name.items()}
             lines = [
                 {"step": step, "name": name} | found[name] | pack_outcomes(group) for name, group in by_name.items()

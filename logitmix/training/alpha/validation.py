@@ -1,6 +1,5 @@
 """Validation between outer steps: which questions, and how many of them each model answers correctly."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ from trl.data_utils import is_conversational
 
 from logitmix.training.alpha.controllers import VALIDATING, Counts
 from logitmix.training.config import LogitMixGRPOConfig
+from logitmix.training.process_shares import process_share
 
 if TYPE_CHECKING:
     from logitmix.training.grpo import LogitMixGRPOTrainer
@@ -132,25 +132,24 @@ def validate(trainer: "LogitMixGRPOTrainer", rows: Rows, alpha: float, with_anch
     Processes share the questions equally; repeated ones at the end are not counted. All processes see all rewards,
     so they agree on the counts.
     """
-    processes, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
-    share = math.ceil(len(rows) / processes)
-    mine = [rows[(rank + i * processes) % len(rows)] for i in range(share)]
+    share = process_share(len(rows), trainer.accelerator)
+    mine = [rows[i % len(rows)] for i in share]
     alphas = [0.0, alpha, 1.0] if with_anchor else [0.0, alpha]
-    asked = mine * len(alphas)
+    requests = mine * len(alphas)
     was_training = trainer.model.training
     trainer.model.eval()  # without dropout, which would draw random numbers
-    prompts = [row["prompt"] for row in asked]
+    prompts = [row["prompt"] for row in requests]
     completion_ids = trainer.decode_greedy(
         trainer.tokenize_prompts(prompts), [alpha for alpha in alphas for _ in mine]
     )
     completions: list[Any] = trainer.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
-    if is_conversational(asked[0]):
+    if is_conversational(requests[0]):
         completions = [[{"role": "assistant", "content": text}] for text in completions]
-    rewards_NF = trainer.unlogged_rewards(asked, prompts, completions, completion_ids)
+    rewards_NF = trainer.unlogged_rewards(requests, prompts, completions, completion_ids)
     trainer.model.train(was_training)
     rewards_N = (rewards_NF * trainer.reward_weights.to(rewards_NF.device)).nansum(1)
-    # gathered by process, then alpha, then question; process i % processes decoded question i
-    correct = (rewards_N >= 1).view(processes, len(alphas), share).permute(1, 2, 0).flatten(1)[:, : len(rows)]
+    # gathered by process, then alpha, then question: `[P, alphas, share]`
+    correct = (rewards_N >= 1).view(-1, len(alphas), len(share)).permute(1, 2, 0).flatten(1)[:, : len(rows)]
     policy, mixture = correct[0], correct[1]
     return Counts(
         n=len(rows),
