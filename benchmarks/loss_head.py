@@ -34,7 +34,7 @@ from trl.kernels import ChunkedLogProbFunction
 
 from logitmix.loss_head import clipped_coefficients, fused_log_probs
 from logitmix.mixture.head import Head
-from logitmix.mixture.log_probs import log_probs_and_entropy
+from logitmix.mixture.logprobs import log_probs_and_entropy
 from logitmix.mixture.mixing import mix_logits
 
 # tokens, width, vocabulary

@@ -10,7 +10,7 @@ from logitmix.loss_head.chunking import Gradients, LossHeadInputs
 from logitmix.loss_head.matmul import add_product, multiply
 from logitmix.mixture.diagnostics import mixture_diagnostics
 from logitmix.mixture.head import Head
-from logitmix.mixture.log_probs import log_probs_and_entropy
+from logitmix.mixture.logprobs import log_probs_and_entropy
 from logitmix.mixture.mixing import mix_logits
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from logitmix.mixture.base import MixtureBase
 from logitmix.mixture.diagnostics import MixtureDiagnostics
-from logitmix.mixture.log_probs import mixture_log_probs
+from logitmix.mixture.logprobs import mixture_log_probs
 from logitmix.mixture.padding import position_ids_from_mask
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from logitmix.loss_head import fused_log_probs, log_probs
 from logitmix.mixture.head import Head
-from logitmix.mixture.log_probs import log_probs_and_entropy
+from logitmix.mixture.logprobs import log_probs_and_entropy
 from logitmix.mixture.mixing import SCHEMES, mix_logits
 
 N, V, WIDTHS = 7, 11, (5, 3, 4)

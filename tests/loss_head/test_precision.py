@@ -7,7 +7,7 @@ import torch
 
 from logitmix.loss_head import fused_log_probs
 from logitmix.mixture.head import Head
-from logitmix.mixture.log_probs import log_probs_and_entropy
+from logitmix.mixture.logprobs import log_probs_and_entropy
 from logitmix.mixture.mixing import mix_logits
 from tests.helpers.loss_head import (
     both_schemes,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from logitmix.mixture import log_probs as log_probs_module
+from logitmix.mixture import logprobs as log_probs_module
 from logitmix.mixture.diagnostics import mixture_diagnostics
 from logitmix.mixture.mixing import SCHEMES, mix_logits
 from logitmix.mixture.modeling import LogitMixForCausalLM

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from logitmix.mixture import log_probs as log_probs_module
-from logitmix.mixture.log_probs import log_probs_and_entropy, mixture_log_probs
+from logitmix.mixture import logprobs as log_probs_module
+from logitmix.mixture.logprobs import log_probs_and_entropy, mixture_log_probs
 from logitmix.mixture.mixing import SCHEMES, mix_logits
 
 INF = torch.inf
