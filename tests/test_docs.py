@@ -12,6 +12,8 @@ from datasets import Dataset
 
 from logitmix.cli.__main__ import main
 from logitmix.mixture.modeling import LogitMixForCausalLM
+from logitmix.paper.quickstart_config import QuickstartConfig
+from logitmix.paper.recipes import TITLES
 from logitmix.paper.tiny_model import character_tokenizer, tiny_model
 from logitmix.tasks import TASKS, Arithmetic
 from logitmix.tasks.templates import TEMPLATES
@@ -196,7 +198,7 @@ def spread(rates: list[float]) -> str:
 
 
 def test_the_pages_use_the_folder_that_the_quickstart_writes():
-    folder = QuickstartArguments().output_dir
+    folder = QuickstartConfig().output_dir
     models = {"base", "sft", *TITLES}
     paths = set()
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
