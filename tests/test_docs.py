@@ -207,3 +207,31 @@ def test_the_pages_use_the_folder_that_the_quickstart_writes():
     assert folder in paths
     assert {f"{folder}/{name}" for name in ("base", "sft", "fixed_mixing", "grpo_kl")} <= paths
     assert paths <= {folder, *(f"{folder}/{name}" for name in models)}
+
+
+def test_every_name_of_the_package_in_the_pages_exists():
+    missing = []
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]:
+        for name in set(re.findall(r"(?<![\w/.-])logitmix(?:\.[A-Za-z_]\w*)+", page.read_text())):
+            if not is_in_the_source(name):
+                missing.append(f"{page.name}: {name}")
+    assert missing == []
+
+
+def is_in_the_source(name: str) -> bool:
+    """Whether the name is a module, or is in one. Read from the source, since `serving` imports vLLM."""
+    path, names = ROOT, name.split(".")
+    while names and ((path / names[0]).is_dir() or (path / f"{names[0]}.py").is_file()):
+        path = path / names.pop(0)
+    source = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    return not names or re.search(rf"\b{names[0]}\b", source.read_text()) is not None
+
+
+def test_every_file_of_the_package_in_the_pages_exists():
+    """Those in backticks, from the root of the repository or of the package."""
+    missing = []
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+        for path in set(re.findall(r"`((?:\w+/)+\w+\.(?:py|yaml|md))`", page.read_text())):
+            if not (ROOT / path).exists() and not (ROOT / "logitmix" / path).exists() and "my_" not in path:
+                missing.append(f"{page.name}: {path}")
+    assert missing == []
