@@ -1,7 +1,7 @@
 r"""Ask a server of a mixture to complete a prompt at several alphas, with nothing but the standard library.
 
 logitmix serve runs/quickstart/fixed_mixing --port 8000
-python examples/serving_client.py --url http://localhost:8000 "7+8-9+4=?"
+python examples/serving_client.py --url http://localhost:8000 $'7+8-9+4=?\n'
 """
 
 import argparse

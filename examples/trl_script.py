@@ -7,6 +7,7 @@ The reward wants the right sum in a box. Two models that fit it are those of `lo
 """
 
 import argparse
+import random
 import re
 
 from datasets import Dataset
@@ -16,9 +17,11 @@ from logitmix import LogitMixGRPOTrainer as GRPOTrainer
 
 
 def questions(count: int) -> Dataset:
-    """Sums of two digits; the reward reads the column `answer`."""
-    pairs = [(n % 10, n // 10 % 10) for n in range(count)]
-    return Dataset.from_dict({"prompt": [f"{a}+{b}=?" for a, b in pairs], "answer": [str(a + b) for a, b in pairs]})
+    """Sums of four digits, as the quickstart's models know them; the reward reads the column `answer`."""
+    draw = random.Random(0)
+    rows = [[draw.randint(1, 9) for _ in range(4)] for _ in range(count)]
+    prompts = [f"{a}+{b}-{c}+{d}=?\n" for a, b, c, d in rows]
+    return Dataset.from_dict({"prompt": prompts, "answer": [str(a + b - c + d) for a, b, c, d in rows]})
 
 
 def reward(completions: list[str], answer: list[str], **_: object) -> list[float]:

@@ -12,6 +12,8 @@ from datasets import Dataset
 
 from logitmix.cli.__main__ import main
 from logitmix.mixture.modeling import LogitMixForCausalLM
+from logitmix.paper.quickstart_config import QuickstartConfig
+from logitmix.paper.recipes import TITLES
 from logitmix.paper.tiny_model import character_tokenizer, tiny_model
 from logitmix.tasks import TASKS, Arithmetic
 from logitmix.tasks.templates import TEMPLATES
@@ -159,3 +161,77 @@ def sections(page: Path) -> list[str]:
     """The names that GitHub gives to a page's sections."""
     titles = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
     return [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
+
+
+def test_the_quickstarts_pages_show_the_committed_results():
+    """The table of each seed and alpha, and README's lowest and highest over seeds."""
+    results = [
+        [json.loads(line) for line in (ROOT / f"docs/quickstart/results-seed{seed}.jsonl").read_text().splitlines()]
+        for seed in range(3)
+    ]
+    names = {
+        "base": "base",
+        "SFT (the anchor)": "SFT (anchor)",
+        "untrained mixture, best alpha (0.3)": "untrained, best alpha 0.3",
+        "fixed mixing: policy alone": "fixed mixing: policy",
+        "fixed mixing: mixture": "fixed mixing: mixture",
+        "GRPO+KL": "GRPO+KL",
+    }
+    page, readme = ((ROOT / name).read_text() for name in ("docs/quickstart.md", "README.md"))
+    for shown, name in names.items():
+        rows = [next(row for row in rows if row.get("name") == name) for rows in results]
+        cells = [f"{100 * row['format']:.1f} / {100 * row['answer']:.1f}" for row in rows]
+        assert f"| {shown} | {' | '.join(cells)} |" in page
+        cells = [spread([100 * row[rate] for row in rows]) for rate in ("format", "answer", "lenient")]
+        assert f"| {shown} | {' | '.join(cells)} |" in readme
+    for alpha in range(11):
+        cells = []
+        for rows in results:
+            swept = {row["scheme"]: row for row in rows if row["what"] == "sweep" and row["alpha"] == alpha / 10}
+            cells.append(" / ".join(f"{100 * swept[scheme]['answer']:.1f}" for scheme in ("logit", "prob")))
+        assert f"| {alpha / 10} | {' | '.join(cells)} |" in page
+
+
+def spread(rates: list[float]) -> str:
+    low, high = min(rates), max(rates)
+    return f"{low:.0f}" if low == high else f"{low:.1f} to {high:.1f}"
+
+
+def test_the_pages_use_the_folder_that_the_quickstart_writes():
+    folder = QuickstartConfig().output_dir
+    models = {"base", "sft", *TITLES}
+    paths = set()
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        assert "mv runs/" not in page.read_text(), page.name
+        paths |= set(re.findall(r"runs/quickstart[\w/-]*", page.read_text()))
+    assert folder in paths
+    assert {f"{folder}/{name}" for name in ("base", "sft", "fixed_mixing", "grpo_kl")} <= paths
+    assert paths <= {folder, *(f"{folder}/{name}" for name in models)}
+
+
+def test_every_name_of_the_package_in_the_pages_exists():
+    missing = []
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]:
+        for name in set(re.findall(r"(?<![\w/.-])logitmix(?:\.[A-Za-z_]\w*)+", page.read_text())):
+            if not is_in_the_source(name):
+                missing.append(f"{page.name}: {name}")
+    assert missing == []
+
+
+def is_in_the_source(name: str) -> bool:
+    """Whether the name is a module, or is in one. Read from the source, since `serving` imports vLLM."""
+    path, names = ROOT, name.split(".")
+    while names and ((path / names[0]).is_dir() or (path / f"{names[0]}.py").is_file()):
+        path = path / names.pop(0)
+    source = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    return not names or re.search(rf"\b{names[0]}\b", source.read_text()) is not None
+
+
+def test_every_file_of_the_package_in_the_pages_exists():
+    """Those in backticks, from the root of the repository or of the package."""
+    missing = []
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+        for path in set(re.findall(r"`((?:\w+/)+\w+\.(?:py|yaml|md))`", page.read_text())):
+            if not (ROOT / path).exists() and not (ROOT / "logitmix" / path).exists() and "my_" not in path:
+                missing.append(f"{page.name}: {path}")
+    assert missing == []

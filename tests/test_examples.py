@@ -38,7 +38,9 @@ def test_the_trl_scripts_reward_reads_the_last_box():
 
     completions = ["3+4=7\n\\boxed{7}", "\\boxed{8}", "7", "\\boxed{8}\\boxed{7}"]
     assert trl_script.reward(completions, ["7"] * 4) == [1.0, 0.0, 0.0, 1.0]
-    assert trl_script.questions(20)[13] == {"prompt": "3+1=?", "answer": "4"}
+    for row in trl_script.questions(20):
+        assert row["prompt"].endswith("=?\n")
+        assert eval(row["prompt"].removesuffix("=?\n")) == int(row["answer"])
 
 
 def test_the_custom_task_grades_its_own_golds(monkeypatch, capsys):

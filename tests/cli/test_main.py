@@ -98,7 +98,7 @@ def test_an_interrupted_training_saves_a_checkpoint_and_the_printed_command_cont
         assert process.poll() is None
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=120)
+    _, stderr = process.communicate(timeout=480)
     assert process.returncode == 130, stderr
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     step = int(checkpoint.name.removeprefix("checkpoint-"))
@@ -370,7 +370,7 @@ def test_two_processes_train_and_evaluate_as_one_run(members, tmp_path, eval_lim
     flags += ["--eval_every", "1", "--eval_limit", str(eval_limit), "--max_steps", "1"]
     flags += ["--per_device_train_batch_size", "8"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    result = subprocess.run([*command, "-m", "logitmix.cli", *flags], capture_output=True, text=True, timeout=240)
+    result = subprocess.run([*command, "-m", "logitmix.cli", *flags], capture_output=True, text=True, timeout=960)
     assert result.returncode == 0, result.stderr[-3000:]
     assert len((out / "run.jsonl").read_text().splitlines()) == 1
     rows = [json.loads(line) for line in (out / "evaluations.jsonl").read_text().splitlines()]

@@ -31,7 +31,7 @@ class Server:
         environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
         with open(self.log, "a") as log:
             self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-        for _ in range(600):
+        for _ in range(2400):
             assert self.process.poll() is None, self.log.read_text()[-3000:]
             try:
                 if httpx.get(f"{self.url}/health").status_code == 200:

@@ -24,7 +24,7 @@ def run_two_processes(script: str, folder: Path) -> str:
     path.write_text(textwrap.dedent(script) + _LAST_LINES)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     result = subprocess.run(
-        [*command, str(path), str(folder / "run")], capture_output=True, text=True, timeout=240,
+        [*command, str(path), str(folder / "run")], capture_output=True, text=True, timeout=960,
         env=os.environ | {"PYTHONPATH": ":".join(sys.path)},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]

@@ -32,7 +32,7 @@ def train(members, tmp_path):
 def run(argv, **environment) -> None:
     """In a new process, since trackers read their settings from the environment when they are imported."""
     command = [sys.executable, "-m", "logitmix.cli", *argv]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=480)
     assert done.returncode == 0, done.stderr
 
 

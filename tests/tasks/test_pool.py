@@ -84,7 +84,7 @@ def test_a_pool_needs_a_worker_and_time():
 
 
 def run(code):
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
 
 
 def test_workers_end_with_the_process_and_load_no_torch():
@@ -121,7 +121,7 @@ def test_the_main_script_is_not_run_again_in_a_worker(tmp_path):
     script.write_text(
         "print('ran')\nfrom logitmix.tasks.verify.pool import shared_pool\nprint(shared_pool().compare('x', 'x+1'))\n"
     )
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=240)
     assert done.stdout.split("\n")[:2] == ["ran", "(False, None)"], done.stderr
 
 

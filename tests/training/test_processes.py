@@ -33,7 +33,7 @@ def records(folder):
     flags = ["--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        [*launch, *flags, str(WORKER), str(folder)], capture_output=True, text=True, timeout=240, env=environment
+        [*launch, *flags, str(WORKER), str(folder)], capture_output=True, text=True, timeout=960, env=environment
     )
     assert result.returncode == 0, result.stderr[-3000:]
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]

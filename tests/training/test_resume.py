@@ -175,7 +175,7 @@ def test_a_full_disk(train, tmp_path):
     path = os.pathsep.join([str(Path(kill_and_resume.__file__).parent), os.environ.get("PYTHONPATH", "")])
     result = subprocess.run(
         ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, "sh", *command],
-        capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}, timeout=240,
+        capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}, timeout=960,
     )  # fmt: skip
     if not out.exists():
         pytest.skip(f"no file system of one's own here: {result.stderr}")
@@ -227,7 +227,7 @@ def test_two_processes_resume_as_one_run(train, tmp_path):
     def finish(folder: Path, *more: str) -> None:
         command = [*launch, "logitmix.cli", *flags, "--output_dir", str(folder), *more]
         environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-        result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+        result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=960)
         assert result.returncode == 0, result.stderr[-3000:]
 
     finish(tmp_path / "whole")
