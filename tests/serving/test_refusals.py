@@ -12,7 +12,7 @@ from vllm import EngineArgs
 from logitmix.mixture.configuration import FORMAT_VERSION, LogitMixConfig
 from logitmix.serving import model
 from logitmix.serving.config import validate_members
-from logitmix.serving.requests import request_weights
+from logitmix.serving.request_weights import parse_request_weights
 from tests.helpers.engines import engine, mixture_of
 
 
@@ -106,4 +106,4 @@ def test_too_little_memory_for_the_context(folder, tmp_path, monkeypatch):
 def test_requests(asked, sentence):
     config = LogitMixConfig.from_member_configs([Qwen2Config(), LlamaConfig()], alpha_range=[0.0, 1.0])
     with pytest.raises(ValueError, match=sentence):
-        request_weights(config, asked)
+        parse_request_weights(config, asked)

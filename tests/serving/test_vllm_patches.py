@@ -1,4 +1,4 @@
-"""What serving/vllm_patches.py and training/rollouts/vllm_patches.py assume of vLLM."""
+"""What serving/vllm_patches.py and training/vllm_patches.py assume of vLLM."""
 
 import inspect
 from importlib.metadata import distributions

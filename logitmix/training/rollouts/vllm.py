@@ -18,7 +18,7 @@ from trl import GRPOConfig
 from logitmix.mixture.configuration import LogitMixConfig
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.training.rollouts.trl_patches import PatchedVLLMGeneration, generation_class
-from logitmix.training.rollouts.vllm_patches import reload_weights_in_place
+from logitmix.training.vllm_patches import reload_weights_in_place
 
 POLICY = "policy."
 

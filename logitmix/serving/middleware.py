@@ -2,7 +2,7 @@
 
 Beside OpenAI's fields, `alpha`, `weights` or `member` set the request's own mixture, and `member_logprobs` returns the
 log-probability of each generated token under each member. This is a middleware of vLLM's own server: `vllm serve
-CHECKPOINT --middleware logitmix.serving.http.MixtureFields`.
+CHECKPOINT --middleware logitmix.serving.middleware.MixtureFields`.
 """
 
 import asyncio
@@ -14,8 +14,8 @@ from uuid import uuid4
 from prometheus_client import Histogram
 from vllm import SamplingParams
 
-from logitmix.serving.requests import KEYS, request_weights
-from logitmix.serving.weights import RequestWeights
+from logitmix.serving.request_weights import REQUEST_FIELDS, parse_request_weights
+from logitmix.serving.batch_weights import BatchWeights
 
 PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/responses")
 ALPHA = Histogram(
@@ -36,7 +36,7 @@ class MixtureFields:
         self.app = app
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        served = RequestWeights.served
+        served = BatchWeights.served
         if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in PATHS or served is None:
             await self.app(scope, receive, send)
             return
@@ -48,11 +48,11 @@ class MixtureFields:
         if not isinstance(request, dict):  # vLLM reports the error
             await self.app(scope, _replay(body, receive), send)
             return
-        fields = {key: request.pop(key) for key in KEYS if key in request}
+        fields = {key: request.pop(key) for key in REQUEST_FIELDS if key in request}
         wants_members = bool(request.pop("member_logprobs", False))
         xargs = request.get("vllm_xargs") or {}
         try:
-            weights = request_weights(served, xargs | fields)
+            weights = parse_request_weights(served, xargs | fields)
             if wants_members and (request.get("stream") or scope["path"] == PATHS[2]):
                 raise ValueError("member_logprobs is available for completions and chat completions without stream")
         except ValueError as error:

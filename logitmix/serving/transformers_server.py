@@ -22,7 +22,7 @@ from transformers.cli.serving.utils import GenerateManager
 
 from logitmix.mixture.context import context_length, validate_fits_context
 from logitmix.mixture.modeling import LogitMixForCausalLM
-from logitmix.serving.requests import KEYS, request_weights
+from logitmix.serving.request_weights import REQUEST_FIELDS, parse_request_weights
 from logitmix.serving.transformers_patches import SingleGenerationState, SingleModelManager, request_fields
 
 ANSWERED = {"model", "stream", "temperature", "top_p", "seed", "generation_config"}
@@ -124,7 +124,7 @@ class _Fields:
     async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
         """Handle a request. Raises `ValueError` for wrong fields, and for those that transformers would ignore."""
         config = self.model_manager.model.config
-        _weights.set(request_weights(config, {key: body.pop(key, None) for key in KEYS}) or config.weights)
+        _weights.set(parse_request_weights(config, {key: body.pop(key, None) for key in REQUEST_FIELDS}) or config.weights)
         known = request_fields(self) | {"member_logprobs"}  # transformers refuses any other
         for field in sorted(body.keys() & known - ANSWERED - self._answered - HARMLESS):
             if body[field] is not None and body[field] != NEUTRAL.get(field):

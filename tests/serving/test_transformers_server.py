@@ -15,7 +15,7 @@ pytest.importorskip("openai", reason="the openai client is not installed: pip in
 
 import openai
 
-from logitmix.serving.without_vllm import ANSWERED, HARMLESS, NEUTRAL, _Chat, _Completions, _Responses
+from logitmix.serving.transformers_server import ANSWERED, HARMLESS, NEUTRAL, _Chat, _Completions, _Responses
 from tests.helpers.engines import greedy_tokens
 from tests.helpers.servers import ServerWithoutVLLM
 
