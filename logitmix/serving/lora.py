@@ -66,7 +66,7 @@ class SharedModel:
     def load_adapter_weight(self, name: str, weight: Tensor) -> bool:
         """Load a weight if it belongs to an adapter, and return whether it does. `name` is its path in PEFT's model.
 
-        Raises `ValueError` for an adapter that vLLM cannot run here: of another kind, or of a layer that is not linear.
+        Raises `ValueError` for an adapter that cannot run here: of another kind, or of a layer that is not linear.
         """
         match = _ADAPTER_WEIGHT.fullmatch(name)
         if match is None:

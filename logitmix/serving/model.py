@@ -22,14 +22,14 @@ from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
 
 from logitmix.mixture.mixing import mix_logits
+from logitmix.serving.batch_weights import BatchWeights
 from logitmix.serving.lora import SharedModel
 from logitmix.serving.vllm_patches import kv_bytes_per_token, member_vllm_config, request_starts
-from logitmix.serving.batch_weights import BatchWeights
 
 logger = init_logger("vllm.logitmix")
 
-# `forward` appends the batch row of each token's request to its hidden states, as two columns, because bfloat16 is exact
-# only up to 256. The other columns are padding that keeps the hidden states aligned.
+# `forward` appends the batch row of each token's request to its hidden states. The row takes two columns, because
+# bfloat16 is exact only up to 256; the other columns are padding that keeps the hidden states aligned.
 ROW_BASE, ROW_COLUMNS = 128, 8
 
 

@@ -11,9 +11,8 @@ REQUEST_FIELDS = ("alpha", "weights", "member")
 def parse_request_weights(config: LogitMixConfig, fields: dict[str, Any] | None) -> list[float] | None:
     """The weights that a request sets, one per member, or None if it leaves them to the mixture.
 
-    `fields` may hold other keys too, as vLLM's `SamplingParams.extra_args` do. Raises `ValueError` for more than one of
-    `alpha`, `weights` and `member`, an unknown member, and weights outside the scheme's domain or the configuration's
-    `alpha_range`.
+    Other keys of `fields` (vLLM's `extra_args`) are ignored. Raises `ValueError` for more than one of `alpha`, `weights`
+    and `member`, an unknown member, and weights outside the scheme's domain or the configuration's `alpha_range`.
     """
     given = {key: fields[key] for key in REQUEST_FIELDS if fields and fields.get(key) is not None}
     if not given:
@@ -30,15 +29,16 @@ def parse_request_weights(config: LogitMixConfig, fields: dict[str, Any] | None)
         raise ValueError(f"alpha is {value!r}, but must be a number")
     alpha, weights = (value, None) if key == "alpha" else (None, value)
     resolved = resolve_weights(alpha, weights, num_members=len(config.members), scheme=config.scheme).tolist()
-    _validate_alpha_range(config, [alpha] if weights is None else resolved[1:])
+    if getattr(config, "alpha_range", None) is not None:
+        _validate_alpha_range(config.alpha_range, [value] if key == "alpha" else resolved[1:])
     return resolved
 
 
-def _validate_alpha_range(config: LogitMixConfig, anchor_weights: list[float]) -> None:
-    alpha_range = getattr(config, "alpha_range", None)
-    for alpha in anchor_weights if alpha_range else []:
-        if not alpha_range[0] <= alpha <= alpha_range[1]:
-            raise ValueError(f"alpha is {alpha}, but this server takes {alpha_range[0]} to {alpha_range[1]}")
+def _validate_alpha_range(alpha_range: list[float], anchor_weights: list[float]) -> None:
+    lowest, highest = alpha_range
+    for alpha in anchor_weights:
+        if not lowest <= alpha <= highest:
+            raise ValueError(f"alpha is {alpha}, but this server takes {lowest} to {highest}")
 
 
 def _is_number(value: Any) -> bool:

@@ -22,7 +22,7 @@ from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigC
 RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 
 
-# --- configuration ----------------------------------------------------------------------------------------------------
+# --- configuration --------------------------------------------------------------------------------------------------
 
 
 def register_config_hooks(architecture: str, hooks: type[VerifyAndUpdateConfig]) -> None:
@@ -37,13 +37,14 @@ def choose_first_model_runner() -> None:
     """
     if os.environ.get(RUNNER, "0") != "0":
         raise ValueError(
-            f"{RUNNER} is {os.environ[RUNNER]!r}, but a mixture needs vLLM's first model runner; set it to 0, or unset it"
+            f"{RUNNER} is {os.environ[RUNNER]!r}, but a mixture needs vLLM's first model runner; set it to 0, or "
+            "unset it"
         )
     os.environ[RUNNER] = "0"
 
 
 def declare_experts(model_config: ModelConfig, member_configs: Sequence[PreTrainedConfig]) -> None:
-    """Declare the members' MoE experts for the mixture, since vLLM sets up MoE layers only if the outer model has any."""
+    """Declare the members' MoE experts for the mixture, since vLLM reads their number from the outer model only."""
     experts = [
         ModelArchConfigConvertorBase(config, config.get_text_config()).get_num_experts() or 0
         for config in member_configs
@@ -79,7 +80,7 @@ def kv_bytes_per_token(vllm_config: VllmConfig) -> int:
     return sum(spec.page_size_bytes // spec.block_size for spec in specs)
 
 
-# --- forward pass -----------------------------------------------------------------------------------------------------
+# --- forward pass ---------------------------------------------------------------------------------------------------
 
 
 def request_starts() -> Tensor | None:

@@ -18,7 +18,7 @@ from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 from logitmix.mixture.configuration import LogitMixConfig
 from logitmix.mixture.generation import GREEDY
 from logitmix.mixture.modeling import LogitMixForCausalLM
-from logitmix.training.rollouts.vllm import sampling_settings, validate_architectures
+from logitmix.training.rollouts.vllm import sampling_parameters, validate_architectures
 from tests.helpers.commands import TINY
 from tests.helpers.engines import mixture_of, save_adapter, save_member
 from tests.helpers.grpo import PROMPTS, trainer_of
@@ -136,14 +136,14 @@ def test_adaptive_alpha_in_vllm(tmp_path):
 
 
 def test_names_of_what_ends_a_completion():
-    assert sampling_settings({"min_new_tokens": 3, "seed": 1}, ["\n"], [2]) == {
+    assert sampling_parameters({"min_new_tokens": 3, "seed": 1}, ["\n"], [2]) == {
         "min_tokens": 3,
         "seed": 1,
         "stop": ["\n"],
         "include_stop_str_in_output": True,
         "stop_token_ids": [2],
     }
-    assert sampling_settings(None, [], [2, 5]) == {"stop_token_ids": [2, 5]}
+    assert sampling_parameters(None, [], [2, 5]) == {"stop_token_ids": [2, 5]}
 
 
 def test_after_a_deep_sleep_everything_is_pushed(tmp_path):
@@ -179,7 +179,7 @@ def test_the_command_line_and_a_resumed_run(tmp_path):
 def test_members_whose_classes_vllm_would_change_are_refused_in_one_process():
     config = LogitMixConfig.from_member_configs([Qwen2Config(), GPTNeoXConfig()])
     with pytest.raises(
-        ValueError, match="anchor_0 is a GPTNeoXForCausalLM, which vLLM runs by transformers' own classes"
+        ValueError, match="anchor_0 is a GPTNeoXForCausalLM, which vLLM runs through transformers' own classes"
     ):
         validate_architectures(config)
     validate_architectures(LogitMixConfig.from_member_configs([Qwen2Config(), LlamaConfig()]))
