@@ -11,8 +11,8 @@ REQUEST_FIELDS = ("alpha", "weights", "member")
 def parse_request_weights(config: LogitMixConfig, fields: dict[str, Any] | None) -> list[float] | None:
     """The weights that a request sets, one per member, or None if it leaves them to the mixture.
 
-    Other keys of `fields` (vLLM's `extra_args`) are ignored. Raises `ValueError` for more than one of `alpha`, `weights`
-    and `member`, an unknown member, and weights outside the scheme's domain or the configuration's `alpha_range`.
+    Other keys of `fields` (`extra_args` in vLLM) are ignored. Raises `ValueError` for two of `alpha`, `weights` and
+    `member`, an unknown member, and weights outside the scheme's domain or the configuration's `alpha_range`.
     """
     given = {key: fields[key] for key in REQUEST_FIELDS if fields and fields.get(key) is not None}
     if not given:
