@@ -59,7 +59,7 @@ def token_log_probs(mixture, ids, **weights):
 
 
 def log_prob_difference(mixture, prompt, output, **weights):
-    """The largest difference from transformers in a token's log-probability; of prompt tokens too, if vLLM scored them."""
+    """The largest difference from transformers in the log-probability of a generated or prompt token."""
     tokens = list(output.outputs[0].token_ids)
     positions = list(output.outputs[0].logprobs)
     if output.prompt_logprobs:
