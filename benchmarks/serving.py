@@ -26,13 +26,14 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ |= {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # run the engines in this process
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_USE_V2_MODEL_RUNNER": "0",  # the mixtures use V1's; so all engines do
+    "VLLM_USE_V2_MODEL_RUNNER": "0",  # the mixtures need the first runner, so all engines use it
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
 }
@@ -42,6 +43,7 @@ from accelerate import Accelerator
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from trl.generation import vllm_generation
 from vllm import LLM, SamplingParams
 
 from logitmix.mixture.modeling import LogitMixForCausalLM
@@ -54,7 +56,7 @@ SHORT_TURNS = 3
 SIZES = {
     "cpu": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8,
             "num_key_value_heads": 4, "vocab_size": 8192},
-    # Qwen2.5-1.5B's
+    # as Qwen2.5-1.5B
     "cuda": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
              "num_key_value_heads": 2, "vocab_size": 151_936},
 }  # fmt: skip
@@ -120,27 +122,26 @@ class Models:
         shared = LogitMixForCausalLM.from_members(str(adapters[0]), str(adapters[1]), ALPHA, dtype=dtype)
         shared.save_pretrained(self.adapters)
         self.two, self.one = folder / "two", folder / "one"
-        members = [merged(path, dtype) for path in adapters]
+        members = [merge_adapter(path, dtype) for path in adapters]
         members[0].save_pretrained(self.one)
         self.mixture = LogitMixForCausalLM.from_members(members[0], members[1], ALPHA).to(device)
         self.mixture.policy.requires_grad_(True)  # merging froze it, and only trainable weights are synchronised
         self.mixture.save_pretrained(self.two)
 
 
-def merged(adapter: Path, dtype: torch.dtype) -> PreTrainedModel:
+def merge_adapter(adapter: Path, dtype: torch.dtype) -> PreTrainedModel:
     return AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=dtype).merge_and_unload().eval()
 
 
 class Rollouts(MixtureVLLMGeneration):
-    """The trainer's rollouts, in an existing engine."""
+    """The trainer's rollouts, in an engine that exists already."""
+
+    weights_are_discarded = False  # if true, a sync pushes all weights
 
     def __init__(self, model: LogitMixForCausalLM, accelerator: Accelerator, llm: LLM) -> None:
-        self.llm = llm
         settings = {"max_completion_length": NEW_TOKENS, "generation_kwargs": {"ignore_eos": True}}
-        super().__init__(model, accelerator, None, **settings)
-
-    def _init_vllm(self) -> None:
-        self._llm_weights_sleeping = False
+        with mock.patch.object(vllm_generation, "LLM", return_value=llm):
+            super().__init__(model, accelerator, None, **settings)
 
 
 class Benchmark:
@@ -189,9 +190,8 @@ class Benchmark:
         return runs
 
     def sync(self, everything: bool = False) -> None:
-        self.rollouts._llm_weights_sleeping = everything
+        self.rollouts.weights_are_discarded = everything
         self.rollouts.sync_weights()
-        self.rollouts._llm_weights_sleeping = False
 
     def seconds(self, run: Callable[[], Any]) -> float:
         synchronize(self.device)
@@ -232,8 +232,8 @@ def sample_in_a_loop(
                 output = member(input_ids=ids, past_key_values=caches[i], use_cache=True, logits_to_keep=1)
                 caches[i] = output.past_key_values
                 logits.append(output.logits[:, -1].float())
-            mixed = (1 - alpha) * logits[0] + alpha * logits[1]
-            ids = mixed.argmax(-1, keepdim=True) if greedy else torch.multinomial(mixed.softmax(-1), 1)
+            z_mix = (1 - alpha) * logits[0] + alpha * logits[1]
+            ids = z_mix.argmax(-1, keepdim=True) if greedy else torch.multinomial(z_mix.softmax(-1), 1)
             tokens.append(ids)
         completions += torch.cat(tokens, 1).tolist()
     return completions

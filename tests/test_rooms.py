@@ -84,7 +84,11 @@ def test_imports_run_downwards():
 
 @pytest.mark.parametrize(
     "line",
-    ["from logitmix.cli.train import run", "import logitmix.serving.http", "from logitmix import LogitMixConfig"],
+    [
+        "from logitmix.cli.train import run",
+        "import logitmix.serving.middleware",
+        "from logitmix import LogitMixConfig",
+    ],
 )
 def test_an_import_upwards_sideways_or_of_the_package_is_found(line):
     assert len(upward({"logitmix.loss_head.chunking": f"def f():\n    {line}\n"})) == 1

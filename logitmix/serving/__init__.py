@@ -1,13 +1,27 @@
-"""A plug-in with which vLLM serves a saved mixture like any model, and a server without vLLM."""
+"""Serving a saved mixture: a vLLM plug-in, and a server without vLLM.
+
+A request's alpha passes through these files:
+
+1. `middleware.py` (vLLM) or `transformers_server.py` reads `alpha`, `weights` or `member` from the HTTP request; with
+   vLLM's `LLM` they are in `SamplingParams.extra_args`.
+2. `request_weights.py` validates them and returns one weight per member.
+3. `batch_weights.py` keeps the weights of each request in vLLM's running batch.
+4. `model.py` mixes the members' logits at these weights.
+
+`config.py` sets up vLLM for a mixture, `lora.py` runs members that are adapters of one model, and the two
+`*_patches.py` hold what depends on internals of vLLM and transformers.
+"""
+
+ARCHITECTURE = "LogitMixForCausalLM"
 
 
 def register() -> None:
     """Register the mixture with vLLM. Its entry point `vllm.general_plugins` calls this in every process of vLLM."""
     from vllm import ModelRegistry
-    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     import logitmix.mixture.modeling  # noqa: F401  registers the configuration with transformers
-    from logitmix.serving.config import ServedMixture
+    from logitmix.serving.config import MixtureConfigHooks
+    from logitmix.serving.vllm_patches import register_config_hooks
 
-    ModelRegistry.register_model("LogitMixForCausalLM", "logitmix.serving.model:LogitMixForCausalLM")
-    MODELS_CONFIG_MAP["LogitMixForCausalLM"] = ServedMixture
+    ModelRegistry.register_model(ARCHITECTURE, "logitmix.serving.model:LogitMixForCausalLM")
+    register_config_hooks(ARCHITECTURE, MixtureConfigHooks)

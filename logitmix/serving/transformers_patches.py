@@ -1,4 +1,4 @@
-"""What the server without vLLM replaces in `transformers.cli.serving`, and the private names of it that it reads.
+"""What `transformers_server.py` replaces in `transformers.cli.serving`, and the private names of it that it reads.
 
 Written against transformers 5.19; tests/serving/test_transformers_patches.py is the contract.
 """
@@ -11,7 +11,7 @@ from transformers.cli.serving.utils import GenerateManager, GenerationState
 
 
 class SingleModelManager(ModelManager):
-    """Serves one model that is loaded already, under one name; transformers' loads models by their hub ids."""
+    """Serves one loaded model under one name, since transformers' manager loads models by their hub ids."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
         self.model, self.tokenizer = model, tokenizer
@@ -22,14 +22,14 @@ class SingleModelManager(ModelManager):
 
     @staticmethod
     def process_model_name(model_id: str) -> str:
-        return model_id  # not NAME@main: it is no revision of the hub
+        return model_id  # transformers appends a revision of the hub, as in NAME@main
 
     def get_gen_models(self) -> list[dict[str, Any]]:
         return [{"id": self.force_model, "object": "model", "created": 0, "owned_by": "logitmix"}]
 
 
 class SingleGenerationState(GenerationState):
-    """Gives every request the same manager; transformers' chooses one by the model."""
+    """Returns the same manager for every request, since transformers' state builds its own."""
 
     def __init__(self, manager: GenerateManager) -> None:
         super().__init__()
@@ -39,6 +39,6 @@ class SingleGenerationState(GenerationState):
         return self._manager
 
 
-def request_fields(handler: Any) -> frozenset[str]:
-    """The fields of a request that a handler of transformers accepts, whether or not it reads them."""
+def accepted_fields(handler: Any) -> frozenset[str]:
+    """The fields of a request that a handler accepts, read or not; transformers has no public list of them."""
     return handler._valid_params_class.__mutable_keys__

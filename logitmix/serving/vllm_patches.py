@@ -1,4 +1,4 @@
-"""What the plug-in replaces in vLLM's layers, and the settings it makes for the whole process.
+"""What the plug-in replaces in vLLM, and the internals of vLLM that it reads.
 
 Written against vLLM 0.32; tests/serving/test_vllm_patches.py is the contract.
 """
@@ -11,29 +11,89 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.config import VllmConfig
+from transformers import PreTrainedConfig
+from vllm.config import ModelConfig, VllmConfig, replace
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 
 RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 
 
-def choose_first_model_runner() -> None:
-    """Choose vLLM's first model runner, which asks `RequestWeights` about requests; vLLM reads the choice afterwards.
+# --- configuration --------------------------------------------------------------------------------------------------
 
-    Raises `ValueError` where the environment asks for the second, whose logits processors have another interface.
+
+def register_config_hooks(architecture: str, hooks: type[VerifyAndUpdateConfig]) -> None:
+    """Add hooks to vLLM's table of configurations, since its model registry takes none from a plug-in."""
+    MODELS_CONFIG_MAP[architecture] = hooks
+
+
+def choose_first_model_runner() -> None:
+    """Choose vLLM's first model runner, since logits processors such as `BatchWeights` do not run in the second.
+
+    vLLM reads the variable after this call. Raises `ValueError` if the environment chooses the second runner.
     """
     if os.environ.get(RUNNER, "0") != "0":
         raise ValueError(
-            f"{RUNNER} is {os.environ[RUNNER]!r}; a mixture runs in vLLM's first model runner: set it to 0, or unset "
-            "it"
+            f"{RUNNER} is {os.environ[RUNNER]!r}, but a mixture needs vLLM's first model runner; set it to 0, or "
+            "unset it"
         )
     os.environ[RUNNER] = "0"
 
 
+def declare_experts(model_config: ModelConfig, member_configs: Sequence[PreTrainedConfig]) -> None:
+    """Declare the members' MoE experts for the mixture, since vLLM reads their number from the outer model only."""
+    experts = [
+        ModelArchConfigConvertorBase(config, config.get_text_config()).get_num_experts() or 0
+        for config in member_configs
+    ]
+    if any(experts):
+        model_config.hf_config.num_experts = max(experts)
+        model_config.model_arch_config = model_config.get_model_arch_config()
+
+
+def member_vllm_config(vllm_config: VllmConfig, name: str, config: PreTrainedConfig) -> VllmConfig:
+    """The configuration that vLLM would build for one member served alone; vLLM derives it for whole models only."""
+    config = copy.deepcopy(config)
+    # otherwise members with equal configurations share one compiled artefact
+    config.logitmix_member = name
+    member = vllm_config.with_hf_config(config, config.architectures)
+    text_config = config.get_text_config()
+    member.model_config.hf_text_config = text_config
+    member.model_config.model_arch_config = member.model_config.get_model_arch_config()
+    cache_config = copy.copy(vllm_config.cache_config)
+    # as in vLLM: where sliding windows alternate with full attention, this value would apply to every layer
+    all_slide = set(getattr(text_config, "layer_types", None) or ["sliding_attention"]) == {"sliding_attention"}
+    cache_config.sliding_window = member.model_config.get_sliding_window() if all_slide else None
+    return replace(member, cache_config=cache_config)
+
+
+def kv_bytes_per_token(vllm_config: VllmConfig) -> int:
+    """Bytes of KV cache per token, over all layers of all members; vLLM reports only whole caches.
+
+    A layer with a sliding window needs its share only for the tokens in the window.
+    """
+    layers = vllm_config.compilation_config.static_forward_context.values()
+    specs = [layer.get_kv_cache_spec(vllm_config) for layer in layers if isinstance(layer, Attention)]
+    return sum(spec.page_size_bytes // spec.block_size for spec in specs)
+
+
+# --- forward pass ---------------------------------------------------------------------------------------------------
+
+
+def request_starts() -> Tensor | None:
+    """The index of each request's first token in the batch, then their total: `[requests + 1]`.
+
+    vLLM does not pass it to a model. It is None while vLLM measures memory, without requests.
+    """
+    metadata = get_forward_context().attn_metadata
+    return None if metadata is None else next(iter(metadata.values())).query_start_loc
+
+
 def add_to_output(layer: LinearBase, add: Callable[[Tensor, Tensor], None]) -> None:
-    """Call `add(output, input)` in place on each output of a linear layer, as vLLM has no hook there."""
+    """Call `add(output, input)` in place after each forward pass of a linear layer, which has no hook for it."""
     base_forward = layer.forward
 
     def forward(layer: LinearBase, x: Tensor) -> Any:
@@ -45,9 +105,9 @@ def add_to_output(layer: LinearBase, add: Callable[[Tensor, Tensor], None]) -> N
 
 
 def split_attention(attention: Attention, members: Sequence[str], config: VllmConfig) -> None:
-    """Make an attention layer one layer for each member, which differ in name only.
+    """Make an attention layer one layer per member, since vLLM allocates the KV cache per layer name.
 
-    vLLM gives each name its own share of the KV cache. The input holds the members' tokens one after the other.
+    The layers differ in name only. Inputs hold the members' tokens one member after the other.
     """
     registry = config.compilation_config.static_forward_context
     layers = [attention]
@@ -70,9 +130,3 @@ def split_attention(attention: Attention, members: Sequence[str], config: VllmCo
         return torch.cat([base_forward(layer, q, k, v, output_shape, output_dtype) for layer, q, k, v in chunks])
 
     attention.forward = MethodType(forward, attention)
-
-
-def query_starts() -> Tensor | None:
-    """The first token of each request of the running batch; None while vLLM measures memory without requests."""
-    metadata = get_forward_context().attn_metadata
-    return None if metadata is None else next(iter(metadata.values())).query_start_loc

@@ -42,7 +42,7 @@ from logitmix.training.model_card import write_model_card
 from logitmix.training.monitoring.finite import require_finite_parameters
 from logitmix.training.monitoring.monitor import Monitor
 from logitmix.training.rollouts.dynamic_sampling import QuestionStream, has_spread, refill
-from logitmix.training.rollouts.vllm import mixture_for_vllm, sampling_settings
+from logitmix.training.rollouts.vllm import mixture_for_vllm, sampling_parameters
 from logitmix.training.scoring import MixtureScorer, loss_coefficients
 from logitmix.training.trl_patches import PatchedGRPOTrainer, without_reference_model
 
@@ -101,8 +101,8 @@ class LogitMixGRPOTrainer(PatchedGRPOTrainer):
         self.stop_strings = list(args.stop_strings or [])
         self.eos_token_ids = get_eos_token_ids(self.model, self.text_tokenizer)
         if in_vllm:
-            settings = sampling_settings(args.generation_kwargs, self.stop_strings, self.eos_token_ids)
-            self.vllm_generation.generation_kwargs = settings
+            parameters = sampling_parameters(args.generation_kwargs, self.stop_strings, self.eos_token_ids)
+            self.vllm_generation.generation_kwargs = parameters
         elif not self.use_vllm:
             self.generation_kwargs["eos_token_id"] = self.eos_token_ids
 

@@ -1,4 +1,4 @@
-"""`logitmix serve` in a process of its own."""
+"""`logitmix serve` in its own process."""
 
 import os
 import signal
@@ -9,13 +9,13 @@ import time
 
 import httpx
 
-TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}="
+CHAT_TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}="
 
 
 class Server:
-    """Serves `folder` as the model `mixture` at alpha 0.4, until it is killed."""
+    """Serves `folder` as the model `mixture` at alpha 0.4 until it is killed."""
 
-    start_with = ("-m", "logitmix.cli")
+    python_arguments = ("-m", "logitmix.cli")
 
     def __init__(self, folder, log, *flags):
         with socket.socket() as free:
@@ -26,8 +26,8 @@ class Server:
         self.start()
 
     def start(self):
-        named = ["--alpha", "0.4", "--served-model-name", "mixture", "--port", str(self.port)]
-        command = [sys.executable, *self.start_with, "serve", str(self.folder), *named, *self.flags]
+        flags = ["--alpha", "0.4", "--served-model-name", "mixture", "--port", str(self.port)]
+        command = [sys.executable, *self.python_arguments, "serve", str(self.folder), *flags, *self.flags]
         environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
         with open(self.log, "a") as log:
             self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
@@ -45,10 +45,10 @@ class Server:
         self.process.wait()
 
 
-class ServerWithoutVLLM(Server):
-    """In a process in which vLLM cannot be imported."""
+class TransformersServer(Server):
+    """transformers' server, started in a process that cannot import vLLM."""
 
-    start_with = (
+    python_arguments = (
         "-c",
         "import sys; sys.modules['vllm'] = None; from logitmix.cli.__main__ import main; sys.exit(main())",
     )

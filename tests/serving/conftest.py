@@ -1,21 +1,31 @@
-"""What the tests of both servers share: one mixture, saved, and the official client."""
+"""vLLM's environment, and what the tests of both servers share: a saved mixture and the official client."""
+
+import os
 
 import pytest
+
+os.environ |= {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # run the engine in this process
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+}
 
 
 @pytest.fixture(scope="module")
 def mixture():
-    from tests.helpers.engines import mixture_of
-    from tests.helpers.servers import TEMPLATE
+    from tests.helpers.servers import CHAT_TEMPLATE
+    from tests.helpers.vllm_members import build_mixture
 
-    model = mixture_of("qwen2", "llama", alpha=0.4)
-    model.tokenizer.chat_template = TEMPLATE
+    model = build_mixture("qwen2", "llama", alpha=0.4)
+    model.tokenizer.chat_template = CHAT_TEMPLATE
     return model
 
 
 @pytest.fixture(scope="module")
 def folder(mixture, tmp_path_factory):
-    """A folder with the mixture in `mixture`, at another alpha than the server is started with."""
+    """A folder that holds the mixture as `mixture`, saved with an alpha that the server's flags override."""
     folder = tmp_path_factory.mktemp("served")
     mixture.alpha = 0.9
     mixture.save_pretrained(folder / "mixture")

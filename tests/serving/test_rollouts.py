@@ -1,4 +1,4 @@
-"""The trainer with rollouts in vLLM: it scores what vLLM sampled."""
+"""The trainer with rollouts in vLLM."""
 
 import functools
 import json
@@ -18,15 +18,16 @@ from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 from logitmix.mixture.configuration import LogitMixConfig
 from logitmix.mixture.generation import GREEDY
 from logitmix.mixture.modeling import LogitMixForCausalLM
-from logitmix.training.rollouts.vllm import sampling_settings, validate_architectures
+from logitmix.training.rollouts.vllm import sampling_parameters, validate_architectures
+from tests.helpers.adapters import save_adapter
 from tests.helpers.commands import TINY
-from tests.helpers.engines import mixture_of, save_adapter, save_member
 from tests.helpers.grpo import PROMPTS, trainer_of
+from tests.helpers.vllm_members import build_mixture, save_member
 
 
 @pytest.fixture(autouse=True)
 def exact_engine(monkeypatch):
-    """TRL leaves vLLM its dtype, which is not float32, and its compiler, which takes long."""
+    """Run TRL's engine in float32, which is not vLLM's default, and without the slow compilation."""
     monkeypatch.setattr(
         vllm_generation, "LLM", functools.partial(LLM, dtype="float32", enforce_eager=True, disable_log_stats=True)
     )
@@ -34,7 +35,7 @@ def exact_engine(monkeypatch):
     cleanup_dist_env_and_memory()
 
 
-# the command line, with the engine that these tests need
+# the command line with an engine as in `exact_engine`
 COMMAND_LINE = """
 import functools, sys
 from trl.generation import vllm_generation
@@ -50,44 +51,45 @@ def trainer_in_vllm(path, model, **kwargs):
     return trainer_of(path, model, use_vllm=True, vllm_mode="colocate", **options | kwargs)
 
 
-def kinds(path, kind):
+def build_kind(path, kind):
+    """A mixture of two full models, of two adapters, or of an adapter and its base."""
     if kind == "two models":
-        return mixture_of("qwen2", "llama", alpha=0.4)
+        return build_mixture("qwen2", "llama", alpha=0.4)
     base = save_member(path / "base")
     anchor = base if kind == "base anchor" else save_adapter(path / "anchor", base, 2, r=6)
     return LogitMixForCausalLM.from_members(save_adapter(path / "policy", base, 1), anchor, alpha=0.4, dtype="float32")
 
 
 def largest_difference(trainer, alpha=None):
-    """Between vLLM's log-probabilities of what it samples and the trainer's score of it."""
+    """The largest difference between vLLM's log-probability of a sampled token and the trainer's."""
     prompt_ids = trainer.processing_class(PROMPTS * 4)["input_ids"]
     completions, log_probs = trainer._generate_single_turn(prompt_ids, None, {}, 4)
     largest = 0.0
-    for prompt, completion, theirs in zip(prompt_ids, completions, log_probs, strict=True):
+    for prompt, completion, in_vllm in zip(prompt_ids, completions, log_probs, strict=True):
         ids = torch.tensor([prompt + list(completion)])
         labels = ids.clone()
         labels[:, : len(prompt)] = -100
         with torch.no_grad():
             scored, _ = trainer.model.score(ids, torch.ones_like(ids), labels, trainer.temperature)
-        largest = max(largest, (scored[0, len(prompt) - 1 :] - torch.tensor(theirs)).abs().max().item())
+        largest = max(largest, (scored[0, len(prompt) - 1 :] - torch.tensor(in_vllm)).abs().max().item())
     return largest
 
 
 @pytest.mark.parametrize("kind", ["two models", "two adapters", "base anchor"])
-def test_scored_log_probs_are_those_that_vllm_sampled_with(tmp_path, kind, monkeypatch):
-    model = kinds(tmp_path, kind)
+def test_the_trainers_log_probs_match_those_of_vllms_samples(tmp_path, kind, monkeypatch):
+    model = build_kind(tmp_path, kind)
     frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
     trainer = trainer_in_vllm(tmp_path / "run", model)
     assert not (tmp_path / "run" / ".vllm").exists()
     pushed: list[str] = []
-    push = type(trainer.vllm_generation)._iter_named_params
+    named_weights = type(trainer.vllm_generation).named_weights
 
-    def watched(self):
-        for name, parameter in push(self):
+    def recorded(self):
+        for name, parameter in named_weights(self):
             pushed.append(name)
             yield name, parameter
 
-    monkeypatch.setattr(type(trainer.vllm_generation), "_iter_named_params", watched)
+    monkeypatch.setattr(type(trainer.vllm_generation), "named_weights", recorded)
     assert largest_difference(trainer) < 1e-4
     trainer.train()
     for alpha in (0.4, 0.1):
@@ -99,7 +101,7 @@ def test_scored_log_probs_are_those_that_vllm_sampled_with(tmp_path, kind, monke
     for name, parameter in model.named_parameters():
         if name in frozen:
             assert torch.equal(parameter, frozen[name])
-    # and so it can fail
+    # weights that were not pushed show as a difference
     with torch.no_grad():
         for parameter in model.policy.parameters():
             if parameter.requires_grad:
@@ -109,21 +111,21 @@ def test_scored_log_probs_are_those_that_vllm_sampled_with(tmp_path, kind, monke
     assert largest_difference(trainer) < 1e-4
 
 
-def test_validation_decodes_one_batch_of_several_alphas(tmp_path):
-    model = mixture_of("qwen2", "llama", alpha=0.4)
+def test_validation_decodes_several_alphas_in_one_batch(tmp_path):
+    model = build_mixture("qwen2", "llama", alpha=0.4)
     trainer = trainer_in_vllm(tmp_path, model, stop_strings=["e"])
     trainer.train()
     prompt_ids = trainer.processing_class(PROMPTS)["input_ids"] * 3
     alphas = [0.0] * 3 + [0.4] * 3 + [1.0] * 3
     expected = trainer.decode(prompt_ids, GREEDY | {"max_new_tokens": trainer.max_completion_length}, alphas)
     assert trainer.decode_greedy(prompt_ids, alphas) == expected
-    assert len({len(ids) for ids in expected}) > 1  # some stopped
+    assert len({len(ids) for ids in expected}) > 1  # some ended at the stop string
 
 
-def test_adaptive_alpha_in_vllm(tmp_path):
+def test_an_adaptive_alpha_validates_in_vllm(tmp_path):
     trainer = trainer_in_vllm(
         tmp_path,
-        mixture_of("qwen2", "llama", alpha=0.4),
+        build_mixture("qwen2", "llama", alpha=0.4),
         alpha_controller="adaptive",
         validation_size=4,
         adaptive_offset=1.0,
@@ -135,51 +137,51 @@ def test_adaptive_alpha_in_vllm(tmp_path):
     assert largest_difference(trainer) < 1e-4
 
 
-def test_names_of_what_ends_a_completion():
-    assert sampling_settings({"min_new_tokens": 3, "seed": 1}, ["\n"], [2]) == {
+def test_stop_strings_and_eos_tokens_become_vllms_sampling_parameters():
+    assert sampling_parameters({"min_new_tokens": 3, "seed": 1}, ["\n"], [2]) == {
         "min_tokens": 3,
         "seed": 1,
         "stop": ["\n"],
         "include_stop_str_in_output": True,
         "stop_token_ids": [2],
     }
-    assert sampling_settings(None, [], [2, 5]) == {"stop_token_ids": [2, 5]}
+    assert sampling_parameters(None, [], [2, 5]) == {"stop_token_ids": [2, 5]}
 
 
-def test_after_a_deep_sleep_everything_is_pushed(tmp_path):
-    """Level 2 discards all weights. vLLM's CPU build cannot sleep: they are overwritten here."""
-    trainer = trainer_in_vllm(tmp_path, mixture_of("qwen2", "llama", alpha=0.4))
+def test_all_weights_are_pushed_after_sleep_level_2(tmp_path):
+    """Level 2 discards all weights. vLLM's CPU build cannot sleep, so the test overwrites them."""
+    trainer = trainer_in_vllm(tmp_path, build_mixture("qwen2", "llama", alpha=0.4))
     generation = trainer.vllm_generation
     with torch.no_grad():
         for parameter in generation.llm.llm_engine.model_executor.driver_worker.model_runner.model.parameters():
             parameter.zero_()
-    generation.sync_weights()  # of the policy alone
+    generation.sync_weights()  # of the policy only
     assert largest_difference(trainer) > 0.05
     generation._llm_weights_sleeping = True
     generation.sync_weights()
     assert largest_difference(trainer) < 1e-4
 
 
-def test_the_command_line_and_a_resumed_run(tmp_path):
+def test_train_and_a_resumed_run_from_the_command_line(tmp_path):
     members = ["--model_name_or_path", save_member(tmp_path / "base"), "--anchor"]
     members += [save_member(tmp_path / "sft", "llama", 1), "--output_dir", str(tmp_path / "run")]
     command = ["train", *members, *TINY[:-2], "--use_vllm", "true", "--vllm_mode", "colocate", "--save_steps", "1"]
     for flags in (["--max_steps", "1"], ["--max_steps", "2", "--resume_from_checkpoint", "true"]):
-        # processes of their own: vLLM's state of the first would be in the way of the second
+        # each run in its own process, since vLLM's state of the first would disturb the second
         done = subprocess.run([sys.executable, "-c", COMMAND_LINE, *command, *flags], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    key = "sampling/sampling_logp_difference/max"  # between vLLM's log-probabilities and the trainer's
+    key = "sampling/sampling_logp_difference/max"  # between the log-probabilities of vLLM and of the trainer
     found = {line["step"]: line[key] for line in lines if key in line}
     assert found.keys() == {1, 2}, lines
     assert max(found.values()) < 1e-4
     assert isinstance(AutoModelForCausalLM.from_pretrained(tmp_path / "run"), LogitMixForCausalLM)
 
 
-def test_members_whose_classes_vllm_would_change_are_refused_in_one_process():
+def test_members_whose_classes_vllm_would_patch_are_rejected():
     config = LogitMixConfig.from_member_configs([Qwen2Config(), GPTNeoXConfig()])
     with pytest.raises(
-        ValueError, match="anchor_0 is a GPTNeoXForCausalLM, which vLLM runs by transformers' own classes"
+        ValueError, match="anchor_0 is a GPTNeoXForCausalLM, which vLLM runs through transformers' own classes"
     ):
         validate_architectures(config)
     validate_architectures(LogitMixConfig.from_member_configs([Qwen2Config(), LlamaConfig()]))

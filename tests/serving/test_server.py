@@ -1,4 +1,4 @@
-"""vLLM's OpenAI-compatible server with a mixture, asked by the official client."""
+"""vLLM's OpenAI-compatible server of a mixture, called by the official client."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -25,17 +25,17 @@ def server(folder):
     server.kill()
 
 
-def ask(client, prompt=PROMPT, fields=None, **kwargs):
+def complete(client, prompt=PROMPT, fields=None, **kwargs):
     arguments = {"temperature": 0, "max_tokens": 8, "logprobs": 0} | kwargs
     extra = {"return_token_ids": True, "ignore_eos": True} | (fields or {})
     return client.completions.create(model="mixture", prompt=prompt, extra_body=extra, **arguments)
 
 
-def test_64_requests_at_once_each_with_its_own_alpha(client, mixture):
-    asked = [([3 + (7 * i + j) % (VOCAB_SIZE - 3) for j in range(2 + i % 9)], i / 63) for i in range(64)]
+def test_concurrent_requests_each_have_their_own_alpha(client, mixture):
+    requests = [([3 + (7 * i + j) % (VOCAB_SIZE - 3) for j in range(2 + i % 9)], i / 63) for i in range(64)]
     with ThreadPoolExecutor(64) as pool:
-        answers = list(pool.map(lambda pair: ask(client, pair[0], {"alpha": pair[1]}), asked))
-    for (prompt, alpha), answer in zip(asked, answers, strict=True):
+        answers = list(pool.map(lambda pair: complete(client, pair[0], {"alpha": pair[1]}), requests))
+    for (prompt, alpha), answer in zip(requests, answers, strict=True):
         (choice,) = answer.choices
         assert choice.token_ids == greedy_tokens(mixture, prompt, 8, alpha=alpha)
         expected = token_log_probs(mixture, prompt + choice.token_ids, alpha=alpha)[len(prompt) - 1 :]
@@ -47,17 +47,17 @@ def test_64_requests_at_once_each_with_its_own_alpha(client, mixture):
     assert "vllm:generation_tokens_total" in metrics
 
 
-def test_weights_a_member_and_the_log_probs_of_each_member(client, mixture):
-    (choice,) = ask(client, fields={"weights": [0.8, 0.2], "member_logprobs": True}).choices
+def test_requests_can_set_weights_and_members_and_get_member_logprobs(client, mixture):
+    (choice,) = complete(client, fields={"weights": [0.8, 0.2], "member_logprobs": True}).choices
     assert choice.token_ids == greedy_tokens(mixture, PROMPT, 8, alpha=0.2)
     for name, alpha in (("policy", 0.0), ("anchor_0", 1.0)):
         expected = token_log_probs(mixture, PROMPT + choice.token_ids, alpha=alpha)[len(PROMPT) - 1 :].tolist()
         assert max(abs(a - b) for a, b in zip(expected, choice.member_logprobs[name], strict=True)) < TOLERANCE
-        (alone,) = ask(client, fields={"member": name}).choices
+        (alone,) = complete(client, fields={"member": name}).choices
         assert alone.token_ids == greedy_tokens(mixture, PROMPT, 8, alpha=alpha)
 
 
-def test_chat_and_streaming(client, mixture):
+def test_chat_with_and_without_streaming(client, mixture):
     prompt = mixture.tokenizer("ab12=")["input_ids"]
     arguments = {
         "model": "mixture",
@@ -72,11 +72,11 @@ def test_chat_and_streaming(client, mixture):
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected
 
 
-def test_stop_strings_seeds_and_several_choices(client):
-    text = ask(client, max_tokens=16).choices[0].text
-    assert ask(client, max_tokens=16, stop=[text[3]]).choices[0].text == text[: text.index(text[3])]
+def test_stop_strings_seeds_and_n_work_as_in_vllm(client):
+    text = complete(client, max_tokens=16).choices[0].text
+    assert complete(client, max_tokens=16, stop=[text[3]]).choices[0].text == text[: text.index(text[3])]
     sampled = [
-        [choice.token_ids for choice in ask(client, fields={"alpha": 0.5}, temperature=1, n=3, seed=7).choices]
+        [choice.token_ids for choice in complete(client, fields={"alpha": 0.5}, temperature=1, n=3, seed=7).choices]
         for _ in range(2)
     ]
     assert sampled[0] == sampled[1]
@@ -84,41 +84,41 @@ def test_stop_strings_seeds_and_several_choices(client):
 
 
 @pytest.mark.parametrize(
-    ("fields", "sentence"),
+    ("fields", "message"),
     [
         ({"alpha": 1.5}, "alpha is 1.5, but this server takes 0.0 to 1.0"),
-        ({"alpha": 0.5, "weights": [0.5, 0.5]}, "pass one of alpha, weights, not 2"),
+        ({"alpha": 0.5, "weights": [0.5, 0.5]}, "the request sets alpha and weights; set only one of them"),
         ({"weights": [0.2, 0.3, 0.5]}, "2 members"),
         ({"member": "teacher"}, "there is no member 'teacher'; the members are policy, anchor_0"),
         ({"alpha": None, "weights": "half"}, "weights is 'half', but must be a list of numbers"),
     ],
 )
-def test_bad_fields_are_answered_by_400(client, fields, sentence):
+def test_invalid_fields_return_status_400(client, fields, message):
     with pytest.raises(openai.BadRequestError) as caught:
-        ask(client, fields=fields)
-    assert sentence in caught.value.message
+        complete(client, fields=fields)
+    assert message in caught.value.message
 
 
-def test_a_prompt_longer_than_the_context_and_another_models_name(client):
+def test_a_too_long_prompt_and_an_unknown_model_are_rejected(client):
     with pytest.raises(openai.BadRequestError, match="128"):
-        ask(client, [5] * 200)
+        complete(client, [5] * 200)
     with pytest.raises(openai.NotFoundError, match="other"):
         client.completions.create(model="other", prompt=PROMPT)
 
 
-def test_a_cancelled_request_and_a_killed_server_leave_nothing_behind(server, client, mixture):
+def test_the_server_works_after_a_cancelled_request_and_after_being_killed(server, client, mixture):
     expected = greedy_tokens(mixture, PROMPT, 8)
     with pytest.raises(openai.APITimeoutError):
         client.with_options(timeout=0.05).completions.create(
             model="mixture", prompt=PROMPT, max_tokens=110, n=8, extra_body={"ignore_eos": True, "alpha": 0.9}
         )
-    assert ask(client).choices[0].token_ids == expected
+    assert complete(client).choices[0].token_ids == expected
     before = {path.name: path.read_bytes() for path in server.folder.iterdir()}
     with ThreadPoolExecutor(8) as pool:
-        under_load = [pool.submit(ask, client, max_tokens=110, fields={"alpha": 0.9}) for _ in range(8)]
+        under_load = [pool.submit(complete, client, max_tokens=110, fields={"alpha": 0.9}) for _ in range(8)]
         time.sleep(0.1)
         server.kill()
         assert any(future.exception() is not None for future in under_load)
     server.start()
-    assert ask(client).choices[0].token_ids == expected
+    assert complete(client).choices[0].token_ids == expected
     assert {path.name: path.read_bytes() for path in server.folder.iterdir()} == before

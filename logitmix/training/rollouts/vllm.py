@@ -18,9 +18,9 @@ from trl import GRPOConfig
 from logitmix.mixture.configuration import LogitMixConfig
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.training.rollouts.trl_patches import PatchedVLLMGeneration, generation_class
-from logitmix.training.rollouts.vllm_patches import reload_weights_in_place
+from logitmix.training.vllm_patches import reload_weights_in_place
 
-POLICY = "policy."
+POLICY_PREFIX = "policy."
 
 
 class MixtureVLLMGeneration(PatchedVLLMGeneration):
@@ -28,11 +28,11 @@ class MixtureVLLMGeneration(PatchedVLLMGeneration):
 
     model: LogitMixForCausalLM
     generation_kwargs: dict[str, Any]
-    _pushes_all = False
+    _push_all_weights = False
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The policy's trained weights, or all weights after a deep sleep of vLLM."""
-        if self._pushes_all:
+        """The policy's trained weights, or all weights after vLLM slept at level 2."""
+        if self._push_all_weights:
             yield from super().named_weights()
             return
         mixture = self.model
@@ -41,16 +41,17 @@ class MixtureVLLMGeneration(PatchedVLLMGeneration):
         try:
             for name, parameter in super().named_weights():
                 if name in trained:
-                    yield POLICY + name, parameter
+                    yield POLICY_PREFIX + name, parameter
         finally:
             self.model = mixture
 
     def sync_weights(self) -> None:
-        """Push the trained weights (after a deep sleep, all) into vLLM, which forgets its cached prefixes."""
-        self._pushes_all = self.weights_are_discarded
+        """Push `named_weights` into vLLM, and reset its prefix cache."""
+        self._push_all_weights = self.weights_are_discarded
         is_adapter = "policy" in self.model.config.adapters
         if self.mode == "colocate" and self.accelerator.device.type == "cpu" and not is_adapter:
-            reload_weights_in_place(self.llm, self.detached_weights(), prefix="" if self._pushes_all else POLICY)
+            prefix = "" if self._push_all_weights else POLICY_PREFIX
+            reload_weights_in_place(self.llm, self.detached_weights(), prefix)
         else:
             super().sync_weights()
 
@@ -60,50 +61,56 @@ class MixtureVLLMGeneration(PatchedVLLMGeneration):
             return super().generate(*args, **kwargs)
 
     def greedy(self, prompts: Sequence[Sequence[int]], alphas: Sequence[float]) -> list[list[int]]:
-        """The greedy completion of each prompt at its own alpha.
+        """The greedy completion of each prompt at its own alpha, as token ids.
 
-        They are one batch where vLLM is in this process. TRL's server and its tensor parallelism take one alpha at a
-        time.
+        With an engine in this process they are one batch. TRL's server, tensor parallelism and sleep mode take one set
+        of sampling parameters per call, and so one batch per alpha.
         """
+        is_one_batch = self.mode == "colocate" and self.tensor_parallel_size == 1 and not self.enable_sleep_mode
+        with self._sampling_parameters(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, n=1):
+            generate = self._generate_one_batch if is_one_batch else self._generate_by_alpha
+            return generate(prompts, alphas)
+
+    def _generate_one_batch(self, prompts: Sequence[Sequence[int]], alphas: Sequence[float]) -> list[list[int]]:
         from vllm import SamplingParams
 
-        with self._sampling_parameters(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, n=1):
-            if self.mode == "colocate" and self.tensor_parallel_size == 1 and not self.enable_sleep_mode:
-                shared = {"max_tokens": self.max_completion_length, "repetition_penalty": self.repetition_penalty}
-                params = [
-                    SamplingParams(**shared | self.generation_kwargs | {"extra_args": {"alpha": alpha}})
-                    for alpha in alphas
-                ]
-                requests = [{"prompt_token_ids": list(ids)} for ids in prompts]
-                outputs = self.llm.generate(requests, params, use_tqdm=False)
-                return [list(output.outputs[0].token_ids) for output in outputs]
-            completions: dict[int, list[int]] = {}
-            for alpha in dict.fromkeys(alphas):
-                rows = [i for i, other in enumerate(alphas) if other == alpha]
-                with self._sampling_parameters(extra_args={"alpha": alpha}):
-                    _, ids, _, _ = super().generate([list(prompts[i]) for i in rows], None, 1)
-                completions |= zip(rows, ids, strict=True)
-            return [completions[i] for i in range(len(prompts))]
+        shared = {"max_tokens": self.max_completion_length, "repetition_penalty": self.repetition_penalty}
+        params = [
+            SamplingParams(**shared | self.generation_kwargs | {"extra_args": {"alpha": alpha}}) for alpha in alphas
+        ]
+        requests = [{"prompt_token_ids": list(ids)} for ids in prompts]
+        outputs = self.llm.generate(requests, params, use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    def _generate_by_alpha(self, prompts: Sequence[Sequence[int]], alphas: Sequence[float]) -> list[list[int]]:
+        completions: dict[int, list[int]] = {}
+        for alpha in dict.fromkeys(alphas):
+            rows = [i for i, other in enumerate(alphas) if other == alpha]
+            with self._sampling_parameters(extra_args={"alpha": alpha}):
+                _, ids, _, _ = super().generate([list(prompts[i]) for i in rows], None, 1)
+            completions |= zip(rows, ids, strict=True)
+        return [completions[i] for i in range(len(prompts))]
 
     @contextmanager
-    def _sampling_parameters(self, **sampling: Any) -> Iterator[None]:
+    def _sampling_parameters(self, **parameters: Any) -> Iterator[None]:
         """Add sampling parameters within the context."""
-        own = self.generation_kwargs
-        self.generation_kwargs = own | sampling
+        original = self.generation_kwargs
+        self.generation_kwargs = original | parameters
         try:
             yield
         finally:
-            self.generation_kwargs = own
+            self.generation_kwargs = original
 
 
 @contextmanager
 def mixture_for_vllm(model: LogitMixForCausalLM, tokenizer: Any, args: GRPOConfig) -> Iterator[None]:
     """Within the context TRL's trainer builds a `MixtureVLLMGeneration`, and vLLM finds the mixture on disk.
 
-    All processes need to see `output_dir`. The saved copy is removed once vLLM has loaded it. With `vllm_mode`
-    `"server"`, the server has loaded the mixture itself.
+    The mixture is saved in `output_dir/.vllm`, which all processes need to see, and removed once vLLM has loaded it.
+    With `vllm_mode="server"` nothing is saved, since the server has loaded the mixture itself. Raises `ValueError` as
+    `validate_architectures`.
     """
-    state, folder, own_name = PartialState(), Path(args.output_dir) / ".vllm", model.name_or_path
+    state, folder, original_name = PartialState(), Path(args.output_dir) / ".vllm", model.name_or_path
     if args.vllm_mode == "colocate":
         validate_architectures(model.config)
         if state.is_main_process:
@@ -115,7 +122,7 @@ def mixture_for_vllm(model: LogitMixForCausalLM, tokenizer: Any, args: GRPOConfi
         with generation_class(MixtureVLLMGeneration):
             yield
     finally:
-        model.name_or_path = own_name
+        model.name_or_path = original_name
         if state.is_main_process:  # TRL waits for all processes when its vLLM has started
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -123,7 +130,7 @@ def mixture_for_vllm(model: LogitMixForCausalLM, tokenizer: Any, args: GRPOConfi
 def validate_architectures(config: LogitMixConfig) -> None:
     """Raise `ValueError` for a member that vLLM runs through transformers' classes.
 
-    It replaces their methods for the whole process, after which the trainer's own model of that class fails.
+    vLLM replaces methods of these classes for the whole process, after which the trainer's own model fails.
     """
     from vllm import ModelRegistry
 
@@ -132,18 +139,21 @@ def validate_architectures(config: LogitMixConfig) -> None:
         registered = ModelRegistry.models.get(architecture)
         if getattr(registered, "class_name", "").startswith("Transformers"):
             raise ValueError(
-                f"the member {name} is a {architecture}, which vLLM runs by transformers' own classes and changes in "
-                "this process; set vllm_mode='server', or leave out use_vllm"
+                f"the member {name} is a {architecture}, which vLLM runs through transformers' own classes and "
+                "changes in this process; set vllm_mode='server', or leave out use_vllm"
             )
 
 
-def sampling_settings(
-    given: dict[str, Any] | None, stop_strings: Sequence[str], eos_token_ids: Sequence[int]
+def sampling_parameters(
+    generation_kwargs: dict[str, Any] | None, stop_strings: Sequence[str], eos_token_ids: Sequence[int]
 ) -> dict[str, Any]:
-    """vLLM's sampling parameters that end a completion; transformers' `min_new_tokens` is its `min_tokens`."""
-    settings = dict(given or {})
-    if "min_new_tokens" in settings:
-        settings["min_tokens"] = settings.pop("min_new_tokens")
+    """vLLM's sampling parameters for `generation_kwargs`, with its parameters for what ends a completion.
+
+    transformers' `min_new_tokens` is vLLM's `min_tokens`; all other `generation_kwargs` are already vLLM's.
+    """
+    parameters = dict(generation_kwargs or {})
+    if "min_new_tokens" in parameters:
+        parameters["min_tokens"] = parameters.pop("min_new_tokens")
     if stop_strings:
-        settings |= {"stop": list(stop_strings), "include_stop_str_in_output": True}
-    return {"stop_token_ids": list(eos_token_ids)} | settings
+        parameters |= {"stop": list(stop_strings), "include_stop_str_in_output": True}
+    return {"stop_token_ids": list(eos_token_ids)} | parameters

@@ -1,6 +1,5 @@
-"""transformers' own server with a mixture, where vLLM is missing, asked by the official client."""
+"""transformers' server of a mixture without vLLM, called by the official client."""
 
-import inspect
 import re
 import subprocess
 import sys
@@ -15,21 +14,20 @@ pytest.importorskip("openai", reason="the openai client is not installed: pip in
 
 import openai
 
-from logitmix.serving.without_vllm import ANSWERED, HARMLESS, NEUTRAL, _Chat, _Completions, _Responses
 from tests.helpers.engines import greedy_tokens
-from tests.helpers.servers import ServerWithoutVLLM
+from tests.helpers.servers import TransformersServer
 
 PROMPT = "ab12="
 
 
 @pytest.fixture(scope="module")
 def server(folder):
-    server = ServerWithoutVLLM(folder / "mixture", folder / "log.txt")
+    server = TransformersServer(folder / "mixture", folder / "log.txt")
     yield server
     server.kill()
 
 
-def ask(client, prompt=PROMPT, fields=None, **kwargs):
+def complete(client, prompt=PROMPT, fields=None, **kwargs):
     arguments = {"temperature": 0, "max_tokens": 8} | kwargs
     return client.completions.create(model="mixture", prompt=prompt, extra_body=fields, **arguments).choices[0].text
 
@@ -39,18 +37,18 @@ def expected(mixture, prompt=PROMPT, length=8, **weights):
     return mixture.tokenizer.decode(tokens, skip_special_tokens=True)
 
 
-def test_it_says_what_it_is(server, client):
+def test_the_log_names_the_server_and_the_model_has_one_name(server, client):
     assert "transformers' own server answers" in server.log.read_text()
     assert [model.id for model in client.models.list()] == ["mixture"]
     assert client.completions.create(model="mixture", prompt=PROMPT, max_tokens=1).model == "mixture"
 
 
-def test_requests_at_once_each_with_its_own_alpha(client, mixture):
-    asked = [(PROMPT * (1 + i % 3), i / 15) for i in range(16)]
-    assert len({expected(mixture, *pair[:1], alpha=pair[1]) for pair in asked}) > 3
+def test_concurrent_requests_each_have_their_own_alpha(client, mixture):
+    requests = [(PROMPT * (1 + i % 3), i / 15) for i in range(16)]
+    assert len({expected(mixture, *pair[:1], alpha=pair[1]) for pair in requests}) > 3
     with ThreadPoolExecutor(16) as pool:
-        answers = list(pool.map(lambda pair: ask(client, pair[0], {"alpha": pair[1]}), asked))
-    assert answers == [expected(mixture, prompt, alpha=alpha) for prompt, alpha in asked]
+        answers = list(pool.map(lambda pair: complete(client, pair[0], {"alpha": pair[1]}), requests))
+    assert answers == [expected(mixture, prompt, alpha=alpha) for prompt, alpha in requests]
 
 
 def test_the_example_client_prints_the_answer_at_each_alpha(server, mixture):
@@ -60,18 +58,18 @@ def test_the_example_client_prints_the_answer_at_each_alpha(server, mixture):
     assert printed.splitlines() == [f"alpha {alpha:g}: {answer!r}" for alpha, answer in answers.items()]
 
 
-def test_the_servers_alpha_weights_and_a_member(client, mixture):
-    assert ask(client) == expected(mixture, alpha=0.4)
-    assert ask(client, fields={"weights": [0.8, 0.2]}) == expected(mixture, alpha=0.2)
-    assert ask(client, fields={"member": "anchor"}) == expected(mixture, alpha=1.0)
+def test_the_servers_alpha_and_a_requests_weights_and_member(client, mixture):
+    assert complete(client) == expected(mixture, alpha=0.4)
+    assert complete(client, fields={"weights": [0.8, 0.2]}) == expected(mixture, alpha=0.2)
+    assert complete(client, fields={"member": "anchor"}) == expected(mixture, alpha=1.0)
 
 
-def test_chat_and_streaming(client, mixture):
-    asked = {"model": "mixture", "messages": [{"role": "user", "content": "ab12"}], "temperature": 0}
-    asked |= {"max_completion_tokens": 8, "extra_body": {"alpha": 0.7}}
+def test_chat_with_and_without_streaming(client, mixture):
+    request = {"model": "mixture", "messages": [{"role": "user", "content": "ab12"}], "temperature": 0}
+    request |= {"max_completion_tokens": 8, "extra_body": {"alpha": 0.7}}
     text = expected(mixture, alpha=0.7)
-    assert client.chat.completions.create(**asked).choices[0].message.content == text
-    chunks = list(client.chat.completions.create(**asked, stream=True))
+    assert client.chat.completions.create(**request).choices[0].message.content == text
+    chunks = list(client.chat.completions.create(**request, stream=True))
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == text
     streamed = client.completions.create(
         model="mixture", prompt=PROMPT, temperature=0, max_tokens=8, stream=True, extra_body={"alpha": 0.7}
@@ -86,33 +84,33 @@ def test_the_responses_api(client, mixture):
     assert response.output_text == expected(mixture, alpha=0.7)
 
 
-def test_it_samples_from_all_tokens_unless_told_otherwise(client):
-    """The vocabulary has 61 tokens, and transformers takes the 50 likeliest where the request does not say."""
-    first, second, again = (ask(client, temperature=1000, max_tokens=110, seed=seed) for seed in (0, 1, 0))
+def test_requests_sample_from_all_tokens_by_default(client):
+    """The vocabulary has 61 tokens, and transformers' default is top_k=50."""
+    first, second, again = (complete(client, temperature=1000, max_tokens=110, seed=seed) for seed in (0, 1, 0))
     assert len(set(first + second)) > 50
     assert first == again != second
 
 
-def test_a_seed_holds_among_other_requests(client):
+def test_a_seed_reproduces_samples_among_concurrent_requests(client):
     def sampled(seed):
-        return ask(client, temperature=1.5, max_tokens=40, seed=seed)
+        return complete(client, temperature=1.5, max_tokens=40, seed=seed)
 
     alone = [sampled(seed) for seed in range(8)]
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(sampled, range(8))) == alone
 
 
-def test_it_ends_where_the_context_does(client):
-    assert len(ask(client, "a" * 100, max_tokens=1000, fields={"alpha": 0.0})) <= 28
+def test_a_completion_ends_where_the_context_does(client):
+    assert len(complete(client, "a" * 100, max_tokens=1000, fields={"alpha": 0.0})) <= 28
     with pytest.raises(
         openai.BadRequestError,
         match="the prompt has 200 tokens, which leaves no room for a completion in the members' context of 128",
     ):
-        ask(client, "a" * 200)
+        complete(client, "a" * 200)
 
 
 @pytest.mark.parametrize(
-    ("asked", "sentence"),
+    ("arguments", "message"),
     [
         ({"fields": {"alpha": 1.5}}, "alpha is 1.5, but this server takes 0.0 to 1.0"),
         ({"fields": {"member": "teacher"}}, "there is no member 'teacher'; the members are policy, anchor_0"),
@@ -129,45 +127,32 @@ def test_it_ends_where_the_context_does(client):
         ({"prompt": ""}, "the prompt is empty"),
     ],
 )
-def test_what_it_cannot_do_is_answered_by_400(client, asked, sentence):
+def test_invalid_and_unsupported_fields_return_status_400(client, arguments, message):
     with pytest.raises(openai.BadRequestError) as caught:
-        ask(client, **asked)
-    assert sentence in caught.value.message
+        complete(client, **arguments)
+    assert message in caught.value.message
 
 
-def test_a_stop_string_ends_a_text_and_stays_in_it(client, mixture):
+def test_a_stop_string_ends_the_text_and_stays_in_it(client, mixture):
     text = expected(mixture, alpha=0.4)
-    assert ask(client, stop=[text[3]]) == text[: text.index(text[3]) + 1]
+    assert complete(client, stop=[text[3]]) == text[: text.index(text[3]) + 1]
 
 
-@pytest.mark.parametrize("handler", [_Chat, _Completions, _Responses])
-def test_what_it_answers_transformers_reads(handler):
-    """An assumption about transformers: what its handler reads, it reads by name from `body`."""
-    answered = ANSWERED | handler._answered
-    fields = handler._valid_params_class.__mutable_keys__
-    assert answered <= fields
-    bases = [base for base in handler.__mro__ if base.__module__.startswith("transformers")]
-    sources = "".join(map(inspect.getsource, bases))
-    read = set(re.findall(r'body(?:\.get\(|\[)"(\w+)"', sources))
-    assert answered - {"seed"} <= read  # the seed is set by ours
-    assert read & fields - answered <= HARMLESS | NEUTRAL.keys()
+def test_fields_without_effect_are_accepted(client, mixture):
+    assert complete(client, n=1, user="me", fields={"member_logprobs": False}) == expected(mixture, alpha=0.4)
 
 
-def test_what_changes_nothing_may_be_asked(client, mixture):
-    assert ask(client, n=1, user="me", fields={"member_logprobs": False}) == expected(mixture, alpha=0.4)
-
-
-def test_another_models_name(client):
+def test_an_unknown_model_is_rejected(client):
     with pytest.raises(openai.BadRequestError, match="other"):
         client.completions.create(model="other", prompt=PROMPT)
 
 
-def test_the_documentations_request(server, mixture, capsys):
-    """As it stands there, to this server: another model, so other texts than there."""
+def test_the_documented_client_prints_the_answer_at_each_alpha(server, mixture, capsys):
+    """The code of the page runs unchanged but for the address, the model's name and the prompt."""
     page = (ROOT / "docs" / "serving.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     code = code.replace("http://localhost:8000", server.url).replace("runs/quickstart/fixed_mixing", "mixture")
-    code, prompt = code.replace("=?\\n", "=?"), "7+8-9+4=?"  # a newline is no token here
+    code, prompt = code.replace("=?\\n", "=?"), "7+8-9+4=?"  # the test's tokenizer has no newline
     exec(compile(code, "docs/serving.md", "exec"), {})
     texts = [expected(mixture, prompt, 64, alpha=alpha) for alpha in (0.0, 0.3, 1.0)]
     lines = capsys.readouterr().out.splitlines()

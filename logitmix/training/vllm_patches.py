@@ -1,4 +1,4 @@
-"""Internals of vLLM that rollouts read.
+"""Internals of vLLM that rollouts use.
 
 Written against vLLM 0.32; tests/serving/test_vllm_patches.py is the contract.
 """
@@ -10,16 +10,16 @@ from torch import Tensor
 
 
 def reload_weights_in_place(llm: Any, weights: Iterable[tuple[str, Tensor]], prefix: str = "") -> None:
-    """Load weights into the model of an engine in this process, then forget its cached prefixes.
+    """Load weights into the model of an engine in this process, then reset its prefix cache.
 
-    vLLM repacks the weights of linear layers for a CPU, after which it cannot load tensors one by one. With a `prefix`
-    such as `"policy."`, the weights are those of that part of the model, and the rest is left as it is.
+    On a CPU vLLM repacks the weights of linear layers, after which `load_weights` cannot load single tensors. With a
+    `prefix` such as `"policy."`, the weights are those of that submodule, and the others are left unchanged.
     """
     from vllm.model_executor.model_loader.reload.inplace import reload_weights
 
     engine = llm.llm_engine
     model = engine.model_executor.driver_worker.model_runner.model
-    if prefix:  # vLLM walks through everything it is given
+    if prefix:  # vLLM reloads the whole module that it is given
         model = getattr(model, prefix.removesuffix("."))
         weights = ((name.removeprefix(prefix), weight) for name, weight in weights)
     reload_weights(engine.vllm_config, model, weights, weights_path=None, is_checkpoint_format=True)

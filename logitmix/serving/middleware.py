@@ -1,0 +1,193 @@
+"""The mixture's fields in requests to vLLM's OpenAI-compatible server.
+
+Beside OpenAI's fields, `alpha`, `weights` or `member` set the request's own mixture, and `member_logprobs` returns the
+log-probability of each generated token under each member. The server is vLLM's own, with one middleware: `vllm serve
+CHECKPOINT --middleware logitmix.serving.middleware.MixtureFields`.
+"""
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from typing import Any
+from uuid import uuid4
+
+from prometheus_client import Histogram
+from vllm import SamplingParams
+
+from logitmix.mixture.configuration import LogitMixConfig
+from logitmix.serving.batch_weights import BatchWeights
+from logitmix.serving.request_weights import REQUEST_FIELDS, parse_request_weights
+
+COMPLETIONS = ("/v1/completions", "/v1/chat/completions")
+PATHS = (*COMPLETIONS, "/v1/responses")
+ALPHA = Histogram(
+    "logitmix_request_alpha",
+    "Weight of the anchor in the mixture of each request.",
+    buckets=[i / 10 for i in range(11)],
+)
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+
+class MixtureFields:
+    """ASGI middleware that moves the mixture's fields to vLLM's sampling parameters, and adds `member_logprobs`.
+
+    It answers invalid fields with status 400. Requests that are not completions pass through unchanged.
+    """
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        config = BatchWeights.served_config
+        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in PATHS or config is None:
+            await self.app(scope, receive, send)
+            return
+        body = await _read_body(receive)
+        request = _parse_object(body)
+        if request is None:  # vLLM reports the error
+            await self.app(scope, _replay_body(body, receive), send)
+            return
+        try:
+            weights = _move_mixture_fields(request, config)
+            wants_member_logprobs = _take_member_logprobs(request, scope["path"])
+        except ValueError as error:
+            await _send_error(send, str(error))
+            return
+        if len(config.members) == 2:
+            ALPHA.observe((weights or config.weights)[1])
+        if wants_member_logprobs:
+            await self._respond_with_member_logprobs(request, config.members, scope, receive, send)
+        else:
+            await self._call_app(request, scope, receive, send)
+
+    async def _call_app(self, request: dict[str, Any], scope: Message, receive: Receive, send: Send) -> None:
+        body = _to_json(request)
+        await self.app(_with_content_length(scope, body), _replay_body(body, receive), send)
+
+    async def _respond_with_member_logprobs(
+        self, request: dict[str, Any], members: list[str], scope: Message, receive: Receive, send: Send
+    ) -> None:
+        start: Message = {}
+        chunks: list[bytes] = []
+
+        async def collect(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                start.update(message)
+            else:
+                chunks.append(message.get("body", b""))
+
+        await self._call_app(request | {"return_token_ids": True}, scope, receive, collect)
+        body = b"".join(chunks)
+        if start["status"] == 200:
+            keep_ids = bool(request.get("return_token_ids"))
+            body = await _add_member_logprobs(scope["app"].state.engine_client, body, members, keep_ids)
+        await _send_response(send, start["status"], list(start["headers"]), body)
+
+
+def _take_member_logprobs(request: dict[str, Any], path: str) -> bool:
+    """Remove `member_logprobs` from the request, and return whether it is set."""
+    is_set = bool(request.pop("member_logprobs", False))
+    if is_set and (request.get("stream") or path not in COMPLETIONS):
+        raise ValueError(
+            f"member_logprobs is only supported for {' and '.join(COMPLETIONS)} without stream; leave it out, or set "
+            "stream to false"
+        )
+    return is_set
+
+
+def _move_mixture_fields(request: dict[str, Any], config: LogitMixConfig) -> list[float] | None:
+    """Move the mixture's fields to `vllm_xargs`, which vLLM passes on as `extra_args`; return the weights."""
+    fields = {key: request.pop(key) for key in REQUEST_FIELDS if key in request}
+    extra_args = (request.get("vllm_xargs") or {}) | fields
+    if fields:
+        request["vllm_xargs"] = extra_args
+    return parse_request_weights(config, extra_args)
+
+
+async def _add_member_logprobs(engine: Any, body: bytes, members: list[str], keep_ids: bool) -> bytes:
+    """Add `member_logprobs` to each choice of a response: for each member, one number per generated token."""
+    response = json.loads(body)
+    chat_prompt = response.get("prompt_token_ids")
+    for choice in response["choices"]:
+        prompt = choice.get("prompt_token_ids") or chat_prompt
+        scores = await asyncio.gather(*[_score(engine, prompt, choice["token_ids"], name) for name in members])
+        choice["member_logprobs"] = dict(zip(members, scores, strict=True))
+        if not keep_ids:
+            choice.pop("prompt_token_ids", None)
+            choice.pop("token_ids")
+    if not keep_ids:
+        response.pop("prompt_token_ids", None)
+    return _to_json(response)
+
+
+async def _score(engine: Any, prompt: list[int], completion: list[int], member: str) -> list[float]:
+    """Log-probability of each token of the completion under one member, at temperature 1.
+
+    The completion is scored as part of a prompt. vLLM has to generate one token after it.
+    """
+    params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, extra_args={"member": member})
+    async for output in engine.generate({"prompt_token_ids": prompt + completion}, params, f"member-{uuid4().hex}"):
+        final = output
+    positions = final.prompt_logprobs[len(prompt) :]
+    return [position[token].logprob for position, token in zip(positions, completion, strict=True)]
+
+
+# --- ASGI messages --------------------------------------------------------------------------------------------------
+
+
+async def _read_body(receive: Receive) -> bytes:
+    chunks = []
+    while True:
+        message = await receive()
+        chunks.append(message.get("body", b""))
+        if not message.get("more_body", False):
+            return b"".join(chunks)
+
+
+def _replay_body(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that returns the body first, then the client's later messages: a disconnect cancels the request."""
+    sent = False
+
+    async def replay() -> Message:
+        nonlocal sent
+        if sent:
+            return await receive()
+        sent = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay
+
+
+def _with_content_length(scope: Message, body: bytes) -> Message:
+    return dict(scope) | {"headers": _set_content_length(scope["headers"], body)}
+
+
+def _set_content_length(headers: Iterable[tuple[bytes, bytes]], body: bytes) -> list[tuple[bytes, bytes]]:
+    others = [(key, value) for key, value in headers if key.lower() != b"content-length"]
+    return [*others, (b"content-length", str(len(body)).encode())]
+
+
+def _parse_object(body: bytes) -> dict[str, Any] | None:
+    """The JSON object in a body, or None if it holds none."""
+    try:
+        value = json.loads(body)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _to_json(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode()
+
+
+async def _send_error(send: Send, message: str) -> None:
+    error = {"error": {"message": message, "type": "BadRequestError", "param": None, "code": 400}}
+    await _send_response(send, 400, [(b"content-type", b"application/json")], _to_json(error))
+
+
+async def _send_response(send: Send, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": _set_content_length(headers, body)})
+    await send({"type": "http.response.body", "body": body})

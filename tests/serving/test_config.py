@@ -1,0 +1,90 @@
+"""Mixtures that the plug-in rejects before vLLM loads any weights."""
+
+import json
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed; `make test-serving` has an environment with it")
+
+from transformers import LlamaConfig, MambaConfig, Qwen2Config
+from vllm import EngineArgs
+
+from logitmix.mixture.configuration import FORMAT_VERSION, LogitMixConfig
+from logitmix.serving import model
+from logitmix.serving.config import validate_members
+from tests.helpers.engines import engine
+from tests.helpers.vllm_members import build_mixture
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("mixture")
+    build_mixture("qwen2", "llama", alpha=0.4).save_pretrained(path)
+    return path
+
+
+def copy_with_config(folder, path, **values):
+    """Copy a checkpoint with changes to its configuration; return the copy's folder."""
+    for file in folder.iterdir():
+        (path / file.name).symlink_to(file)
+    config = json.loads((folder / "config.json").read_text()) | values
+    (path / "config.json").unlink()
+    (path / "config.json").write_text(json.dumps(config))
+    return str(path)
+
+
+def test_pipeline_parallelism_is_rejected(folder):
+    with pytest.raises(
+        ValueError, match="pipeline_parallel_size is 2, but must be 1 for a mixture; use tensor_parallel_size"
+    ):
+        EngineArgs(model=str(folder), pipeline_parallel_size=2).create_engine_config()
+
+
+def test_speculative_decoding_is_rejected(folder):
+    speculative = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
+    with pytest.raises(ValueError, match="speculative decoding is not supported for a mixture"):
+        EngineArgs(model=str(folder), speculative_config=speculative).create_engine_config()
+
+
+def test_vllms_second_model_runner_is_rejected(folder, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    with pytest.raises(ValueError, match=r"VLLM_USE_V2_MODEL_RUNNER is '1'.*set it to 0"):
+        EngineArgs(model=str(folder)).create_engine_config()
+
+
+def test_members_without_attention_are_rejected():
+    config = LogitMixConfig.from_member_configs([MambaConfig(num_hidden_layers=1), MambaConfig(num_hidden_layers=1)])
+    with pytest.raises(ValueError, match="the member policy is a mamba with layers other than attention"):
+        validate_members(config)
+
+
+def test_an_architecture_that_vllm_does_not_support_is_rejected():
+    config = LogitMixConfig.from_member_configs([Qwen2Config(), LlamaConfig(architectures=["LlamaForNobody"])])
+    with pytest.raises(
+        ValueError, match="the member anchor_0 is a LlamaForNobody, which this version of vLLM does not support"
+    ):
+        validate_members(config)
+
+
+def test_a_checkpoint_with_a_later_format_version_is_rejected(folder, tmp_path):
+    path = copy_with_config(folder, tmp_path, format_version=FORMAT_VERSION + 1)
+    with pytest.raises(ValueError, match=f"format version {FORMAT_VERSION + 1}.*install a newer logitmix"):
+        EngineArgs(model=path).create_engine_config()
+
+
+def test_a_context_that_does_not_fit_in_memory_is_rejected(folder, tmp_path, monkeypatch):
+    """The log names the bytes of a token; vLLM's error names those of the context, and the longest that fits."""
+    members = json.loads((folder / "config.json").read_text())
+    longer = {name: members[name] | {"max_position_embeddings": 1 << 22} for name in ("policy", "anchor_0")}
+    path = copy_with_config(folder, tmp_path, **longer)
+    # the policy has 2 layers of 2 heads of size 32, the anchor 3 of 1; keys and values in float32
+    token_bytes = (2 * 2 + 3 * 1) * 32 * 2 * 4
+    assert token_bytes * (1 << 22) == 7 << 30
+    logged = []
+    monkeypatch.setattr(model.logger, "info", lambda message, *values: logged.append(message % values))
+    with (
+        pytest.raises(ValueError, match=r"\(4194304\), \(7\.0 GiB KV.*estimated maximum model length is \d+"),
+        engine(path, max_model_len=1 << 22),
+    ):
+        pass
+    assert logged == [f"A token of context takes {token_bytes} bytes of KV cache, of all members."]
