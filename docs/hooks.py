@@ -14,7 +14,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
     def to_repository(match: re.Match[str]) -> str:
         target = posixpath.normpath(posixpath.join(folder, match[1]))
         if target.startswith(OUTSIDE) or target == NO_PAGE:
-            return f"]({config.repo_url}/blob/main/{target})"
+            return f"]({config.repo_url}/blob/main/{target}{match[2] or ''})"
         return match[0]
 
-    return re.sub(r"\]\((?!https?:|#)([^)#]+)\)", to_repository, markdown)
+    return re.sub(r"\]\((?!https?:|#)([^)#]+)(#[^)]*)?\)", to_repository, markdown)

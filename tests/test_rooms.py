@@ -86,7 +86,7 @@ def test_imports_run_downwards():
     "line",
     [
         "from logitmix.cli.train import run",
-        "import logitmix.serving.middleware",
+        "import logitmix.serving.http",
         "from logitmix import LogitMixConfig",
     ],
 )

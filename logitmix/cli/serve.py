@@ -82,7 +82,7 @@ def vllm_command(args: ServeArguments, vllm_flags: Sequence[str]) -> list[str]:
     overrides = config_overrides(args, folder)
     return [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder),
-        *("--middleware", "logitmix.serving.middleware.MixtureFields", "--hf-overrides", json.dumps(overrides)),
+        *("--middleware", "logitmix.serving.http.MixtureFields", "--hf-overrides", json.dumps(overrides)),
         *vllm_flags,
     ]
 
@@ -105,7 +105,7 @@ def serve_without_vllm(args: ServeArguments, flags: Sequence[str]) -> None:
     from accelerate import PartialState
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from logitmix.serving.transformers_server import serve
+    from logitmix.serving.without_vllm import serve
 
     folder = args.model_name_or_path if args.anchor is None else save_mixture(args)
     overrides = config_overrides(args, folder)

@@ -2,13 +2,13 @@
 
 A request's alpha passes through these files:
 
-1. `middleware.py` (vLLM) or `transformers_server.py` reads `alpha`, `weights` or `member` from the HTTP request; with
+1. `http.py` (vLLM) or `without_vllm.py` reads `alpha`, `weights` or `member` from the HTTP request; with
    vLLM's `LLM` they are in `SamplingParams.extra_args`.
-2. `request_weights.py` validates them and returns one weight per member.
-3. `batch_weights.py` keeps the weights of each request in vLLM's running batch.
+2. `requests.py` validates them and returns one weight per member.
+3. `weights.py` keeps the weights of each request in vLLM's running batch.
 4. `model.py` mixes the members' logits at these weights.
 
-`config.py` sets up vLLM for a mixture, `lora.py` runs members that are adapters of one model, and the two
+`config.py` sets up vLLM for a mixture, `adapters.py` runs members that are adapters of one model, and the two
 `*_patches.py` hold what depends on internals of vLLM and transformers.
 """
 

@@ -6,10 +6,10 @@ from vllm.config import ModelConfig, VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from logitmix.mixture.configuration import LogitMixConfig
-from logitmix.serving.batch_weights import BatchWeights
 from logitmix.serving.vllm_patches import choose_first_model_runner, declare_experts
+from logitmix.serving.weights import BatchWeights
 
-LOGITS_PROCESSOR = "logitmix.serving.batch_weights:BatchWeights"
+LOGITS_PROCESSOR = "logitmix.serving.weights:BatchWeights"
 ATTENTION_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 
 

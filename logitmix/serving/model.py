@@ -22,9 +22,9 @@ from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
 
 from logitmix.mixture.mixing import mix_logits
-from logitmix.serving.batch_weights import BatchWeights
-from logitmix.serving.lora import SharedModel
+from logitmix.serving.adapters import SharedModel
 from logitmix.serving.vllm_patches import kv_bytes_per_token, member_vllm_config, request_starts
+from logitmix.serving.weights import BatchWeights
 
 logger = init_logger("vllm.logitmix")
 

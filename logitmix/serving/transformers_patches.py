@@ -1,4 +1,4 @@
-"""What `transformers_server.py` replaces in `transformers.cli.serving`, and the private names of it that it reads.
+"""What `without_vllm.py` replaces in `transformers.cli.serving`, and the private names of it that it reads.
 
 Written against transformers 5.19; tests/serving/test_transformers_patches.py is the contract.
 """

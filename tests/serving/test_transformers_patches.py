@@ -1,4 +1,4 @@
-"""What serving/transformers_patches.py and serving/transformers_server.py assume of `transformers.cli.serving`."""
+"""What serving/transformers_patches.py and serving/without_vllm.py assume of `transformers.cli.serving`."""
 
 import inspect
 import re
@@ -13,7 +13,7 @@ from transformers.cli.serving.utils import GenerateManager, GenerationState
 
 from logitmix.serving import transformers_patches
 from logitmix.serving.transformers_patches import accepted_fields
-from logitmix.serving.transformers_server import (
+from logitmix.serving.without_vllm import (
     HARMLESS,
     NEUTRAL,
     SUPPORTED,

@@ -4,7 +4,7 @@ import pytest
 from transformers import LlamaConfig, Qwen2Config
 
 from logitmix.mixture.configuration import LogitMixConfig
-from logitmix.serving.request_weights import parse_request_weights
+from logitmix.serving.requests import parse_request_weights
 
 
 @pytest.mark.parametrize(

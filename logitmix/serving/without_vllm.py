@@ -22,7 +22,7 @@ from transformers.cli.serving.utils import GenerateManager
 
 from logitmix.mixture.context import context_length, validate_fits_context
 from logitmix.mixture.modeling import LogitMixForCausalLM
-from logitmix.serving.request_weights import REQUEST_FIELDS, parse_request_weights
+from logitmix.serving.requests import REQUEST_FIELDS, parse_request_weights
 from logitmix.serving.transformers_patches import SingleGenerationState, SingleModelManager, accepted_fields
 
 # fields of all three APIs that have an effect

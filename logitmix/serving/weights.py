@@ -15,7 +15,7 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 from logitmix.mixture.configuration import LogitMixConfig
-from logitmix.serving.request_weights import parse_request_weights
+from logitmix.serving.requests import parse_request_weights
 
 
 class BatchWeights(LogitsProcessor):

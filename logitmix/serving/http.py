@@ -2,7 +2,7 @@
 
 Beside OpenAI's fields, `alpha`, `weights` or `member` set the request's own mixture, and `member_logprobs` returns the
 log-probability of each generated token under each member. The server is vLLM's own, with one middleware: `vllm serve
-CHECKPOINT --middleware logitmix.serving.middleware.MixtureFields`.
+CHECKPOINT --middleware logitmix.serving.http.MixtureFields`.
 """
 
 import asyncio
@@ -15,8 +15,8 @@ from prometheus_client import Histogram
 from vllm import SamplingParams
 
 from logitmix.mixture.configuration import LogitMixConfig
-from logitmix.serving.batch_weights import BatchWeights
-from logitmix.serving.request_weights import REQUEST_FIELDS, parse_request_weights
+from logitmix.serving.requests import REQUEST_FIELDS, parse_request_weights
+from logitmix.serving.weights import BatchWeights
 
 COMPLETIONS = ("/v1/completions", "/v1/chat/completions")
 PATHS = (*COMPLETIONS, "/v1/responses")
