@@ -1,20 +1,18 @@
 """Checks of a training run before anything is sampled. Each error names the reason and the way out."""
 
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from transformers import PreTrainedModel
+from trl import GRPOTrainer
 from trl.import_utils import is_vllm_available
 
 from logitmix.mixture.context import context_length, validate_fits_context
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.training.alpha.controllers import CONTROLLERS, VALIDATING
 from logitmix.training.config import GROUP_LOSS, AnchorStatesOption, DynamicSampling, LogitMixGRPOConfig, LossHead
-
-if TYPE_CHECKING:
-    from logitmix.training.trl_patches import PatchedGRPOTrainer
 
 LOSS_TYPES_OF_TRL = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
 
@@ -146,7 +144,7 @@ def validate_sampling(args: LogitMixGRPOConfig) -> None:
             )
 
 
-def validate_train_size(trainer: "PatchedGRPOTrainer") -> None:
+def validate_train_size(trainer: GRPOTrainer) -> None:
     """Raise `ValueError` where an outer step needs more questions than there are: TRL would take no step at all."""
     if trainer.args.dynamic_sampling == "refill" and not isinstance(trainer.train_dataset, Dataset):
         raise ValueError(
@@ -162,7 +160,7 @@ def validate_train_size(trainer: "PatchedGRPOTrainer") -> None:
         )
 
 
-def validate_prompts_fit(trainer: "PatchedGRPOTrainer", dataset: Any, name: str = "prompt") -> None:
+def validate_prompts_fit(trainer: GRPOTrainer, dataset: Any, name: str = "prompt") -> None:
     """Raise `ValueError` where a prompt and its completion exceed the context."""
     context = context_length(trainer.model.config)
     if context is None or not isinstance(dataset, Dataset):

@@ -4,10 +4,11 @@ An outer step is one round of rollouts and the updates that use it. alpha change
 ratio of eq. 5 compares two mixtures at the same alpha.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from trl import GRPOTrainer
 
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.training.alpha.controllers import (
@@ -25,9 +26,6 @@ from logitmix.training.alpha.controllers import (
 from logitmix.training.alpha.validation import FreshQuestions, HeldOut, Rows, updates_per_outer_step, validate
 from logitmix.training.config import LogitMixGRPOConfig
 
-if TYPE_CHECKING:
-    from logitmix.training.grpo import LogitMixGRPOTrainer
-
 STATE = "alpha"  # in the checkpoint's trainer_state.json, under stateful_callbacks
 
 
@@ -39,7 +37,7 @@ class AlphaControl(TrainerCallback):
     trainer, so this one reads and writes its entry of the trainer state itself.
     """
 
-    def __init__(self, trainer: "LogitMixGRPOTrainer", questions: HeldOut | FreshQuestions | None) -> None:
+    def __init__(self, trainer: GRPOTrainer, questions: HeldOut | FreshQuestions | None) -> None:
         self.trainer, self.questions = trainer, questions
 
     def on_train_begin(

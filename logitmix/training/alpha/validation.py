@@ -1,26 +1,22 @@
 """Validation between outer steps: which questions, and how many of them each model answers correctly."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from datasets import Dataset
 from torch.utils.data import Sampler
+from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 
 from logitmix.training.alpha.controllers import VALIDATING, Counts
 from logitmix.training.config import LogitMixGRPOConfig
 from logitmix.training.process_shares import process_share
 
-if TYPE_CHECKING:
-    from logitmix.training.grpo import LogitMixGRPOTrainer
-
 Rows = Sequence[Mapping[str, Any]]
 
 
-def validation_questions(
-    trainer: "LogitMixGRPOTrainer", held_out: Dataset | None
-) -> "HeldOut | FreshQuestions | None":
+def validation_questions(trainer: GRPOTrainer, held_out: Dataset | None) -> "HeldOut | FreshQuestions | None":
     """The questions to validate on: those of `held_out` if given, or else training questions."""
     args, dataset = trainer.args, trainer.train_dataset
     if args.alpha_controller not in VALIDATING:
@@ -123,7 +119,7 @@ class FreshQuestions(Sampler[int]):
         return self.outer_steps * self.questions * self.repeats * self.passes
 
 
-def validate(trainer: "LogitMixGRPOTrainer", rows: Rows, alpha: float, with_anchor: bool) -> Counts:
+def validate(trainer: GRPOTrainer, rows: Rows, alpha: float, with_anchor: bool) -> Counts:
     """Count the correct greedy responses of policy, mixture at `alpha` and, if wanted, anchor (eq. 7-8).
 
     A process decodes its responses in one batch with an alpha per sequence. A response is correct if the weighted sum

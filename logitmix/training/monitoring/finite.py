@@ -5,15 +5,13 @@ Shape legend: N completions of all processes, F reward functions.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-
-if TYPE_CHECKING:
-    from logitmix.training.trl_patches import PatchedGRPOTrainer
+from trl import GRPOTrainer
 
 WAY_OUT = "Inspect the batch, then resume from the last checkpoint with another setting, such as a lower learning_rate"
 
@@ -64,7 +62,7 @@ def count_broken(values: Tensor, mask: Tensor | None = None) -> Tensor:
     return (broken if mask is None else broken & mask).sum()
 
 
-def stop_run(trainer: "PatchedGRPOTrainer", what: str, content: dict[str, Any], together: bool = True) -> None:
+def stop_run(trainer: GRPOTrainer, what: str, content: dict[str, Any], together: bool = True) -> None:
     """Save `content` under `output_dir/nonfinite-step-N`, one file per process, and raise `FloatingPointError`.
 
     All processes call it, or one alone with `together=False`. The step's update has not been made.
@@ -85,7 +83,7 @@ def stop_run(trainer: "PatchedGRPOTrainer", what: str, content: dict[str, Any], 
     )
 
 
-def stop_at_batches(trainer: "PatchedGRPOTrainer", what: str, batches: Sequence[dict[str, Any]]) -> None:
+def stop_at_batches(trainer: GRPOTrainer, what: str, batches: Sequence[dict[str, Any]]) -> None:
     """`stop_run` with the batches of the loss, and their texts."""
 
     def texts(ids_BT: Tensor, mask_BT: Tensor) -> list[str]:
@@ -103,7 +101,7 @@ def stop_at_batches(trainer: "PatchedGRPOTrainer", what: str, batches: Sequence[
 
 
 def require_finite_rewards(
-    trainer: "PatchedGRPOTrainer", rewards_NF: Tensor, prompts: Sequence[Any], completions: Sequence[Any]
+    trainer: GRPOTrainer, rewards_NF: Tensor, prompts: Sequence[Any], completions: Sequence[Any]
 ) -> None:
     """Stop the run at a reward that is not finite. `rewards_NF` are of all processes, the texts of this one."""
     broken = broken_reward(rewards_NF, trainer.reward_weights, trainer.reward_func_names)

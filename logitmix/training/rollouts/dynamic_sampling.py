@@ -10,14 +10,12 @@ import math
 import random
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from logitmix.training.trl_patches import PatchedGRPOTrainer
+from trl import GRPOTrainer
 
 Batch = dict[str, Any]
 
@@ -56,7 +54,7 @@ class QuestionStream:
 
 
 def refill(
-    trainer: "PatchedGRPOTrainer",
+    trainer: GRPOTrainer,
     batch: Batch,
     spread_Q: Tensor,
     sample: Callable[[list[dict[str, Any]]], tuple[Batch, Tensor]],
