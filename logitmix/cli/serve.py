@@ -124,6 +124,7 @@ def config_overrides(args: ServeArguments, folder: str) -> dict[str, Any]:
     """The values of the checkpoint's configuration that the flags set: weights, scheme, and the range of alpha."""
     from transformers import AutoConfig
 
+    import logitmix.mixture.modeling  # noqa: F401  registers the configuration with transformers
     from logitmix.mixture.configuration import LogitMixConfig, resolve_weights
 
     config = AutoConfig.from_pretrained(folder)

@@ -31,7 +31,7 @@ def register_config_hooks(architecture: str, hooks: type[VerifyAndUpdateConfig])
 
 
 def choose_first_model_runner() -> None:
-    """Choose vLLM's first model runner, since logits processors such as `BatchWeights` do not run in the second.
+    """Choose vLLM's first model runner, since the second does not support the interface of `BatchWeights`.
 
     vLLM reads the variable after this call. Raises `ValueError` if the environment chooses the second runner.
     """

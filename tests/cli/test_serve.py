@@ -3,6 +3,8 @@
 import json
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
 
@@ -39,6 +41,18 @@ def test_a_pair_is_saved_as_the_mixture_that_vllm_serves(folders):
     assert json.loads(again[again.index("--hf-overrides") + 1])["weights"] == pytest.approx([0.4, 0.6])
     with pytest.raises(ValueError, match="mixture exists"):
         command_of({"model_name_or_path": str(folders / "base")} | served)
+
+
+def test_a_saved_mixture_is_recognised_in_a_new_process(folders):
+    """Nothing else there has registered the mixture with transformers."""
+    mixture = str(folders / "mixture")
+    command_of({"model_name_or_path": str(folders / "base"), "anchor": str(folders / "sft"), "output_dir": mixture})
+    script = (
+        "import sys; from logitmix.cli import serve; "
+        "serve.os.execv, serve.find_spec = print, str; serve.main(sys.argv[1:])"
+    )
+    printed = subprocess.check_output([sys.executable, "-c", script, mixture], text=True)
+    assert '"weights": [0.5, 0.5]' in printed
 
 
 def test_the_mixture_is_saved_with_its_scheme(folders):
