@@ -11,7 +11,7 @@ import time
 
 import torch
 
-from logitmix.evaluation.decode import Request, decoder, members_of, requests_for
+from logitmix.evaluation.decode import Request, get_alphas, make_decoder, make_requests
 from logitmix.mixture.loading import load_member, require_tokenizer
 from logitmix.tasks import Arithmetic
 
@@ -27,8 +27,8 @@ def main() -> None:
     model, tokenizer, task = load_member(args.mixture).eval(), require_tokenizer(args.mixture), Arithmetic()
     print("| problems | one alpha a batch | all in one batch |\n|---|---|---|")
     for count in PROBLEMS:
-        decode = decoder(model, tokenizer, task, task.problems("test", count))
-        requests = list(requests_for(members_of(model), count))
+        decode = make_decoder(model, tokenizer, task, task.problems("test", count))
+        requests = list(make_requests(get_alphas(model), count))
         by_alpha: dict[str, list[Request]] = {}
         for request in requests:
             by_alpha.setdefault(request.name, []).append(request)

@@ -8,7 +8,7 @@ import random
 from typing import ClassVar
 
 from logitmix.tasks import Problem, Task, Template
-from logitmix.tasks.base import Split, check_request
+from logitmix.tasks.base import Split, validate_request
 
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 SIZES = {"train": 400, "validation": 40, "test": 40}
@@ -36,7 +36,7 @@ class Weekdays(Task):
             self._splits[split], pairs = pairs[:size], pairs[size:]
 
     def problems(self, split: Split, limit: int | None = None) -> list[Problem]:
-        check_request(split, limit)
+        validate_request(split, limit)
         return [self._problem(*pair) for pair in self._splits[split][:limit]]
 
     def _problem(self, day: int, count: int) -> Problem:

@@ -69,7 +69,7 @@ def decode_checkpoints(checkpoints: Sequence[str], options: ComplementOptions) -
     """Greedy responses of the checkpoints, by source, or by member for a single mixture. One is loaded at a time."""
     from accelerate import PartialState
 
-    from logitmix.evaluation.decode import decoder, in_batches, members_of, requests_for
+    from logitmix.evaluation.decode import get_alphas, make_batches, make_decoder, make_requests
     from logitmix.evaluation.metrics import group_by
     from logitmix.evaluation.responses import Responses, open_responses
     from logitmix.mixture.loading import load_member, require_tokenizer, validate_same_tokenizer
@@ -85,7 +85,7 @@ def decode_checkpoints(checkpoints: Sequence[str], options: ComplementOptions) -
     responses: Responses | None = None
     for source in checkpoints:
         model = load_member(source, **options.loading.init_kwargs).to(PartialState().device)
-        alphas = members_of(model)
+        alphas = get_alphas(model)
         if len(options.comparison.sources) == 1:
             if "anchor" not in alphas:
                 raise ValueError(
@@ -94,8 +94,8 @@ def decode_checkpoints(checkpoints: Sequence[str], options: ComplementOptions) -
             alphas = {name: alphas[name] for name in ("policy", "anchor")}
         else:  # a mixture is compared as a whole
             alphas = {source: alphas.get("mixture")}
-        decode = decoder(model, require_tokenizer(source), task, problems, args.max_new_tokens)
-        batches = in_batches(requests_for(alphas, len(problems)), args.batch_size)
+        decode = make_decoder(model, require_tokenizer(source), task, problems, args.max_new_tokens)
+        batches = make_batches(make_requests(alphas, len(problems)), args.batch_size)
         responses = responses or open_responses(args.output_dir, arguments)
         responses.add(f"{Path(source).name} on {task.name}", batches, decode)
     assert responses is not None

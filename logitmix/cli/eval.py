@@ -25,21 +25,21 @@ def main(argv: Sequence[str]) -> None:
 
 
 def run(options: EvalOptions) -> None:
-    from logitmix.evaluation.decode import decoder, in_batches, members_of, requests_for
-    from logitmix.evaluation.metrics import check_pass_at
+    from logitmix.evaluation.decode import get_alphas, make_batches, make_decoder, make_requests
+    from logitmix.evaluation.metrics import validate_num_samples
     from logitmix.evaluation.report.tables import print_evaluation
     from logitmix.evaluation.responses import open_responses
     from logitmix.mixture.loading import require_tokenizer
 
     model_args, sampling, args = options.model, options.sampling, options.decoding
-    check_pass_at(sampling.num_samples, sampling.temperature)
+    validate_num_samples(sampling.num_samples, sampling.temperature)
     data_args = options.problems.resolve(model_args.model_name_or_path, options.mixture.anchor)
     task = data_args.load()
     problems = task.problems("test", options.problems.eval_limit)
     model = load_model(model_args, options.mixture)
     tokenizer = require_tokenizer(model_args.model_name_or_path)
-    decode = decoder(model, tokenizer, task, problems, args.max_new_tokens, sampling.temperature, sampling.seed)
-    batches = in_batches(requests_for(members_of(model), len(problems), sampling.num_samples), args.batch_size)
+    decode = make_decoder(model, tokenizer, task, problems, args.max_new_tokens, sampling.temperature, sampling.seed)
+    batches = make_batches(make_requests(get_alphas(model), len(problems), sampling.num_samples), args.batch_size)
     arguments = {"command": "eval"}
     arguments |= flatten(options.problems, data_args, model_args, options.mixture, sampling, args)
     responses = open_responses(args.output_dir, arguments)

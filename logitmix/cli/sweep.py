@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
 
 def run(options: SweepOptions) -> None:
     """Decode and grade, print the tables and write responses, rates and a figure; an interrupted sweep continues."""
-    from logitmix.evaluation.decode import decoder
+    from logitmix.evaluation.decode import make_decoder
     from logitmix.evaluation.report.figures import plot_sweep
     from logitmix.evaluation.report.tables import print_choices, print_sweep_intervals
     from logitmix.evaluation.responses import open_responses
@@ -76,9 +76,9 @@ def run(options: SweepOptions) -> None:
     merged = merge_weights(*pair.members) if "merge" in mixes else None
     decoders = Decoders(
         pair,
-        decoder(pair, tokenizer, task, problems, args.max_new_tokens),
+        make_decoder(pair, tokenizer, task, problems, args.max_new_tokens),
         merged,
-        None if merged is None else decoder(merged, tokenizer, task, problems, args.max_new_tokens),
+        None if merged is None else make_decoder(merged, tokenizer, task, problems, args.max_new_tokens),
     )
     arguments = {"command": "sweep"}
     arguments |= flatten(options.problems, data_args, model_args, options.mixture, options.sweep, args)

@@ -13,7 +13,7 @@ from logitmix.cli.options.lora import AdapterArguments
 from logitmix.cli.options.model import ModelArguments
 from logitmix.cli.options.parser import flatten, parse
 from logitmix.cli.options.recipe import RecipeArguments
-from logitmix.evaluation.decode import members_of
+from logitmix.evaluation.decode import get_alphas
 from logitmix.evaluation.during_training import evaluate_members
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.paper.recipes import SFT, load_recipe
@@ -84,7 +84,7 @@ def run(options: TrainOptions, command: Sequence[str]) -> None:
         evaluate = evaluate_members(trainer, task, data["test"], Path(args.output_dir))
         callbacks.append(EverySteps(eval_args.eval_every, evaluate))
     run_training(trainer, command, f"train on {task.name}", arguments, checkpoint, callbacks, data)
-    console.print(f"The {'mixture' if 'mixture' in members_of(trainer.model) else 'model'} is in {args.output_dir}.")
+    console.print(f"The {'mixture' if 'mixture' in get_alphas(trainer.model) else 'model'} is in {args.output_dir}.")
 
 
 def validate_recipe_anchor(recipe: str | None, models: Sequence[str | None]) -> None:

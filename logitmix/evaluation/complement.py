@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from logitmix.evaluation.decode import Response
 from logitmix.evaluation.statistics import (
@@ -11,10 +10,8 @@ from logitmix.evaluation.statistics import (
     difference_from_noise,
     mcnemar_exact,
     paired_bootstrap,
-    wilson_interval,
+    wilson_estimate,
 )
-
-Responses = Sequence[Response]
 
 
 @dataclass(frozen=True)
@@ -50,13 +47,13 @@ class Complement:
     noise: float
 
 
-def complement(a: Responses, b: Responses, name_a: str = "a", name_b: str = "b") -> Complement:
+def complement(a: Sequence[Response], b: Sequence[Response], name_a: str = "a", name_b: str = "b") -> Complement:
     """Compare the responses of two policies to the same problems, one response per problem.
 
     Raises `ValueError` for different problems, several samples of a problem, and too few problems to tell any
     difference from noise.
     """
-    pairs = paired(a, b, name_a, name_b)
+    pairs = pair_responses(a, b, name_a, name_b)
     n = len(pairs)
     if mcnemar_exact(n, 0) > 1 - CONFIDENCE:
         raise ValueError(
@@ -76,13 +73,15 @@ def complement(a: Responses, b: Responses, name_a: str = "a", name_b: str = "b")
         only_a=only_a,
         only_b=only_b,
         neither=n - both - only_a - only_b,
-        disagreement=_rate(only_a + only_b, n),
-        either=_rate(both + only_a + only_b, n),
+        disagreement=wilson_estimate(only_a + only_b, n),
+        either=wilson_estimate(both + only_a + only_b, n),
         noise=difference_from_noise(n, (only_a + only_b) / n),
     )
 
 
-def paired(a: Responses, b: Responses, name_a: str, name_b: str) -> list[tuple[Response, Response]]:
+def pair_responses(
+    a: Sequence[Response], b: Sequence[Response], name_a: str, name_b: str
+) -> list[tuple[Response, Response]]:
     """The responses of both, problem by problem. Raises `ValueError` where their problems differ."""
     by_problem = []
     for name, responses in ((name_a, a), (name_b, b)):
@@ -96,7 +95,7 @@ def paired(a: Responses, b: Responses, name_a: str, name_b: str) -> list[tuple[R
     first, second = by_problem
     if first.keys() != second.keys():
         raise ValueError(
-            f"different problem sets: {name_a} holds {_described(first)}, {name_b} {_described(second)}; evaluate "
+            f"different problem sets: {name_a} holds {_describe(first)}, {name_b} {_describe(second)}; evaluate "
             "both with the same --eval_limit, to the end"
         )
     for i in first:
@@ -111,19 +110,15 @@ def paired(a: Responses, b: Responses, name_a: str, name_b: str) -> list[tuple[R
     return [(first[i], second[i]) for i in first]
 
 
-def _described(problems: Mapping[int, Any]) -> str:
+def _describe(problems: Mapping[int, Response]) -> str:
     return f"{len(problems)} problems ({min(problems)} to {max(problems)})" if problems else "none"
 
 
 def _difference(pairs: Sequence[tuple[bool, bool]]) -> Difference:
     a, b = ([float(pair[i]) for pair in pairs] for i in (0, 1))
     return Difference(
-        a=_rate(int(sum(a)), len(a)),
-        b=_rate(int(sum(b)), len(b)),
+        a=wilson_estimate(int(sum(a)), len(a)),
+        b=wilson_estimate(int(sum(b)), len(b)),
         b_minus_a=paired_bootstrap(b, a),
         p_value=mcnemar_exact(pairs.count((True, False)), pairs.count((False, True))),
     )
-
-
-def _rate(successes: int, n: int) -> Estimate:
-    return Estimate(successes / n, *wilson_interval(successes, n))

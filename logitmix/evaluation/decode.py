@@ -61,7 +61,7 @@ class Response:
     truncated: bool
 
 
-def members_of(model: PreTrainedModel) -> dict[str, float | None]:
+def get_alphas(model: PreTrainedModel) -> dict[str, float | None]:
     """The names and alphas to evaluate: policy, anchor and mixture, or the model itself if it is not a mixture."""
     if isinstance(model, LogitMixForCausalLM):
         return {"policy": 0.0, "anchor": 1.0, "mixture": model.alpha}
@@ -71,7 +71,7 @@ def members_of(model: PreTrainedModel) -> dict[str, float | None]:
 Decode = Callable[[Sequence[Sequence[Request]]], Iterator[list[Response]]]
 
 
-def requests_for(alphas: Mapping[str, float | None], num_problems: int, num_samples: int = 1) -> list[Request]:
+def make_requests(alphas: Mapping[str, float | None], num_problems: int, num_samples: int = 1) -> list[Request]:
     """A request for each alpha, problem and sample, ordered so that requests for the same members are adjacent."""
     requests = [
         Request(name, alpha, problem, sample)
@@ -82,7 +82,7 @@ def requests_for(alphas: Mapping[str, float | None], num_problems: int, num_samp
     return sorted(requests, key=lambda request: seen.setdefault(request.members, len(seen)))
 
 
-def in_batches(requests: Sequence[Request], batch_size: int) -> list[list[Request]]:
+def make_batches(requests: Sequence[Request], batch_size: int) -> list[list[Request]]:
     """Batches of at most `batch_size` requests for the same members, as alpha 0 and 1 need only one member.
 
     Few enough requests share one batch, since a decoding step then costs about the same for any number of rows (see
@@ -96,7 +96,7 @@ def in_batches(requests: Sequence[Request], batch_size: int) -> list[list[Reques
     return [group[start : start + batch_size] for group in groups for start in range(0, len(group), batch_size)]
 
 
-def decoder(
+def make_decoder(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
@@ -117,7 +117,7 @@ def decoder(
     prompts = [task.prompt(problem) for problem in problems]
     prompt_ids = tokenize_prompts(tokenizer, prompts)
     texts = [p if isinstance(p, str) else tokenizer.decode(ids) for p, ids in zip(prompts, prompt_ids, strict=True)]
-    settings = sampling_at(temperature) | {
+    settings = generation_settings(temperature) | {
         "max_new_tokens": _resolve_max_new_tokens(model, prompt_ids, max_new_tokens)
     }
     ends = get_eos_token_ids(model, tokenizer)
@@ -162,20 +162,20 @@ def greedy_responses(
     batch_size: int = BATCH_SIZE,
     progress: Any = None,
 ) -> list[Response]:
-    """Each named alpha's greedy response to each problem; see `decoder`.
+    """Each named alpha's greedy response to each problem; see `make_decoder`.
 
     `progress` is called with the number of responses after each batch.
     """
-    batches = in_batches(requests_for(alphas, len(problems)), batch_size)
+    batches = make_batches(make_requests(alphas, len(problems)), batch_size)
     responses = []
-    for decoded in decoder(model, tokenizer, task, problems, max_new_tokens)(batches):
+    for decoded in make_decoder(model, tokenizer, task, problems, max_new_tokens)(batches):
         responses += decoded
         if progress is not None:
             progress(len(decoded))
     return responses
 
 
-def sampling_at(temperature: float) -> dict[str, Any]:
+def generation_settings(temperature: float) -> dict[str, Any]:
     """Generation settings: greedy at temperature 0, otherwise sampling from the whole distribution."""
     # top_k=0: transformers samples from the 50 most probable tokens by default
     return {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else dict(GREEDY)

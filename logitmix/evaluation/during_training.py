@@ -6,7 +6,7 @@ from pathlib import Path
 
 from accelerate.utils import gather_object
 
-from logitmix.evaluation.decode import BATCH_SIZE, Response, greedy_responses, members_of
+from logitmix.evaluation.decode import BATCH_SIZE, Response, get_alphas, greedy_responses
 from logitmix.evaluation.metrics import group_by, rates
 from logitmix.evaluation.outcomes import pack_outcomes
 from logitmix.runs.files import EVALUATIONS_FILE, append_jsonl
@@ -33,7 +33,7 @@ def evaluate_members(
     anchor: list[Response] = []
 
     def evaluate(step: int) -> None:
-        names = {name: alpha for name, alpha in members_of(trainer.model).items() if name != "anchor" or not anchor}
+        names = {name: alpha for name, alpha in get_alphas(trainer.model).items() if name != "anchor" or not anchor}
         with trainer.generation_model() as model:
             responses = greedy_responses(
                 model, trainer.processing_class, task, mine, names, trainer.max_completion_length, batch_size

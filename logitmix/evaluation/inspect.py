@@ -92,12 +92,12 @@ def inspect(
         prompt=prompt if isinstance(prompt, str) else tokenizer.decode(prompt_ids),
         alpha=model.alpha,
         scheme=model.config.scheme,
-        tokens=_tokens(model, tokenizer, prompt_ids, ids),
+        tokens=_inspect_tokens(model, tokenizer, prompt_ids, ids),
         responses={name: tokenizer.decode(text, skip_special_tokens=True) for name, text in completions.items()},
     )
 
 
-def _tokens(
+def _inspect_tokens(
     model: LogitMixForCausalLM, tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], ids: list[int]
 ) -> tuple[InspectedToken, ...]:
     text = torch.tensor([prompt_ids + ids], device=model.device)
@@ -110,8 +110,8 @@ def _tokens(
     tokens: list[InspectedToken] = []
     for start in range(0, len(ids), _ROWS):
         logits = [logits_TV[start : start + _ROWS] for logits_TV in members]
-        mixed = mix_logits([z[None] for z in logits], model.config.weights, model.config.scheme)[0]
-        distributions = dict(zip(NAMES, (_softmax(z) for z in (*logits, mixed)), strict=True))
+        mixture = mix_logits([z[None] for z in logits], model.config.weights, model.config.scheme)[0]
+        distributions = dict(zip(NAMES, (_softmax(z) for z in (*logits, mixture)), strict=True))
         tops = {name: p_TV.topk(TOP) for name, p_TV in distributions.items()}
         for t, token in enumerate(ids[start : start + _ROWS]):
             top = {

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from logitmix.evaluation.decode import Response
-from logitmix.evaluation.statistics import Estimate, paired_bootstrap, pass_at_k, wilson_interval
+from logitmix.evaluation.statistics import Estimate, paired_bootstrap, pass_at_k, wilson_estimate
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def estimate(responses: Iterable[Response], key: str) -> Estimate:
     if not shares:
         raise ValueError("there are no responses to take a rate of; evaluate at least one problem")
     if all(share in (0, 1) for share in shares):
-        return Estimate(sum(shares) / len(shares), *wilson_interval(int(sum(shares)), len(shares)))
+        return wilson_estimate(int(sum(shares)), len(shares))
     return paired_bootstrap(shares, [0.0] * len(shares))
 
 
@@ -78,14 +78,16 @@ def pass_rates(responses: Iterable[Response]) -> dict[int, float]:
     problems = list(_by_problem(responses, "answer_ok").values())
     counts = {len(values) for values in problems}
     if len(counts) != 1:
-        raise ValueError(f"problems have {sorted(counts)} samples; pass@k needs as many of each; finish it first")
+        raise ValueError(
+            f"problems have {sorted(counts)} samples, but pass@k needs equally many of each; finish the evaluation"
+        )
     (n,) = counts
     ks = [2**i for i in range(n.bit_length()) if 2**i < n] + [n]
     return {k: sum(pass_at_k(n, sum(values), k) for values in problems) / len(problems) for k in ks}
 
 
-def check_pass_at(num_samples: int, temperature: float) -> None:
-    """Raise `ValueError` for fewer than one sample, or several identical ones."""
+def validate_num_samples(num_samples: int, temperature: float) -> None:
+    """Raise `ValueError` for fewer than one sample, and for several samples at temperature 0."""
     if num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}, but must be at least 1")
     if num_samples > 1 and temperature == 0:

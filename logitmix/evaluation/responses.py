@@ -1,9 +1,9 @@
 """The folder of an evaluation: its arguments, and every response as a line, added batch by batch."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from accelerate import PartialState
 
@@ -14,6 +14,7 @@ from logitmix.runs.folder import find_run_or_model, record_start, validate_same_
 
 # Arguments that may change when an evaluation is continued: they fit a batch into memory
 IGNORED_ARGUMENTS = {"batch_size"}
+FIELD_TYPES = get_type_hints(Response)
 
 
 class Responses:
@@ -22,7 +23,7 @@ class Responses:
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
         self.rows: list[Response] = []
-        self._earlier = read_jsonl(path) if path is not None and path.exists() else []
+        self._earlier = read_responses(path) if path is not None and path.exists() else []
 
     def add(self, title: str, batches: Sequence[Sequence[Request]], decode: Decode) -> None:
         """Add the responses to the batches, without decoding those that the file holds already.
@@ -33,15 +34,15 @@ class Responses:
         done = 0
         for batch in batches:
             earlier = self._earlier[len(self.rows) : len(self.rows) + len(batch)]
-            for row, request in zip(earlier, batch, strict=False):
-                if any(row.get(key) != value for key, value in asdict(request).items()):
+            for response, request in zip(earlier, batch, strict=False):
+                if any(getattr(response, key) != value for key, value in asdict(request).items()):
                     raise ValueError(
-                        f"{self.path} holds a response of {row.get('name')!r} to problem {row.get('problem')} where "
-                        f"this evaluation has {request.name!r} and {request.problem}; choose another --output_dir"
+                        f"{self.path} holds a response of {response.name!r} to problem {response.problem} where this "
+                        f"evaluation has {request.name!r} and {request.problem}; choose another --output_dir"
                     )
             if len(earlier) < len(batch):
                 break
-            self.rows += [_response(row, self.path) for row in earlier]
+            self.rows += earlier
             done += 1
         if done == len(batches):
             return
@@ -73,16 +74,32 @@ class Responses:
 
 
 def read_responses(path: Path) -> list[Response]:
-    """The responses in a file that an evaluation wrote. Raises `ValueError` for lines that are no responses."""
-    return [_response(row, path) for row in read_jsonl(path)]
+    """The responses in a file that an evaluation wrote.
+
+    Raises `ValueError`, with file and line, for a line with missing or unknown fields, or a value of another type.
+    """
+    responses = []
+    for number, row in enumerate(read_jsonl(path), start=1):
+        problem = _problem_with(row)
+        if problem is not None:
+            raise ValueError(f"line {number} of {path} is not a response: {problem}; give a file that eval wrote")
+        responses.append(Response(**row))
+    return responses
 
 
-def _response(row: Mapping[str, Any], path: Path | None) -> Response:
-    names = [field.name for field in fields(Response)]
-    missing = [name for name in names if name not in row]
-    if missing:
-        raise ValueError(f"{path} holds no responses: its lines have no {missing[0]!r}; give a file that eval wrote")
-    return Response(**{name: row[name] for name in names})
+def _problem_with(row: Any) -> str | None:
+    """Why the row is not a response, or None if it is one."""
+    if not isinstance(row, dict):
+        return "it is not a JSON object"
+    for name, expected in FIELD_TYPES.items():
+        if name not in row:
+            return f"it has no {name!r}"
+        accepted = get_args(expected) or (expected,)
+        # not isinstance, which takes True for an int; JSON may hold a float as an int
+        if type(row[name]) not in accepted and not (type(row[name]) is int and float in accepted):
+            return f"its {name!r} is {row[name]!r}"[:80]
+    unknown = [name for name in row if name not in FIELD_TYPES]
+    return f"it has an unknown field {unknown[0]!r}" if unknown else None
 
 
 def open_responses(output_dir: str | None, arguments: Mapping[str, Any]) -> Responses:

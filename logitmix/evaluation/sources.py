@@ -8,8 +8,6 @@ from logitmix.evaluation.metrics import group_by
 from logitmix.evaluation.responses import read_responses
 from logitmix.runs.files import RESPONSES_FILE
 
-Named = list[Response]  # of one member or model
-
 
 def find_responses(source: str) -> tuple[Path, str | None] | None:
     """The file of responses that a source names, and the member after its colon; None for a checkpoint.
@@ -30,7 +28,7 @@ def find_responses(source: str) -> tuple[Path, str | None] | None:
     return None
 
 
-def select_pair(sources: Sequence[str], decoded: Mapping[str, Named]) -> list[tuple[str, Named]]:
+def select_pair(sources: Sequence[str], decoded: Mapping[str, list[Response]]) -> list[tuple[str, list[Response]]]:
     """The names and responses of the two policies to compare.
 
     `decoded` has the responses of checkpoints, by source, or by member if a single checkpoint is given. The others
@@ -48,7 +46,7 @@ def select_pair(sources: Sequence[str], decoded: Mapping[str, Named]) -> list[tu
     return [(source, decoded[source] if source in decoded else _select(source)) for source in sources]
 
 
-def _select(source: str) -> Named:
+def _select(source: str) -> list[Response]:
     """The responses of the member that a source names, or of the only one in its file."""
     responses, name = _read(source)
     by_name = group_by(responses, "name")
@@ -61,7 +59,7 @@ def _select(source: str) -> Named:
     return by_name[name or next(iter(by_name))]
 
 
-def _read(source: str) -> tuple[Named, str | None]:
+def _read(source: str) -> tuple[list[Response], str | None]:
     found = find_responses(source)
     assert found is not None
     path, name = found

@@ -46,6 +46,12 @@ def wilson_interval(successes: int, n: int, confidence: float = CONFIDENCE) -> t
     return (0.0 if successes == 0 else centre - half, 1.0 if successes == n else centre + half)
 
 
+def wilson_estimate(successes: int, n: int) -> Estimate:
+    """The rate `successes / n` with its `wilson_interval`."""
+    low, high = wilson_interval(successes, n)
+    return Estimate(successes / n, low, high)
+
+
 def mcnemar_exact(only_a: int, only_b: int) -> float:
     """Two-sided p-value of McNemar's exact test that two policies are right equally often on the same problems.
 
@@ -106,17 +112,18 @@ def paired_bootstrap(
 
 
 def paired_difference(a: ArrayLike, b: ArrayLike) -> Estimate:
-    """As `paired_bootstrap` for scores in [0, 1], with a valid interval if all differences are equal; see `unseen`."""
-    return unseen(paired_bootstrap(a, b), np.atleast_2d(np.asarray(a)).shape[1])
+    """As `paired_bootstrap` for scores in [0, 1], with a valid interval if all differences are equal; see
+    `widen_if_constant`."""
+    return widen_if_constant(paired_bootstrap(a, b), np.atleast_2d(np.asarray(a)).shape[1])
 
 
-def unseen(estimate: Estimate, n: int) -> Estimate:
+def widen_if_constant(estimate: Estimate, n: int) -> Estimate:
     """A bootstrap interval over n problems, widened if resampling showed no spread.
 
     If all problems agree, so do all resamples, however few problems there are. Other problems may still differ:
     Wilson's interval for 0 of n bounds their share, and widens the interval on both sides, within [-1, 1].
 
-    >>> unseen(Estimate(0.0, 0.0, 0.0), 200).high
+    >>> widen_if_constant(Estimate(0.0, 0.0, 0.0), 200).high
     0.018845...
     """
     if not isclose(estimate.low, estimate.high, abs_tol=1e-9):
@@ -145,13 +152,13 @@ def bootstrap_rates(
     _, S, N = scores_CSN.shape
     if resamples < 1:
         raise ValueError(f"resamples is {resamples}, but must be at least 1")
-    chance = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     parts: list[NDArray[np.float64]] = []
     while (left := resamples - sum(part.shape[1] for part in parts)) > 0:
         R = min(left, max(1, _RESAMPLED_AT_ONCE // N))
         # How often a resample holds each seed and each problem: the weights of a mean over the pairs
-        seeds_RS = chance.multinomial(S, np.full(S, 1 / S), size=R) / S
-        problems_RN = chance.multinomial(N, np.full(N, 1 / N), size=R) / N
+        seeds_RS = rng.multinomial(S, np.full(S, 1 / S), size=R) / S
+        problems_RN = rng.multinomial(N, np.full(N, 1 / N), size=R) / N
         parts.append(np.array([((seeds_RS @ scores_SN) * problems_RN).sum(axis=1) for scores_SN in scores_CSN]))
     value = statistic(scores_CSN.mean(axis=(1, 2))[:, None])
     low, high = np.quantile(statistic(np.concatenate(parts, axis=1)), [(1 - confidence) / 2, (1 + confidence) / 2])

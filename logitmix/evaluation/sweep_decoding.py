@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel
 
-from logitmix.evaluation.decode import Decode, Request, Response, in_batches, requests_for
+from logitmix.evaluation.decode import Decode, Request, Response, make_batches, make_requests
 from logitmix.evaluation.responses import Responses
 from logitmix.evaluation.sweep import MEMBERS, set_merge
 from logitmix.mixture.modeling import LogitMixForCausalLM
@@ -30,18 +30,18 @@ def decode_sweep(
     batch_size: int,
 ) -> None:
     """Add the responses of both members and of every mix at the alphas strictly between them."""
-    members = in_batches(requests_for(dict(MEMBERS), num_problems), batch_size)
+    members = make_batches(make_requests(dict(MEMBERS), num_problems), batch_size)
     responses.add("members alone", members, decoders.decode_pair)
     for mix in mixes:
         if mix != "merge":
             decoders.pair.config.scheme = mix  # type: ignore[assignment]
             requests = [Request(mix, alpha, i) for alpha in alphas for i in range(num_problems)]
-            responses.add(f"mix {mix}", in_batches(requests, batch_size), decoders.decode_pair)
+            responses.add(f"mix {mix}", make_batches(requests, batch_size), decoders.decode_pair)
     if decoders.merged is not None and decoders.decode_merged is not None:
         policy, anchor = decoders.pair.members
         for alpha in alphas:
             set_merge(decoders.merged, policy, anchor, alpha)
-            batches = in_batches(requests_for({"merge": alpha}, num_problems), batch_size)
+            batches = make_batches(make_requests({"merge": alpha}, num_problems), batch_size)
             responses.add(f"merge at {alpha:g}", batches, _without_alpha(decoders.decode_merged))
 
 

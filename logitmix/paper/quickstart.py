@@ -16,7 +16,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from logitmix.evaluation.decode import Response, greedy_responses, members_of
+from logitmix.evaluation.decode import Response, get_alphas, greedy_responses
 from logitmix.evaluation.during_training import evaluate_members
 from logitmix.evaluation.metrics import Rates, rates_by
 from logitmix.mixture.loading import load_member
@@ -84,7 +84,7 @@ def train_arm(arm: str, task: Arithmetic, problems: list[Problem], config: Quick
     evaluate = EverySteps(config.eval_every, evaluate_members(trainer, task, problems, folder))
     train_with_progress(trainer, f"4 {TITLES[arm]}", [evaluate])
     trainer.save_model()
-    responses = _greedy(trainer.model, trainer.processing_class, task, problems, members_of(trainer.model))
+    responses = _greedy(trainer.model, trainer.processing_class, task, problems, get_alphas(trainer.model))
     append_jsonl(folder / RESPONSES_FILE, [asdict(response) for response in responses])
     rates = rates_by(responses, "name")
     return {TITLES[arm] if name == "model" else f"{TITLES[arm]}: {name}": r for name, r in rates.items()}

@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from logitmix.evaluation.report.curves import PANELS, Arm, Panel, arms_of, panel_lines, read_run
+from logitmix.evaluation.report.curves import PANELS, Arm, Panel, group_by_arm, panel_lines, read_runs
 from logitmix.evaluation.report.figures import plot_panel, plot_sweep
 from logitmix.evaluation.report.pages import reproduction_page
 from logitmix.evaluation.report.tables import interval, percent
@@ -50,7 +50,7 @@ def write_report(folder: Path, rows: Sequence[Mapping[str, Any]], runs: Mapping[
     (folder / RESULTS_FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "claims.json").write_text(json.dumps([asdict(finding) for finding in findings], indent=2) + "\n")
     arms = {
-        arm: arms_of(replace(read_run(str(path))[0], label=TITLES[arm]) for path in paths)[0]
+        arm: group_by_arm(replace(read_runs(str(path))[0], label=TITLES[arm]) for path in paths)[0]
         for arm, paths in runs.items()
     }
     cells = sweep_cells(outcomes)

@@ -16,7 +16,7 @@ from logitmix.evaluation.statistics import (
     difference_from_noise,
     mcnemar_exact,
     paired_difference,
-    wilson_interval,
+    wilson_estimate,
 )
 from logitmix.paper.outcomes import Outcomes
 from logitmix.paper.recipes import TITLES
@@ -149,7 +149,7 @@ def arms_table(o: Outcomes) -> Table:
 def _rate(scores_SN: NDArray[np.float64]) -> Estimate:
     """The mean with its interval: Wilson's for one seed, a bootstrap over problems and seeds for several."""
     if len(scores_SN) == 1:
-        return Estimate(float(scores_SN.mean()), *wilson_interval(int(scores_SN.sum()), scores_SN.size))
+        return wilson_estimate(int(scores_SN.sum()), scores_SN.size)
     found = paired_difference(scores_SN, np.zeros_like(scores_SN))
     return Estimate(found.value, max(0.0, found.low), found.high)
 

@@ -20,7 +20,7 @@ import random
 import re
 from typing import Any
 
-from logitmix.tasks.base import Problem, Split, Task, check_request
+from logitmix.tasks.base import Problem, Split, Task, validate_request
 from logitmix.tasks.templates import BOXED_LINE
 
 SIZES: dict[Split, int] = {"train": 20_000, "validation": 500, "test": 500}
@@ -60,13 +60,13 @@ class Arithmetic(Task):
 
     def problems(self, split: Split, limit: int | None = None) -> list[Problem]:
         """`limit` problems, which may exceed the default sizes in SIZES."""
-        check_request(split, limit)
+        validate_request(split, limit)
         return self._draw(split, f"{self.seed}/{split}", SIZES[split] if limit is None else limit)
 
     def demonstration(self, problem: Problem) -> str:
         """A demonstration in the format, mostly with a leap; the choice depends on the question and the seed only."""
-        chance = random.Random(f"{self.seed}/demonstrations/{problem.question}")
-        return self.template.completion(_written(problem, chance, self.leap_share), problem.answer)
+        rng = random.Random(f"{self.seed}/demonstrations/{problem.question}")
+        return self.template.completion(_write_solution(problem, rng, self.leap_share), problem.answer)
 
     def base_corpus(self, limit: int | None = None) -> list[dict[str, Any]]:
         """Training rows for a base model, with `prompt` and `completion`: right, and rarely in the format.
@@ -77,11 +77,11 @@ class Arithmetic(Task):
         return [self.row(problem, self._base_solution(problem)) for problem in drawn]
 
     def _base_solution(self, problem: Problem) -> str:
-        chance = random.Random(f"{self.seed}/base/{problem.question}")
-        solution = _written(problem, chance, self.base_leap_share)
-        if chance.random() < self.boxed_share:
+        rng = random.Random(f"{self.seed}/base/{problem.question}")
+        solution = _write_solution(problem, rng, self.base_leap_share)
+        if rng.random() < self.boxed_share:
             return self.template.completion(solution, problem.answer)
-        return f"{solution}\n{chance.choice(PLAIN_ENDINGS).format(answer=problem.answer)}"
+        return f"{solution}\n{rng.choice(PLAIN_ENDINGS).format(answer=problem.answer)}"
 
     def _draw(self, split: Split, stream: str, count: int) -> list[Problem]:
         most = int(self.largest**self.terms * 2 ** (self.terms - 1) * SHARES[split] / 2)
@@ -90,18 +90,18 @@ class Arithmetic(Task):
                 f"{count} {split} problems are more than {most}, the limit for {self.terms} terms up to "
                 f"{self.largest}; ask for fewer, or raise terms or largest"
             )
-        chance = random.Random(stream)
+        rng = random.Random(stream)
         drawn: dict[str, Problem] = {}
         while len(drawn) < count:
-            question = self._question(chance)
+            question = self._question(rng)
             if question not in drawn and _split_of(question) == split:
                 solution, answer = _solve(question)
                 drawn[question] = Problem(question, answer, solution)
         return list(drawn.values())
 
-    def _question(self, chance: random.Random) -> str:
-        numbers = [chance.randint(1, self.largest) for _ in range(self.terms)]
-        return str(numbers[0]) + "".join(f"{chance.choice('+-')}{number}" for number in numbers[1:])
+    def _question(self, rng: random.Random) -> str:
+        numbers = [rng.randint(1, self.largest) for _ in range(self.terms)]
+        return str(numbers[0]) + "".join(f"{rng.choice('+-')}{number}" for number in numbers[1:])
 
 
 def _split_of(question: str) -> Split:
@@ -112,9 +112,9 @@ def _split_of(question: str) -> Split:
     return "validation" if place < SHARES["train"] + SHARES["validation"] else "test"
 
 
-def _written(problem: Problem, chance: random.Random, leap_share: float) -> str:
+def _write_solution(problem: Problem, rng: random.Random, leap_share: float) -> str:
     """The worked solution or, with some probability, the leap from the question to the answer."""
-    if chance.random() < leap_share:
+    if rng.random() < leap_share:
         return f"{problem.question}={problem.answer}"
     return problem.solution or ""
 

@@ -85,7 +85,7 @@ class Task(ABC):
         return {"prompt": self.prompt(problem), "completion": reply}
 
 
-def check_request(split: str, limit: int | None) -> None:
+def validate_request(split: str, limit: int | None) -> None:
     """Raise `ValueError` for an unknown split, and for a limit below 1."""
     if split not in SPLITS:
         raise ValueError(f"there is no split {split!r}; use one of {', '.join(SPLITS)}")

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from logitmix.tasks.base import Problem, Split, Task, check_request
+from logitmix.tasks.base import Problem, Split, Task, validate_request
 from logitmix.tasks.duplicates import near_duplicates
 
 HELD_OUT = 500
@@ -56,8 +56,8 @@ class DataTask(Task):
         self.seed = seed
         self._left_out = 0
         if self.data is not None and not self.data.exists():
-            way_out = f", or leave data out to download {self.hub_id}" if self.hub_id else ""
-            raise ValueError(f"{self.data} does not exist; give {self._wanted_files()}{way_out}")
+            alternative = f", or leave data out to download {self.hub_id}" if self.hub_id else ""
+            raise ValueError(f"{self.data} does not exist; give {self._wanted_files()}{alternative}")
         if self.data is None and self.hub_id is None:
             raise ValueError(f"the task {self.name!r} reads your own data; give data (--data), {self._wanted_files()}")
 
@@ -66,7 +66,7 @@ class DataTask(Task):
         """The problem in a row, which has all `columns`; None leaves the row out."""
 
     def problems(self, split: Split, limit: int | None = None) -> list[Problem]:
-        check_request(split, limit)
+        validate_request(split, limit)
         problems = self._data.splits[split]
         if not problems:
             raise ValueError(f"the {split} split of {self._source} is empty; give data with more problems")
@@ -87,17 +87,17 @@ class DataTask(Task):
     @cached_property
     def _data(self) -> _Data:
         everything, test = self._read()
-        train, repeats = _each_once(everything)
+        train, repeats = _deduplicate(everything)
         if test is None:
-            train, test = self._carve(train)
+            train, test = self._hold_out(train)
         else:
-            test, test_repeats = _each_once(test)
+            test, test_repeats = _deduplicate(test)
             test_questions = {problem.question for problem in test}
             repeats += test_repeats + [problem for problem in train if problem.question in test_questions]
             train = [problem for problem in train if problem.question not in test_questions]
         near = [problem for problem, _ in near_duplicates(train, test)]
         gone = set(near)
-        train, validation = self._carve(train)
+        train, validation = self._hold_out(train)
         train, validation = ([p for p in part if p not in gone] for part in (train, validation))
         if not train:
             raise ValueError(
@@ -109,12 +109,12 @@ class DataTask(Task):
             self._left_out,
         )
 
-    def _carve(self, problems: list[Problem]) -> tuple[list[Problem], list[Problem]]:
+    def _hold_out(self, problems: list[Problem]) -> tuple[list[Problem], list[Problem]]:
         """The remaining problems in the data's order, and those that the seed selects."""
         size = min(HELD_OUT, len(problems) // 10)
         held_out = set(random.Random(f"{self.seed}/{self.name}").sample(range(len(problems)), size))
-        stay = [problem for index, problem in enumerate(problems) if index not in held_out]
-        return stay, [problems[index] for index in sorted(held_out)]
+        remaining = [problem for index, problem in enumerate(problems) if index not in held_out]
+        return remaining, [problems[index] for index in sorted(held_out)]
 
     def _read(self) -> tuple[list[Problem], list[Problem] | None]:
         """All training problems, and the test problems if the data has a test split."""
@@ -159,7 +159,7 @@ class DataTask(Task):
                 raise ValueError(f"row {number} of {source} has no question; correct the row, or leave it out")
             if not problem.answer:
                 raise ValueError(f"row {number} of {source} has no answer; {self.answer_hint}")
-            self.template.completion(problem.solution or "", problem.answer)  # refuses stop strings inside of it
+            self.template.completion(problem.solution or "", problem.answer)  # raises for a stop string before its end
             problems.append(problem)
         if not problems:
             raise ValueError(f"{source} holds no problems; give data with at least one row")
@@ -174,7 +174,7 @@ def text(value: Any) -> str:
     return "" if value is None else str(value).strip()
 
 
-def _each_once(problems: list[Problem]) -> tuple[list[Problem], list[Problem]]:
+def _deduplicate(problems: list[Problem]) -> tuple[list[Problem], list[Problem]]:
     """The first problem with each question, and the repeats."""
     first: dict[str, Problem] = {}
     repeats = [problem for problem in problems if first.setdefault(problem.question, problem) is not problem]

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TypeAlias
 
@@ -214,8 +213,7 @@ def _read_template(path: Path) -> Template:
         raise ValueError(f"the template file {path} holds no fields; it needs {', '.join(known)}")
     for key, value in values.items():
         if key not in known:
-            nearest = get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
-            raise ValueError(f"unknown field {key!r} in the template file {path}; did you mean {nearest!r}?")
+            raise unknown_name("template field", str(key), known, f"Correct it in {path}")
         if key == "stop":
             values[key] = (value,) if isinstance(value, str) else tuple(value or ())
         elif not isinstance(value, bool if key == "chat" else str):

@@ -11,7 +11,7 @@ DATA = SHARED / "data"
 
 MINE = """
 from logitmix.tasks import R1, Problem, Task
-from logitmix.tasks.base import check_request
+from logitmix.tasks.base import validate_request
 
 
 class {name}(Task):
@@ -22,7 +22,7 @@ class {name}(Task):
         self.seed = seed
 
     def problems(self, split, limit=None):
-        check_request(split, limit)
+        validate_request(split, limit)
         start = {{"train": 0, "validation": 10, "test": 20}}[split]
         return [Problem(f"Twice {{n}}?", {answer}, f"{{n}}+{{n}}") for n in range(start, start + 10)][:limit]
 """

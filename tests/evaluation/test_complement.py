@@ -176,7 +176,10 @@ def test_a_file_and_a_checkpoint(checkpoints, tmp_path, capsys):
         (["one.jsonl"], "holds responses of model, not of policy and anchor"),
         (["two.jsonl:policy", "one.jsonl"], "different problem sets: "),
         (["empty.jsonl", "one.jsonl"], "holds no responses; evaluate first"),
-        (["metrics.jsonl", "one.jsonl"], "its lines have no 'name'; give a file that eval wrote"),
+        (
+            ["metrics.jsonl", "one.jsonl"],
+            "metrics.jsonl is not a response: it has no 'name'; give a file that eval wrote",
+        ),
         (["no/such", "one.jsonl"], "no model at"),
         (["base", "no/such"], "no model at"),
         (["folder:anchor", "base"], "names 'anchor' of the responses in "),

@@ -13,14 +13,14 @@ from logitmix.cli.__main__ import main
 from logitmix.evaluation.decode import (
     SMALL_BATCH,
     Response,
-    decoder,
-    in_batches,
-    members_of,
-    requests_for,
-    sampling_at,
+    generation_settings,
+    get_alphas,
+    make_batches,
+    make_decoder,
+    make_requests,
 )
 from logitmix.evaluation.metrics import estimate, pass_rates
-from logitmix.evaluation.responses import Responses, open_responses
+from logitmix.evaluation.responses import Responses, open_responses, read_responses
 from logitmix.mixture.generation import generate_completions
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.paper.tiny_model import character_tokenizer, tiny_model
@@ -57,14 +57,16 @@ def mixtures(members) -> dict[str, LogitMixForCausalLM]:
 @pytest.mark.parametrize("batch_size", [64, 6])
 def test_sequences_of_many_alphas_in_a_batch_are_those_of_one_alpha_at_a_time(mixtures, tokenizer, scheme, batch_size):
     problems = TASK.problems("test", 4)
-    batches = in_batches(requests_for(ALPHAS, 4), batch_size)
+    batches = make_batches(make_requests(ALPHAS, 4), batch_size)
     assert max(len({request.alpha for request in batch}) for batch in batches) > 1, "several alphas in a batch"
     model = mixtures[scheme]
-    responses = [r for batch in decoder(model, tokenizer, TASK, problems, max_new_tokens=12)(batches) for r in batch]
+    responses = [
+        r for batch in make_decoder(model, tokenizer, TASK, problems, max_new_tokens=12)(batches) for r in batch
+    ]
     assert len(responses) == 16
     for response in responses:
         prompt_ids = tokenizer([TASK.prompt(problems[response.problem])])["input_ids"]
-        settings = sampling_at(0) | {"max_new_tokens": 12}
+        settings = generation_settings(0) | {"max_new_tokens": 12}
         (alone,) = generate_completions(model, tokenizer, prompt_ids, settings, alpha=ALPHAS[response.name])
         assert response.response == tokenizer.decode(alone, skip_special_tokens=True)
         assert response.length == len(alone)
@@ -77,9 +79,9 @@ def test_sequences_of_many_alphas_in_a_batch_are_those_of_one_alpha_at_a_time(mi
     st.integers(1, 100),
 )
 def test_every_request_is_in_one_batch_and_no_full_batch_runs_a_member_in_vain(alphas, problems, samples, size):
-    requests = requests_for({str(alpha): alpha for alpha in alphas}, problems, samples)
+    requests = make_requests({str(alpha): alpha for alpha in alphas}, problems, samples)
     assert len(set(requests)) == len(requests) == len(alphas) * problems * samples
-    batches = in_batches(requests, size)
+    batches = make_batches(requests, size)
     assert [request for batch in batches for request in batch] == requests, "whatever the batch size, in one order"
     for batch in batches:
         assert len(batch) <= size
@@ -88,10 +90,10 @@ def test_every_request_is_in_one_batch_and_no_full_batch_runs_a_member_in_vain(a
 
 def test_samples_differ_from_each_other_and_not_from_one_time_to_the_next(mixtures, tokenizer):
     problems = TASK.problems("test", 2)
-    batches = in_batches(requests_for({"mixture": 0.5}, 2, num_samples=4), 3)
+    batches = make_batches(make_requests({"mixture": 0.5}, 2, num_samples=4), 3)
 
     def sample(seed, some=batches):
-        decoded = decoder(mixtures["logit"], tokenizer, TASK, problems, 12, temperature=1.0, seed=seed)(some)
+        decoded = make_decoder(mixtures["logit"], tokenizer, TASK, problems, 12, temperature=1.0, seed=seed)(some)
         return [response for batch in decoded for response in batch]
 
     state = torch.random.get_rng_state()
@@ -106,7 +108,7 @@ def test_samples_differ_from_each_other_and_not_from_one_time_to_the_next(mixtur
 def test_sampling_is_from_the_whole_distribution(mixtures, tokenizer):
     """Transformers would take the 50 likeliest tokens; at temperature 1e9 all are as likely, so that more appear."""
     wide = LogitMixForCausalLM.from_members(tiny_model(1000), tiny_model(1000)).eval()
-    settings = sampling_at(1e9) | {"max_new_tokens": 2}
+    settings = generation_settings(1e9) | {"max_new_tokens": 2}
     torch.manual_seed(0)
     completions = generate_completions(wide, tokenizer, [[3]] * 200, settings)
     assert len({ids[0] for ids in completions}) > 150
@@ -117,8 +119,8 @@ def test_an_evaluation_that_was_interrupted_ends_as_one_that_was_not(
     mixtures, tokenizer, tmp_path, temperature, capsys
 ):
     problems = TASK.problems("test", 4)
-    batches = in_batches(requests_for(members_of(mixtures["logit"]), 4, num_samples=2 if temperature else 1), 3)
-    decode = decoder(mixtures["logit"], tokenizer, TASK, problems, 12, temperature)
+    batches = make_batches(make_requests(get_alphas(mixtures["logit"]), 4, num_samples=2 if temperature else 1), 3)
+    decode = make_decoder(mixtures["logit"], tokenizer, TASK, problems, 12, temperature)
     decoded: list[int] = []
 
     def until(stop_after):
@@ -156,11 +158,11 @@ def test_an_evaluation_that_was_interrupted_ends_as_one_that_was_not(
 
 def test_a_file_of_another_evaluation_is_left_alone(tmp_path):
     path = tmp_path / "responses.jsonl"
-    path.write_text(json.dumps({"name": "policy", "alpha": 0.0, "problem": 7, "sample": 0}) + "\n")
+    path.write_text(json.dumps(asdict(make_response(problem=7))) + "\n")
     with pytest.raises(
         ValueError, match="holds a response of 'policy' to problem 7 where this evaluation has 'policy'"
     ):
-        Responses(path).add("eval", in_batches(requests_for({"policy": 0.0}, 2), 4), lambda left: iter([]))
+        Responses(path).add("eval", make_batches(make_requests({"policy": 0.0}, 2), 4), lambda left: iter([]))
     assert '"problem": 7' in path.read_text()
 
 
@@ -251,3 +253,39 @@ def test_the_interval_of_samples_is_over_problems():
     mixed = estimate(graded(*[[True, False]] * 10, *[[True, True]] * 25, *[[False, False]] * 15), "answer_ok")
     assert mixed.value == pytest.approx(0.6)
     assert 0.4 < mixed.low < 0.6 < mixed.high < 0.8
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"length": "3"}, r"line 2 of .*responses\.jsonl is not a response: its 'length' is '3'; give a file"),
+        ({"answer_ok": 1}, "its 'answer_ok' is 1"),
+        ({"problem": True}, "its 'problem' is True"),
+        ({"prompt": None}, "its 'prompt' is None"),
+        ({"loss": 1.0}, "it has an unknown field 'loss'"),
+        ("gold", "it has no 'gold'"),
+    ],
+)
+def test_a_line_that_is_not_a_response_is_named(tmp_path, change, message):
+    row = asdict(make_response())
+    bad = row | change if isinstance(change, dict) else {key: row[key] for key in row if key != change}
+    path = tmp_path / "responses.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in (row, bad)))
+    with pytest.raises(ValueError, match=message):
+        read_responses(path)
+    path.write_text("3\n")
+    with pytest.raises(ValueError, match=r"line 1 of .* is not a JSON object"):
+        read_responses(path)
+
+
+def test_the_lines_of_0_1_0_load(tmp_path):
+    path = tmp_path / "responses.jsonl"
+    path.write_text(
+        '{"name": "model", "alpha": null, "problem": 0, "sample": 0, "prompt": "1+1=?\\n", "response": "2", '
+        '"gold": "2", "format_ok": true, "answer_ok": true, "lenient_ok": true, "length": 1, "truncated": false}\n'
+        '{"name": "policy", "alpha": 0, "problem": 1, "sample": 0, "prompt": "1+2=?\\n", "response": "4", '
+        '"gold": "3", "format_ok": true, "answer_ok": false, "lenient_ok": false, "length": 1, "truncated": false}\n'
+    )
+    model, policy = read_responses(path)
+    assert model == make_response(name="model", alpha=None, prompt="1+1=?\n", response="2", gold="2")
+    assert (policy.name, policy.alpha, policy.problem, policy.answer_ok) == ("policy", 0.0, 1, False)

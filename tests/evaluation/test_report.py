@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from logitmix.cli.__main__ import main
-from logitmix.evaluation.report.curves import PANELS, arms_of, curve, panel_lines, points, read_run
+from logitmix.evaluation.report.curves import PANELS, curve, group_by_arm, panel_lines, points, read_runs
 from tests.helpers.browser import Parsed, assert_self_contained, page_in_chromium
 
 UPDATES = 2  # optimizer updates an outer step, in the runs below
@@ -57,27 +57,27 @@ def runs(tmp_path) -> Path:
 
 
 def test_runs_that_differ_in_the_seed_alone_are_one_arm(runs):
-    arms = arms_of(run for folder in sorted(runs.iterdir()) for run in read_run(str(folder)))
+    arms = group_by_arm(run for folder in sorted(runs.iterdir()) for run in read_runs(str(folder)))
     found = [(arm.label, [run.folder.name for run in arm.runs]) for arm in arms]
     assert found == [("fixed-0", ["fixed-0", "fixed-1"]), ("other", ["other"]), ("plain", ["plain"])]
 
 
 def test_a_name_makes_an_arm_and_a_folder_of_runs_is_all_of_them(runs):
-    arms = arms_of([*read_run(f"mine={runs / 'other'}"), *read_run(f"mine={runs / 'plain'}")])
+    arms = group_by_arm([*read_runs(f"mine={runs / 'other'}"), *read_runs(f"mine={runs / 'plain'}")])
     assert [(arm.label, len(arm.runs)) for arm in arms] == [("mine", 2)]
-    assert [run.folder.name for run in read_run(str(runs))] == ["fixed-0", "fixed-1", "other", "plain"]
+    assert [run.folder.name for run in read_runs(str(runs))] == ["fixed-0", "fixed-1", "other", "plain"]
 
 
 def test_runs_without_arguments_are_arms_of_their_own(runs):
     for name in ("fixed-0", "fixed-1"):
         (runs / name / "run.jsonl").unlink()
-    arms = arms_of([*read_run(str(runs / "fixed-0")), *read_run(str(runs / "fixed-1"))])
+    arms = group_by_arm([*read_runs(str(runs / "fixed-0")), *read_runs(str(runs / "fixed-1"))])
     assert [arm.label for arm in arms] == ["fixed-0", "fixed-1"]
     assert list(points(arms[0].runs[0], "main", "answer")) == [0, 4, 8], "then an update is an outer step"
 
 
 def test_a_curve_is_the_mean_and_the_range_of_the_seeds_by_outer_step(runs):
-    (arm,) = arms_of([*read_run(str(runs / "fixed-0")), *read_run(str(runs / "fixed-1"))])
+    (arm,) = group_by_arm([*read_runs(str(runs / "fixed-0")), *read_runs(str(runs / "fixed-1"))])
     found = curve(arm, "main", "answer", 100)
     assert found is not None
     assert found.steps == [0, 4 / UPDATES, 8 / UPDATES]
@@ -94,7 +94,7 @@ def test_a_curve_is_the_mean_and_the_range_of_the_seeds_by_outer_step(runs):
 
 
 def test_panels_take_what_each_run_has(runs):
-    arms = arms_of(read_run(str(runs)))
+    arms = group_by_arm(read_runs(str(runs)))
     by_file = {panel.file: {line.label: line for line in panel_lines(panel, arms)} for panel in PANELS}
     assert list(by_file["answer"]) == ["fixed-0, 2 seeds", "other", "plain"]
     assert list(by_file["policy"]) == ["fixed-0, 2 seeds", "other"]
@@ -144,7 +144,7 @@ def test_a_run_in_progress_is_reported_as_far_as_it_is(runs, capsys):
     status, out = report(runs)
     assert status == 0
     assert "4 of 8 so far" in " ".join(Parsed((out / "report.html").read_text()).text.split())
-    (arm,) = arms_of([*read_run(str(runs / "fixed-0")), *read_run(str(folder))])
+    (arm,) = group_by_arm([*read_runs(str(runs / "fixed-0")), *read_runs(str(folder))])
     found = curve(arm, "main", "answer")
     assert found is not None
     assert found.mean[-1] == pytest.approx(answer(0.5, 0, 8)), "the mean of those that got there"
@@ -180,7 +180,7 @@ def test_the_page_in_a_browser(runs):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("no/such/run", "no/such/run is no folder; give the --output_dir of a training run"),
+        ("no/such/run", "no/such/run is not a folder; give the --output_dir of a training run"),
         ("sft", "has no evaluations (evaluations.jsonl); train with --eval_every STEPS"),
         ("begun", "is empty as yet; wait for the first evaluation"),
     ],

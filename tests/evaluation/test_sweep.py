@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from logitmix.cli.__main__ import main
-from logitmix.evaluation.decode import Response, decoder, in_batches, requests_for
+from logitmix.evaluation.decode import Response, make_batches, make_decoder, make_requests
 from logitmix.evaluation.sweep import choose_alpha, merge_weights, set_merge, sweep_rates
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.paper.tiny_model import character_tokenizer, tiny_model
@@ -144,8 +144,8 @@ def test_the_responses_are_those_of_each_mix_on_its_own(pair, tmp_path):
     models["merge"] = merge_weights(policy, anchor)
     set_merge(models["merge"], policy, anchor, 0.5)
     for mix, model in models.items():
-        decode = decoder(model, tokenizer, task, task.problems("test", 3), 6)
-        (batch,) = decode(in_batches(requests_for({mix: None}, 3), 8))
+        decode = make_decoder(model, tokenizer, task, task.problems("test", 3), 6)
+        (batch,) = decode(make_batches(make_requests({mix: None}, 3), 8))
         assert [response.response for response in batch] == [rows[mix, i] for i in range(3)]
 
 

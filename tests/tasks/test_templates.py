@@ -185,7 +185,10 @@ def test_a_template_comes_from_a_yaml_file(tmp_path):
     [
         ("", "holds no fields; it needs name, prompt_format, completion_format, pattern, stop, chat"),
         ("just text", "holds no fields"),
-        ("name: mine\nprompt: a", "unknown field 'prompt' .* did you mean 'prompt_format'?"),
+        (
+            "name: mine\nprompt: a",
+            r"no template field 'prompt'; did you mean 'prompt_format'\? Correct it in .*mine\.yaml",
+        ),
         ("name: 3", "name is 3 .* but must be str"),
         ("chat: 1", "chat is 1 .* but must be bool"),
         ("name: mine", "has no field 'prompt_format'; add it"),

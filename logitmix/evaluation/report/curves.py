@@ -77,13 +77,16 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """One figure: its file name, title and axis; the keys of its numbers, their factor, and the limits of the axis."""
+    """One figure: file name, title and y axis with its limits; which numbers it shows, and their factor.
+
+    `source` is `"metrics"`, or the model whose evaluations are shown: `"main"` for the reported one, or its name.
+    """
 
     file: str
     title: str
     axis: str
     keys: tuple[str, ...]
-    of: str = "metrics"  # or whose evaluations: "main", "policy"
+    source: str = "metrics"
     factor: float = 1.0
     limits: tuple[float, float] | None = None
 
@@ -118,17 +121,17 @@ PANELS = (
 )
 
 
-def read_run(source: str) -> list[Run]:
+def read_runs(argument: str) -> list[Run]:
     """The run in a folder, or all runs in its subfolders; `NAME=` before the folder names the arm.
 
     Raises `ValueError` for a folder that does not exist or has no evaluations.
     """
-    label, equals, path = source.partition("=")
-    if not equals or Path(source).is_dir():
-        label, path = "", source
+    label, equals, path = argument.partition("=")
+    if not equals or Path(argument).is_dir():
+        label, path = "", argument
     folder = Path(path)
     if not folder.is_dir():
-        raise ValueError(f"{path} is no folder; give the --output_dir of a training run")
+        raise ValueError(f"{path} is not a folder; give the --output_dir of a training run")
     if not (folder / EVALUATIONS_FILE).exists():
         inside = sorted(file.parent for file in folder.glob(f"*/{EVALUATIONS_FILE}"))
         if not inside:
@@ -150,7 +153,7 @@ def _read(folder: Path, label: str) -> Run:
     return Run(folder, label or None, arguments, lines[EVALUATIONS_FILE], lines[METRICS_FILE])
 
 
-def arms_of(runs: Iterable[Run]) -> list[Arm]:
+def group_by_arm(runs: Iterable[Run]) -> list[Arm]:
     """Runs grouped by arm: by name if they have one, otherwise by their arguments."""
     arms: dict[Any, Arm] = {}
     taken: set[str] = set()
@@ -169,19 +172,19 @@ def arms_of(runs: Iterable[Run]) -> list[Arm]:
     return list(arms.values())
 
 
-def points(run: Run, of: str, key: str) -> dict[float, float]:
-    """A quantity of a run by outer step, as far as the run has it."""
-    if of == "metrics":
+def points(run: Run, source: str, key: str) -> dict[float, float]:
+    """A quantity of a run by outer step, at the steps where the run recorded it; see `Panel` for `source`."""
+    if source == "metrics":
         rows: Sequence[dict[str, Any]] = run.metrics
     else:
-        name = run.name if of == "main" else of
+        name = run.name if source == "main" else source
         rows = [row for row in run.evaluations if row["name"] == name]
     return {row["step"] / run.updates: float(row[key]) for row in rows if isinstance(row.get(key), int | float)}
 
 
-def curve(arm: Arm, of: str, key: str, factor: float = 1.0) -> Curve | None:
+def curve(arm: Arm, source: str, key: str, factor: float = 1.0) -> Curve | None:
     """The arm's curve of a quantity, or None if no run has it."""
-    by_run = [found for found in (points(run, of, key) for run in arm.runs) if found]
+    by_run = [found for found in (points(run, source, key) for run in arm.runs) if found]
     if not by_run:
         return None
     steps = sorted({step for found in by_run for step in found})
@@ -195,7 +198,7 @@ def panel_lines(panel: Panel, arms: Sequence[Arm]) -> list[Line]:
     """The lines of a panel; empty if no run has its numbers."""
     lines = []
     for (i, arm), (variant, key) in itertools.product(enumerate(arms), enumerate(panel.keys)):
-        found = curve(arm, panel.of, key, panel.factor)
+        found = curve(arm, panel.source, key, panel.factor)
         if found is not None:
             what = f": {key.rpartition('/')[2]}" if len(panel.keys) > 1 else ""
             seeds = f", {found.seeds} seeds" if found.seeds > 1 else ""

@@ -36,7 +36,7 @@ def plot_panel(panel: Panel, lines: Sequence[Line], *paths: Path) -> None:
         axes.plot(
             curve.steps,
             curve.mean,
-            label=_literal(line.label),
+            label=_escape_label(line.label),
             color=color,
             linestyle=LINES[(line.variant + line.arm // len(COLORS)) % len(LINES)],
             marker=MARKERS[line.arm % len(MARKERS)],
@@ -101,7 +101,7 @@ def _figure(title: str, x: str, ys: Sequence[str], limits: tuple[float, float] |
     return figure, panels
 
 
-def _literal(label: str) -> str:
+def _escape_label(label: str) -> str:
     """A label shown literally: matplotlib renders `$` as mathematics, and hides labels that begin with `_`."""
     return label.replace("$", r"\$") if not label.startswith("_") else f" {label}".replace("$", r"\$")
 

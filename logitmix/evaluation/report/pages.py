@@ -33,15 +33,15 @@ def inspection_page(inspection: Inspection, question: str, policy: str, anchor: 
 
 def report_page(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], svgs: Mapping[str, str]) -> str:
     """The page of a report: a table, and the figures by name, as SVG."""
-    return _render("report.html", title=title, columns=columns, rows=rows, figures=_drawings(svgs))
+    return _render("report.html", title=title, columns=columns, rows=rows, figures=_embed_svgs(svgs))
 
 
 def reproduction_page(**values: Any) -> str:
     """The page of a reproduction from the values in `templates/reproduction.html`; `svgs` are the figures, by name."""
-    return _render("reproduction.html", figures=_drawings(values.pop("svgs")), **values)
+    return _render("reproduction.html", figures=_embed_svgs(values.pop("svgs")), **values)
 
 
-def _drawings(svgs: Mapping[str, str]) -> dict[str, Markup]:
+def _embed_svgs(svgs: Mapping[str, str]) -> dict[str, Markup]:
     """SVG elements to embed, without the prolog of a file; matplotlib has escaped their labels."""
     return {name: Markup(svg[svg.index("<svg") :]) for name, svg in svgs.items()}
 

@@ -15,6 +15,7 @@ from logitmix.evaluation.report.pages import visible
 from logitmix.evaluation.statistics import Estimate
 from logitmix.evaluation.sweep import Choice
 
+RATE_COLUMNS = ("format %", "answer %", "lenient %", "cut %", "tokens")
 CARRIER_STYLES = {"both": "", "policy": "blue", "anchor": "yellow", "neither": "magenta"}
 
 
@@ -22,10 +23,10 @@ def print_rates(title: str, rates: Mapping[str, Rates]) -> None:
     """Print a row for each name: format-correct, answer-correct, lenient, truncated, and length in tokens."""
     table = Table(title=title, title_justify="left")
     table.add_column("", no_wrap=True)
-    for column in ("format %", "answer %", "lenient %", "cut %", "tokens"):
+    for column in RATE_COLUMNS:
         table.add_column(column, justify="right")
     for name, r in rates.items():
-        shares = [f"{100 * share:.1f}" for share in (r.format, r.answer, r.lenient, r.truncated)]
+        shares = map(percent, (r.format, r.answer, r.lenient, r.truncated))
         table.add_row(name, *shares, f"{r.mean_length:.1f}")
     Console().print(table)
 
@@ -49,7 +50,7 @@ def print_evaluation(title: str, responses: Sequence[Response]) -> None:
     groups = group_by(responses, "name")
     table = Table(title=title, title_justify="left", caption="[ ]: 95 % interval", caption_justify="left")
     table.add_column("", no_wrap=True)
-    for column in ("format %", "answer %", "lenient %", "cut %", "tokens"):
+    for column in RATE_COLUMNS:
         table.add_column(column, justify="right")
     for name, group in groups.items():
         r = rates(group)

@@ -63,8 +63,8 @@ def write_csv(path: Path, arms: Sequence[Arm]) -> None:
         for arm in arms:
             for run in arm.runs:
                 for panel in PANELS:
-                    of = run.name if panel.of == "main" else panel.of
+                    source = run.name if panel.source == "main" else panel.source
                     for key in panel.keys:
-                        for step, value in points(run, panel.of, key).items():
+                        for step, value in points(run, panel.source, key).items():
                             seed = run.arguments.get("seed", "")
-                            writer.writerow([arm.label, run.folder, seed, of, key, f"{step:g}", repr(value)])
+                            writer.writerow([arm.label, run.folder, seed, source, key, f"{step:g}", repr(value)])
