@@ -175,6 +175,17 @@ def test_question_weights_turn_a_token_mean_into_a_mean_over_questions():
     torch.testing.assert_close((factors * per_token).sum() / 44, expected)
 
 
+def test_rollouts_of_a_0_1_0_checkpoint_have_the_same_loss(tmp_path):
+    """That version saved advantages with the question's weight in them."""
+    trainer = trainer_of(tmp_path)
+    inputs, *_ = generated(trainer)
+    assert inputs["question_weights"].unique().numel() > 1
+    loss = trainer._compute_loss(trainer.model, inputs)
+    old = {name: value for name, value in inputs.items() if name != "question_weights"}
+    old["advantages"] = inputs["advantages"] * inputs["question_weights"]
+    torch.testing.assert_close(trainer._compute_loss(trainer.model, old), loss)
+
+
 def test_a_question_without_tokens_gets_factor_0():
     assert question_weights(torch.tensor([0, 0, 2, 4]), 2).tolist() == [0, 0, 0.5, 0.5]
     assert question_weights(torch.tensor([0, 0]), 2).tolist() == [0, 0]
