@@ -1,4 +1,4 @@
-"""The code in README and docs runs as it stands there, on tiny members in place of the names it uses."""
+"""The code in README and docs runs as written, on tiny members in place of the paths it names."""
 
 import json
 import re
@@ -32,7 +32,7 @@ def blocks(name: str, language: str) -> list[str]:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A working directory with a base and an SFT model where the documents have theirs."""
+    """A working directory with a base and an SFT model at the paths of the documents."""
     monkeypatch.chdir(tmp_path)
     tokenizer = character_tokenizer(Arithmetic.alphabet)
     for seed, path in enumerate(("path/to/base", "path/to/sft")):
@@ -68,7 +68,7 @@ def test_the_adapters_page(folder):
 
 
 def test_the_readmes_script_before_and_after(folder):
-    """Only the two lines that README shows differ, and both scripts train."""
+    """The two scripts of README differ in two lines, and both train."""
     task = Arithmetic()
     rows = [{"prompt": task.prompt(problem), "answer": problem.answer} for problem in task.problems("train", 64)]
     smaller = "use_cpu=True, bf16=False, report_to=[], max_steps=1, max_completion_length=24, save_strategy='no'"
@@ -84,7 +84,7 @@ def test_the_readmes_script_before_and_after(folder):
 
 
 def test_the_commands_of_the_analysis_page(tmp_path, monkeypatch, capsys):
-    """As they stand there, on models of random weights in the places of the quickstart's, few problems each."""
+    """As written, with random models at the paths of the quickstart's, and few problems each."""
     monkeypatch.chdir(tmp_path)
     tokenizer = character_tokenizer(Arithmetic.alphabet)
     for seed, name in enumerate(("base", "sft")):
@@ -117,7 +117,7 @@ def test_the_commands_of_the_analysis_page(tmp_path, monkeypatch, capsys):
 
 
 def test_the_tasks_pages_task_and_template(tmp_path, monkeypatch, capsys):
-    """The task of the page, saved as it says, on rows of the hub's columns and in the template of the page."""
+    """The task of the page, saved as described, with rows like the hub's and the template of the page."""
     (code,), (template,) = python_blocks("docs/tasks.md"), blocks("docs/tasks.md", "yaml")
     assert len(code.splitlines()) < 30
     monkeypatch.chdir(tmp_path)

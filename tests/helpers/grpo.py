@@ -1,4 +1,4 @@
-"""A tiny mixture in training, and what the trainer samples and scores with it."""
+"""Trainers of a tiny mixture, and what they sample and score."""
 
 import torch
 from datasets import Dataset
@@ -88,7 +88,7 @@ def sampled(trainer, seed=0):
 
 
 def generated(trainer):
-    """One generation batch as the trainer makes it, with old log-probabilities some way off the present ones."""
+    """The batch of an outer step, with old log-probabilities that differ from the current ones."""
     torch.manual_seed(3)
     rows = [{"prompt": prompt} for prompt in PROMPTS for _ in range(4)]
     inputs = trainer._generate_and_score_completions(rows)

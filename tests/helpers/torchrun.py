@@ -1,4 +1,4 @@
-"""A script in two processes on the CPU, as torchrun starts them."""
+"""Runs a script in two processes on the CPU, as torchrun starts them."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ os._exit(0)
 
 
 def run_two_processes(script: str, folder: Path) -> str:
-    """What the script prints, in both processes; `folder/run` is its argument."""
+    """The output of the script in both processes; `folder/run` is its argument."""
     path = folder / "two.py"
     path.write_text(textwrap.dedent(script) + _LAST_LINES)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

@@ -1,5 +1,5 @@
-"""What two processes do in tests/test_processes.py, which launches this file: trainings that leave behind what each
-process sampled and took, and what came of it.
+"""The script of tests/training/test_processes.py: trainings in two processes that record what each process sampled,
+trained on, and obtained.
 """
 
 import os
@@ -27,7 +27,7 @@ PROMPTS = ["ab=", "12+34-5=", "x"]
 GENERATIONS = 4
 ALPHA = 0.3
 
-# 12 or 24 rollouts a generation step, 6 or 12 a process: a question's 4 are split between the two
+# 12 or 24 rollouts in an outer step, 6 or 12 per process: the 4 rollouts of a question are split between the two
 BATCHES = {
     "one update": {"per_device_train_batch_size": 6},
     "accumulated": {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2},
@@ -72,12 +72,12 @@ def save_members(folder):
 
 
 class RecordingTrainer(LogitMixGRPOTrainer):
-    """Keeps each generation step's prompts, rollouts and advantages, and the rows (of all processes) that each
-    micro-batch took of it."""
+    """Records the prompts, rollouts and advantages of each outer step, and the rows (of all processes) in each
+    micro-batch."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.generations, self.rollouts, self.taken = [], [], []
+        self.outer_steps, self.rollouts, self.taken = [], [], []
 
     def _generate_single_turn(self, *args, **kwargs):
         output = super()._generate_single_turn(*args, **kwargs)
@@ -88,7 +88,7 @@ class RecordingTrainer(LogitMixGRPOTrainer):
         output = super()._generate_and_score_completions(inputs)
         rows = len(inputs)
         output["row"] = torch.arange(rows) + rows * self.accelerator.process_index
-        self.generations.append(
+        self.outer_steps.append(
             ([row["prompt"] for row in inputs], output["advantages"], output["num_items_in_batch"])
         )
         return output
@@ -162,7 +162,7 @@ def trained(trainer, **kwargs):
     trainer.add_callback(gradients)
     trainer.train(**kwargs)
     return {
-        "generations": trainer.generations,
+        "outer steps": trainer.outer_steps,
         "rollouts": trainer.rollouts,
         "taken": trainer.taken,
         "losses": [log["loss"] for log in trainer.state.log_history if "loss" in log],

@@ -15,7 +15,7 @@ from tests.helpers.commands import TINY, error_of
 
 RATES = ("answer", "format", "lenient", "truncated", "mean_length")
 # of a run with a mixture; `kl` is that of an arm with a penalty
-DRAWN = {f"train/{key}" for panel in PANELS if panel.of == "metrics" for key in panel.keys} - {"train/kl"}
+PLOTTED = {f"train/{key}" for panel in PANELS if panel.source == "metrics" for key in panel.keys} - {"train/kl"}
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_tensorboard_gets_what_the_report_plots(train, tmp_path):
     events = EventAccumulator(str(tmp_path / "board"))
     events.Reload()
     found = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-    assert found.keys() >= DRAWN
+    assert found.keys() >= PLOTTED
     assert_same_points(found, evaluations(tmp_path / "run"))
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert not [key for line in metrics for key in line if key.startswith("eval_")], "they are in evaluations.jsonl"
@@ -82,7 +82,7 @@ def test_trackio_gets_what_the_report_plots(train, tmp_path):
         for key, value in row.items():
             if "train/global_step" in row:
                 found.setdefault(key, []).append((row["train/global_step"], value))
-    assert found.keys() >= DRAWN
+    assert found.keys() >= PLOTTED
     assert_same_points(found, evaluations(tmp_path / "run"))
 
 

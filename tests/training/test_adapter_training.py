@@ -1,4 +1,4 @@
-"""GRPO where members are LoRA adapters: it scores what it samples, and trains the policy's adapter alone."""
+"""GRPO with LoRA adapters as members: it scores what it samples, and trains only the policy's adapter."""
 
 import copy
 import json
@@ -23,7 +23,7 @@ def folders(tmp_path):
 
 
 def adapter_trainer(kind, folders, output_dir, scheme="logit", model=None, **kwargs):
-    """Of a new adapter of the policy, from folders, as a user would build it."""
+    """A trainer with a new adapter for the policy, built from folders as a user would."""
     return trainer_of(
         output_dir, folders["base"], anchor=anchor_of(kind, folders), alpha=0.4, scheme=scheme,
         peft_config=lora(lora_dropout=0.0), **kwargs,
@@ -51,7 +51,7 @@ def test_scored_log_probs_are_those_of_the_distribution_sampled_from(kind, schem
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_adapters_dropout_does_not_move_the_ratio(kind, folders, tmp_path):
-    """Before the first update it is 1; with dropout, of which each scoring has its own, it would not be."""
+    """The ratio is 1 before the first update; dropout would differ between two scorings."""
     config = lora(lora_dropout=0.3, init_lora_weights=False)
     options = {"anchor": anchor_of(kind, folders), "steps_per_generation": 2, "peft_config": config, "max_steps": 1}
     for is_disabled, moves in (({}, False), ({"disable_dropout": False}, True)):
@@ -164,7 +164,7 @@ CPU = ["--use_cpu", "true", "--bf16", "false", "--report_to", "none", "--save_st
 
 
 def few_logits(model, **kwargs):
-    """On tokens that the arithmetic task's small vocabulary has."""
+    """With tokens of the arithmetic task's small vocabulary."""
     with torch.no_grad():
         return model(input_ids=torch.arange(3, 9)[None], **kwargs).logits
 

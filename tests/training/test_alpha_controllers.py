@@ -1,4 +1,4 @@
-"""The controllers of alpha, against closed forms, and over 200 steps."""
+"""The alpha controllers against closed forms, and over 200 steps."""
 
 import math
 import random
@@ -21,7 +21,7 @@ from logitmix.training.alpha.controllers import (
 
 
 def counts(policy: int, mixture: int, anchor: int | None = None, n: int = 100, both: int = 0) -> Counts:
-    """The policy answers `policy` questions and the mixture `mixture`, `both` of them the same."""
+    """Counts where the policy answers `policy` questions, the mixture `mixture`, and both answer `both`."""
     return Counts(n, policy, mixture, policy - both, mixture - both, anchor)
 
 
@@ -34,7 +34,7 @@ def test_equation_9():
 
 @pytest.mark.parametrize(("gain", "expected"), [(0, 0.329), (25, 0.5), (100, 0.895), (-100, 0.027)])
 def test_eq_9_at_the_papers_values(gain, expected):
-    """(c_o, c_d, |D_val|) = (25, 35, 100): no net gain, as much as the offset, all, and all forgotten."""
+    """(c_o, c_d, |D_val|) = (25, 35, 100), at a net gain of nothing, the offset, all and minus all."""
     now = counts(policy=max(0, -gain), mixture=max(0, gain))
     assert adaptive(now, 25, 35) == pytest.approx(expected, abs=5e-4)
 

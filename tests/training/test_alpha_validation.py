@@ -1,4 +1,4 @@
-"""Weight control in the trainer: what is validated, on what, and when alpha may change."""
+"""The alpha controller in the trainer: what it validates, on which questions, and when alpha changes."""
 
 import json
 
@@ -34,7 +34,7 @@ def controlled(
     tools=None,
     **options,
 ):
-    """Three updates a generation of 12 rollouts, four generations; `held_out=None`: validation on `train`."""
+    """A trainer with four outer steps of 12 rollouts and three updates; `held_out=None` validates on `train`."""
     validating = controller in VALIDATING
     arguments = {
         "alpha_controller": controller,
@@ -66,7 +66,7 @@ def controlled(
 
 
 class Watch(TrainerCallback):
-    """The alpha in force at each rollout and in each update of a trainer."""
+    """Records the alpha of each rollout and each update of a trainer."""
 
     def __init__(self, trainer):
         self.rollouts, self.updates = [], []
@@ -91,7 +91,7 @@ def logged(trainer, name):
 
 
 def naive_counts(trainer, questions, alpha):
-    """One greedy response at a time, each of one model at one alpha."""
+    """Decode one greedy response at a time, from one model at one alpha."""
     tokenizer = trainer.processing_class
     settings = GREEDY | {"max_new_tokens": trainer.max_completion_length}
     right = []
@@ -182,7 +182,7 @@ def test_rollouts_and_the_updates_that_use_them_have_one_alpha(tmp_path, control
 
 
 def test_the_first_loss_of_a_generation_has_ratios_of_1(tmp_path):
-    """Were alpha to change between rollouts and updates, the ratio would not be 1 before any update is made."""
+    """If alpha changed between rollouts and updates, the ratio would not be 1 before an update."""
     trainer = controlled(tmp_path, num_iterations=2, max_steps=24)
     ratios = []
     loss = trainer._compute_loss
@@ -242,7 +242,7 @@ def test_linear_and_cosine_reach_the_end_with_the_run(tmp_path):
 
 
 def test_validation_does_not_touch_training(tmp_path):
-    """With s3 = 0 at all counts alpha is 0.5 always: the run is the one of a fixed 0.5, bit for bit."""
+    """With s3 = 0 at all counts, alpha is always 0.5, and the run matches one at a fixed 0.5 bit for bit."""
     validated = controlled(tmp_path / "a", model=mixture(alpha=0.5), adaptive_offset=0, adaptive_scale=1e30)
     validated.train()
     fixed = controlled(tmp_path / "b", "fixed", model=mixture(alpha=0.5))
@@ -274,7 +274,7 @@ def test_fresh_questions_are_never_trained_on_in_their_pass():
 
 
 def test_fresh_questions_stand_between_the_generations_in_order():
-    """Without shuffling: 4 to train on, 3 to validate, and so on, as the authors' code takes them."""
+    """Without shuffling, as in the authors' code: 4 questions to train on, then 3 to validate on."""
     sampler = fresh(seed=None, repeats=1, passes=1)
     assert list(sampler)[:8] == [0, 1, 2, 3, 7, 8, 9, 10]
     assert [row["prompt"] for row in sampler.after(1)] == ["11", "12", "13"]
@@ -298,7 +298,7 @@ def test_each_pass_has_an_order_of_its_own_that_a_resumed_run_finds():
 
 
 def test_a_run_on_fresh_questions_trains_on_no_validation_question_of_the_pass(tmp_path):
-    """Two passes of two generations: 19 questions, 3 to train on and 6 to validate each."""
+    """Two passes of two outer steps over 19 questions, each with 3 to train on and 6 to validate on."""
     prompts = [f"{a}{b}=" for a in "abcdefgh" for b in "0123"][:19]
     trainer = controlled(tmp_path, held_out=None, validation_size=6, train=prompts)
     asked = {"train": [], "eval": []}
@@ -332,14 +332,14 @@ def test_held_out_questions_are_the_first_of_the_set_each_time():
 TWO_PASSES = {"held_out": None, "validation_size": 6, "train": QUESTIONS + [question + "?" for question in QUESTIONS]}
 
 
-@pytest.mark.parametrize("at", [4, 9], ids=["within a generation", "between generations"])
+@pytest.mark.parametrize("at", [4, 9], ids=["within an outer step", "between outer steps"])
 @pytest.mark.parametrize(
     ("controller", "options"),
     [("adaptive", {}), ("adaptive", TWO_PASSES), ("validation_weighted", {}), ("cosine", {"alpha_end": 0.1})],
     ids=["adaptive", "fresh questions", "validation_weighted", "cosine"],
 )
 def test_a_resumed_run_goes_on_with_its_alpha_and_its_questions(tmp_path, controller, options, at):
-    """Bit for bit. Of fresh questions there are two generations a pass: resumed in the first pass, or the second."""
+    """Bit for bit. With fresh questions a pass has two outer steps, so it resumes in the first or the second pass."""
     whole = controlled(tmp_path / "whole", controller, **options)
     whole.train()
     half = controlled(tmp_path / "half", controller, save_strategy="steps", save_steps=at, **options)
@@ -452,7 +452,7 @@ for size in (9, 1):
 
 @pytest.mark.slow
 def test_two_processes_share_the_questions_and_have_one_alpha(tmp_path):
-    """Nine questions and then one, which leaves the second process without a question of its own."""
+    """Nine questions, and then one, which leaves the second process without its own question."""
     run_two_processes(SCRIPT, tmp_path)
     first, second = (json.loads((tmp_path / "run" / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first == second

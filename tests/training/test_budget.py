@@ -1,4 +1,4 @@
-"""The dry run's numbers, held against what PyTorch keeps while a tiny trainer of the same setup runs."""
+"""The dry run's estimates against the memory that PyTorch keeps during a tiny training with the same settings."""
 
 from contextlib import nullcontext
 from dataclasses import replace
@@ -100,7 +100,7 @@ def test_a_layer_keeps_for_its_backward_pass_what_pytorch_keeps(precision):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_forward_and_its_backward_pass_peak_at_the_activations(precision, checkpointing):
-    """Within a fifth. Autocast's copies of the weights come on top, and are counted as a part of their own."""
+    """Within a fifth. Autocast's copies of weights are counted as a separate part."""
     model = model_of(config(num_hidden_layers=12), precision).train()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -126,7 +126,7 @@ def test_the_cache_of_all_members_is_exact(precision):
 
 
 class State(TrainerCallback):
-    """The bytes of gradients and moments in a trainer's update."""
+    """Bytes of gradients and moments in an update."""
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         self.gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
@@ -188,7 +188,7 @@ def nbytes(model: torch.nn.Module) -> int:
 
 
 def test_the_loss_of_a_mixture_peaks_at_a_chunk_of_logits():
-    """Within a third: a chunk as large as on a device, where it outweighs all else."""
+    """Within a third, with a chunk as large as on a device, where it dominates."""
     torch.manual_seed(0)
     rows, completion, vocabulary, hidden_size = 4, 256, 20_000, 16
     hidden = [torch.randn(rows * completion, hidden_size, requires_grad=k == 0) for k in range(2)]

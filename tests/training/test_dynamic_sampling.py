@@ -1,4 +1,4 @@
-"""Dynamic sampling: the loss is eq. 6 over the questions that stay, whichever they are.
+"""Dynamic sampling: the loss is eq. 6 over the questions that are kept.
 
 Shape legend: Q questions, G rollouts each, N = Q·G.
 """
@@ -18,7 +18,7 @@ G = 4
 
 
 def flat_on_short_prompts(prompts, completions, **kwargs):
-    """No spread on the prompt `x`; on the others a reward that differs from completion to completion."""
+    """A reward without spread on the prompt `x`, and different for each completion on the others."""
     return [
         0.5 if prompt == "x" else float(sum(map(ord, completion)) % 7)
         for prompt, completion in zip(prompts, completions, strict=True)
@@ -43,7 +43,7 @@ def prompts_and_rewards(trainer, inputs):
 
 
 def losses(trainer, inputs, kept):
-    """The trainer's loss on the batch, and eq. 6 written out over the kept questions, slightly off policy."""
+    """The trainer's loss, and eq. 6 written out over the kept questions, slightly off policy."""
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
     mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
     length = inputs["completion_ids"].shape[1]
@@ -153,12 +153,12 @@ def test_the_stream_of_questions_takes_each_once_an_epoch_in_another_order():
     assert QuestionStream(7, seed=2).draw(14) != epochs[0] + epochs[1]
 
 
-@pytest.mark.parametrize(("questions", "generations", "processes"), [(1, 8, 4), (3, 4, 6), (1, 3, 8), (5, 2, 1)])
-def test_the_processes_share_refills_evenly(questions, generations, processes):
-    count = divisible_count(questions, generations, processes)
+@pytest.mark.parametrize(("questions", "num_generations", "processes"), [(1, 8, 4), (3, 4, 6), (1, 3, 8), (5, 2, 1)])
+def test_the_processes_share_refills_evenly(questions, num_generations, processes):
+    count = divisible_count(questions, num_generations, processes)
     assert count >= questions
-    assert count * generations % processes == 0
-    assert not any(n * generations % processes == 0 for n in range(questions, count))
+    assert count * num_generations % processes == 0
+    assert not any(n * num_generations % processes == 0 for n in range(questions, count))
 
 
 def test_groups_of_another_width_are_padded_on_their_side():

@@ -1,4 +1,4 @@
-"""Numbers that are not finite stop a step before the optimizer sees it, and leave the batch behind."""
+"""Numbers that are not finite stop a step before its update and save the batch."""
 
 import copy
 import math
@@ -16,7 +16,7 @@ NAN, INF = math.nan, math.inf
 
 
 class AtStep(TrainerCallback):
-    """Keeps a copy of the weights and the optimizer's state at the start of a step, then does something to the run."""
+    """Copies the weights and the optimizer's state at the start of a step, then corrupts the run."""
 
     def __init__(self, trainer, step, fault):
         self.trainer, self.step, self.fault = trainer, step, fault
@@ -29,7 +29,7 @@ class AtStep(TrainerCallback):
 
 
 def stopped(trainer, step, fault):
-    """The error that ends the training, once it is sure that the step left weights and optimizer bit by bit."""
+    """The error that ends the training; checks that weights and optimizer are unchanged bit for bit."""
     before = AtStep(trainer, step, fault)
     trainer.add_callback(before)
     with pytest.raises(FloatingPointError) as error:

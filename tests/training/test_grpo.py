@@ -1,4 +1,4 @@
-"""The trainer: it scores what it samples, and its loss is eq. 6."""
+"""The trainer scores what it samples, and its loss is eq. 6."""
 
 import copy
 
@@ -34,7 +34,7 @@ def test_scored_log_probs_are_those_of_the_distribution_sampled_from(tmp_path, s
 
 
 def test_the_contract_can_fail(tmp_path):
-    """Scored as the policy alone, the same tokens have other log-probabilities."""
+    """The policy alone gives the same tokens other log-probabilities."""
     trainer = trainer_of(tmp_path)
     ids, mask, length, expected = sampled(trainer)
     with torch.no_grad():
@@ -146,7 +146,7 @@ def test_the_clip_range_may_be_asymmetric(tmp_path):
 
 
 def test_prob_scheme_gradients_are_those_of_the_mixed_probabilities(tmp_path):
-    """The oracle mixes logits only; here the arithmetic mixture written out."""
+    """The oracle mixes only logits, so the arithmetic mixture is written out here."""
     trainer = trainer_of(tmp_path, mixture("prob"))
     inputs, ids, mask = generated(trainer)
     trainer.model.zero_grad()

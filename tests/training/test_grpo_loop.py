@@ -1,4 +1,4 @@
-"""The oracle, `examples/grpo_loop.py`, against numbers worked out by hand and limits that are known.
+"""The oracle, `examples/grpo_loop.py`, against numbers computed by hand and known limits.
 
 Shape legend: B sequences, T time, V vocabulary, Q questions, G rollouts a question.
 """
@@ -27,7 +27,7 @@ def loop() -> ModuleType:
 
 
 class Fixed(nn.Module):
-    """A model that gives the same logits whatever it reads."""
+    """A model whose logits do not depend on its input."""
 
     def __init__(self, logits_BTV: Tensor) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Fixed(nn.Module):
 
 
 def tiny_pair() -> tuple[Qwen2ForCausalLM, GPT2LMHeadModel]:
-    """A policy and an anchor of different depth, width and architecture, with opinions of their own."""
+    """A policy and an anchor of different depth, width and architecture, with different distributions."""
     torch.manual_seed(0)
     policy = Qwen2ForCausalLM(
         Qwen2Config(
@@ -85,7 +85,7 @@ def test_mix(loop):
 
 @pytest.mark.parametrize(("alpha", "temperature"), [(0.0, 1.0), (0.4, 0.7), (1.0, 1.3)])
 def test_sampling_equals_a_loop_without_caches_and_without_padding(loop, alpha, temperature):
-    """Row by row, on the bare prompt and all that was sampled before; a batch's draws are repeated by its seed."""
+    """Row by row, on the unpadded prompt and the tokens sampled so far; the seed repeats the draws of a batch."""
     policy, anchor = tiny_pair()
     completion_BT, mask_BT = loop.sample(
         policy, anchor, PROMPT_IDS_BT, PROMPT_MASK_BT, alpha, temperature, 12, EOS, PAD, torch.manual_seed(3)
@@ -114,7 +114,7 @@ def test_sampling_equals_a_loop_without_caches_and_without_padding(loop, alpha, 
 
 
 def test_sampling_follows_the_mixture(loop):
-    """Frequencies over many rows; the policy alone, the anchor alone and no temperature would all be far off."""
+    """Frequencies over many rows; the policy, the anchor, or no temperature would give other ones."""
     B = 20_000
     policy_V, anchor_V = torch.tensor([2.0, 0.0, -1.0, 0.5]), torch.tensor([-1.0, 1.5, 0.0, 0.5])
     policy, anchor = (Fixed(z_V.expand(B, 1, 4).clone()) for z_V in (policy_V, anchor_V))

@@ -1,4 +1,4 @@
-"""The trainer with the fused loss head: the same training as from the members' logits, at less cost."""
+"""The trainer with the fused loss head trains as from the members' logits, at less cost."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""What the trainer logs of a step, against the same numbers computed apart."""
+"""What the trainer logs of a step, against the same numbers computed separately."""
 
 import time
 
@@ -88,7 +88,7 @@ def test_every_step_logs_what_it_did_and_cost(tmp_path):
         assert log["ratio/min"] <= 1 <= log["ratio/max"]
         assert log["mixture/kl_policy"] > 0
         assert {"entropy", "learning_rate", "clip_ratio/region_mean", "alpha"} < set(log)
-    assert [log["time/rollouts"] > 0 for log in logs] == [True, False, True], "a generation serves two steps"
+    assert [log["time/rollouts"] > 0 for log in logs] == [True, False, True], "an outer step has two updates"
     assert [("reward" in log) for log in logs] == [True, False, True]
     assert [("tokens_per_second/rollouts" in log) for log in logs] == [True, False, True]
     assert logs[0]["ratio/min"] == pytest.approx(1, abs=1e-4)
@@ -166,7 +166,7 @@ TWO_PROCESSES = """
 
 
 def means_over_tokens(trainer, inputs, ids, mask):
-    """The number of a process's tokens, and the means over them."""
+    """The number of tokens of a process, and the means over them."""
     tokens = inputs["completion_mask"].bool()
     policy, anchor = member_logits(trainer, ids, mask, inputs["completion_ids"].shape[1])
     log_mixture = (0.6 * policy + 0.4 * anchor).log_softmax(-1)

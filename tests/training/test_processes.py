@@ -1,4 +1,4 @@
-"""Two processes train as one: DDP and FSDP2 against the same rollouts in a single process."""
+"""Two processes train like one: DDP and FSDP2 against the same rollouts in a single process."""
 
 import os
 import subprocess
@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def records(folder):
-    """What each of the two processes recorded, of every training in two_processes.py."""
+    """The records of both processes, for each training in two_processes.py."""
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(RECIPES / "ddp.yaml")]
     flags = ["--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -52,9 +52,9 @@ def alone(folder, records, batch, **members):
     losses, gradients, advantages = [], [], []
     for step in range(2):
         if step % updates == 0:
-            generation = step // updates
-            prompts = [p for record in records for p in record["generations"][generation][0]]
-            replayed = [ids for record in records for ids in record["rollouts"][generation]], None
+            outer_step = step // updates
+            prompts = [p for record in records for p in record["outer steps"][outer_step][0]]
+            replayed = [ids for record in records for ids in record["rollouts"][outer_step]], None
             trainer._generate_single_turn = lambda *args, replayed=replayed, **kwargs: replayed
             inputs = trainer._generate_and_score_completions([{"prompt": prompt} for prompt in prompts])
             advantages.append(inputs["advantages"])
@@ -88,8 +88,8 @@ def test_losses_gradients_and_weights_are_those_of_one_process(records, tmp_path
     key, batch, members = TRAININGS[name]
     ours = [record[key] for record in records]
     losses, gradients, advantages, weights = alone(tmp_path, ours, batch, **members)
-    for generation, expected in enumerate(advantages):
-        both = torch.cat([record["generations"][generation][1] for record in ours])
+    for outer_step, expected in enumerate(advantages):
+        both = torch.cat([record["outer steps"][outer_step][1] for record in ours])
         torch.testing.assert_close(both, expected, atol=1e-6, rtol=1e-5)
     assert ours[0]["losses"] == pytest.approx(losses, abs=1e-5)
     assert max(map(abs, losses)) > 1e-3
@@ -101,13 +101,13 @@ def test_losses_gradients_and_weights_are_those_of_one_process(records, tmp_path
 
 
 def test_a_question_may_lie_across_both_processes(records):
-    prompts = [record["one update"]["generations"][0][0] for record in records]
+    prompts = [record["one update"]["outer steps"][0][0] for record in records]
     assert prompts[0][-1] == prompts[1][0]
 
 
 def test_processes_sample_different_rollouts_of_one_prompt(records):
     first, second = (record["accumulated"] for record in records)
-    assert first["generations"][0][0] == second["generations"][0][0] == ["ab="] * 6
+    assert first["outer steps"][0][0] == second["outer steps"][0][0] == ["ab="] * 6
     assert first["rollouts"][0] != second["rollouts"][0]
 
 

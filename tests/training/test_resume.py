@@ -1,4 +1,4 @@
-"""A run that is killed, at any moment, and resumed equals the run that was never killed."""
+"""A run that is killed at any moment and resumed matches an uninterrupted one bit for bit."""
 
 import json
 import os
@@ -25,7 +25,7 @@ RESUME = ("--resume_from_checkpoint", "true")
 
 
 class Killable:
-    """A run's folder, the command that makes it, and what the command has printed."""
+    """A run's folder, its command, and the output of the command."""
 
     def __init__(self, folder: Path, flags: list[str]) -> None:
         self.folder, self.flags = folder, [*flags, "--output_dir", str(folder)]
@@ -42,7 +42,7 @@ class Killable:
         assert self.start(*flags, **kwargs).wait() == -signal.SIGKILL, self.log.read_text()
 
     def fail(self, *flags: str, **kwargs) -> str:
-        """The sentence with which the command ends."""
+        """The error that the command prints last."""
         assert self.start(*flags, **kwargs).wait() == 2, self.log.read_text()
         return self.log.read_text().splitlines()[-1]
 
@@ -57,7 +57,7 @@ class Killable:
 
 @pytest.fixture(scope="module")
 def train(tmp_path_factory) -> list[str]:
-    """The command of a tiny training, without its folder."""
+    """The command of a tiny training, without its output folder."""
     return ["train", *kill_and_resume.make_members(tmp_path_factory.mktemp("members")), *FLAGS]
 
 
@@ -144,7 +144,7 @@ def test_sigterm_saves_a_checkpoint_and_stops(run, never_killed):
 
 @pytest.mark.slow
 def test_what_trl_leaves_out_of_a_checkpoint_is_missed(run, never_killed):
-    """The comparison can fail: without our part, the rollouts in use are lost."""
+    """The comparison can fail: without our progress file, the rollouts in use are lost."""
     run.die(die_at=("open", f"{STAGING}/checkpoint-4/config.json"))
     (checkpoint,) = run.folder.glob("checkpoint-3")
     (checkpoint / "progress_0.pt").unlink()
@@ -219,7 +219,7 @@ def test_a_resumed_sft_equals_the_one_never_killed(train, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_resume_as_one_run(train, tmp_path):
-    """From a checkpoint in the midst of a generation's updates, in a folder that has moved."""
+    """From a checkpoint between the updates of an outer step, in a folder that has moved."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
     flags = [*train, "--per_device_train_batch_size", "4", "--save_total_limit", "8"]
     path = os.pathsep.join([str(Path(kill_and_resume.__file__).parent), os.environ.get("PYTHONPATH", "")])

@@ -1,4 +1,4 @@
-"""The reward: 1 for right in the format, and the log says what the verifier could not decide."""
+"""The reward: 1 for a right answer in the format; the log counts what the verifier could not decide."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO-3, which partitions members while they are read and has a head whole in its own forward alone."""
+"""DeepSpeed's ZeRO-3, which partitions members as they load and gathers a head only in its own forward."""
 
 import pytest
 import torch
