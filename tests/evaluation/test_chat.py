@@ -1,4 +1,4 @@
-"""Conversational prompts: what the model reads, what ends its turn, and the commands with the `boxed` template."""
+"""Conversational prompts: rendering, the end of a turn, and the commands with the `boxed` template."""
 
 import json
 import string
@@ -27,7 +27,7 @@ TOKENIZER = SHARED / "tokenizers" / "qwen2.5"
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """Its EOS is not what ends a turn, as in Qwen2.5's base models."""
+    """A tokenizer whose EOS token does not end a turn, as in Qwen2.5's base models."""
     tokenizer = character_tokenizer("".join(sorted(set(string.printable) - set("\t\r\x0b\x0c"))))
     tokenizer.add_special_tokens({"additional_special_tokens": [START, END]})
     tokenizer.chat_template = CHATML
@@ -52,11 +52,11 @@ def test_a_prompt_of_messages_is_rendered_up_to_the_assistants_turn(tokenizer):
     task = load_task("arithmetic", template="boxed")
     problems = task.problems("test", 2)
     (first, _) = tokenize_prompts(tokenizer, [task.prompt(problem) for problem in problems])
-    asked = task.template.prompt_format.format(question=problems[0].question)
-    assert tokenizer.decode(first) == f"{START}user\n{asked}{END}\n{START}assistant\n"
+    content = task.template.prompt_format.format(question=problems[0].question)
+    assert tokenizer.decode(first) == f"{START}user\n{content}{END}\n{START}assistant\n"
 
 
-def test_the_end_of_a_turn_ends_a_completion_as_eos_does(tokenizer):
+def test_the_end_of_turn_token_ends_a_completion_like_eos(tokenizer):
     model = member(tokenizer)
     assert get_end_of_turn_token_id(tokenizer) == tokenizer.convert_tokens_to_ids(END)
     assert {tokenizer.convert_tokens_to_ids(t) for t in (END, EOS)} == set(get_eos_token_ids(model, tokenizer))
@@ -73,7 +73,7 @@ def test_qwens_turn_ends_in_im_end():
     assert qwen.decode([get_end_of_turn_token_id(qwen)]) == END
 
 
-def test_sft_rows_are_measured_as_trl_tokenizes_them(tokenizer, tmp_path):
+def test_lengths_of_sft_rows_match_trls_tokenization(tokenizer, tmp_path):
     rows = load_task("arithmetic", template="boxed").demonstrations(4)
     dataset, dropped = sft_dataset(rows, tokenizer, max_length=None)
     args = SFTConfig(
@@ -88,7 +88,7 @@ def test_sft_rows_are_measured_as_trl_tokenizes_them(tokenizer, tmp_path):
     assert dropped == lengths.count(max(lengths))
 
 
-def test_evaluation_asks_in_the_chat_and_keeps_what_was_asked(tokenizer):
+def test_evaluation_renders_the_chat_and_records_the_prompt(tokenizer):
     task = load_task("arithmetic", template="boxed")
     (response,) = greedy_responses(
         member(tokenizer), tokenizer, task, task.problems("test", 1), {"model": None}, max_new_tokens=4
@@ -97,7 +97,7 @@ def test_evaluation_asks_in_the_chat_and_keeps_what_was_asked(tokenizer):
     assert response.prompt.endswith(f"{START}assistant\n")
 
 
-def test_rollouts_end_with_the_turn(folders, tokenizer, tmp_path):
+def test_rollouts_end_at_the_end_of_turn_token(folders, tokenizer, tmp_path):
     task = load_task("arithmetic", template="boxed")
     args = LogitMixGRPOConfig(
         str(tmp_path), anchor=folders[1], use_cpu=True, bf16=False, report_to=[], num_generations=4,
@@ -112,7 +112,7 @@ QUIET = ["--bf16", "false", "--use_cpu", "true", "--report_to", "none", "--save_
 BOXED = ["--task", "arithmetic", "--template", "boxed", "--train_limit", "16"]
 
 
-def test_the_commands_take_the_boxed_template(folders, tmp_path):
+def test_the_commands_accept_the_boxed_template(folders, tmp_path):
     base, sft = folders
     assert main(["sft", "--model_name_or_path", base, "--output_dir", str(tmp_path / "sft"), *BOXED, *QUIET]) == 0
     assert main([
@@ -131,7 +131,7 @@ def test_the_commands_take_the_boxed_template(folders, tmp_path):
 
 
 @pytest.mark.parametrize("command", ["sft", "train", "eval"])
-def test_a_tokenizer_without_a_chat_template_is_refused(command, tmp_path, capsys):
+def test_a_tokenizer_without_a_chat_template_is_rejected(command, tmp_path, capsys):
     plain = character_tokenizer(string.printable[:95])
     member(plain).save_pretrained(tmp_path / "plain")
     plain.save_pretrained(tmp_path / "plain")

@@ -1,4 +1,4 @@
-"""Two policies on the same problems: the paper's tables 1 to 3, and what the differences in them are worth."""
+"""Two policies on the same problems: the paper's tables 1 to 3, and which differences are beyond noise."""
 
 import json
 from dataclasses import asdict, replace
@@ -14,7 +14,7 @@ from logitmix.paper.tiny_model import character_tokenizer, tiny_model
 from logitmix.tasks import Arithmetic
 from tests.helpers.responses import make_response
 
-# Table 1 of arXiv 2605.20555: answer-correct of SFT and policy, and problems by who has them right
+# Table 1 of arXiv 2605.20555: answer rates of SFT and policy; problems that both, one or neither has right
 TABLE_1 = {
     "MATH 1.5B": (0.395, 0.530, 56, 50, 23, 71),
     "MATH 3B": (0.590, 0.765, 110, 43, 8, 39),
@@ -29,7 +29,7 @@ TABLE_1 = {
 
 
 def responses(answers: list[bool], name: str = "policy", **fields) -> list[Response]:
-    """Responses to one problem after the other, right and in the format where `answers` says so."""
+    """A response to each problem; `answers` says which are right and in the format."""
     return [
         make_response(
             **{
@@ -46,16 +46,16 @@ def responses(answers: list[bool], name: str = "policy", **fields) -> list[Respo
     ]
 
 
-def both_sides(both: int, only_b: int, only_a: int, neither: int) -> tuple[list[Response], list[Response]]:
+def make_pair(both: int, only_b: int, only_a: int, neither: int) -> tuple[list[Response], list[Response]]:
     a = [True] * both + [False] * only_b + [True] * only_a + [False] * neither
     b = [True] * both + [True] * only_b + [False] * only_a + [False] * neither
     return responses(a), responses(b)
 
 
 @pytest.mark.parametrize("cell", TABLE_1)
-def test_the_papers_tables(cell):
+def test_the_tables_of_the_paper(cell):
     sft_answer, policy_answer, both, only_policy, only_sft, neither = TABLE_1[cell]
-    c = complement(*both_sides(both, only_policy, only_sft, neither))
+    c = complement(*make_pair(both, only_policy, only_sft, neither))
     assert (c.n, c.both, c.only_b, c.only_a, c.neither) == (200, both, only_policy, only_sft, neither)
     assert (c.answer.a.value, c.answer.b.value) == pytest.approx((sft_answer, policy_answer))
     assert c.answer.b_minus_a.value == pytest.approx(policy_answer - sft_answer)
@@ -67,13 +67,13 @@ def test_the_papers_tables(cell):
     assert ("beyond noise" if beyond else "within noise:") in complement_notes(c)[1]
 
 
-def test_of_the_papers_nine_answer_gaps_two_are_within_noise():
-    within = [cell for cell, row in TABLE_1.items() if complement(*both_sides(*row[2:])).answer.p_value > 0.05]
+def test_two_of_the_papers_nine_answer_gaps_are_within_noise():
+    within = [cell for cell, row in TABLE_1.items() if complement(*make_pair(*row[2:])).answer.p_value > 0.05]
     assert within == ["MMLU 1.5B", "cn-k12 1.5B"]
 
 
-def test_two_policies_that_never_disagree():
-    c = complement(*both_sides(50, 0, 0, 50))
+def test_policies_that_never_disagree_differ_by_no_more_than_noise():
+    c = complement(*make_pair(50, 0, 0, 50))
     assert c.answer.p_value == 1
     assert "they disagree too rarely for any difference to be beyond noise" in complement_notes(c)[1]
 
@@ -87,12 +87,12 @@ def test_two_policies_that_never_disagree():
         (responses([True] * 10) * 2, "y holds several samples of one problem"),
     ],
 )
-def test_other_problems_are_refused(other, message):
+def test_different_problem_sets_are_rejected(other, message):
     with pytest.raises(ValueError, match=message):
         complement(responses([True] * 10), other, "x", "y")
 
 
-def test_too_few_problems_to_tell_anything():
+def test_too_few_problems_are_rejected():
     with pytest.raises(ValueError, match=r"not even 5 to 0 .*p = 0.062\); raise eval_limit"):
         complement(responses([True] * 5), responses([False] * 5))
     assert complement(responses([True] * 6), responses([False] * 6)).answer.p_value < 0.05
@@ -126,7 +126,7 @@ def write(path, rows) -> str:
 SMALL = ("--eval_limit", "6", "--max_new_tokens", "4")
 
 
-def test_two_checkpoints(checkpoints, tmp_path, capsys):
+def test_comparing_two_checkpoints(checkpoints, tmp_path, capsys):
     folder = tmp_path / "pair"
     argv = ["complement", checkpoints["base"], checkpoints["mixture"], *SMALL, "--output_dir", str(folder)]
     assert main(argv) == 0
@@ -135,17 +135,17 @@ def test_two_checkpoints(checkpoints, tmp_path, capsys):
     rows = [json.loads(line) for line in (folder / "responses.jsonl").read_text().splitlines()]
     assert [row["name"] for row in rows] == [checkpoints["base"]] * 6 + [checkpoints["mixture"]] * 6
     assert json.loads((folder / "complement.json").read_text())["n"] == 6
-    assert main(argv) == 0, "nothing is decoded again"
+    assert main(argv) == 0, "the second run decodes nothing"
     assert capsys.readouterr().out == printed
 
 
-def test_the_members_of_a_mixture(checkpoints, capsys):
+def test_comparing_the_members_of_a_mixture(checkpoints, capsys):
     assert main(["complement", checkpoints["mixture"], *SMALL]) == 0
     assert "A: policy\nB: anchor" in capsys.readouterr().out
 
 
-def test_files_of_responses(tmp_path, capsys):
-    a, b = both_sides(110, 43, 8, 39)
+def test_comparing_files_of_responses(tmp_path, capsys):
+    a, b = make_pair(110, 43, 8, 39)
     two = write(tmp_path / "run" / "responses.jsonl", [replace(response, name="anchor") for response in a] + b)
     other = write(tmp_path / "other.jsonl", b)
     for sources in (
@@ -159,7 +159,7 @@ def test_files_of_responses(tmp_path, capsys):
         assert "17.5 points (B - A), beyond noise" in printed
 
 
-def test_a_file_and_a_checkpoint(checkpoints, tmp_path, capsys):
+def test_comparing_a_file_with_a_checkpoint(checkpoints, tmp_path, capsys):
     assert main(["eval", "--model_name_or_path", checkpoints["sft"], *SMALL, "--output_dir", str(tmp_path / "e")]) == 0
     assert main(["complement", str(tmp_path / "e"), checkpoints["base"], *SMALL]) == 0
     assert f"B: {checkpoints['base']}" in capsys.readouterr().out
@@ -187,7 +187,7 @@ def test_a_file_and_a_checkpoint(checkpoints, tmp_path, capsys):
         ([], "required"),
     ],
 )
-def test_wrong_sources(checkpoints, tmp_path, capsys, sources, message):
+def test_invalid_sources_are_rejected(checkpoints, tmp_path, capsys, sources, message):
     write(tmp_path / "two.jsonl", [*responses([True] * 6), *responses([True] * 6, "anchor")])
     write(tmp_path / "one.jsonl", responses([True] * 7, "model"))
     write(tmp_path / "empty.jsonl", [])

@@ -1,4 +1,4 @@
-"""Responses: batches of several alphas, samples, pass@k, and an evaluation that goes on where it stopped."""
+"""Decoding responses: batches of several alphas, samples, pass@k, files, and continued evaluations."""
 
 import itertools
 import json
@@ -55,7 +55,7 @@ def mixtures(members) -> dict[str, LogitMixForCausalLM]:
 
 @pytest.mark.parametrize("scheme", ["logit", "prob"])
 @pytest.mark.parametrize("batch_size", [64, 6])
-def test_sequences_of_many_alphas_in_a_batch_are_those_of_one_alpha_at_a_time(mixtures, tokenizer, scheme, batch_size):
+def test_a_batch_of_several_alphas_matches_decoding_one_alpha_at_a_time(mixtures, tokenizer, scheme, batch_size):
     problems = TASK.problems("test", 4)
     batches = make_batches(make_requests(ALPHAS, 4), batch_size)
     assert max(len({request.alpha for request in batch}) for batch in batches) > 1, "several alphas in a batch"
@@ -78,17 +78,17 @@ def test_sequences_of_many_alphas_in_a_batch_are_those_of_one_alpha_at_a_time(mi
     st.integers(1, 3),
     st.integers(1, 100),
 )
-def test_every_request_is_in_one_batch_and_no_full_batch_runs_a_member_in_vain(alphas, problems, samples, size):
+def test_batches_hold_every_request_once_and_large_ones_share_members(alphas, problems, samples, size):
     requests = make_requests({str(alpha): alpha for alpha in alphas}, problems, samples)
     assert len(set(requests)) == len(requests) == len(alphas) * problems * samples
     batches = make_batches(requests, size)
-    assert [request for batch in batches for request in batch] == requests, "whatever the batch size, in one order"
+    assert [request for batch in batches for request in batch] == requests, "the batch size does not change the order"
     for batch in batches:
         assert len(batch) <= size
         assert len({request.members for request in batch}) == 1 or len(requests) <= min(size, SMALL_BATCH)
 
 
-def test_samples_differ_from_each_other_and_not_from_one_time_to_the_next(mixtures, tokenizer):
+def test_samples_differ_within_a_run_and_repeat_across_runs(mixtures, tokenizer):
     problems = TASK.problems("test", 2)
     batches = make_batches(make_requests({"mixture": 0.5}, 2, num_samples=4), 3)
 
@@ -98,15 +98,15 @@ def test_samples_differ_from_each_other_and_not_from_one_time_to_the_next(mixtur
 
     state = torch.random.get_rng_state()
     first = sample(0)
-    assert torch.equal(torch.random.get_rng_state(), state), "torch's generator is left as it was"
+    assert torch.equal(torch.random.get_rng_state(), state), "torch's generator is restored"
     assert len({r.response for r in first if r.problem == 0}) > 1
     assert sample(0) == first
     assert sample(0, batches[1:]) == first[3:], "a batch's samples do not depend on those before it"
     assert [r.response for r in sample(1)] != [r.response for r in first]
 
 
-def test_sampling_is_from_the_whole_distribution(mixtures, tokenizer):
-    """Transformers would take the 50 likeliest tokens; at temperature 1e9 all are as likely, so that more appear."""
+def test_sampling_uses_the_whole_distribution(mixtures, tokenizer):
+    """Transformers' default is the 50 most probable tokens; at temperature 1e9 all 1,000 are equally likely."""
     wide = LogitMixForCausalLM.from_members(tiny_model(1000), tiny_model(1000)).eval()
     settings = generation_settings(1e9) | {"max_new_tokens": 2}
     torch.manual_seed(0)
@@ -115,9 +115,7 @@ def test_sampling_is_from_the_whole_distribution(mixtures, tokenizer):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_an_evaluation_that_was_interrupted_ends_as_one_that_was_not(
-    mixtures, tokenizer, tmp_path, temperature, capsys
-):
+def test_an_interrupted_evaluation_matches_an_uninterrupted_one(mixtures, tokenizer, tmp_path, temperature, capsys):
     problems = TASK.problems("test", 4)
     batches = make_batches(make_requests(get_alphas(mixtures["logit"]), 4, num_samples=2 if temperature else 1), 3)
     decode = make_decoder(mixtures["logit"], tokenizer, TASK, problems, 12, temperature)
@@ -140,11 +138,11 @@ def test_an_evaluation_that_was_interrupted_ends_as_one_that_was_not(
         Responses(path).add("first", batches, until(2))
     assert f"{len(path.read_text().splitlines())} responses are in" in " ".join(capsys.readouterr().err.split())
     text = path.read_text()
-    path.write_text(text + text.splitlines()[0][:40])  # the process died while it wrote
+    path.write_text(text + text.splitlines()[0][:40])  # the process was killed while writing a line
     with pytest.raises(KeyboardInterrupt):
         Responses(path).add("second", batches, until(1))
     lines = path.read_text().splitlines()
-    path.write_text("\n".join(lines[:-1]) + "\n")  # or between two lines of a batch
+    path.write_text("\n".join(lines[:-1]) + "\n")  # or within a batch
     decoded.clear()
     resumed = Responses(path)
     resumed.add("third", batches, until(None))
@@ -156,7 +154,7 @@ def test_an_evaluation_that_was_interrupted_ends_as_one_that_was_not(
     assert decoded == []
 
 
-def test_a_file_of_another_evaluation_is_left_alone(tmp_path):
+def test_a_file_of_another_evaluation_is_not_changed(tmp_path):
     path = tmp_path / "responses.jsonl"
     path.write_text(json.dumps(asdict(make_response(problem=7))) + "\n")
     with pytest.raises(
@@ -172,7 +170,7 @@ def evaluate(members, *flags) -> int:
     return main(["eval", "--model_name_or_path", base, "--anchor", sft, *small, *flags])
 
 
-def test_the_command_writes_a_line_a_problem_member_and_sample(members, tmp_path, capsys):
+def test_the_command_writes_a_line_per_member_problem_and_sample(members, tmp_path, capsys):
     folder = tmp_path / "eval"
     flags = ["--num_samples", "2", "--temperature", "1", "--output_dir", str(folder)]
     assert evaluate(members, *flags) == 0
@@ -184,13 +182,13 @@ def test_the_command_writes_a_line_a_problem_member_and_sample(members, tmp_path
     assert all(field in row for row in rows for field in fields)
     assert "pass@2" in printed
     before = (folder / "responses.jsonl").read_bytes()
-    assert evaluate(members, *flags, "--batch_size", "2") == 0, "a batch may be made smaller on the way"
+    assert evaluate(members, *flags, "--batch_size", "2") == 0, "the batch size may change"
     assert capsys.readouterr().out == printed
     assert (folder / "responses.jsonl").read_bytes() == before
     assert len((folder / "run.jsonl").read_text().splitlines()) == 2
 
 
-def test_an_evaluation_with_other_arguments_is_refused(members, tmp_path, capsys):
+def test_continuing_with_other_arguments_is_rejected(members, tmp_path, capsys):
     flags = ["--output_dir", str(tmp_path / "eval")]
     assert evaluate(members, *flags) == 0
     before = (tmp_path / "eval" / "responses.jsonl").read_bytes()
@@ -211,20 +209,20 @@ def test_an_evaluation_with_other_arguments_is_refused(members, tmp_path, capsys
         (["--max_new_tokens", "1000"], "exceeds the members' context of 256"),
     ],
 )
-def test_wrong_input(members, tmp_path, capsys, flags, message):
+def test_invalid_arguments_are_rejected(members, tmp_path, capsys, flags, message):
     out = tmp_path / "eval"
     assert evaluate(members, *flags, "--output_dir", str(out)) == 2
     assert message in " ".join(capsys.readouterr().err.split())
-    assert not out.exists(), "the corrected command may use the folder"
+    assert not out.exists(), "so that the corrected command can use the folder"
 
 
 @pytest.mark.parametrize("flags", [["--alpha", "0.3"], ["--scheme", "prob"]])
-def test_alpha_and_scheme_of_a_model_that_is_no_mixture(members, capsys, flags):
+def test_alpha_and_scheme_require_a_mixture(members, capsys, flags):
     assert main(["eval", "--model_name_or_path", members[0], *flags]) == 2
     assert "is not a mixture; add --anchor to mix it with" in capsys.readouterr().err
 
 
-def test_a_folder_that_holds_something_else(members, tmp_path):
+def test_a_folder_with_other_contents_is_rejected(members, tmp_path):
     with pytest.raises(ValueError, match=r"holds something else \(config.json\)"):
         open_responses(members[0], {})
     (tmp_path / "file").write_text("")
@@ -232,25 +230,25 @@ def test_a_folder_that_holds_something_else(members, tmp_path):
         open_responses(str(tmp_path / "file"), {})
 
 
-def graded(*answers: list[bool]) -> list[Response]:
-    """Responses to problems with some samples each."""
+def make_samples(*answers: list[bool]) -> list[Response]:
+    """Responses to problems, each with the given samples."""
     return [make_response(problem=i, answer_ok=ok) for i, samples in enumerate(answers) for ok in samples]
 
 
-def test_pass_rates_by_hand():
-    rows = graded([True, False, False], [False, False, False])
+def test_pass_rates_of_a_small_example():
+    rows = make_samples([True, False, False], [False, False, False])
     assert pass_rates(rows) == pytest.approx({1: 1 / 6, 2: 2 / 6, 3: 1 / 2})
     with pytest.raises(ValueError, match=r"problems have \[1, 2\] samples"):
-        pass_rates(graded([True], [True, False]))
+        pass_rates(make_samples([True], [True, False]))
 
 
-def test_the_interval_of_samples_is_over_problems():
-    """Four samples that agree tell no more than one; those that do not agree tell less than so many problems."""
-    one = estimate(graded(*[[True]] * 30, *[[False]] * 20), "answer_ok")
-    four = estimate(graded(*[[True] * 4] * 30, *[[False] * 4] * 20), "answer_ok")
+def test_the_interval_of_several_samples_is_over_problems():
+    """Four equal samples carry no more information than one; differing samples less than as many problems."""
+    one = estimate(make_samples(*[[True]] * 30, *[[False]] * 20), "answer_ok")
+    four = estimate(make_samples(*[[True] * 4] * 30, *[[False] * 4] * 20), "answer_ok")
     assert asdict(four) == asdict(one)
     assert (one.value, one.low, one.high) == pytest.approx((0.6, 0.462, 0.724), abs=1e-3)
-    mixed = estimate(graded(*[[True, False]] * 10, *[[True, True]] * 25, *[[False, False]] * 15), "answer_ok")
+    mixed = estimate(make_samples(*[[True, False]] * 10, *[[True, True]] * 25, *[[False, False]] * 15), "answer_ok")
     assert mixed.value == pytest.approx(0.6)
     assert 0.4 < mixed.low < 0.6 < mixed.high < 0.8
 
@@ -266,7 +264,7 @@ def test_the_interval_of_samples_is_over_problems():
         ("gold", "it has no 'gold'"),
     ],
 )
-def test_a_line_that_is_not_a_response_is_named(tmp_path, change, message):
+def test_a_line_that_is_not_a_response_is_rejected(tmp_path, change, message):
     row = asdict(make_response())
     bad = row | change if isinstance(change, dict) else {key: row[key] for key in row if key != change}
     path = tmp_path / "responses.jsonl"
@@ -278,7 +276,7 @@ def test_a_line_that_is_not_a_response_is_named(tmp_path, change, message):
         read_responses(path)
 
 
-def test_the_lines_of_0_1_0_load(tmp_path):
+def test_responses_of_0_1_0_load(tmp_path):
     path = tmp_path / "responses.jsonl"
     path.write_text(
         '{"name": "model", "alpha": null, "problem": 0, "sample": 0, "prompt": "1+1=?\\n", "response": "2", '

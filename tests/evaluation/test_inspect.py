@@ -1,4 +1,4 @@
-"""A response token by token: its numbers, who carried what, the table and the page."""
+"""Inspection of a response: probabilities, the member that carried each token, the table and the page."""
 
 import re
 
@@ -13,7 +13,7 @@ from logitmix.paper.tiny_model import character_tokenizer as quickstart_tokenize
 from logitmix.paper.tiny_model import tiny_model
 from logitmix.tasks import Arithmetic
 from tests.helpers.adapters import lora
-from tests.helpers.browser import Parsed, assert_self_contained, page_in_chromium
+from tests.helpers.browser import ParsedPage, assert_self_contained, page_in_chromium
 from tests.helpers.members import character_tokenizer, tiny_member
 
 QUESTION = '<script>alert(1)</script> & "2<3"?'
@@ -26,7 +26,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module", params=["logit", "prob", "adapters"])
 def inspected(request, tokenizer):
-    """A mixture, and the longest of its inspected responses to some characters (others end early)."""
+    """A mixture, and the longest of its inspected responses to several prompts (some end early)."""
     qwen = tiny_member("qwen2", seed=1)
     if request.param == "adapters":  # the anchor is the policy's model without its adapter
         model = LogitMixForCausalLM.from_members(qwen, qwen, alpha=0.45, peft_config=lora(init_lora_weights=False))
@@ -41,8 +41,8 @@ def softmax64(logits):
     return torch.softmax(logits.double(), dim=-1)
 
 
-def test_every_number_is_that_of_the_model_alone_at_that_prefix(inspected, tokenizer):
-    """Each member run on each prefix by itself, without cache; eq. 1 and its arithmetic counterpart, in float64."""
+def test_probabilities_match_each_model_run_on_each_prefix(inspected, tokenizer):
+    """Each member runs on each prefix without cache; mixing is eq. 1 or its arithmetic form, in float64."""
     model, inspection = inspected
     prompt_ids = tokenizer([inspection.prompt])["input_ids"][0]
     text = {tokenizer.decode([i]): i for i in range(model.config.vocab_size)}
@@ -68,10 +68,10 @@ def test_every_number_is_that_of_the_model_alone_at_that_prefix(inspected, token
         assert token.carried_by == by[firsts]
         ids.append(written)
     assert sum(inspection.carried().values()) == len(inspection.tokens) > 15
-    assert min(inspection.carried()[name] for name in ("policy", "anchor")) > 0, "the test saw both"
+    assert min(inspection.carried()[name] for name in ("policy", "anchor")) > 0, "the test covers both"
 
 
-def test_the_three_responses_are_those_of_each_alone(inspected, tokenizer):
+def test_responses_match_those_of_each_model_alone(inspected, tokenizer):
     model, inspection = inspected
     prompt = torch.tensor(tokenizer([inspection.prompt])["input_ids"])
     for name, alpha in (("policy", 0.0), ("anchor", 1.0)):
@@ -84,13 +84,13 @@ def test_the_three_responses_are_those_of_each_alone(inspected, tokenizer):
     )
 
 
-def test_the_page_escapes_everything_and_refers_to_nothing_outside(inspected):
+def test_the_page_escapes_text_and_is_self_contained(inspected):
     _, inspection = inspected
     html = inspection_page(inspection, QUESTION, "<b>policy</b>", "anchor & co")
     assert_self_contained(html)
-    parsed = Parsed(html)
-    for said in (QUESTION, "<b>policy</b>", "anchor & co", *inspection.responses.values()):
-        assert said in parsed.text
+    parsed = ParsedPage(html)
+    for shown in (QUESTION, "<b>policy</b>", "anchor & co", *inspection.responses.values()):
+        assert shown in parsed.text
     assert len(re.findall(r'class="panel"', html)) == len(inspection.tokens)
 
 
@@ -102,7 +102,7 @@ def test_the_page_in_a_browser(inspected, tmp_path):
         with page_in_chromium(path, width) as (page, requests):
             assert page.title() == QUESTION
             assert page.inner_text("h1") == QUESTION
-            assert page.evaluate("document.documentElement.scrollWidth") <= width, "nothing sticks out"
+            assert page.evaluate("document.documentElement.scrollWidth") <= width, "the page does not scroll sideways"
             tokens = page.locator(".text > .token")
             assert tokens.count() == len(inspection.tokens)
             for i in (0, 7):
@@ -115,7 +115,7 @@ def test_the_page_in_a_browser(inspected, tmp_path):
                     assert f"{100 * first.probability:.1f}" in panel.inner_text()
             page.mouse.move(0, 0)
             tokens.nth(3).focus()
-            assert tokens.nth(3).locator(".panel").is_visible(), "a tap, or Tab, does as well"
+            assert tokens.nth(3).locator(".panel").is_visible(), "a tap or Tab also shows it"
             tokens.nth(5).hover()
             assert page.locator(".panel:visible").count() == 1
             colours = page.evaluate(
@@ -143,18 +143,18 @@ def run(pair, *flags, question="7+8-9+4") -> int:
     return main(["inspect", question, "--model_name_or_path", pair[0], "--anchor", pair[1], *flags])
 
 
-def test_the_command_prints_a_row_a_token_and_writes_the_page(pair, tmp_path, capsys):
+def test_the_command_prints_a_row_per_token_and_writes_the_page(pair, tmp_path, capsys):
     path = tmp_path / "page.html"
     assert run(pair, "--max_new_tokens", "12", "--output_file", str(path), "--alpha", "0.25") == 0
     printed = capsys.readouterr().out
     assert "alpha 0.25, scheme logit" in printed
     assert sum(int(count) for count in re.findall(r"(?:both|policy|anchor|neither) (\d+)", printed)) == 12
     html = path.read_text(encoding="utf-8")
-    assert "7+8-9+4=?" in Parsed(html).text, "the prompt is the task's"
+    assert "7+8-9+4=?" in ParsedPage(html).text, "the prompt is the task's"
     assert_self_contained(html)
 
 
-def test_a_question_that_begins_with_a_minus(pair, tmp_path):
+def test_a_question_may_begin_with_a_minus(pair, tmp_path):
     path = tmp_path / "page.html"
     assert run(pair, "--max_new_tokens", "2", "--output_file", str(path), question="-3+4") == 0
     assert "-3+4=?" in path.read_text()
@@ -171,13 +171,13 @@ def test_a_question_that_begins_with_a_minus(pair, tmp_path):
         (["--template", "boxed"], "has no chat template"),
     ],
 )
-def test_wrong_input(pair, tmp_path, capsys, monkeypatch, flags, message):
+def test_invalid_arguments_are_rejected(pair, tmp_path, capsys, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
     assert run(pair, *flags) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_checkpoint_that_is_no_mixture(pair, capsys):
+def test_a_checkpoint_that_is_not_a_mixture_is_rejected(pair, capsys):
     assert main(["inspect", "1+1", "--model_name_or_path", pair[0]]) == 2
     assert "is not a mixture; give its anchor with --anchor" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on the checkpoint of a mixture: one of its own tasks, on local questions."""
+"""lm-evaluation-harness on a mixture's checkpoint: one of the harness's tasks, with local questions."""
 
 import json
 import string
@@ -22,7 +22,7 @@ QUESTIONS = [
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> str:
-    """A mixture of two tiny models, with a tokenizer of all printable characters, saved."""
+    """A saved mixture of two tiny models, with a tokenizer of all printable characters."""
     root = tmp_path_factory.mktemp("mixture")
     tokenizer = character_tokenizer("".join(sorted(set(string.printable) - set("\r\x0b\x0c"))))
     for seed, name in enumerate(("base", "sft")):
@@ -36,10 +36,8 @@ def checkpoint(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory) -> Path:
-    """ARC easy as the harness has it, its questions from a file."""
-    lm_eval = pytest.importorskip(
-        "lm_eval", reason="pip install lm-eval, to test the mixture in lm-evaluation-harness"
-    )
+    """The harness's configuration of ARC easy, with questions from a local file."""
+    lm_eval = pytest.importorskip("lm_eval", reason="pip install lm-eval to test the mixture in lm-evaluation-harness")
     folder = tmp_path_factory.mktemp("tasks")
     arc = Path(lm_eval.__file__).parent / "tasks" / "arc" / "arc_easy.yaml"
     rows = [
@@ -57,7 +55,7 @@ def tasks(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("alpha", [None, 0.8])
-def test_the_harness_scores_what_the_mixture_scores(checkpoint, tasks, tmp_path, alpha):
+def test_the_scores_of_the_harness_match_the_mixture(checkpoint, tasks, tmp_path, alpha):
     arguments = f"pretrained={checkpoint},dtype=float32" + (f",alpha={alpha}" if alpha is not None else "")
     flags = ["--model", "hf", "--model_args", arguments, "--tasks", "local_arc", "--include_path", str(tasks)]
     flags += ["--device", "cpu", "--batch_size", "2", "--log_samples", "--output_path", str(tmp_path / "out")]
@@ -83,7 +81,7 @@ def test_the_harness_scores_what_the_mixture_scores(checkpoint, tasks, tmp_path,
     assert compared == sum(len(texts) for _, texts, _ in QUESTIONS)
 
 
-def test_another_alpha_is_another_score(checkpoint):
+def test_the_score_depends_on_alpha(checkpoint):
     model = LogitMixForCausalLM.from_pretrained(checkpoint).eval()
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
@@ -92,7 +90,7 @@ def test_another_alpha_is_another_score(checkpoint):
     assert abs(scores[1] - scores[2]) > 1e-2
 
 
-def test_without_the_harness(monkeypatch, capsys):
+def test_without_the_harness_the_command_says_how_to_install_it(monkeypatch, capsys):
     for module in ("lm_eval", "lm_eval.__main__"):
         monkeypatch.setitem(sys.modules, module, None)
     assert main(["lm-eval", "--model", "hf"]) == 2

@@ -1,4 +1,4 @@
-"""Reports of training runs: which runs are one arm, the curves, and the files that are made of them."""
+"""Reports of training runs: grouping runs by arm, curves, and the files written."""
 
 import csv
 import json
@@ -9,9 +9,9 @@ import pytest
 
 from logitmix.cli.__main__ import main
 from logitmix.evaluation.report.curves import PANELS, curve, group_by_arm, panel_lines, points, read_runs
-from tests.helpers.browser import Parsed, assert_self_contained, page_in_chromium
+from tests.helpers.browser import ParsedPage, assert_self_contained, page_in_chromium
 
-UPDATES = 2  # optimizer updates an outer step, in the runs below
+UPDATES = 2  # per outer step, in the runs below
 
 
 def answer(alpha: float, seed: int, step: int) -> float:
@@ -19,7 +19,7 @@ def answer(alpha: float, seed: int, step: int) -> float:
 
 
 def write_run(folder: Path, seed: int = 0, alpha: float = 0.5, last: int = 8, mixture: bool = True, **more) -> Path:
-    """A run of 8 updates, as far as update `last`."""
+    """Write a run of 8 updates up to update `last`."""
     arguments = {
         "seed": seed,
         "alpha": alpha,
@@ -48,7 +48,7 @@ def write_run(folder: Path, seed: int = 0, alpha: float = 0.5, last: int = 8, mi
 
 @pytest.fixture
 def runs(tmp_path) -> Path:
-    """Two seeds of one arm, one run of another alpha, and one without an anchor."""
+    """A folder with two seeds of one arm, a run with another alpha, and a run without an anchor."""
     for seed in (0, 1):
         write_run(tmp_path / f"fixed-{seed}", seed)
     write_run(tmp_path / "other", alpha=0.3)
@@ -56,27 +56,27 @@ def runs(tmp_path) -> Path:
     return tmp_path
 
 
-def test_runs_that_differ_in_the_seed_alone_are_one_arm(runs):
+def test_runs_that_differ_only_in_the_seed_form_one_arm(runs):
     arms = group_by_arm(run for folder in sorted(runs.iterdir()) for run in read_runs(str(folder)))
     found = [(arm.label, [run.folder.name for run in arm.runs]) for arm in arms]
     assert found == [("fixed-0", ["fixed-0", "fixed-1"]), ("other", ["other"]), ("plain", ["plain"])]
 
 
-def test_a_name_makes_an_arm_and_a_folder_of_runs_is_all_of_them(runs):
+def test_a_name_defines_an_arm_and_a_folder_of_runs_means_all_of_them(runs):
     arms = group_by_arm([*read_runs(f"mine={runs / 'other'}"), *read_runs(f"mine={runs / 'plain'}")])
     assert [(arm.label, len(arm.runs)) for arm in arms] == [("mine", 2)]
     assert [run.folder.name for run in read_runs(str(runs))] == ["fixed-0", "fixed-1", "other", "plain"]
 
 
-def test_runs_without_arguments_are_arms_of_their_own(runs):
+def test_runs_without_recorded_arguments_form_separate_arms(runs):
     for name in ("fixed-0", "fixed-1"):
         (runs / name / "run.jsonl").unlink()
     arms = group_by_arm([*read_runs(str(runs / "fixed-0")), *read_runs(str(runs / "fixed-1"))])
     assert [arm.label for arm in arms] == ["fixed-0", "fixed-1"]
-    assert list(points(arms[0].runs[0], "main", "answer")) == [0, 4, 8], "then an update is an outer step"
+    assert list(points(arms[0].runs[0], "main", "answer")) == [0, 4, 8], "by default an outer step has one update"
 
 
-def test_a_curve_is_the_mean_and_the_range_of_the_seeds_by_outer_step(runs):
+def test_a_curve_has_the_mean_and_range_over_seeds_by_outer_step(runs):
     (arm,) = group_by_arm([*read_runs(str(runs / "fixed-0")), *read_runs(str(runs / "fixed-1"))])
     found = curve(arm, "main", "answer", 100)
     assert found is not None
@@ -93,7 +93,7 @@ def test_a_curve_is_the_mean_and_the_range_of_the_seeds_by_outer_step(runs):
     assert curve(arm, "metrics", "no such key") is None
 
 
-def test_panels_take_what_each_run_has(runs):
+def test_panels_show_the_quantities_that_each_run_recorded(runs):
     arms = group_by_arm(read_runs(str(runs)))
     by_file = {panel.file: {line.label: line for line in panel_lines(panel, arms)} for panel in PANELS}
     assert list(by_file["answer"]) == ["fixed-0, 2 seeds", "other", "plain"]
@@ -102,7 +102,7 @@ def test_panels_take_what_each_run_has(runs):
     assert by_file["cut"] == by_file["validation"] == {}
     assert by_file["alpha"]["other"].curve.mean == [0.3] * 8
     assert {lines["other"].arm for lines in by_file.values() if "other" in lines} == {1}, (
-        "it looks the same everywhere"
+        "an arm has the same style everywhere"
     )
 
 
@@ -111,7 +111,7 @@ def report(runs: Path, *sources: str, **flags: str) -> tuple[int, Path]:
     return main(["report", *(sources or (str(runs),)), "--output_dir", str(out)]), out
 
 
-def test_the_command_writes_figures_a_page_and_every_number(runs, capsys):
+def test_the_command_writes_figures_a_page_and_all_numbers(runs, capsys):
     status, out = report(runs)
     assert status == 0
     printed = capsys.readouterr().out
@@ -129,13 +129,13 @@ def test_the_command_writes_figures_a_page_and_every_number(runs, capsys):
     assert drawn == {path.stem for path in out.glob("*.svg")}
     assert drawn == {"answer", "format", "policy", "alpha", "reward", "format_rate", "kl", "length", "entropy"}
     assert (out / "answer.png").read_bytes().startswith(b"\x89PNG")
-    text = Parsed(html).text
-    for said in ("outer step (one sampling of rollouts)", "answer-correct, greedy (%)", "fixed-0, 2 seeds", "at 4"):
-        assert said in text
+    text = ParsedPage(html).text
+    for shown in ("outer step (one sampling of rollouts)", "answer-correct, greedy (%)", "fixed-0, 2 seeds", "at 4"):
+        assert shown in text
 
 
-def test_a_run_in_progress_is_reported_as_far_as_it_is(runs, capsys):
-    """Its files end in a line that is half written; another seed is further."""
+def test_a_run_in_progress_is_reported_up_to_its_last_evaluation(runs, capsys):
+    """Its files end in a truncated line, and another seed is further ahead."""
     shutil.rmtree(runs / "fixed-1")
     folder = write_run(runs / "fixed-1", seed=1, last=4)
     for name in ("evaluations.jsonl", "metrics.jsonl"):
@@ -143,20 +143,20 @@ def test_a_run_in_progress_is_reported_as_far_as_it_is(runs, capsys):
             file.write('{"step": 5, "rew')
     status, out = report(runs)
     assert status == 0
-    assert "4 of 8 so far" in " ".join(Parsed((out / "report.html").read_text()).text.split())
+    assert "4 of 8 so far" in " ".join(ParsedPage((out / "report.html").read_text()).text.split())
     (arm,) = group_by_arm([*read_runs(str(runs / "fixed-0")), *read_runs(str(folder))])
     found = curve(arm, "main", "answer")
     assert found is not None
-    assert found.mean[-1] == pytest.approx(answer(0.5, 0, 8)), "the mean of those that got there"
+    assert found.mean[-1] == pytest.approx(answer(0.5, 0, 8)), "the mean over the seeds that reached the step"
 
 
-def test_labels_are_shown_as_they_are(runs, tmp_path):
+def test_labels_are_shown_literally(runs, tmp_path):
     for label in ("$x_1$ & $", "_hidden", "<script>alert(1)</script>"):
         status, out = report(runs, f"{label}={runs / 'other'}")
         assert status == 0
         html = (out / "report.html").read_text(encoding="utf-8")
         assert_self_contained(html)
-        assert Parsed(html).text.count(label) >= 9, "in the table, and in every figure's legend"
+        assert ParsedPage(html).text.count(label) >= 9, "in the table, and in every figure's legend"
 
 
 def test_the_page_in_a_browser(runs):
@@ -171,9 +171,9 @@ def test_the_page_in_a_browser(runs):
             )
             assert min(boxes) > 150
             letters = "[...document.querySelectorAll('figure svg text')].map(t => t.getBoundingClientRect().height)"
-            assert min(page.evaluate(letters)) > 8, "pixels: they can be read"
+            assert min(page.evaluate(letters)) > 8, "readable, in pixels"
             cells = "[...document.querySelectorAll('td')].map(cell => cell.getBoundingClientRect().height)"
-            assert max(page.evaluate(cells)) < 40, "a cell is one line; the table scrolls where it is too wide"
+            assert max(page.evaluate(cells)) < 40, "cells do not wrap; a wide table scrolls"
             assert len(requests) == 1
 
 
@@ -185,7 +185,7 @@ def test_the_page_in_a_browser(runs):
         ("begun", "is empty as yet; wait for the first evaluation"),
     ],
 )
-def test_runs_that_cannot_be_reported(runs, capsys, source, message):
+def test_runs_without_evaluations_are_rejected(runs, capsys, source, message):
     (runs / "sft").mkdir()
     (runs / "sft" / "metrics.jsonl").write_text('{"step": 1}\n')
     (runs / "begun").mkdir()
@@ -196,7 +196,7 @@ def test_runs_that_cannot_be_reported(runs, capsys, source, message):
     assert not out.exists()
 
 
-def test_a_folder_of_a_run_is_not_written_into(runs, capsys):
+def test_the_folder_of_a_run_is_rejected_as_output(runs, capsys):
     folder = next(path for path in sorted(runs.iterdir()) if (path / "run.jsonl").exists())
     before = sorted(folder.iterdir())
     assert main(["report", str(folder), "--output_dir", str(folder)]) == 2
@@ -206,7 +206,7 @@ def test_a_folder_of_a_run_is_not_written_into(runs, capsys):
     assert sorted(folder.iterdir()) == before
 
 
-def test_a_run_given_twice_is_refused(runs, capsys):
+def test_a_run_given_twice_is_rejected(runs, capsys):
     run = next(path for path in sorted(runs.iterdir()) if (path / "evaluations.jsonl").exists())
     status, out = report(runs, str(run), f"{run}/")
     assert status == 2

@@ -1,4 +1,4 @@
-"""Statistics: closed forms, exhaustive counts, and SciPy where it has the same thing."""
+"""Statistics, compared with closed forms, exhaustive enumeration and SciPy."""
 
 import doctest
 import itertools
@@ -22,20 +22,20 @@ from logitmix.evaluation.statistics import (
 counts = st.integers(0, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
 
 
-def test_the_docstrings_examples():
+def test_examples_in_docstrings():
     failed, tried = doctest.testmod(statistics, optionflags=doctest.ELLIPSIS)
     assert tried >= 4
     assert failed == 0
 
 
 @given(counts.filter(lambda c: c[1] > 0), st.sampled_from([0.8, 0.95, 0.99]))
-def test_wilson_is_scipys(count, confidence):
+def test_wilson_interval_matches_scipy(count, confidence):
     expected = scipy.stats.binomtest(*count).proportion_ci(confidence, method="wilson")
     assert wilson_interval(*count, confidence) == pytest.approx(tuple(expected), abs=1e-12)
 
 
 @given(counts.filter(lambda c: c[1] > 0))
-def test_the_ends_of_wilsons_interval_are_the_rates_that_the_score_test_just_rejects(count):
+def test_the_score_test_reaches_its_critical_value_at_the_ends_of_wilsons_interval(count):
     successes, n = count
     for end in wilson_interval(successes, n):
         if 0 < end < 1:
@@ -43,14 +43,14 @@ def test_the_ends_of_wilsons_interval_are_the_rates_that_the_score_test_just_rej
 
 
 @given(st.integers(0, 300), st.integers(0, 300))
-def test_mcnemar_is_scipys_binomial_test(only_a, only_b):
+def test_mcnemar_matches_scipys_binomial_test(only_a, only_b):
     n = only_a + only_b
     expected = scipy.stats.binomtest(only_a, n, 0.5).pvalue if n else 1.0
     assert mcnemar_exact(only_a, only_b) == pytest.approx(expected, rel=1e-9)
 
 
-def test_mcnemar_counts_all_divisions_of_a_few_problems():
-    """Every way in which n fair coins can fall, those at least as uneven as the one seen."""
+def test_mcnemar_matches_enumeration_for_few_problems():
+    """The p-value is the share of all outcomes of n fair coins that are at least as uneven as the observed one."""
     for n in range(1, 9):
         for only_a in range(n + 1):
             uneven = abs(2 * only_a - n)
@@ -64,22 +64,22 @@ def test_mcnemar_of_large_counts_does_not_overflow():
 
 
 @given(st.integers(1, 8).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(1, n))))
-def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample(case):
+def test_pass_at_k_matches_enumeration_of_subsets(case):
     n, correct, k = case
     subsets = list(itertools.combinations([True] * correct + [False] * (n - correct), k))
     assert pass_at_k(n, correct, k) == pytest.approx(np.mean([any(subset) for subset in subsets]))
 
 
 def test_pass_at_k_is_unbiased():
-    """Its mean over draws of n samples is 1 - (1 - p)^k."""
+    """Its expectation over n samples is 1 - (1 - p)^k."""
     n, k, p = 10, 4, 0.3
     expected = sum(math.comb(n, c) * p**c * (1 - p) ** (n - c) * pass_at_k(n, c, k) for c in range(n + 1))
     assert expected == pytest.approx(1 - (1 - p) ** k)
 
 
-def test_the_bootstrap_over_problems_is_scipys():
-    chance = np.random.default_rng(1)
-    a, b = chance.random(150) < 0.8, chance.random(150) < 0.6
+def test_the_bootstrap_over_problems_matches_scipy():
+    rng = np.random.default_rng(1)
+    a, b = rng.random(150) < 0.8, rng.random(150) < 0.6
     ours = paired_bootstrap(a, b)
     theirs = scipy.stats.bootstrap(
         (a.astype(float) - b,), np.mean, n_resamples=10_000, method="percentile", random_state=0
@@ -88,8 +88,8 @@ def test_the_bootstrap_over_problems_is_scipys():
     assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.01)
 
 
-def test_the_bootstrap_draws_seeds_and_problems():
-    """Its spread is that of two independent axes: differences that vary by seed alone keep the seeds' variance."""
+def test_the_bootstrap_resamples_seeds_and_problems():
+    """The two axes are independent: differences that vary only by seed keep the variance over seeds."""
     effects = np.arange(8.0)
     by_seed = paired_bootstrap(np.repeat(effects[:, None], 50, axis=1), np.zeros((8, 50)))
     over_eight = paired_bootstrap(effects, np.zeros(8), seed=1)
@@ -99,15 +99,15 @@ def test_the_bootstrap_draws_seeds_and_problems():
     assert by_problem.high - by_problem.low == pytest.approx(2 * 1.96 * problems.std() / math.sqrt(50), rel=0.05)
 
 
-def test_the_bootstrap_over_thousands_of_problems_is_the_normal_interval():
-    """It is drawn in portions there, a resample or a few at a time."""
+def test_the_bootstrap_over_thousands_of_problems_matches_the_normal_interval():
+    """So many problems are resampled in several parts."""
     n = 30_000
     a = np.arange(n) % 10 < 7
     found = paired_bootstrap(a, np.zeros(n), resamples=2_000)
     assert (found.low, found.high) == pytest.approx(scipy.stats.norm.interval(0.95, 0.7, np.sqrt(0.21 / n)), abs=5e-4)
 
 
-def test_the_bootstrap_is_the_same_each_time_and_turns_with_its_arguments():
+def test_the_bootstrap_is_deterministic_and_antisymmetric():
     a, b = np.random.default_rng(0).random((2, 3, 40))
     there, back = paired_bootstrap(a, b), paired_bootstrap(b, a)
     assert there == paired_bootstrap(a, b)
@@ -115,7 +115,7 @@ def test_the_bootstrap_is_the_same_each_time_and_turns_with_its_arguments():
 
 
 @pytest.mark.parametrize("n", [50, 200, 500])
-def test_the_smallest_difference_beyond_noise_is_where_mcnemar_turns(n):
+def test_the_smallest_difference_beyond_noise_is_the_first_that_mcnemar_rejects(n):
     for share in (0.2, 0.3, 0.5):
         gap = round(difference_from_noise(n, share) * n)
         m = round(n * share)
@@ -123,7 +123,7 @@ def test_the_smallest_difference_beyond_noise_is_where_mcnemar_turns(n):
         assert mcnemar_exact((m + gap) // 2 - 1, (m - gap) // 2 + 1) > 0.05
 
 
-def test_too_few_disagreements_tell_nothing():
+def test_with_too_few_disagreements_no_difference_is_beyond_noise():
     assert difference_from_noise(5, 1.0) == math.inf
     assert difference_from_noise(200, 0.0) == math.inf
 
@@ -142,6 +142,6 @@ def test_too_few_disagreements_tell_nothing():
         (lambda: paired_bootstrap([1], [1], resamples=0), "resamples is 0"),
     ],
 )
-def test_wrong_input(call, message):
+def test_invalid_arguments_are_rejected(call, message):
     with pytest.raises(ValueError, match=message):
         call()

@@ -15,12 +15,12 @@ from tests.helpers.members import tiny_member
 from tests.helpers.responses import make_response
 
 
-def test_merged_weights_are_the_weighted_mean_and_leave_the_members_alone():
+def test_merged_weights_are_the_weighted_mean_and_members_do_not_change():
     policy, anchor = tiny_member(seed=1), tiny_member(seed=2)
     before = {name: weight.clone() for name, weight in policy.named_parameters()}
     merged = merge_weights(policy, anchor)
     anchors = dict(anchor.named_parameters())
-    for alpha in (0.3, 0.0, 1.0):  # one copy takes every alpha in turn
+    for alpha in (0.3, 0.0, 1.0):  # one copy is reused for every alpha
         set_merge(merged, policy, anchor, alpha)
         for name, weight in merged.named_parameters():
             expected = (1 - alpha) * before[name].double() + alpha * anchors[name].double()
@@ -46,12 +46,12 @@ def test_merging_in_bfloat16_rounds_once():
         assert torch.equal(weight, expected)
 
 
-def test_models_of_other_shapes_are_not_merged():
+def test_merging_models_of_different_shapes_is_rejected():
     with pytest.raises(ValueError, match=r"cannot be merged: .*; leave the merge out, with --mixes logit prob"):
         merge_weights(tiny_member("qwen2"), tiny_member("llama"))
 
 
-def test_members_that_share_a_model_are_not_merged():
+def test_merging_members_that_share_a_model_is_rejected():
     member = tiny_member()
     with pytest.raises(ValueError, match="share one model with adapters"):
         merge_weights(member, member)
@@ -61,8 +61,8 @@ def responses(name: str, alpha: float, answers: list[bool]) -> list[Response]:
     return [make_response(name=name, alpha=alpha, problem=i, answer_ok=ok, length=3) for i, ok in enumerate(answers)]
 
 
-def test_alpha_is_chosen_on_one_half_and_reported_on_the_other():
-    """At 0.3 the even problems are right and the odd ones are not; at 0.6 nearly all of both."""
+def test_alpha_is_chosen_on_even_problems_and_reported_on_odd_ones():
+    """At 0.3 only even problems are right, at 0.6 nearly all problems."""
     n = 40
     rows = responses("policy", 0.0, [False] * n) + responses("anchor", 1.0, [i % 4 == 1 for i in range(n)])
     rows += responses("logit", 0.3, [i % 2 == 0 for i in range(n)]) + responses(
@@ -72,12 +72,12 @@ def test_alpha_is_chosen_on_one_half_and_reported_on_the_other():
     logit, prob = choose_alpha(rows)
     assert (logit.mix, logit.alpha, logit.chosen_on.value, logit.reported_on.value) == ("logit", 0.3, 1.0, 0.0)
     assert (logit.policy.value, logit.anchor.value) == (0.0, 0.5)
-    assert logit.p_value == pytest.approx(2 / 2**10), "ten problems that the anchor alone has right"
-    assert (prob.mix, prob.alpha, prob.p_value) == ("prob", 0.0, prob.p_value), "all are as bad: the smallest"
+    assert logit.p_value == pytest.approx(2 / 2**10), "only the anchor has ten of the problems right"
+    assert (prob.mix, prob.alpha, prob.p_value) == ("prob", 0.0, prob.p_value), "all rates equal: smallest alpha"
     assert choose_alpha(list(reversed(rows))) == [logit, prob]
 
 
-def test_the_members_alone_are_the_ends_of_every_mix():
+def test_every_mix_includes_the_members_at_alpha_0_and_1():
     rows = responses("policy", 0.0, [False] * 10) + responses("anchor", 1.0, [True] * 10)
     rows += responses("logit", 0.5, [True] * 5 + [False] * 5) + responses("merge", 0.5, [True] * 10)
     table = sweep_rates(rows)
@@ -109,16 +109,20 @@ def sweep(pair, *flags) -> int:
     ])  # fmt: skip
 
 
-def test_the_command_sweeps_all_three_mixes_and_goes_on_where_it_stopped(pair, tmp_path, capsys):
+def test_the_command_sweeps_all_mixes_and_continues_after_an_interruption(pair, tmp_path, capsys):
     folder = tmp_path / "sweep"
     flags = ("--alphas", "0.5", "0.25", "--output_dir", str(folder))
     assert sweep(pair, *flags) == 0
     printed = capsys.readouterr().out
     path = folder / "responses.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    asked = [("policy", 0.0), ("anchor", 1.0), *((mix, a) for mix in ("logit", "prob", "merge") for a in (0.25, 0.5))]
+    expected = [
+        ("policy", 0.0),
+        ("anchor", 1.0),
+        *((mix, a) for mix in ("logit", "prob", "merge") for a in (0.25, 0.5)),
+    ]
     assert [(row["name"], row["alpha"], row["problem"]) for row in rows] == [
-        (*who, i) for who in asked for i in range(3)
+        (*who, i) for who in expected for i in range(3)
     ]
     written = json.loads((folder / "sweep.json").read_text())
     assert len(written["rates"]) == 12
@@ -134,7 +138,7 @@ def test_the_command_sweeps_all_three_mixes_and_goes_on_where_it_stopped(pair, t
         assert capsys.readouterr().out == printed
 
 
-def test_the_responses_are_those_of_each_mix_on_its_own(pair, tmp_path):
+def test_the_responses_match_those_of_each_mix_alone(pair, tmp_path):
     assert sweep(pair, "--alphas", "0.5", "--output_dir", str(tmp_path / "sweep")) == 0
     lines = (tmp_path / "sweep" / "responses.jsonl").read_text().splitlines()
     rows = {(row["name"], row["problem"]): row["response"] for row in map(json.loads, lines)}
@@ -162,16 +166,16 @@ def test_the_responses_are_those_of_each_mix_on_its_own(pair, tmp_path):
         (["--anchor", "no/such"], "no model at 'no/such'"),
     ],
 )
-def test_wrong_input(pair, tmp_path, capsys, flags, message):
+def test_invalid_arguments_are_rejected(pair, tmp_path, capsys, flags, message):
     assert sweep(pair, "--output_dir", str(tmp_path / "out"), *flags) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "out").exists()
 
 
-def test_a_model_that_is_no_mixture(pair, capsys):
+def test_a_model_that_is_not_a_mixture_is_rejected(pair, capsys):
     assert main(["sweep", "--model_name_or_path", pair[0]]) == 2
     assert "is not a mixture; give its anchor with --anchor" in capsys.readouterr().err
 
 
-def test_beyond_zero_and_one_the_logit_scheme_is_swept(pair):
+def test_the_logit_scheme_is_swept_outside_zero_to_one(pair):
     assert sweep(pair, "--alphas", "-0.5", "1.5", "--mixes", "logit") == 0

@@ -1,4 +1,4 @@
-"""A headless Chromium, where there is one, and a parser's view of a page, where there is none."""
+"""HTML pages in tests: opened in a headless Chromium if there is one, and parsed."""
 
 import shutil
 from collections.abc import Iterator
@@ -14,13 +14,11 @@ ADDRESSES = {"src", "href", "srcset", "data", "action", "poster", "background", 
 
 @contextmanager
 def page_in_chromium(path: Path, width: int = 1000, height: int = 900) -> Iterator[tuple[Any, list[str]]]:
-    """The page, opened in a browser window, and the requests that it makes; skips where there is no browser."""
-    playwright = pytest.importorskip(
-        "playwright.sync_api", reason="pip install playwright, to test pages in a browser"
-    )
+    """The page, opened in a browser window, and the requests that it makes. Skips the test if there is no browser."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright to test pages in a browser")
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if chromium is None:
-        pytest.skip("there is no chromium and no google-chrome on the path, to test pages in a browser")
+        pytest.skip("no chromium or google-chrome on the path; install one to test pages in a browser")
     with playwright.sync_playwright() as player:
         browser = player.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": width, "height": height})
@@ -32,8 +30,8 @@ def page_in_chromium(path: Path, width: int = 1000, height: int = 900) -> Iterat
         browser.close()
 
 
-class Parsed(HTMLParser):
-    """What a page says, its tags, and every address in it."""
+class ParsedPage(HTMLParser):
+    """The text of a page, its tags, and every address in it."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -49,9 +47,10 @@ class Parsed(HTMLParser):
 
 
 def assert_self_contained(html: str) -> None:
-    parsed = Parsed(html)
+    """The page loads nothing from elsewhere and runs no script."""
+    parsed = ParsedPage(html)
     assert [address for address in parsed.addresses if not address.startswith(("data:", "#"))] == []
     assert "@import" not in html
-    assert "url(" not in html.replace("url(#", "")  # an SVG refers to its own parts so
+    assert "url(" not in html.replace("url(#", "")  # an SVG refers to its own parts this way
     assert "script" not in parsed.tags
-    assert "default-src 'none'" in html, "and the browser refuses what slips through"
+    assert "default-src 'none'" in html, "the browser blocks what the checks above miss"

@@ -1,4 +1,4 @@
-"""Labelled pairs, prediction ~ gold, by kind: what people write for one answer, and what only looks alike."""
+"""Pairs, prediction ~ gold, by kind: EQUAL answers written differently, and DIFFERENT ones that look alike."""
 
 EQUAL = r"""
 # numbers

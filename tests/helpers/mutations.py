@@ -1,10 +1,10 @@
-"""Wrong answers made from right ones."""
+"""Wrong answers, generated from right ones."""
 
 import re
 
 
 def mutations(gold: str, other: str) -> dict[str, str]:
-    """Answers near `gold` that are wrong, by what was done to it; `other` is the gold of another question."""
+    """Wrong answers similar to `gold`, by the kind of mutation; `other` is the gold of another question."""
     found = {"another gold": other, "another number": "31337" if gold != "31337" else "31338"}
     numbers = list(re.finditer(r"[0-9]+", gold))
     if numbers:

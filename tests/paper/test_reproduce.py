@@ -13,7 +13,7 @@ from logitmix.paper.presets import PRESETS, load_preset
 from logitmix.paper.recipes import ARMS, PAPER_CELLS
 from logitmix.paper.reproduction import format_time_left
 from logitmix.paper.stages import plan_stages
-from tests.helpers.browser import Parsed, assert_self_contained, page_in_chromium
+from tests.helpers.browser import ParsedPage, assert_self_contained, page_in_chromium
 
 KINDS = ["base", "sft", "sweep", *ARMS]
 
@@ -83,7 +83,7 @@ def test_the_report_holds_every_claim_table_and_figure(interrupted):
         assert text in readme
     page = (report / "index.html").read_text()
     assert_self_contained(page)
-    parsed = Parsed(page)
+    parsed = ParsedPage(page)
     assert parsed.tags.count("svg") == len(pictures)
     assert parsed.text.count("What decides:") == len(CLAIMS)
     assert "logitmix reproduce --scale math-3b" in parsed.text, "and that it was not run"

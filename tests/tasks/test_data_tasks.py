@@ -1,4 +1,4 @@
-"""The tasks that read data: what a row becomes, how rows are split, and how bad data is answered."""
+"""Tasks that read data: parsing rows, splitting them, and errors for bad data."""
 
 import json
 
@@ -49,7 +49,7 @@ def sums(count, start=0):
         ("gsm8k", "gsm8k", [6473, 500, 500], 7473),
     ],
 )
-def test_every_gold_of_the_real_data_accepts_itself(name, folder, sizes, total):
+def test_every_gold_of_the_real_data_matches_itself(name, folder, sizes, total):
     task = load_task(name, data=DATA / folder)
     checked = check(task)
     assert [part.problems for part in checked[:3]] == sizes
@@ -66,20 +66,20 @@ def test_every_gold_of_the_real_data_accepts_itself(name, folder, sizes, total):
     ("name", "folder", "total"),
     [("hendrycks_math", "math", 0), ("cn_k12", "cn_k12", 1), ("mmlu", "mmlu", 0), ("gsm8k", "gsm8k", 0)],
 )
-def test_every_gold_accepts_itself_in_a_box(name, folder, total):
+def test_every_gold_matches_itself_in_a_box(name, folder, total):
     failures = [f for part in check(load_task(name, data=DATA / folder, template="boxed")) for f in part.failures]
     assert len(failures) == total
-    # a gold that the data cut short, so that its braces do not match
+    # the data truncates this gold, so its braces do not match
     assert all("\\begin{array}{l}{x+y=12}\\\\\\\\{2x+y=20'" in failure for failure in failures)
 
 
-def test_gsm8k_takes_the_gold_behind_the_hashes_and_drops_the_calculator(tmp_path):
+def test_gsm8k_reads_the_gold_after_the_hashes_and_drops_calculator_calls(tmp_path):
     problem = only_problem("gsm8k", GSM8K, tmp_path)
     assert problem.answer == "1,010"
     assert problem.solution == "Weng earns 12/60 = $0.2 per minute.\nShe earned $10."
 
 
-def test_mmlu_writes_its_choices_out_and_demonstrates_by_naming_the_right_one(tmp_path):
+def test_mmlu_lists_its_choices_and_demonstrates_the_right_one(tmp_path):
     problem = only_problem("mmlu", MMLU, tmp_path)
     assert problem.question == (
         "Find the order of Z_6/<3>.\nA. 2\nB. 3\nC. 6\nD. 12\nAnswer with the letter of the right choice."
@@ -93,7 +93,7 @@ def test_mmlu_writes_its_choices_out_and_demonstrates_by_naming_the_right_one(tm
     assert not content.answer_ok
 
 
-def test_cn_k12_leaves_out_what_is_no_single_answer(tmp_path):
+def test_cn_k12_leaves_out_rows_without_a_single_answer(tmp_path):
     rows = [
         CN_K12,
         CN_K12 | {"problem": "another source", "source": "olympiads"},
@@ -108,14 +108,14 @@ def test_cn_k12_leaves_out_what_is_no_single_answer(tmp_path):
     assert task.left_out == 5
 
 
-def test_jsonl_reads_the_columns_that_are_named(tmp_path):
+def test_jsonl_reads_the_named_columns(tmp_path):
     row = {"frage": " What is 2+3? ", "antwort": 5, "weg": "2+3=5"}
     columns = {"question_column": "frage", "answer_column": "antwort", "solution_column": "weg"}
     problem = only_problem("jsonl", row, tmp_path, **columns)
     assert (problem.question, problem.answer, problem.solution) == ("What is 2+3?", "5", "2+3=5")
 
 
-def test_jsonl_without_solutions_trains_and_grades_but_cannot_demonstrate(tmp_path):
+def test_jsonl_without_solutions_grades_but_cannot_demonstrate(tmp_path):
     task = load_task("jsonl", data=write(tmp_path / "mine.jsonl", sums(3)))
     problem = task.problems("train")[0]
     assert task.grade(" so </think> <answer>7</answer>", problem).answer_ok
@@ -123,7 +123,7 @@ def test_jsonl_without_solutions_trains_and_grades_but_cannot_demonstrate(tmp_pa
         task.demonstrations()
 
 
-def test_a_chats_demonstrations_are_messages(tmp_path):
+def test_demonstrations_of_a_chat_template_are_messages(tmp_path):
     row = {"question": "What is 2+3?", "answer": "5", "why": "It is $\\boxed{5}$."}
     task = load_task("jsonl", data=write(tmp_path / "mine.jsonl", [row]), template="boxed", solution_column="why")
     (demonstration,) = task.demonstrations()
@@ -135,7 +135,7 @@ def test_a_chats_demonstrations_are_messages(tmp_path):
     ]
 
 
-def test_a_folder_without_test_files_has_its_test_split_carved_by_the_seed(tmp_path):
+def test_the_seed_selects_the_test_split_of_a_folder_without_test_files(tmp_path):
     write(tmp_path / "train.jsonl", sums(100))
     tasks = [load_task("jsonl", data=tmp_path, seed=seed) for seed in (0, 0, 1)]
     assert [len(tasks[0].problems(split)) for split in SPLITS] == [81, 9, 10]
@@ -163,28 +163,28 @@ def test_repeats_and_near_duplicates_are_dropped_and_counted(tmp_path):
         ("gsm8k", "openai/gsm8k", "main", "train"),
     ],
 )
-def test_the_hub_is_read_where_no_data_is_given(monkeypatch, name, repository, config, train):
+def test_without_data_the_hub_is_read(monkeypatch, name, repository, config, train):
     import datasets
 
-    asked = []
+    loaded = []
 
     def load_dataset(*source, split):
-        asked.append((*source, split))
+        loaded.append((*source, split))
         return [{"cn_k12": CN_K12 | {"source": "cn_k12"}, "mmlu": MMLU, "gsm8k": GSM8K | {"question": split}}[name]]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     task = load_task(name)
-    if name == "mmlu":  # here, train and test are one question
+    if name == "mmlu":  # train and test hold the same question here
         with pytest.raises(ValueError, match="train split of cais/mmlu is empty: all of its problems are also in"):
             task.problems("train")
     else:
         assert len(task.problems("train")) == 1
-    assert (repository, config, train) in asked
-    assert len(asked) == (1 if name == "cn_k12" else 2)
+    assert (repository, config, train) in loaded
+    assert len(loaded) == (1 if name == "cn_k12" else 2)
 
 
 @pytest.mark.parametrize("name", ["cn_k12", "mmlu", "gsm8k"])
-def test_no_network_and_no_local_copy_names_both_ways_out(monkeypatch, name):
+def test_a_failed_download_names_both_ways_out(monkeypatch, name):
     import datasets
 
     def offline(*_args, **_kwargs):
@@ -214,19 +214,19 @@ def test_no_network_and_no_local_copy_names_both_ways_out(monkeypatch, name):
         ("cn_k12", {"problem": "a", "solution": "b"}, "has no column 'answer'"),
     ],
 )
-def test_bad_rows_are_named(tmp_path, name, row, message):
+def test_bad_rows_are_rejected_by_number(tmp_path, name, row, message):
     with pytest.raises(ValueError, match=message):
         load_task(name, data=write(tmp_path / "mine.jsonl", [row])).problems("train")
 
 
-def test_a_train_split_that_stands_in_test_as_a_whole_is_refused(tmp_path):
+def test_a_train_split_contained_in_test_is_rejected(tmp_path):
     write(tmp_path / "train.jsonl", sums(3))
     write(tmp_path / "test.jsonl", sums(5))
     with pytest.raises(ValueError, match=r"the train split of .* is empty: all of its problems are also in test"):
         load_task("jsonl", data=tmp_path).problems("train")
 
 
-def test_a_gold_that_holds_the_templates_stop_string_is_refused(tmp_path):
+def test_a_gold_that_contains_the_stop_string_is_rejected(tmp_path):
     template = Template("mine", "{question}\n", "{solution} ANSWER {answer};", r".*ANSWER (?P<answer>.*);", (";",))
     write(tmp_path / "mine.jsonl", [{"question": "Which two?", "answer": "1; 2"}])
     task = load_task("jsonl", data=tmp_path / "mine.jsonl", template=template)
@@ -234,20 +234,20 @@ def test_a_gold_that_holds_the_templates_stop_string_is_refused(tmp_path):
         task.problems("train")
 
 
-def test_more_demonstrations_than_exist_are_refused(tmp_path):
+def test_requesting_more_demonstrations_than_exist_is_rejected(tmp_path):
     task = load_task("gsm8k", data=write(tmp_path / "mine.jsonl", [GSM8K]))
     assert len(task.demonstrations(1)) == 1
     with pytest.raises(ValueError, match="2 demonstrations are asked for, but gsm8k has 1 training problems; lower"):
         task.demonstrations(2)
 
 
-def test_jsonl_wants_data():
+def test_jsonl_requires_data():
     message = r"the task 'jsonl' reads your own data; give data \(--data\), a folder with train"
     with pytest.raises(ValueError, match=message):
         load_task("jsonl")
 
 
-def test_only_jsonl_chooses_its_columns(tmp_path):
+def test_only_jsonl_accepts_column_names(tmp_path):
     with pytest.raises(ValueError, match="the task 'gsm8k' does not choose its columns, but answer_column is a;"):
         load_task("gsm8k", data=tmp_path, answer_column="a")
 
@@ -260,12 +260,12 @@ def test_only_jsonl_chooses_its_columns(tmp_path):
         ("json.Nothing", "json has no class 'Nothing'"),
     ],
 )
-def test_a_task_of_ones_own_that_is_none_is_named(name, message):
+def test_a_custom_task_that_cannot_be_loaded_is_rejected(name, message):
     with pytest.raises(ValueError, match=message):
         load_task(name)
 
 
-def test_every_data_task_shows_a_raw_record_in_its_modules_docstring():
+def test_the_docstring_of_every_data_task_shows_a_raw_record():
     import sys
 
     for name, task in TASKS.items():

@@ -1,4 +1,4 @@
-"""Near-duplicates: the same problem in other words is found, its relatives are not."""
+"""Near-duplicates: a reworded problem is found, a similar but different one is not."""
 
 import time
 
@@ -8,7 +8,7 @@ from logitmix.tasks.base import Problem
 from logitmix.tasks.duplicates import near_duplicates
 
 SET = Problem("How many integers are in the solution set of $|x-2|\\leq5.6$ ?", "11")
-# MATH has many questions that begin alike; they make the beginning weigh little
+# Many questions of MATH begin alike, which gives their first words little weight
 OTHERS = [Problem(f"What is the value of the {word}?", "1") for word in ("sum", "product", "root", "mean")]
 
 
@@ -29,19 +29,19 @@ def test_wording_may_differ_but_not_numbers_signs_or_answer(question, answer, fo
     assert near_duplicates([problem, *OTHERS], [SET]) == ([(problem, SET)] if found else [])
 
 
-def test_phrases_of_the_whole_data_set_count_for_nothing():
+def test_phrases_common_to_the_whole_data_set_do_not_count():
     frame = "For which of these two scenarios does the main character do something clearly morally wrong? {} A. Wrong"
     acts = ["I broke his record player", "I fed the stray dog", "I read a long book", "She sold the red car"]
     train, test = ([Problem(frame.format(act), "A") for act in part] for part in (acts[:2], acts[2:]))
     assert near_duplicates(train, test) == []
 
 
-def test_nothing_is_near_to_nothing():
+def test_empty_splits_have_no_near_duplicates():
     assert near_duplicates([SET], []) == []
     assert near_duplicates([], [SET]) == []
 
 
-def test_thousands_of_problems_take_a_second_or_two():
+def test_thousands_of_problems_take_seconds():
     words = [f"w{n:04d}" for n in range(500)]
     problems = [Problem(" ".join(words[(n * k) % 500] for k in range(1, 40)), str(n)) for n in range(1, 6001)]
     start = time.perf_counter()

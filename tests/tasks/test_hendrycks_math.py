@@ -1,4 +1,4 @@
-"""MATH: real data where it is at hand, small files and a stubbed hub elsewhere."""
+"""MATH: on the real data if it is available, and on small files and a stubbed hub."""
 
 import json
 import random
@@ -18,7 +18,7 @@ def write(path, rows):
     return path
 
 
-def rows_of(count, start=0):
+def make_rows(count, start=0):
     return [
         {"problem": f"What is ${n}+1$?", "solution": f"It is $\\boxed{{{n + 1}}}$."}
         for n in range(start, start + count)
@@ -31,7 +31,7 @@ def math():
 
 
 @needs_math
-def test_math_has_all_its_problems_in_disjoint_splits_but_two_near_duplicates(math):
+def test_disjoint_splits_hold_all_problems_but_two_near_duplicates(math):
     questions = {split: {problem.question for problem in math.problems(split)} for split in SPLITS}
     assert [len(questions[split]) for split in SPLITS] == [6998, 500, 500]
     assert len(set.union(*questions.values())) == 7998
@@ -42,14 +42,14 @@ def test_math_has_all_its_problems_in_disjoint_splits_but_two_near_duplicates(ma
 
 
 @needs_math
-def test_every_gold_accepts_itself_through_its_template(math):
+def test_every_demonstration_grades_as_right(math):
     problems = [problem for split in SPLITS for problem in math.problems(split)]
     failures = [p.answer for p in problems if not math.grade(math.demonstration(p), p).answer_ok]
     assert failures == []
 
 
 @needs_math
-def test_golds_written_in_another_way_are_accepted(math):
+def test_restyled_golds_match(math):
     golds = [problem.answer for split in SPLITS for problem in math.problems(split)]
     sample = random.Random(0).sample([gold for gold in golds if not gold.lstrip("-").isdigit()], 500)
     rewritten = [("$ " + gold.replace("\\frac", "\\dfrac").replace(",", ", ") + " $.", gold) for gold in sample]
@@ -57,16 +57,16 @@ def test_golds_written_in_another_way_are_accepted(math):
 
 
 @needs_math
-def test_another_problems_gold_is_refused(math):
+def test_the_gold_of_another_problem_does_not_match(math):
     golds = [problem.answer for problem in math.problems("test")]
     shifted = golds[1:] + golds[:1]
     pairs = [(wrong, gold) for wrong, gold in zip(shifted, golds, strict=True) if wrong != gold]
     assert len(pairs) > 450
-    assert [pair for pair in pairs if answers_match(*pair)] == [("x=5", "5")], "neighbours that mean the same"
+    assert [pair for pair in pairs if answers_match(*pair)] == [("x=5", "5")], "the only neighbours with equal answers"
 
 
 @needs_math
-def test_one_off_is_refused_for_every_integer_gold(math):
+def test_off_by_one_and_negated_integers_do_not_match(math):
     golds = [p.answer for split in SPLITS for p in math.problems(split) if p.answer.lstrip("-").isdigit()]
     assert len(golds) > 4000
     for gold in golds:
@@ -75,7 +75,7 @@ def test_one_off_is_refused_for_every_integer_gold(math):
 
 
 @needs_math
-def test_a_seed_fixes_the_validation_split(math):
+def test_the_seed_determines_the_validation_split(math):
     again, other = (load_task("hendrycks_math", data=MATH, seed=seed) for seed in (0, 1))
     assert math.problems("validation") == again.problems("validation") != other.problems("validation")
     assert math.problems("train", 5) == math.problems("train")[:5]
@@ -91,37 +91,37 @@ def test_gold_is_the_last_box_or_the_answer_column(tmp_path):
     assert [problem.answer for problem in task.problems("train")] == ["\\frac{1}{2}", "7", "3"]
 
 
-def test_one_file_is_carved_into_three_disjoint_splits(tmp_path):
-    task = load_task("hendrycks_math", data=write(tmp_path / "mine.jsonl", rows_of(100)))
+def test_one_file_is_split_into_three_disjoint_parts(tmp_path):
+    task = load_task("hendrycks_math", data=write(tmp_path / "mine.jsonl", make_rows(100)))
     found = [task.problems(split) for split in SPLITS]
     assert [len(problems) for problems in found] == [81, 9, 10]
     assert len({problem.question for problems in found for problem in problems}) == 100
 
 
-def test_a_training_question_that_stands_in_test_is_dropped(tmp_path):
-    write(tmp_path / "train.jsonl", rows_of(20))
-    write(tmp_path / "test500.jsonl", rows_of(5, start=18))
+def test_a_training_question_that_is_also_in_test_is_dropped(tmp_path):
+    write(tmp_path / "train.jsonl", make_rows(20))
+    write(tmp_path / "test500.jsonl", make_rows(5, start=18))
     task = load_task("hendrycks_math", data=tmp_path)
     assert len(task.problems("train")) + len(task.problems("validation")) == 18
     assert len(task.problems("test")) == 5
 
 
 def test_demonstration_is_the_human_solution_then_the_answer(tmp_path):
-    task = load_task("hendrycks_math", data=write(tmp_path / "mine.jsonl", rows_of(1)))
+    task = load_task("hendrycks_math", data=write(tmp_path / "mine.jsonl", make_rows(1)))
     problem = task.problems("train")[0]
     assert task.demonstration(problem) == " It is $\\boxed{1}$. </think> <answer>1</answer>"
     assert task.demonstrations() == [{"prompt": task.prompt(problem), "completion": task.demonstration(problem)}]
 
 
-def test_the_hub_is_read_where_no_data_is_given(monkeypatch):
+def test_without_data_the_hub_is_read(monkeypatch):
     import datasets
 
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, split: rows_of(3, start=0 if split == "train" else 50))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, split: make_rows(3, start=0 if split == "train" else 50))
     task = load_task("hendrycks_math")
     assert [problem.answer for problem in task.problems("test")] == ["51", "52", "53"]
 
 
-def test_no_network_and_no_local_copy_names_both_ways_out(monkeypatch):
+def test_a_failed_download_names_both_ways_out(monkeypatch):
     import datasets
 
     def offline(*_args, **_kwargs):
@@ -141,32 +141,32 @@ def test_no_network_and_no_local_copy_names_both_ways_out(monkeypatch):
         ),
         ([{"problem": "a"}], "row 1 of .* has no column 'solution', only 'problem'"),
         (
-            [*rows_of(1), {"problem": "a", "solution": "b"}],
+            [*make_rows(1), {"problem": "a", "solution": "b"}],
             "row 2 of .* has no answer; give it a column 'answer'",
         ),
         ([], "holds no problems"),
     ],
 )
-def test_bad_data_is_named(tmp_path, rows, message):
+def test_bad_rows_are_rejected_by_number(tmp_path, rows, message):
     task = load_task("hendrycks_math", data=write(tmp_path / "mine.jsonl", rows))
     with pytest.raises(ValueError, match=message):
         task.problems("train")
 
 
-def test_a_file_that_is_not_json_lines_is_named(tmp_path):
+def test_a_file_that_is_not_json_lines_is_rejected(tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_text("problem,solution\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"mine\.jsonl is not JSON lines"):
         load_task("hendrycks_math", data=path).problems("train")
 
 
-def test_missing_paths_and_empty_splits_are_named(tmp_path):
+def test_missing_paths_and_empty_splits_are_rejected(tmp_path):
     with pytest.raises(ValueError, match=r"nowhere does not exist; give a folder .* or leave data out to download"):
         load_task("hendrycks_math", data=tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"holds no train\*\.jsonl; give a folder with train\*\.jsonl and test\*"):
         load_task("hendrycks_math", data=tmp_path).problems("test")
     with pytest.raises(ValueError, match=r"the validation split of .* is empty"):
-        load_task("hendrycks_math", data=write(tmp_path / "mine.jsonl", rows_of(3))).problems("validation")
+        load_task("hendrycks_math", data=write(tmp_path / "mine.jsonl", make_rows(3))).problems("validation")
 
 
 def test_a_problem_without_a_solution_cannot_be_demonstrated(tmp_path):
@@ -176,7 +176,7 @@ def test_a_problem_without_a_solution_cannot_be_demonstrated(tmp_path):
         task.demonstration(task.problems("train")[0])
 
 
-def test_an_unknown_task_is_answered_by_the_nearest():
+def test_an_unknown_task_suggests_the_nearest_name():
     with pytest.raises(ValueError, match="no task 'hendryks-math'; did you mean 'hendrycks_math'"):
         load_task("hendryks-math")
 

@@ -1,4 +1,4 @@
-"""The pool: hard kills after the time, replacements, counts, no torch, any thread, no orphan."""
+"""The pool: time limits, replaced workers, counts, threads, forks, and no orphaned processes."""
 
 import os
 import signal
@@ -22,7 +22,7 @@ def pool():
     pool.close()
 
 
-def test_a_case_that_hangs_is_killed_and_counted_and_the_next_one_is_served(pool):
+def test_a_case_that_hangs_is_killed_and_counted_and_the_next_one_works(pool):
     assert pool.compare("x+1", "1+x") == (True, None)
     start = time.perf_counter()
     assert pool.compare("(x+y)^{2000}", "(x+y)^{1999}") == (False, f"{TIMED_OUT} after 2 s")
@@ -31,10 +31,10 @@ def test_a_case_that_hangs_is_killed_and_counted_and_the_next_one_is_served(pool
     assert pool.compare("x+1", "1+x") == (True, None)
 
 
-def test_the_time_is_a_hard_limit(pool):
+def test_a_stopped_worker_is_killed_at_the_time_limit(pool):
     assert pool.compare("x+1", "1+x")[0]
     worker = pool._idle[0]
-    os.kill(worker.process.pid, 19)  # SIGSTOP: a worker that answers nothing, whatever the reason
+    os.kill(worker.process.pid, 19)  # SIGSTOP: the worker no longer replies
     start = time.perf_counter()
     assert pool.compare("x+1", "1+x") == (False, f"{TIMED_OUT} after 2 s")
     assert 1.9 < time.perf_counter() - start < 3
@@ -53,12 +53,12 @@ def test_a_worker_that_dies_is_replaced(pool):
 
 
 @pytest.mark.parametrize("hostile", ["\x00", "\ud800", "\n[1]\n", '"]', "7" * 400, "(" * 400, "\\frac{" * 80])
-def test_nothing_in_a_text_breaks_the_lines_of_the_protocol(pool, hostile):
+def test_hostile_text_does_not_break_the_protocol(pool, hostile):
     assert not pool.compare(hostile, "x+1")[0]
     assert pool.compare("x+1", "1+x") == (True, None)
 
 
-def test_many_threads_share_it():
+def test_threads_share_a_pool():
     pool = Pool(size=2)
     cases = [(f"x+{n}", f"{n % 7}+x") for n in range(40)]
     with ThreadPoolExecutor(8) as threads:
@@ -68,7 +68,7 @@ def test_many_threads_share_it():
     pool.close()
 
 
-def test_one_pool_a_process_and_it_starts_on_need():
+def test_a_process_has_one_pool_that_starts_workers_on_demand():
     assert shared_pool() is shared_pool()
     seen = []
     thread = threading.Thread(target=lambda: seen.append(shared_pool()))
@@ -78,7 +78,7 @@ def test_one_pool_a_process_and_it_starts_on_need():
     assert Pool(size=1)._idle == []
 
 
-def test_a_pool_needs_a_worker_and_time():
+def test_a_pool_without_workers_or_time_is_rejected():
     with pytest.raises(ValueError, match="at least 1 worker and more than 0 seconds, not 1 and 0"):
         Pool(size=1, seconds=0)
 
@@ -87,7 +87,7 @@ def run(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
 
 
-def test_workers_end_with_the_process_and_load_no_torch():
+def test_workers_end_with_the_process_and_do_not_import_torch():
     done = run(
         "from pathlib import Path\n"
         "from logitmix.tasks.verify.pool import shared_pool\n"
@@ -101,7 +101,7 @@ def test_workers_end_with_the_process_and_load_no_torch():
     assert not os.path.exists(f"/proc/{pid}")
 
 
-def test_a_killed_parent_leaves_no_worker_behind():
+def test_workers_end_when_their_parent_is_killed():
     done = run(
         "import os\n"
         "from logitmix.tasks.verify.pool import shared_pool\n"
@@ -116,7 +116,7 @@ def test_a_killed_parent_leaves_no_worker_behind():
         time.sleep(0.1)
 
 
-def test_the_main_script_is_not_run_again_in_a_worker(tmp_path):
+def test_a_worker_does_not_run_the_main_script_again(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "print('ran')\nfrom logitmix.tasks.verify.pool import shared_pool\nprint(shared_pool().compare('x', 'x+1'))\n"
@@ -125,7 +125,7 @@ def test_the_main_script_is_not_run_again_in_a_worker(tmp_path):
     assert done.stdout.split("\n")[:2] == ["ran", "(False, None)"], done.stderr
 
 
-def test_a_child_forked_while_the_lock_is_held_gets_a_pool_of_its_own():
+def test_a_child_forked_while_the_lock_is_held_gets_a_new_pool():
     parent = pool_module.shared_pool()
     with pool_module._pool_lock:
         child = os.fork()

@@ -1,4 +1,4 @@
-"""What is format-correct, where an answer may stand, and what prompts and completions look like."""
+"""Templates: prompts, completions, format-correct responses, and template files."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from logitmix.tasks import BOXED, BOXED_LINE, R1, HendrycksMath, Problem, Templa
 from logitmix.tasks.templates import last_boxed, unbox
 
 
-def test_r1_prompt_asks_in_two_sentences_and_opens_the_think_block():
+def test_r1_prompt_has_two_sentences_and_opens_the_think_block():
     header, user, assistant = R1.prompt("What is {x} if $x=1$?").split("\n")
     assert header.count(". ") == 1
     assert header.endswith(".")
@@ -14,7 +14,7 @@ def test_r1_prompt_asks_in_two_sentences_and_opens_the_think_block():
     assert assistant == "Assistant: <think>"
 
 
-def test_r1_keeps_its_stop_string_in_a_format_correct_response():
+def test_r1_completions_end_in_the_stop_string_and_are_format_correct():
     completion = R1.completion("We add {1} and 1.\n", "2")
     assert completion == " We add {1} and 1. </think> <answer>2</answer>"
     assert completion.endswith(R1.stop)
@@ -54,18 +54,18 @@ def test_r1_accepts_one_think_block_then_one_answer_block(response, answer):
         "a </think> <answer><answer>3</answer>",
     ],
 )
-def test_r1_refuses_every_other_shape(response):
+def test_r1_rejects_every_other_shape(response):
     assert not R1.is_formatted(response)
     assert R1.extract(response) is None
 
 
-def test_r1_reads_a_long_hostile_response_in_linear_time():
+def test_r1_parses_a_long_hostile_response_in_linear_time():
     assert R1.extract("<answer>" * 20_000) is None
     assert R1.extract("</think> <answer>" * 20_000) is None
     assert R1.extract("a" * 300_000 + "</think> <answer>2</answer>") == "2"
 
 
-def test_boxed_line_wants_the_box_alone_on_the_last_line():
+def test_boxed_line_requires_only_the_box_on_the_last_line():
     assert BOXED_LINE.prompt("1+2") == "1+2=?\n"
     assert BOXED_LINE.completion("1+2=3", "3") == "1+2=3\n\\boxed{3}"
     assert BOXED_LINE.extract("1+2=3\n\\boxed{3}") == "3"
@@ -94,7 +94,7 @@ def test_last_boxed_matches_braces(text, boxed):
     assert last_boxed(text) == boxed
 
 
-def test_boxed_asks_in_a_chat_for_steps_and_a_box():
+def test_boxed_prompts_a_chat_for_steps_and_a_box():
     (message,) = BOXED.prompt("What is {x} if $x=1$?")
     assert message["role"] == "user"
     assert message["content"].startswith("What is {x} if $x=1$?\n")
@@ -124,17 +124,17 @@ def test_boxed_asks_in_a_chat_for_steps_and_a_box():
         ("\\boxed{\\boxed{4}}", None),
     ],
 )
-def test_boxed_wants_exactly_one_box_whose_braces_match(response, answer):
+def test_boxed_requires_exactly_one_box_with_matching_braces(response, answer):
     assert BOXED.extract(response) == answer
 
 
-def test_boxed_reads_a_long_hostile_response_in_linear_time():
+def test_boxed_parses_a_long_hostile_response_in_linear_time():
     for hostile in ("\\boxed{" * 20_000, "\\boxed{" + "{" * 100_000, "\\boxed{" + "{a}" * 50_000, "\\" * 100_001):
         assert BOXED.extract(hostile) is None
     assert BOXED.extract("a{" * 100_000 + "\\boxed{2}") == "2"
 
 
-def test_a_solutions_own_boxes_are_opened_where_the_answer_stands_in_one():
+def test_completions_open_the_boxes_of_a_solution_if_the_answer_is_boxed():
     completion = BOXED.completion("So $\\boxed{\\frac{1}{2}}$, \\boxed 3 or 4.", "3")
     assert completion == "So $\\frac{1}{2}$, 3 or 4.\n\nThe final answer is $\\boxed{3}$."
     assert BOXED.extract(completion) == "3"
@@ -164,13 +164,13 @@ MINE = {
         ({"stop": ("",)}, "empty stop string"),
     ],
 )
-def test_an_unsound_template_is_refused(change, message):
-    assert Template(**MINE, stop=("\n",)).stop == ("\n",), "it may end in its stop string"
+def test_an_inconsistent_template_is_rejected(change, message):
+    assert Template(**MINE, stop=("\n",)).stop == ("\n",), "a completion may end in the stop string"
     with pytest.raises(ValueError, match=message):
         Template(**(MINE | change))
 
 
-def test_a_template_comes_from_a_yaml_file(tmp_path):
+def test_a_template_loads_from_a_yaml_file(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(
         'name: mine\nprompt_format: |-\n  Q: {question}\n  A:\ncompletion_format: " {solution} ANSWER: {answer}\\n"\n'
@@ -195,14 +195,14 @@ def test_a_template_comes_from_a_yaml_file(tmp_path):
         ("a: [", "is not YAML"),
     ],
 )
-def test_a_bad_template_file_is_named(tmp_path, text, message):
+def test_a_bad_template_file_is_rejected(tmp_path, text, message):
     path = tmp_path / "mine.yaml"
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
         load_template(str(path))
 
 
-def test_an_unknown_template_is_answered_by_the_nearest():
+def test_an_unknown_template_suggests_the_nearest_name():
     with pytest.raises(ValueError, match="no template 'box'; did you mean 'boxed'"):
         load_template("box")
     with pytest.raises(ValueError, match=r"the template file no\.yml does not exist; the templates are r1, boxed"):
@@ -210,8 +210,8 @@ def test_an_unknown_template_is_answered_by_the_nearest():
 
 
 @pytest.mark.parametrize("rest", [".", ")\n", "", " and more </answer>"])
-def test_what_a_token_holds_after_the_stop_string_does_not_count(rest):
-    """Qwen has a token `>.`, with which generation stops one character late."""
+def test_text_after_the_stop_string_is_not_graded(rest):
+    """Qwen has a token `>.`, so a response may end one character after the stop string."""
     task = HendrycksMath.__new__(HendrycksMath)
     task.template = R1
     graded = task.grade(f"2 and 2 </think> <answer>4</answer>{rest}", Problem("2+2?", "4"))

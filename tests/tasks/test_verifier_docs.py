@@ -1,4 +1,4 @@
-"""Every decision that docs/verifier.md lists is what the verifier does."""
+"""The verifier decides every case in docs/verifier.md as the page says."""
 
 import re
 
@@ -11,10 +11,10 @@ DOCS = ROOT / "docs" / "verifier.md"
 ROWS = re.findall(r"^\| `(.+?)` \| `(.+?)` \| (yes|no) \|", DOCS.read_text(encoding="utf-8"), re.MULTILINE)
 
 
-def test_there_are_rows():
+def test_the_table_has_rows():
     assert len(ROWS) > 60
 
 
 @pytest.mark.parametrize(("prediction", "gold", "match"), ROWS, ids=[" ~ ".join(row[:2]) for row in ROWS])
-def test_the_table_is_true(prediction, gold, match):
+def test_the_verifier_agrees_with_the_table(prediction, gold, match):
     assert answers_match(prediction, gold) == (match == "yes")

@@ -1,4 +1,4 @@
-"""The verifier: golds accept themselves, wrong answers are refused, hostile ones do no harm."""
+"""The verifier: equal answers match, wrong ones do not, and hostile ones are rejected quickly."""
 
 import subprocess
 import sys
@@ -88,7 +88,7 @@ def test_math_verify_gets_the_gold_first(monkeypatch):
     assert seen == [("$g+1$", "$p+1$")]
 
 
-def test_the_reward_needs_both_the_format_and_the_right_answer():
+def test_the_reward_requires_the_format_and_the_right_answer():
     right = "1+2=3\n\\boxed{3}"
     assert grade(right, "3", BOXED_LINE) == Grade(True, True, True, "3", None)
     assert grade("1+2=4\n\\boxed{4}", "3", BOXED_LINE) == Grade(True, False, False, "4", None)
@@ -105,7 +105,7 @@ def test_the_reward_needs_both_the_format_and_the_right_answer():
         ("it falls to -4", "-4"),
     ],
 )
-def test_lenient_looks_for_answer_blocks_then_boxes_then_numbers(response, answer):
+def test_lenient_grading_searches_answer_blocks_then_boxes_then_numbers(response, answer):
     found = grade(response, answer, R1)
     assert (found.format_ok, found.answer_ok, found.lenient_ok, found.answer) == (False, False, True, answer)
 
@@ -136,7 +136,7 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("answer", HOSTILE, ids=range(len(HOSTILE)))
-def test_hostile_answers_are_wrong_and_say_why(answer):
+def test_hostile_answers_are_wrong_with_an_error(answer):
     start = time.perf_counter()
     found = grade(f"</think> <answer>{answer}</answer>", "x+1", R1)
     assert time.perf_counter() - start < 1
@@ -145,7 +145,7 @@ def test_hostile_answers_are_wrong_and_say_why(answer):
     assert found.error
 
 
-def test_an_exception_in_the_comparison_is_recorded_and_wrong(monkeypatch):
+def test_an_exception_in_the_comparison_becomes_the_error(monkeypatch):
     import math_verify
 
     from logitmix.tasks.verify import symbolic
@@ -157,7 +157,7 @@ def test_an_exception_in_the_comparison_is_recorded_and_wrong(monkeypatch):
     assert symbolic.compare("x+1", "1+x") == (False, "math-verify: RecursionError: too deep")
 
 
-def test_grading_gives_the_same_verdicts_outside_the_main_thread():
+def test_grading_gives_the_same_verdicts_in_another_thread():
     responses = [f"</think> <answer>{answer}</answer>" for answer in ("x+1", "x+2", "9^{9^{9^9}}")]
     here = [grade(response, "1+x", R1) for response in responses]
     there: list[Grade] = []
@@ -168,7 +168,7 @@ def test_grading_gives_the_same_verdicts_outside_the_main_thread():
     assert [found.answer_ok for found in there] == [True, False, False]
 
 
-def test_tasks_load_no_heavy_module():
+def test_importing_tasks_loads_no_heavy_module():
     heavy = {"torch", "transformers", "math_verify", "sympy", "datasets"}
     code = f"import sys, logitmix.tasks; print({heavy} & set(sys.modules))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
