@@ -1,1 +1,1 @@
-"""Evaluation: greedy decodes of the members and the mixture on the same problems, and what they add up to."""
+"""Evaluation: greedy decodes of the members and the mixture on the same problems, and statistics of them."""

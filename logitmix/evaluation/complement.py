@@ -50,14 +50,14 @@ class Complement:
 def complement(a: Sequence[Response], b: Sequence[Response], name_a: str = "a", name_b: str = "b") -> Complement:
     """Compare the responses of two policies to the same problems, one response per problem.
 
-    Raises `ValueError` for different problems, several samples of a problem, and too few problems to tell any
-    difference from noise.
+    Raises `ValueError` for different problems, several samples of a problem, and too few problems for any
+    difference to be beyond noise.
     """
     pairs = pair_responses(a, b, name_a, name_b)
     n = len(pairs)
     if mcnemar_exact(n, 0) > 1 - CONFIDENCE:
         raise ValueError(
-            f"with {n} problems no difference can be told from noise, not even {n} to 0 (McNemar's exact test: "
+            f"with {n} problems no difference can be beyond noise, not even {n} to 0 (McNemar's exact test: "
             f"p = {mcnemar_exact(n, 0):.2g}); raise eval_limit, the paper has 200"
         )
     formats, answers, lenient = (

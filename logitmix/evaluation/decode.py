@@ -105,7 +105,7 @@ def make_decoder(
     temperature: float = 0.0,
     seed: int = 0,
 ) -> Decode:
-    """A function that decodes and grades batches of requests, one batch after the other.
+    """Return a function that decodes and grades batches of requests, one batch after another.
 
     Each sequence has its own alpha. Temperature 0 is greedy; above 0, the samples of a batch depend only on the seed
     and the batch. `max_new_tokens` defaults to 512, or to what the longest prompt leaves of the context.
@@ -176,7 +176,7 @@ def greedy_responses(
 
 
 def generation_settings(temperature: float) -> dict[str, Any]:
-    """Generation settings: greedy at temperature 0, otherwise sampling from the whole distribution."""
+    """Settings for `generate`: greedy at temperature 0, otherwise sampling from the whole distribution."""
     # top_k=0: transformers samples from the 50 most probable tokens by default
     return {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else dict(GREEDY)
 

@@ -19,7 +19,7 @@ from logitmix.training.process_shares import process_share
 def evaluate_members(
     trainer: LogitMixGRPOTrainer, task: Task, problems: Sequence[Problem], folder: Path
 ) -> Callable[[int], None]:
-    """A function of the step that evaluates the members and the mixture, or the model if there is no anchor.
+    """Return a function of the step that evaluates the members and the mixture, or the model if there is no anchor.
 
     It appends a line for each to `evaluations.jsonl` in the folder, with the rates and which problems were right
     (`evaluation.outcomes.unpack`), and logs the rates to the trackers. The anchor is frozen, so it is decoded once.

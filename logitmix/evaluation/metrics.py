@@ -28,7 +28,7 @@ def rates(responses: Iterable[Response]) -> Rates:
     """Rates of graded responses. Raises `ValueError` if there are none."""
     graded = list(responses)
     if not graded:
-        raise ValueError("there are no responses to take rates of; evaluate at least one problem")
+        raise ValueError("there are no responses to compute rates of; evaluate at least one problem")
 
     def mean(key: str) -> float:
         return sum(float(getattr(response, key)) for response in graded) / len(graded)
@@ -64,7 +64,7 @@ def estimate(responses: Iterable[Response], key: str) -> Estimate:
     """
     shares = [sum(values) / len(values) for values in _by_problem(responses, key).values()]
     if not shares:
-        raise ValueError("there are no responses to take a rate of; evaluate at least one problem")
+        raise ValueError("there are no responses to compute a rate of; evaluate at least one problem")
     if all(share in (0, 1) for share in shares):
         return wilson_estimate(int(sum(shares)), len(shares))
     return paired_bootstrap(shares, [0.0] * len(shares))

@@ -11,7 +11,7 @@ KEYS = ("format_ok", "answer_ok", "lenient_ok")
 
 
 def pack(right: Iterable[bool]) -> str:
-    """One bit a problem, in order, as hexadecimal digits; the first problem is the highest bit of the first digit.
+    """One bit per problem, in order, as hexadecimal digits; the first problem is the highest bit of the first digit.
 
     >>> pack([True, False, False, True, True])
     '98'
@@ -28,6 +28,6 @@ def unpack(digits: str, n: int) -> NDArray[np.bool_]:
 
 
 def pack_outcomes(responses: Iterable[Response]) -> dict[str, str]:
-    """`format_ok`, `answer_ok` and `lenient_ok` of graded responses, one a problem, packed in the problems' order."""
+    """`format_ok`, `answer_ok` and `lenient_ok` of graded responses, one per problem, packed in their order."""
     ordered = sorted(responses, key=lambda response: response.problem)
     return {key: pack(getattr(response, key) for response in ordered) for key in KEYS}

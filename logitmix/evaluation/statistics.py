@@ -34,10 +34,10 @@ def wilson_interval(successes: int, n: int, confidence: float = CONFIDENCE) -> t
     >>> wilson_interval(0, 200)
     (0.0, 0.018845...)
 
-    Raises `ValueError` for n < 1: without a trial there is no rate.
+    Raises `ValueError` for n < 1: a rate needs at least one trial.
     """
     if n < 1 or not 0 <= successes <= n:
-        raise ValueError(f"{successes} of {n} is no rate; it needs at least one trial, and 0 <= successes <= n")
+        raise ValueError(f"{successes} of {n} is not a rate; it needs n >= 1 and 0 <= successes <= n")
     z = _quantile(confidence)
     p, spread = successes / n, z * z / n
     centre = (p + spread / 2) / (1 + spread)
@@ -87,7 +87,7 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
     if not 1 <= k <= n:
         raise ValueError(f"k is {k}, but pass@k of {n} samples needs 1 <= k <= {n}; draw more samples, or lower k")
     if not 0 <= correct <= n:
-        raise ValueError(f"{correct} of {n} samples are right, which is no count")
+        raise ValueError(f"{correct} of {n} samples are right, but correct must be from 0 to {n}")
     return 1 - comb(n - correct, k) / comb(n, k)
 
 

@@ -66,7 +66,7 @@ class Task(ABC):
         problems = self.problems("train", limit)
         if limit is not None and limit > len(problems):
             raise ValueError(
-                f"{limit} demonstrations are asked for, but {self.name} has {len(problems)} training problems; "
+                f"{limit} demonstrations are requested, but {self.name} has {len(problems)} training problems; "
                 "lower train_limit"
             )
         return [self.row(problem, self.demonstration(problem)) for problem in problems]

@@ -50,6 +50,6 @@ def _check(task: Task, name: str, problems: Sequence[Problem]) -> Checked:
             continue
         grade = task.grade(response, problem)
         if not grade.answer_ok:
-            reason = grade.error or ("it is taken for wrong" if grade.format_ok else "it is not format-correct")
-            failures.append(f"{name} {number}: the gold {problem.answer!r} refuses itself: {reason}")
+            reason = grade.error or ("it grades as wrong" if grade.format_ok else "it is not format-correct")
+            failures.append(f"{name} {number}: the gold {problem.answer!r} does not match itself: {reason}")
     return Checked(name, len(problems), tuple(failures))

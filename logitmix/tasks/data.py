@@ -149,7 +149,7 @@ class DataTask(Task):
                 if column not in row:
                     raise ValueError(
                         f"row {number} of {source} has no column {column!r}, only {', '.join(map(repr, row))}; "
-                        "rename the one that is meant"
+                        "rename the column that holds it"
                     )
             problem = self.problem(row)
             if problem is None:

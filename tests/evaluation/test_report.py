@@ -182,7 +182,7 @@ def test_the_page_in_a_browser(runs):
     [
         ("no/such/run", "no/such/run is not a folder; give the --output_dir of a training run"),
         ("sft", "has no evaluations (evaluations.jsonl); train with --eval_every STEPS"),
-        ("begun", "is empty as yet; wait for the first evaluation"),
+        ("begun", "is still empty; wait for the first evaluation"),
     ],
 )
 def test_runs_without_evaluations_are_rejected(runs, capsys, source, message):

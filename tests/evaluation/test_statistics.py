@@ -131,8 +131,8 @@ def test_with_too_few_disagreements_no_difference_is_beyond_noise():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: wilson_interval(0, 0), "0 of 0 is no rate"),
-        (lambda: wilson_interval(3, 2), "3 of 2 is no rate"),
+        (lambda: wilson_interval(0, 0), "0 of 0 is not a rate"),
+        (lambda: wilson_interval(3, 2), "3 of 2 is not a rate"),
         (lambda: wilson_interval(1, 2, 95), "confidence is 95"),
         (lambda: mcnemar_exact(-1, 2), "cannot be negative"),
         (lambda: pass_at_k(4, 1, 5), "draw more samples, or lower k"),

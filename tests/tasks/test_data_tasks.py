@@ -200,7 +200,7 @@ def test_a_failed_download_names_both_ways_out(monkeypatch, name):
 @pytest.mark.parametrize(
     ("name", "row", "message"),
     [
-        ("jsonl", {"question": "a"}, "row 1 of .* has no column 'answer', only 'question'; rename the one"),
+        ("jsonl", {"question": "a"}, "row 1 of .* has no column 'answer', only 'question'; rename the column"),
         ("jsonl", {"question": "a", "answer": None}, "row 1 of .* has no answer; correct the row"),
         ("jsonl", {"question": " ", "answer": "1"}, "row 1 of .* has no question; correct the row"),
         ("jsonl", ["a", "1"], "row 1 of .* is not a JSON object"),
@@ -237,7 +237,7 @@ def test_a_gold_that_contains_the_stop_string_is_rejected(tmp_path):
 def test_requesting_more_demonstrations_than_exist_is_rejected(tmp_path):
     task = load_task("gsm8k", data=write(tmp_path / "mine.jsonl", [GSM8K]))
     assert len(task.demonstrations(1)) == 1
-    with pytest.raises(ValueError, match="2 demonstrations are asked for, but gsm8k has 1 training problems; lower"):
+    with pytest.raises(ValueError, match="2 demonstrations are requested, but gsm8k has 1 training problems; lower"):
         task.demonstrations(2)
 
 

@@ -148,7 +148,7 @@ def _read(folder: Path, label: str) -> Run:
         for name in (RUN_FILE, EVALUATIONS_FILE, METRICS_FILE)
     }
     if not lines[EVALUATIONS_FILE]:
-        raise ValueError(f"{folder / EVALUATIONS_FILE} is empty as yet; wait for the first evaluation")
+        raise ValueError(f"{folder / EVALUATIONS_FILE} is still empty; wait for the first evaluation")
     arguments = lines[RUN_FILE][-1]["arguments"] if lines[RUN_FILE] else {}
     return Run(folder, label or None, arguments, lines[EVALUATIONS_FILE], lines[METRICS_FILE])
 

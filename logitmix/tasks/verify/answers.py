@@ -45,11 +45,13 @@ def is_words(text: str) -> bool:
 
 
 def plain(text: str) -> str:
+    """Words without an article, case, blanks and punctuation."""
     return re.sub(r"^(?:the|an?)\b|[^a-z]", "", text.casefold())
 
 
 @lru_cache(maxsize=4096)
 def read(text: str, depth: int = 0) -> Answer:
+    """Parse a normalised answer; parts nested more than 6 deep are kept as formulas."""
     if depth > 6:
         return Answer("formula", text)
     text = text.strip()

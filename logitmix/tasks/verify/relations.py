@@ -18,6 +18,7 @@ def name_of(part: Answer) -> str:
 
 
 def values_of(parts: tuple[Answer, ...]) -> tuple[Answer, ...]:
+    """The parts, with the value in place of a relation that assigns one: 5 for x = 5."""
     return tuple(part.parts[-1] if name_of(part) else part for part in parts)
 
 
@@ -43,7 +44,7 @@ def oriented(answer: Answer) -> Answer:
 
 
 def is_point(relation: Answer) -> bool:
-    """(x, y) = (1, 2)"""
+    """Whether a relation assigns a tuple of names, as (x, y) = (1, 2)."""
     return (
         relation.text in ("=", "\\in")
         and relation.parts[0].kind == "tuple"
@@ -52,6 +53,7 @@ def is_point(relation: Answer) -> bool:
 
 
 def variable(answer: Answer) -> str:
+    """The one variable of a relation or a list of relations; empty if there is none, or several."""
     parts = answer.parts if answer.kind == "list" else (answer,)
     names = {
         next((part.text for part in relation.parts if NAME.fullmatch(part.text)), "")
@@ -84,6 +86,7 @@ def as_set(answer: Answer) -> Answer | None:
 
 
 def interval(answer: Answer) -> Answer | None:
+    """The interval, or union of two, that an inequality in one variable describes; None for any other answer."""
     if answer.kind != "relation":
         return None
     infinity, operators, parts = Answer("formula", "\\infty"), answer.text.split(" "), answer.parts

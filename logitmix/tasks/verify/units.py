@@ -72,6 +72,7 @@ def unit_of(words: str, power: str) -> str:
 
 
 def with_units(text: str) -> str:
+    r"""The text with its unit as `\unit{...}` at the end, and "million" and the like as powers of ten."""
     if re.search(r"\\?(?:sin|cos|tan|cot|csc|sec(?!\.?$))(?![a-z])", text):
         return text  # the degrees are inside a function: they count
     if text.endswith("^{\\circ}") and len(text) > 8:

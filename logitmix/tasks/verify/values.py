@@ -105,6 +105,7 @@ def rounded(decimal: str, exact: Any, other: str) -> bool:
 
 
 def close(left: Any, right: Any) -> bool:
+    """Whether two values are equal: exactly for two rationals, otherwise to 25 digits."""
     if isinstance(left, Fraction) and isinstance(right, Fraction):
         return left == right
     mp = context()
@@ -148,6 +149,7 @@ def _number(number: Any) -> Any:
 
 
 def evaluate(tree: Node, values: dict[str, Any]) -> Any:
+    """The value of a formula; `values` has its variables, and under `""` whether complex numbers are allowed."""
     mp, kind = context(), tree[0]
     if kind == "number":
         return tree[1]
