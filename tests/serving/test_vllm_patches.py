@@ -50,7 +50,7 @@ def test_declare_experts_reads_the_experts_of_a_member():
 def test_member_vllm_config_derives_what_vllm_derives_from_a_models_configuration():
     assert_parameters(PACKAGE, VllmConfig.with_hf_config, "self", "hf_config", "architectures")
     assert_has(PACKAGE, ModelConfig, "get_sliding_window", "get_model_arch_config")
-    assert {"hf_config", "hf_text_config", "model_arch_config"} <= {f.name for f in fields(ModelConfig)}, INSTALLED
+    assert_source_has(PACKAGE, ModelConfig.__post_init__, "self.hf_text_config = ", "self.model_arch_config = ")
 
 
 def test_kv_bytes_per_token_reads_the_size_of_a_page():

@@ -38,7 +38,7 @@ def expected(mixture, prompt=PROMPT, length=8, **weights):
 
 
 def test_the_log_names_the_server_and_the_model_has_one_name(server, client):
-    assert "transformers' own server answers" in server.log.read_text()
+    assert "the server of transformers runs instead" in server.log.read_text()
     assert [model.id for model in client.models.list()] == ["mixture"]
     assert client.completions.create(model="mixture", prompt=PROMPT, max_tokens=1).model == "mixture"
 
