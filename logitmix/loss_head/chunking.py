@@ -35,6 +35,7 @@ class LossHeadInputs:
     chunk: int | None = None
     tile: int | None = None
     diagnostics: list[MixtureDiagnostics] | None = None  # each chunk appends one
+    share_products: bool = True  # one product for members that share a head
     half_dtype: torch.dtype | None = None  # the dtype of a CUDA device's matrix products
 
     def chunks(self, columns: int, least: int) -> Iterator[slice]:

@@ -18,7 +18,7 @@ from logitmix.mixture.head import Head
 
 
 class _HeadGroup:
-    """The members that share one head, for a chunk of tokens: their hidden states are mixed before the head."""
+    """Members whose hidden states are mixed before the head that they share, for a chunk of tokens."""
 
     def __init__(
         self,
@@ -57,8 +57,7 @@ class _HeadGroup:
 
 def run_linear(inputs: LossHeadInputs, hidden: list[Tensor], scores: Tensor, gradients: Gradients) -> None:
     """Fill in `scores` (log-probs and entropies, `[2, N]`) and `gradients`."""
-    # the diagnostics need the logits of each member
-    groups = _group_by_head(inputs.heads) if inputs.diagnostics is None else [[k] for k in range(len(inputs.heads))]
+    groups = _group_by_head(inputs.heads) if inputs.share_products else [[k] for k in range(len(inputs.heads))]
     keep_masses = gradients.reach_heads
     columns = inputs.vocab_size if keep_masses else inputs.tile_width
     chunks = list(inputs.chunks(columns, least=128))

@@ -38,6 +38,7 @@ def fused_log_probs(
     vocab_size: int | None = None,
     coefficients: Coefficients | None = None,
     diagnostics: list[MixtureDiagnostics] | None = None,
+    share_products: bool = True,
     check: bool = True,
     chunk: int | None = None,
     tile: int | None = None,
@@ -54,7 +55,7 @@ def fused_log_probs(
 
     Args:
         hidden: K tensors `[N, D_k]`, each member's last hidden states.
-        heads: K heads. Members that share a head share its matrix products.
+        heads: K heads.
         weights: `[K]`, or one row for each token, `[N, K]`.
         targets_N: token ids, `0 <= target < vocab_size`.
         temperature: divides the mixed logits.
@@ -62,6 +63,8 @@ def fused_log_probs(
         coefficients: the derivative of the loss by each log-prob, if known beforehand. Used only if it turns out to
             be the loss's own: a wrong one costs time, not correctness.
         diagnostics: a list to which each chunk appends the mixture's diagnostics. Requires non-zero weights.
+        share_products: mix the hidden states of members that share a head, for one matrix product in place of
+            theirs. False rounds as with `diagnostics`, which need each member's logits: bit for bit the same scores.
         check: validate the values of targets and hidden states, which synchronises with the device.
         chunk: tokens per chunk. Default: as many as fit a fixed memory budget.
         tile: vocabulary rows per matrix product.
@@ -93,7 +96,7 @@ def fused_log_probs(
     heads = [heads[k] for k in active]
     inputs = LossHeadInputs(
         heads, weights[..., active], targets_N, scheme, temperature, vocab_size, coefficients, chunk, tile,
-        diagnostics, _half_dtype(hidden[active[0]]),
+        diagnostics, share_products and diagnostics is None, _half_dtype(hidden[active[0]]),
     )  # fmt: skip
     tensors = [*(hidden[k] for k in active), *(head.weight for head in heads), *(head.bias for head in heads)]
     if not torch.is_grad_enabled():  # the autograd function could not tell

@@ -102,6 +102,7 @@ class FusedScorer:
                 config.vocab_size,
                 coefficients,
                 diagnostics=chunks if diagnose else None,
+                share_products=False,  # rounds as with diagnostics, so that the ratio before an update is 1
                 check=False,  # the trainer checks the loss, without another synchronisation
             )
 
@@ -126,7 +127,12 @@ class FusedScorer:
                 attention_mask=attention_mask,
                 position_ids=position_ids_from_mask(attention_mask),
             )
-        return hidden_BTD[:, :-1][scored_BT]
+        hidden_ND = hidden_BTD[:, :-1][scored_BT]
+        device = hidden_ND.device.type
+        if name != "policy" and torch.is_autocast_enabled(device):
+            # the dtype in which a head would take them, kept or not: otherwise kept states would move the ratio off 1
+            hidden_ND = hidden_ND.to(torch.get_autocast_dtype(device))
+        return hidden_ND
 
 
 def _scatter(scores_N: Tensor, scored_BT: Tensor) -> Tensor:
@@ -138,10 +144,5 @@ def _scatter(scores_N: Tensor, scored_BT: Tensor) -> Tensor:
 
 def _split_by_sequence(hidden: dict[str, Tensor], scored_BT: Tensor) -> AnchorStates:
     lengths = scored_BT.sum(1).tolist()
-    device = scored_BT.device.type
-    parts = {}
-    for name, hidden_ND in hidden.items():
-        if torch.is_autocast_enabled(device):  # the dtype in which a head would take them
-            hidden_ND = hidden_ND.to(torch.get_autocast_dtype(device))
-        parts[name] = torch.split(hidden_ND, lengths)
+    parts = {name: torch.split(hidden_ND, lengths) for name, hidden_ND in hidden.items()}
     return [{name: states[i] for name, states in parts.items()} for i in range(len(lengths))]

@@ -161,13 +161,21 @@ def validate_train_size(trainer: GRPOTrainer) -> None:
 
 
 def validate_prompts_fit(trainer: GRPOTrainer, dataset: Any, name: str = "prompt") -> None:
-    """Raise `ValueError` where a prompt and its completion exceed the context."""
-    context = context_length(trainer.model.config)
-    if context is None or not isinstance(dataset, Dataset):
+    """Raise `ValueError` where a prompt of the data set and its completion exceed the context.
+
+    Prompts of a stream or an environment are checked as they are sampled from, by `validate_lengths`.
+    """
+    if not isinstance(dataset, Dataset) or trainer.environment_factories is not None:
         return
     for start in range(0, len(dataset), 1000):
         prompts = dataset[start : start + 1000]["prompt"]
-        for offset, ids in enumerate(trainer.tokenize_prompts(prompts)):
-            validate_fits_context(
-                context, len(ids), trainer.max_completion_length, f"{name} {start + offset}", "max_completion_length"
-            )
+        validate_lengths(trainer, trainer.tokenize_prompts(prompts), name, start)
+
+
+def validate_lengths(trainer: GRPOTrainer, prompt_ids: list, name: str = "prompt", start: int = 0) -> None:
+    """Raise `ValueError` where a prompt, counted from `start`, and its completion exceed the context."""
+    context = context_length(trainer.model.config)
+    for offset, ids in enumerate(prompt_ids if context is not None else []):
+        validate_fits_context(
+            context, len(ids), trainer.max_completion_length, f"{name} {start + offset}", "max_completion_length"
+        )

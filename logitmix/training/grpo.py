@@ -36,7 +36,12 @@ from logitmix.training.alpha.validation import FreshQuestions, validation_questi
 from logitmix.training.batch import Batch, TokenScores
 from logitmix.training.checkpointing.resume import Checkpointing, State
 from logitmix.training.config import GROUP_LOSS, LogitMixGRPOConfig, build_model
-from logitmix.training.config_checks import validate_config, validate_prompts_fit, validate_train_size
+from logitmix.training.config_checks import (
+    validate_config,
+    validate_lengths,
+    validate_prompts_fit,
+    validate_train_size,
+)
 from logitmix.training.fsdp import prepare_fsdp
 from logitmix.training.model_card import write_model_card
 from logitmix.training.monitoring.finite import require_finite_parameters
@@ -113,6 +118,9 @@ class LogitMixGRPOTrainer(PatchedGRPOTrainer):
             self.add_callback(AlphaControl(self, self.validation_questions))
 
     # --- what is sampled (eq. 3) --------------------------------------------------------------------------------
+
+    def check_prompts(self, prompt_ids: list[list[int]]) -> None:
+        validate_lengths(self, prompt_ids, "the outer step's prompt")
 
     def sample(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> tuple[list[list[int]], Any]:
         """Rollouts from the mixture, under the trainer's sampling settings and no checkpoint's."""

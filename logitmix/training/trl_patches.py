@@ -4,6 +4,7 @@
 
 | TRL 1.16 | here | |
 |---|---|---|
+| `_tokenize_prompts` | `check_prompts` | the prompts of an outer step, as token ids |
 | `_generate_single_turn` | `sample` | completions of prompts |
 | `_calculate_rewards` | `compute_rewards` | rewards `[N, F]` of all processes |
 | `_generate_and_score_completions` | `make_batch` | the batch of an outer step |
@@ -64,6 +65,9 @@ class PatchedGRPOTrainer(PatchedTrainer, GRPOTrainer):
 
     # --- what a subclass overrides ------------------------------------------------------------------------------
 
+    def check_prompts(self, prompt_ids: list[list[int]]) -> None:
+        """Called with the prompts of an outer step before anything is sampled."""
+
     def sample(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> tuple[list[list[int]], Any]:
         """A completion of each prompt, as token ids, and the sampler's log-probabilities or None."""
         return super()._generate_single_turn(prompt_ids, *args, **kwargs)
@@ -117,6 +121,11 @@ class PatchedGRPOTrainer(PatchedTrainer, GRPOTrainer):
 
     # --- TRL's private methods, routed to the names above -------------------------------------------------------
 
+    def _tokenize_prompts(self, prompts: list) -> tuple:
+        tokenized: tuple = super()._tokenize_prompts(prompts)
+        self.check_prompts(tokenized[0])
+        return tokenized
+
     def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> tuple[list[list[int]], Any]:
         return self.sample(prompt_ids, *args, **kwargs)
 
@@ -155,7 +164,7 @@ class PatchedGRPOTrainer(PatchedTrainer, GRPOTrainer):
     def _generate(self, prompts: list) -> tuple:
         with self.monitor.rollouts(prompts):
             output = super()._generate(prompts)
-        self.monitor.count_rollouts(completion_ids=output[1], completions=output[3])
+        self.monitor.count_rollouts(completion_ids=output[1], tool_mask=output[2], completions=output[3])
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -193,7 +202,8 @@ class PatchedGRPOTrainer(PatchedTrainer, GRPOTrainer):
 
     def tokenize_prompts(self, prompts: list) -> list[list[int]]:
         """The ids of each prompt, as rollouts use them."""
-        return self._tokenize_prompts(prompts)[0]
+        prompt_ids: list[list[int]] = super()._tokenize_prompts(prompts)[0]
+        return prompt_ids
 
     def unlogged_rewards(self, rows: Any, prompts: list, completions: list, completion_ids: list) -> Tensor:
         """Rewards `[N, F]` of completions that are no rollouts: what the reward functions log is dropped."""

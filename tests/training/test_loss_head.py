@@ -78,10 +78,12 @@ def test_several_updates_per_batch_of_rollouts_end_at_the_same_weights(tmp_path,
     "options",
     [
         {"importance_sampling_level": "sequence"},
-        *({"loss_type": name} for name in ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo")),
+        *({"loss_type": name} for name in ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo")),
+        {"loss_type": "luspo", "importance_sampling_level": "sequence"},
         {"delta": 1.3},
         {"top_entropy_quantile": 0.5},
         {"entropy_coef": 0.01},
+        {"entropy_coef": 0.01, "use_adaptive_entropy": True, "entropy_target": 3.0},
         {"epsilon": 0.1, "epsilon_high": 0.4},
         {"beta": 0.1, "kl_to": "anchor", "loss_type": "grpo"},
     ],
@@ -116,6 +118,21 @@ def test_bfloat16_is_as_accurate_as_the_reference(tmp_path, model):
         _, found = loss_and_gradients(trainer, inputs)
         errors.append(sum((found[name] - true[name]).square().sum() for name in true).sqrt().item())
     assert 0 < errors[0] <= 1.02 * errors[1]
+
+
+@pytest.mark.parametrize("bf16", [True, False], ids=["autocast", "float32"])
+@pytest.mark.parametrize("states", ["keep", "recompute", "reference"])
+@pytest.mark.parametrize("model", LOSS_HEAD_MODELS)
+def test_the_ratio_is_exactly_1_before_an_update(tmp_path, model, states, bf16):
+    """In the first of two passes over the same rollouts, whose old log-probs were scored for all of them at once."""
+    options = {"loss_head": "reference"} if states == "reference" else {"anchor_states": states}
+    trainer = trainer_of(
+        tmp_path, LOSS_HEAD_MODELS[model](), per_device_train_batch_size=6, gradient_accumulation_steps=2,
+        num_iterations=2, max_steps=1, bf16=bf16, **options,
+    )  # fmt: skip
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert (log["ratio/min"], log["ratio/max"]) == (1.0, 1.0)
 
 
 # --- its cost --------------------------------------------------------------------------------------------------------

@@ -57,16 +57,22 @@ class Monitor:
                 what = "a logit was not finite while sampling" + (f" (the parameter {name} is not)" if name else "")
                 finite.stop_run(self.trainer, what, {"prompts": prompts}, together=False)
 
-    def count_rollouts(self, completion_ids: list[list[int]], completions: list) -> None:
-        """Count the tokens of sampled completions, and correct TRL's metrics of truncation for stop strings."""
+    def count_rollouts(
+        self, completion_ids: list[list[int]], tool_mask: list[list[int]] | None, completions: list
+    ) -> None:
+        """Count the tokens of sampled completions, and correct TRL's metrics of truncation for stop strings.
+
+        `tool_mask` has a 0 for each token that a tool wrote; these are not counted.
+        """
         trainer = self.trainer
         if trainer.stop_strings:
-            self._correct_truncation(completion_ids, [_text(completion) for completion in completions])
+            lengths = [len(ids) for ids in completion_ids] if tool_mask is None else [sum(mask) for mask in tool_mask]
+            self._correct_truncation(completion_ids, lengths, [_text(completion) for completion in completions])
         if trainer.model.training:
             mean_length = trainer.step_metrics["completions/mean_length"][-1]
             self._tokens["rollouts"] += mean_length * len(completion_ids) * trainer.accelerator.num_processes
 
-    def _correct_truncation(self, completion_ids: list[list[int]], texts: list[str]) -> None:
+    def _correct_truncation(self, completion_ids: list[list[int]], lengths: list[int], texts: list[str]) -> None:
         """Log TRL's metrics of completion lengths again: TRL counts a completion without EOS as truncated."""
         trainer = self.trainer
         device = trainer.accelerator.device
@@ -74,7 +80,6 @@ class Monitor:
             ids[-1] in trainer.eos_token_ids or any(stop in text for stop in trainer.stop_strings)
             for ids, text in zip(completion_ids, texts, strict=True)
         ]
-        lengths = [len(ids) for ids in completion_ids]
         lengths_N = trainer.accelerator.gather(torch.tensor(lengths, device=device)).float()
         ended_N = trainer.accelerator.gather(torch.tensor(ended, device=device))
         terminated_N = lengths_N[ended_N] if ended_N.any() else torch.zeros(1, device=device)
@@ -209,5 +214,7 @@ def mixture_sums(diagnostics: MixtureDiagnostics | None, mask_BT: Tensor, names:
 
 
 def _text(completion: Any) -> str:
-    """A completion's text; TRL gives conversational ones as messages."""
-    return completion if isinstance(completion, str) else completion[-1]["content"]
+    """The text that ends a completion; of messages, the last one if the policy wrote it and not a tool."""
+    if isinstance(completion, str):
+        return completion
+    return completion[-1].get("content") or "" if completion[-1]["role"] == "assistant" else ""

@@ -1,0 +1,280 @@
+"""TRL's tools and environments with a mixture: a tiny policy and anchor that know one tool call by heart."""
+
+import copy
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import torch
+import trl
+from datasets import Dataset
+
+from logitmix.mixture.modeling import LogitMixForCausalLM
+from logitmix.training.config import LogitMixGRPOConfig
+from logitmix.training.grpo import LogitMixGRPOTrainer
+from tests.helpers.members import CHARACTERS, character_tokenizer, tiny_member
+
+QUESTION = [{"role": "user", "content": "3+4"}]
+CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 3, "b": 4}}\n</tool_call><|im_end|>'
+RESULT = "\n<|im_start|>user\n<tool_response>\n7\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
+ANSWER = "<think>\n\n</think>\n\nso 7<|im_end|>"
+
+
+def add(a: int, b: int) -> int:
+    """Add two integers.
+
+    Args:
+        a: The first integer.
+        b: The second integer.
+
+    Returns:
+        Their sum.
+    """
+    return a + b
+
+
+async def slow_add(a: int, b: int) -> int:
+    return a + b
+
+
+slow_add.__doc__, slow_add.__name__ = add.__doc__, "add"
+
+
+class Calculator:
+    """An environment that asks the question itself and pays for each use of its tool."""
+
+    def reset(self, **row: object) -> str | None:
+        self.calls = 0
+        return "4"
+
+    def add(self, a: int, b: int) -> int:
+        """Add two integers.
+
+        Args:
+            a: The first integer.
+            b: The second integer.
+
+        Returns:
+            Their sum.
+        """
+        self.calls += 1
+        return a + b
+
+    def get_reward(self) -> float:
+        return float(self.calls)
+
+
+class Asker(Calculator):
+    """An environment that writes the whole question."""
+
+    def reset(self, **row: object) -> str | None:
+        super().reset()
+        return "3+4"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    characters = sorted({*CHARACTERS, *"ABCDEFGHIJKLMNOPQRSTUVWXYZ\n\"'_\\#$%@`~^"})
+    tokenizer = character_tokenizer("".join(characters))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.eos_token = "<|im_end|>"
+    tokenizer.chat_template = (Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja").read_text()
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def policy(tokenizer):
+    """A model that answers the question by the call, and the tool's result by the answer."""
+    prompt = tokenizer.apply_chat_template(QUESTION, tools=[add], add_generation_prompt=True, tokenize=False)
+    pieces = [(prompt, False), (CALL, True), (RESULT, False), (ANSWER, True)]
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text, _ in pieces]
+    labels = [x if learnt else [-100] * len(x) for x, (_, learnt) in zip(ids, pieces, strict=True)]
+    input_ids, labels = (torch.tensor([list(chain(*parts))]) for parts in (ids, labels))
+    model = tiny_member(
+        "qwen2", vocab_size=len(tokenizer), max_position_embeddings=1200, initializer_range=0.05,
+        eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    loss = torch.tensor(torch.inf)
+    while loss > 0.05:
+        loss = model.train()(input_ids=input_ids, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+@pytest.fixture
+def mixture(policy):
+    """The policy, and an anchor that disagrees with it a little."""
+    anchor = copy.deepcopy(policy)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in anchor.parameters():
+            parameter.add_(0.02 * parameter.std() * torch.randn(parameter.shape, generator=generator))
+    return LogitMixForCausalLM.from_members(copy.deepcopy(policy), anchor, alpha=0.4)
+
+
+def lengths(completions, **kwargs):
+    """The number of messages, and a little that differs within a group."""
+    return [len(completion) + i / 100 for i, completion in enumerate(completions)]
+
+
+def trainer_of(tmp_path, model, tokenizer, dataset=None, reward=lengths, config=None, **kwargs):
+    arguments = {
+        "per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 200, "max_steps": 1,
+        "learning_rate": 1e-4, "logging_steps": 1, "save_strategy": "no", "use_cpu": True, "bf16": False,
+        "gradient_checkpointing": False, "report_to": [], "disable_tqdm": True, "temperature": 0.2,
+    } | (config or {})  # fmt: skip
+    return LogitMixGRPOTrainer(
+        model,
+        reward_funcs=reward,
+        args=LogitMixGRPOConfig(str(tmp_path), **arguments),
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        **kwargs,
+    )
+
+
+def questions(content="3+4", **columns):
+    messages = [{"role": "user", "content": content}]
+    return Dataset.from_list([{"prompt": messages} | columns] * 4)
+
+
+def rollouts(trainer):
+    """TRL's batch of four rollouts of a question."""
+    return trainer._generate_and_score_completions([trainer.train_dataset[0]] * 4)
+
+
+@pytest.mark.parametrize("tool", [add, slow_add], ids=["sync", "async"])
+def test_a_rollout_calls_the_tool_and_reads_its_result(tmp_path, mixture, tokenizer, tool):
+    trainer = trainer_of(tmp_path, mixture, tokenizer, questions(), tools=[tool])
+    batch = rollouts(trainer)
+    expected = CALL + RESULT + ANSWER
+    texts = [
+        tokenizer.decode(ids[mask.bool()])
+        for ids, mask in zip(batch["completion_ids"], batch["completion_mask"], strict=True)
+    ]
+    assert texts.count(expected) >= 2, texts
+
+
+def test_exactly_the_tools_tokens_are_masked(tmp_path, mixture, tokenizer):
+    batch = rollouts(trainer_of(tmp_path, mixture, tokenizer, questions(), tools=[add]))
+    called = 0
+    for ids, mask, own in zip(batch["completion_ids"], batch["completion_mask"], batch["tool_mask"], strict=True):
+        ids, own = ids[mask.bool()], own[mask.bool()].bool()
+        if tokenizer.decode(ids) == CALL + RESULT + ANSWER:
+            assert tokenizer.decode(ids[~own]) == RESULT
+            assert tokenizer.decode(ids[own]) == CALL + ANSWER
+            called += 1
+    assert called >= 2
+
+
+@pytest.mark.parametrize("loss_type", ["group", "dapo", "grpo"])
+def test_the_tools_tokens_do_not_count_in_the_loss(tmp_path, mixture, tokenizer, loss_type):
+    """Neither in its value, nor in its gradient, nor in the normaliser, whichever loss head computes it."""
+    found = []
+    for loss_head in ("fused", "reference"):
+        config = {"loss_head": loss_head, "loss_type": loss_type}
+        trainer = trainer_of(
+            tmp_path / loss_head, copy.deepcopy(mixture), tokenizer, questions(), config=config, tools=[add]
+        )
+        trainer.current_gradient_accumulation_steps = 1
+        torch.manual_seed(0)
+        batch = rollouts(trainer)
+        trainer.args.temperature = trainer.temperature = 2.0  # scores that have a gradient, of rollouts by heart
+        with torch.no_grad():
+            ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+            mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+            old = trainer._get_per_token_logps_and_entropies(
+                trainer.model, ids, mask, batch["completion_ids"].shape[1]
+            )[0]
+        own = batch["tool_mask"] * batch["completion_mask"]
+        assert own.sum() < batch["completion_mask"].sum(), "a tool was called"
+        for shift in (0.0, 5.0):
+            trainer.model.zero_grad()
+            loss = trainer.compute_loss(trainer.model, batch | {"old_per_token_logps": old + shift * (1 - own)})
+            loss.backward()
+            found.append([loss.detach(), *(p.grad for p in trainer.model.parameters() if p.grad is not None)])
+        assert max(gradient.abs().max() for gradient in found[-1][1:]) > 1e-3
+        # the normaliser: by hand from the policy's own tokens
+        ratio_free = -(batch["advantages"][:, None] * own)
+        by_hand = {
+            "group": ratio_free.sum() / own.sum(),
+            "dapo": ratio_free.sum() / own.sum(),
+            "grpo": (ratio_free.sum(1) / own.sum(1)).mean(),
+        }[loss_type]
+        torch.testing.assert_close(found[-1][0], by_hand, atol=1e-5, rtol=1e-4)
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("environment", "dataset"),
+    [
+        (Calculator, questions("3+")),
+        (Asker, None),
+        ({"asks": Asker, "adds": Calculator}, Dataset.from_list([{"environment": "asks"}] * 4)),
+        (
+            {"asks": Asker, "adds": Calculator},
+            Dataset.from_list([{"environment": "adds", "prompt": [{"role": "user", "content": "3+"}]}] * 4),
+        ),
+    ],
+    ids=["completes the prompt", "without a data set", "without a prompt", "of several"],
+)
+def test_an_environment_writes_prompts_and_pays_rewards(tmp_path, mixture, tokenizer, environment, dataset):
+    trainer = trainer_of(
+        tmp_path, mixture, tokenizer, dataset, environment_factory=environment, config={"log_completions": True}
+    )
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["tools/call_frequency"] >= 0.5
+    assert log["tools/failure_frequency"] == 0
+    paid = [log[key] for key in ("rewards/Asker/mean", "rewards/Calculator/mean") if log.get(key) is not None]
+    assert paid == [pytest.approx(log["tools/call_frequency"])]
+    assert [prompt[-1]["content"] for prompt in trainer.completion_log["prompt"]] == ["3+4"] * 4
+
+
+def test_a_prompt_that_an_environment_makes_too_long_is_refused(tmp_path, mixture, tokenizer):
+    class Rambler(Asker):
+        def reset(self, **row: object) -> str | None:
+            return super().reset(**row) + " " * 300
+
+    trainer = trainer_of(tmp_path, mixture, tokenizer, environment_factory=Rambler)
+    with pytest.raises(ValueError, match=r"prompt 0 has \d+ tokens; with max_completion_length 200 that exceeds"):
+        trainer.train()
+
+
+def test_refills_work_with_tools(tmp_path, mixture, tokenizer):
+    """Groups of equal rewards are replaced by others, with the masks of their tools."""
+    drawn = iter(range(100))
+
+    def alternating(completions, **kwargs):
+        first = next(drawn) == 0
+        return [1.0 if first else float(i % 2) for i in range(len(completions))]
+
+    config = {"dynamic_sampling": "refill", "max_refills": 2}
+    trainer = trainer_of(tmp_path, mixture, tokenizer, questions(), alternating, config, tools=[add])
+    trainer.train()
+    assert trainer.state.log_history[0]["groups/kept"] == 1
+    assert trainer.state.log_history[0]["ratio/max"] == 1
+
+
+def test_lengths_count_the_policys_own_tokens_beside_stop_strings(tmp_path, mixture, tokenizer):
+    logged = []
+    for stop in (None, ["never written"]):
+        torch.manual_seed(0)
+        trainer = trainer_of(
+            tmp_path, copy.deepcopy(mixture), tokenizer, questions(), config={"stop_strings": stop}, tools=[add]
+        )
+        trainer.train()
+        logged.append({k: v for k, v in trainer.state.log_history[0].items() if k.startswith("completions/")})
+    assert logged[0] == logged[1]
+
+
+@pytest.mark.parametrize("option", [{"tools": [add]}, {"environment_factory": Asker}], ids=["tools", "environment"])
+def test_validation_with_tools_is_refused(tmp_path, mixture, tokenizer, option):
+    config = {"alpha_controller": "adaptive", "validation_size": 2}
+    with pytest.raises(ValueError, match="cannot be used with alpha_controller 'adaptive'"):
+        trainer_of(tmp_path, mixture, tokenizer, questions(), config=config, **option)
