@@ -18,6 +18,7 @@ from logitmix.paper.tiny_model import character_tokenizer, tiny_model
 from logitmix.tasks import TASKS, Arithmetic
 from logitmix.tasks.templates import TEMPLATES
 from tests.helpers.paths import ROOT, SHARED
+from tests.helpers.tools import tool_mixture, tool_tokenizer, tool_user
 
 MATH = SHARED / "data" / "math"
 
@@ -55,6 +56,25 @@ def test_the_training_pages_script(folder):
     smaller = "use_cpu=True, bf16=False, report_to=[], max_steps=1, max_completion_length=24, save_strategy='no'"
     exec(compile(block.replace('output_dir="run"', f'output_dir="run", {smaller}'), "docs/training.md", "exec"), {})
     assert (folder / "run/config.json").exists()
+
+
+def test_the_tools_page(tmp_path, monkeypatch):
+    """With a policy that knows the call for one of the page's questions by heart."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer = tool_tokenizer()
+    mixture = tool_mixture(tool_user(tokenizer))
+    for member, path in ((mixture.policy, "path/to/base"), (mixture.anchors[0], "path/to/sft")):
+        member.save_pretrained(path)
+        tokenizer.save_pretrained(path)
+    (block,) = python_blocks("docs/tools.md")
+    smaller = "use_cpu=True, bf16=False, report_to=[], max_steps=1, save_strategy='no', per_device_train_batch_size=8"
+    block = block.replace('output_dir="run"', f'output_dir="run", {smaller}, temperature=0.2, logging_steps=1')
+    block = block.replace("for a in range(8) for b in range(8)", "for a in [3] for b in [4]")
+    namespace: dict = {}
+    exec(compile(block, "docs/tools.md", "exec"), namespace)
+    log = namespace["trainer"].state.log_history[0]
+    assert log["tools/call_frequency"] > 0.5
+    assert log["reward"] > 0.5
 
 
 def test_the_adapters_page(folder):

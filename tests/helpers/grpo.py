@@ -35,6 +35,8 @@ def trainer_of(
     rows=None,
     trainer=LogitMixGRPOTrainer,
     peft_config=None,
+    tokenizer=None,
+    tools=None,
     **kwargs,
 ):
     arguments = {
@@ -57,8 +59,9 @@ def trainer_of(
         reward_funcs=reward,
         args=config,
         train_dataset=Dataset.from_dict({"prompt": prompts * 8}),
-        processing_class=character_tokenizer(),
+        processing_class=tokenizer or character_tokenizer(),
         peft_config=peft_config,
+        tools=tools,
     )
     result.current_gradient_accumulation_steps = config.gradient_accumulation_steps
     return result

@@ -22,6 +22,7 @@ from logitmix.training.rollouts.vllm import sampling_parameters, validate_archit
 from tests.helpers.adapters import save_adapter
 from tests.helpers.commands import TINY
 from tests.helpers.grpo import PROMPTS, trainer_of
+from tests.helpers.tools import ANSWER, CALL, RESULT, add, tool_mixture, tool_tokenizer, tool_user
 from tests.helpers.vllm_members import build_mixture, save_member
 
 
@@ -135,6 +136,31 @@ def test_an_adaptive_alpha_validates_in_vllm(tmp_path):
     trainer.train()
     assert all("validation/s3" in line for line in trainer.state.log_history[:3])
     assert largest_difference(trainer) < 1e-4
+
+
+def test_tools_are_called_and_exactly_their_tokens_are_masked(tmp_path):
+    """TRL's importance correction also leaves them out: both sides scored the policy's own tokens alike."""
+    tokenizer = tool_tokenizer()
+    prompts = [[{"role": "user", "content": "3+4"}]]
+    trainer = trainer_in_vllm(
+        tmp_path, tool_mixture(tool_user(tokenizer)), prompts=prompts, tokenizer=tokenizer, tools=[add],
+        reward=lambda completions, **_: [float(i) for i in range(len(completions))],
+        vllm_max_model_length=1200, max_completion_length=200, per_device_train_batch_size=4, temperature=0.2,
+        max_steps=1,
+    )  # fmt: skip
+    batch = trainer._generate_and_score_completions([trainer.train_dataset[0]] * 4)
+    called = 0
+    for ids, mask, own in zip(batch["completion_ids"], batch["completion_mask"], batch["tool_mask"], strict=True):
+        ids, own = ids[mask.bool()], own[mask.bool()].bool()
+        if tokenizer.decode(ids) == CALL + RESULT + ANSWER:
+            assert tokenizer.decode(ids[~own]) == RESULT
+            called += 1
+    assert called >= 2
+    own = (batch["completion_mask"] * batch["tool_mask"]).bool()
+    gap = (batch["old_per_token_logps"] - batch["sampling_per_token_logps"])[own]
+    assert gap.abs().max() < 1e-3
+    trainer.train()
+    assert trainer.state.log_history[0]["tools/call_frequency"] >= 0.5
 
 
 def test_stop_strings_and_eos_tokens_become_vllms_sampling_parameters():

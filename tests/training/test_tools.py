@@ -1,36 +1,14 @@
 """TRL's tools and environments with a mixture: a tiny policy and anchor that know one tool call by heart."""
 
 import copy
-from itertools import chain
-from pathlib import Path
 
 import pytest
 import torch
-import trl
 from datasets import Dataset
 
-from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.training.config import LogitMixGRPOConfig
 from logitmix.training.grpo import LogitMixGRPOTrainer
-from tests.helpers.members import CHARACTERS, character_tokenizer, tiny_member
-
-QUESTION = [{"role": "user", "content": "3+4"}]
-CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 3, "b": 4}}\n</tool_call><|im_end|>'
-RESULT = "\n<|im_start|>user\n<tool_response>\n7\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
-ANSWER = "<think>\n\n</think>\n\nso 7<|im_end|>"
-
-
-def add(a: int, b: int) -> int:
-    """Add two integers.
-
-    Args:
-        a: The first integer.
-        b: The second integer.
-
-    Returns:
-        Their sum.
-    """
-    return a + b
+from tests.helpers.tools import ANSWER, CALL, RESULT, add, tool_mixture, tool_tokenizer, tool_user
 
 
 async def slow_add(a: int, b: int) -> int:
@@ -74,46 +52,17 @@ class Asker(Calculator):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    characters = sorted({*CHARACTERS, *"ABCDEFGHIJKLMNOPQRSTUVWXYZ\n\"'_\\#$%@`~^"})
-    tokenizer = character_tokenizer("".join(characters))
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    tokenizer.eos_token = "<|im_end|>"
-    tokenizer.chat_template = (Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja").read_text()
-    return tokenizer
+    return tool_tokenizer()
 
 
 @pytest.fixture(scope="module")
 def policy(tokenizer):
-    """A model that answers the question by the call, and the tool's result by the answer."""
-    prompt = tokenizer.apply_chat_template(QUESTION, tools=[add], add_generation_prompt=True, tokenize=False)
-    pieces = [(prompt, False), (CALL, True), (RESULT, False), (ANSWER, True)]
-    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text, _ in pieces]
-    labels = [x if learnt else [-100] * len(x) for x, (_, learnt) in zip(ids, pieces, strict=True)]
-    input_ids, labels = (torch.tensor([list(chain(*parts))]) for parts in (ids, labels))
-    model = tiny_member(
-        "qwen2", vocab_size=len(tokenizer), max_position_embeddings=1200, initializer_range=0.05,
-        eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    loss = torch.tensor(torch.inf)
-    while loss > 0.05:
-        loss = model.train()(input_ids=input_ids, labels=labels).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    return model.eval()
+    return tool_user(tokenizer)
 
 
 @pytest.fixture
 def mixture(policy):
-    """The policy, and an anchor that disagrees with it a little."""
-    anchor = copy.deepcopy(policy)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in anchor.parameters():
-            parameter.add_(0.02 * parameter.std() * torch.randn(parameter.shape, generator=generator))
-    return LogitMixForCausalLM.from_members(copy.deepcopy(policy), anchor, alpha=0.4)
+    return tool_mixture(policy)
 
 
 def lengths(completions, **kwargs):
@@ -183,7 +132,9 @@ def test_the_tools_tokens_do_not_count_in_the_loss(tmp_path, mixture, tokenizer,
         trainer.current_gradient_accumulation_steps = 1
         torch.manual_seed(0)
         batch = rollouts(trainer)
-        trainer.args.temperature = trainer.temperature = 2.0  # scores that have a gradient, of rollouts by heart
+        # scores and advantages with a gradient, although the rollouts are by heart and all the same
+        trainer.args.temperature = trainer.temperature = 2.0
+        batch["advantages"] = torch.tensor([1.0, 0.5, -0.2, 2.0])
         with torch.no_grad():
             ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
             mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
