@@ -103,13 +103,13 @@ def serve_without_vllm(args: ServeArguments, flags: Sequence[str]) -> None:
         raise ValueError(f"vLLM is not installed, which {vllm_flags[0]} is for: pip install vllm, or leave it out")
 
     from accelerate import PartialState
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from logitmix.mixture.loading import load_member, require_tokenizer
     from logitmix.serving.without_vllm import serve
 
     folder = args.model_name_or_path if args.anchor is None else save_mixture(args)
     overrides = config_overrides(args, folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(PartialState().device).eval()
+    model = load_member(folder, dtype="auto").to(PartialState().device).eval()
     for name, value in overrides.items():
         setattr(model.config, name, value)
     print(
@@ -117,7 +117,7 @@ def serve_without_vllm(args: ServeArguments, flags: Sequence[str]) -> None:
         "log-probabilities, n > 1, member_logprobs and /metrics; for these, pip install vllm",
         file=sys.stderr,
     )
-    serve(model, AutoTokenizer.from_pretrained(folder), server.served_model_name or folder, server.host, server.port)
+    serve(model, require_tokenizer(folder), server.served_model_name or folder, server.host, server.port)
 
 
 def config_overrides(args: ServeArguments, folder: str) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def config_overrides(args: ServeArguments, folder: str) -> dict[str, Any]:
     import logitmix.mixture.modeling  # noqa: F401  registers the configuration with transformers
     from logitmix.mixture.configuration import LogitMixConfig, resolve_weights
 
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if not isinstance(config, LogitMixConfig):
         raise ValueError(f"{folder} is not a mixture; give --anchor to mix it with, or serve it with vLLM itself")
     scheme = args.scheme or config.scheme

@@ -58,12 +58,12 @@ def run(options: SFTOptions, command: Sequence[str]) -> None:
             f"{source} is an adapter already, and --use_peft would add another; merge it first, with logitmix export "
             "--merge"
         )
-    model = load_member(source, **model_args.init_kwargs)
+    model = load_member(source, **model_args.init_kwargs, trust_remote_code=args.trust_remote_code)
     if isinstance(model, LogitMixForCausalLM):
         raise ValueError(f"{source} is a mixture; SFT makes an anchor from a single model")
     if peft_config is not None:
         validate_adapter_targets(model, peft_config)
-    tokenizer = require_tokenizer(source)
+    tokenizer = require_tokenizer(source, trust_remote_code=args.trust_remote_code)
     dataset, dropped = sft_dataset(rows, tokenizer, args.max_length)
     if dropped:
         console.print(f"Left out {dropped} of {len(rows)} demonstrations longer than max_length {args.max_length}.")

@@ -12,13 +12,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, PeftType, inject_adapter_in_model
+from peft import LoraConfig, PeftConfig, PeftType, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer, cast_adapter_dtype
-from peft.utils import AuxiliaryTrainingWrapper, load_peft_weights, set_peft_model_state_dict
+from peft.utils import AuxiliaryTrainingWrapper, set_peft_model_state_dict
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import find_adapter_config_file
 
+from logitmix.mixture.opening import describe, open_adapter, probe, read_adapter_weights, validate_adapter_loaded
 from logitmix.mixture.peft_patches import set_active_adapters
 from logitmix.mixture.transformers_patches import mark_adapters_loaded, mark_initialized
 
@@ -32,7 +33,6 @@ _UNTESTED_VARIANTS = (
     *("alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "velora_config"),
     *("use_bdlora", "use_qalora", "megatron_config", "target_parameters"),
 )
-_PROBE_TOKENS = 8
 
 
 def read_adapter_config(source: str) -> LoraConfig | None:
@@ -89,7 +89,9 @@ def validate_adapter_targets(model: nn.Module, config: PeftConfig) -> None:
         names = getattr(config, option, None)
         for name in [] if names is None or isinstance(names, str) else sorted(names):
             if not any(f".{path}".endswith(f".{name}") for path in paths):
-                raise ValueError(f"{name!r} in {option} is no module of {_name(model)}; correct it, or leave it out")
+                raise ValueError(
+                    f"{name!r} in {option} is no module of {describe(model)}; correct it, or leave it out"
+                )
 
 
 def adapter_layers(model: nn.Module) -> list[tuple[str, Any]]:
@@ -126,7 +128,7 @@ def add_adapter(model: PreTrainedModel, name: str, config: LoraConfig, source: s
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are intended
             inject_adapter_in_model(config, model, name)
     except ValueError as error:
-        raise ValueError(f"the adapter of {name} does not fit {_name(model)}: {error}") from error
+        raise ValueError(f"the adapter of {name} does not fit {describe(model)}: {error}") from error
     for _, layer in adapter_layers(model):
         for adapters in _adapter_dicts(layer):
             for module in adapters.modules():
@@ -139,23 +141,28 @@ def add_adapter(model: PreTrainedModel, name: str, config: LoraConfig, source: s
 
 
 def _load_adapter_weights(model: PreTrainedModel, name: str, source: str) -> None:
-    weights = {key.removeprefix(_PREFIX): value for key, value in load_peft_weights(source, device="cpu").items()}
+    weights = {key.removeprefix(_PREFIX): value for key, value in read_adapter_weights(source).items()}
     try:
         loaded = set_peft_model_state_dict(model, weights, adapter_name=name)
     except RuntimeError as error:
-        raise ValueError(f"the adapter {source!r} does not fit {_name(model)}: {error}") from error
+        raise ValueError(f"the adapter {source!r} does not fit {describe(model)}: {error}") from error
     missing = [key for key in loaded.missing_keys if f".{name}." in key or key.endswith(f".{name}")]
-    unexpected = list(loaded.unexpected_keys)
-    if missing or unexpected:
-        raise ValueError(
-            f"the adapter {source!r} does not fit {_name(model)}: {len(missing)} weights are missing and "
-            f"{len(unexpected)} are unexpected, {(missing + unexpected)[0]!r} for example"
-        )
+    validate_adapter_loaded(missing, loaded.unexpected_keys, source, model)
 
 
-def merge_adapter(model: PreTrainedModel, source: str) -> PreTrainedModel:
-    """Merge the adapter at `source` into the model's weights; return the model in evaluation mode."""
-    merged: PreTrainedModel = PeftModel.from_pretrained(model, source).merge_and_unload(safe_merge=True)
+def merge_adapter(model: PreTrainedModel, source: str, is_anchor: bool = False) -> PreTrainedModel:
+    """Merge the adapter at `source` into the model's weights; return the model in evaluation mode.
+
+    An adapter that does not change the model's logits is refused as an anchor, and warned about otherwise.
+    """
+    adapted = open_adapter(model, source).eval()
+    with adapted.disable_adapter():
+        logits = probe(adapted)
+    if torch.equal(logits, probe(adapted)):
+        if is_anchor:
+            raise _without_effect(source)
+        warnings.warn(str(_without_effect(source)), stacklevel=2)
+    merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
     merged.name_or_path = source
     merged.requires_grad_(True)  # PEFT froze it
     return merged.eval()
@@ -211,16 +218,19 @@ class Adapters:
     @torch.no_grad()
     def validate_adapter_effect(self, name: str, source: str) -> None:
         """Raise `ValueError` if the adapter of the member `name` does not change the model's logits."""
-        ids = torch.arange(1, 1 + _PROBE_TOKENS, device=self.model.device).unsqueeze(0)
         logits = []
         for member in (name, NO_ADAPTER):
             with self.as_member(member, then="policy"):
-                logits.append(self.model(input_ids=ids, use_cache=False).logits)
+                logits.append(probe(self.model))
         if torch.equal(*logits):
-            raise ValueError(
-                f"the anchor's adapter {source!r} does not change the base's logits, as an untrained adapter does "
-                "not; pass a trained adapter, or the base itself as the anchor"
-            )
+            raise _without_effect(source)
+
+
+def _without_effect(source: str) -> ValueError:
+    return ValueError(
+        f"the adapter {source!r} does not change the base's logits, as an untrained adapter does not; pass a trained "
+        "adapter, or the base itself"
+    )
 
 
 def adapter_config_to_dict(config: LoraConfig) -> dict[str, Any]:
@@ -232,10 +242,6 @@ def adapter_config_to_dict(config: LoraConfig) -> dict[str, Any]:
 
 def adapter_config_from_dict(values: dict[str, Any]) -> LoraConfig:
     return PeftConfig.from_peft_type(**values)
-
-
-def _name(model: nn.Module) -> str:
-    return repr(model.name_or_path) if getattr(model, "name_or_path", None) else f"the {type(model).__name__}"
 
 
 def _validate_untied(model: PreTrainedModel, config: LoraConfig) -> None:
@@ -251,6 +257,6 @@ def _validate_untied(model: PreTrainedModel, config: LoraConfig) -> None:
     adapted = tied & {target.rpartition(".")[2] for target in [*targets, *(config.modules_to_save or [])]}
     if adapted:
         raise ValueError(
-            f"the adapter is on {sorted(adapted)[0]!r}, but {_name(model)} ties its embeddings to its head; "
+            f"the adapter is on {sorted(adapted)[0]!r}, but {describe(model)} ties its embeddings to its head; "
             "leave them out of target_modules and modules_to_save"
         )

@@ -2,11 +2,12 @@
 
 import copy
 import os
+import warnings
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 from peft import LoraConfig, PeftConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from logitmix.mixture.adapters import (
     NO_ADAPTER,
@@ -18,8 +19,12 @@ from logitmix.mixture.adapters import (
     validate_adapter_targets,
 )
 from logitmix.mixture.configuration import LogitMixConfig, member_names
+from logitmix.mixture.opening import describe, first_line, open_model, validate_files
 
 Member: TypeAlias = PreTrainedModel | str | os.PathLike[str]
+
+# The files of a tokenizer's vocabulary, under the names that transformers saves
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "tekken.json")
 
 
 def load_members(
@@ -36,8 +41,10 @@ def load_members(
     _validate_sources(sources, peft_config)
     # Tokenizers first: they are small, and may rule out models that then need not load
     paths = [source.name_or_path if isinstance(source, PreTrainedModel) else str(source) for source in sources]
-    tokenizers = [load_tokenizer(path) for path in paths if path]
-    tokenizer = validate_same_tokenizer([t for t in tokenizers if t is not None])
+    trusted = {"trust_remote_code": kwargs.get("trust_remote_code", False)}
+    tokenizers = [t for t in (load_tokenizer(path, **trusted) for path in paths if path) if t is not None]
+    tokenizer = validate_same_tokenizer(tokenizers)
+    _warn_of_other_templates(tokenizers)
 
     saved = [None if isinstance(source, PreTrainedModel) else read_adapter_config(str(source)) for source in sources]
     if peft_config is not None:
@@ -67,7 +74,7 @@ def load_members(
         if name in adapters:
             members.append(policy)
         else:
-            members.append(source if isinstance(source, PreTrainedModel) else load_member(path, **kwargs))
+            members.append(source if isinstance(source, PreTrainedModel) else load_member(path, True, **kwargs))
     if has_adapter:
         folder = None if saved[0] is None else paths[0]
         if peft_config is not None:
@@ -111,12 +118,30 @@ def _validate_sources(sources: Sequence[Member], peft_config: PeftConfig | None)
             )
 
 
+def _warn_of_other_templates(tokenizers: Sequence[PreTrainedTokenizerBase]) -> None:
+    """Warn where an anchor was trained on chats that were rendered otherwise."""
+    first, *others = tokenizers or [None]
+    for other in others:
+        if None not in (first.chat_template, other.chat_template) and first.chat_template != other.chat_template:
+            warnings.warn(
+                f"the chat templates of {first.name_or_path!r} and {other.name_or_path!r} differ; the first renders "
+                "the chats of all members, so give both the template that the anchor was trained with",
+                stacklevel=3,
+            )
+
+
 def _validate_members(members: Sequence[PreTrainedModel], tokenizer: PreTrainedTokenizerBase | None) -> None:
     for member in members:
         if isinstance(member.config, LogitMixConfig):
             raise ValueError(
                 "a member is itself a mixture; pass its members, model.policy and model.anchors, or load the mixture "
                 "and set its weights"
+            )
+        if type(member).__module__.startswith("transformers_modules"):
+            raise ValueError(
+                f"the class of {describe(member)}, {type(member).__name__}, comes with the checkpoint "
+                "(trust_remote_code), so a saved mixture could not be loaded; use an architecture that is in "
+                "transformers"
             )
     vocab_size = min(member.config.get_text_config(decoder=True).vocab_size for member in members)
     if tokenizer is not None and len(tokenizer) > vocab_size:
@@ -126,23 +151,15 @@ def _validate_members(members: Sequence[PreTrainedModel], tokenizer: PreTrainedT
         )
 
 
-def load_member(source: str, **kwargs: Any) -> PreTrainedModel:
-    """`AutoModelForCausalLM.from_pretrained(source)`; an adapter is merged into its base.
+def load_member(source: str, is_anchor: bool = False, **kwargs: Any) -> PreTrainedModel:
+    """The model at `source`, checked as `open_model` says; an adapter is merged into its base.
 
-    Raises `ValueError` if there is no model at `source`.
+    Raises `ValueError` if there is no model at `source`, or not all of it, and for an anchor's adapter without effect.
     """
     adapter = read_adapter_config(source)
     if adapter is not None:
-        return merge_adapter(load_base(adapter, source, **kwargs), source)
-    if os.path.isdir(source) and not os.path.exists(os.path.join(source, "config.json")):
-        raise ValueError(f"no model at {source!r}: the folder has no config.json")
-    try:
-        return AutoModelForCausalLM.from_pretrained(source, **kwargs)
-    except OSError as error:
-        raise ValueError(
-            f"no model at {source!r}: it is neither a folder with a config.json and weights nor the id of a model "
-            f"that the hub could provide ({_first_line(error)})"
-        ) from error
+        return merge_adapter(load_base(adapter, source, **kwargs), source, is_anchor)
+    return open_model(source, **kwargs)
 
 
 def load_base(adapter: LoraConfig, source: str, **kwargs: Any) -> PreTrainedModel:
@@ -157,22 +174,34 @@ def load_base(adapter: LoraConfig, source: str, **kwargs: Any) -> PreTrainedMode
 
 
 def load_tokenizer(source: str, **kwargs: Any) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a checkpoint, of an adapter without one that of its base; None if there is none."""
+    """The tokenizer of a checkpoint, of an adapter without one that of its base; None if there is none.
+
+    Raises `ValueError` for a tokenizer that is there and cannot be read.
+    """
     adapter = read_adapter_config(source)
     if adapter is not None and not os.path.exists(os.path.join(source, "tokenizer_config.json")):
         return load_tokenizer(str(adapter.base_model_name_or_path), **kwargs)
+    vocabulary = next((name for name in _VOCABULARIES if os.path.exists(os.path.join(source, name))), None)
+    if vocabulary is not None:
+        validate_files(source, *_VOCABULARIES)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
-    except (OSError, ValueError, TypeError):  # what transformers raises for a folder without tokenizer files
-        return None
+        tokenizer = AutoTokenizer.from_pretrained(source, **({"trust_remote_code": False} | kwargs))
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        if vocabulary is None:  # what transformers raises for a folder without tokenizer files
+            return None
+        raise ValueError(
+            f"the tokenizer at {source!r} cannot be read ({type(error).__name__}: {first_line(error)}); save it again "
+            "with tokenizer.save_pretrained(folder)"
+        ) from error
     # or it returns one that has only special tokens
     return tokenizer if set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens) else None
 
 
 def require_tokenizer(source: str, **kwargs: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint. Raises `ValueError` if there is none."""
+    """The tokenizer of a checkpoint. Raises `ValueError` if there is none, or none that can pad a batch."""
     tokenizer = load_tokenizer(source, **kwargs)
     if tokenizer is not None:
+        validate_padding(tokenizer)
         return tokenizer
     if not os.path.isdir(source):
         raise ValueError(
@@ -182,6 +211,15 @@ def require_tokenizer(source: str, **kwargs: Any) -> PreTrainedTokenizerBase:
     if not os.path.exists(os.path.join(source, "config.json")) and read_adapter_config(source) is None:
         raise ValueError(f"no model at {source!r}: the folder has no config.json")
     raise ValueError(f"no tokenizer at {source!r}; save the model's there with tokenizer.save_pretrained(folder)")
+
+
+def validate_padding(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise `ValueError` for a tokenizer with neither a padding token nor EOS, which would stand in for it."""
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"the tokenizer of {tokenizer.name_or_path!r} has neither a padding token nor an EOS token, so "
+            "completions would have no end and batches no padding; set tokenizer.eos_token and save it again"
+        )
 
 
 def validate_same_tokenizer(tokenizers: Sequence[PreTrainedTokenizerBase]) -> PreTrainedTokenizerBase | None:
@@ -209,7 +247,3 @@ def validate_same_tokenizer(tokenizers: Sequence[PreTrainedTokenizerBase]) -> Pr
 
 def _quote(token: str | None) -> str:
     return "missing" if token is None else repr(token)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__

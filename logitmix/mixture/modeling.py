@@ -30,6 +30,7 @@ from logitmix.mixture.diagnostics import MixtureDiagnostics
 from logitmix.mixture.export import export_member
 from logitmix.mixture.loading import Member, load_members, load_tokenizer
 from logitmix.mixture.mixing import Scheme, Weights, mix_logits
+from logitmix.mixture.opening import validate_loaded
 from logitmix.mixture.scoring import score_and_diagnose_labels, score_labels
 from logitmix.mixture.transformers_patches import MixtureGenerationMixin, get_implementation
 
@@ -134,18 +135,20 @@ class LogitMixForCausalLM(MixtureBase, MixtureGenerationMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As in transformers. The anchors are frozen, and the tokenizer of a local checkpoint is kept.
 
-        `alpha=` replaces the checkpoint's weights.
+        `alpha=` replaces the checkpoint's weights. Raises `ValueError` where the checkpoint lacks weights, unless
+        `output_loading_info=True` asks for the list of them.
         """
-        alpha = kwargs.pop("alpha", None)
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded  # output_loading_info=True gives a pair
+        alpha, asks_for_info = kwargs.pop("alpha", None), kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        if not asks_for_info:
+            validate_loaded(info, str(pretrained_model_name_or_path))
         model._freeze_anchors()
         if alpha is not None:
             model.alpha = alpha
         folder = pretrained_model_name_or_path
         if folder is not None and os.path.isdir(folder):
             model.tokenizer = load_tokenizer(str(folder))
-        return loaded
+        return (model, info) if asks_for_info else model
 
     # --- the weights ------------------------------------------------------------------------------------------
 

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import FusedCausalLMOutput
 
 from logitmix.mixture.generation import GREEDY, generate_completions, get_eos_token_ids
-from logitmix.mixture.loading import require_tokenizer, validate_same_tokenizer
+from logitmix.mixture.loading import require_tokenizer, validate_padding, validate_same_tokenizer
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.training.alpha.callback import AlphaControl, validate_alpha_controller
 from logitmix.training.alpha.validation import FreshQuestions, validation_questions
@@ -83,7 +83,7 @@ class LogitMixGRPOTrainer(PatchedGRPOTrainer):
             kwargs.pop("peft_config", None)  # its policy has the adapter; TRL would wrap the whole mixture
         validate_config(args, model)
         validate_alpha_controller(args, model, validation_dataset, kwargs)
-        kwargs["processing_class"] = _tokenizer(model, kwargs.get("processing_class"))
+        kwargs["processing_class"] = _tokenizer(model, kwargs.get("processing_class"), args.trust_remote_code)
         in_vllm = args.use_vllm and is_mixture
         with (
             without_reference_model(args) if is_mixture else nullcontext(),
@@ -308,12 +308,15 @@ def question_weights(lengths_N: Tensor, num_generations: int, kept_Q: Tensor | N
     return weights_Q.repeat_interleave(num_generations)
 
 
-def _tokenizer(model: PreTrainedModel, given: Any) -> PreTrainedTokenizerBase:
+def _tokenizer(model: PreTrainedModel, given: Any, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     """The tokenizer given, which must be the mixture's, or the model's own."""
     own = model.tokenizer if isinstance(model, LogitMixForCausalLM) else None
     if given is None:
         source = model.policy if isinstance(model, LogitMixForCausalLM) else model
-        return own or require_tokenizer(source.name_or_path, padding_side="left", truncation_side="left")
+        return own or require_tokenizer(
+            source.name_or_path, padding_side="left", truncation_side="left", trust_remote_code=trust_remote_code
+        )
     if own is not None:
         validate_same_tokenizer([given, own])
+    validate_padding(getattr(given, "tokenizer", given))  # a processor of several modalities has one
     return given

@@ -21,7 +21,12 @@ def build_trainer(
     peft_config: PeftConfig | None = None,
 ) -> LogitMixGRPOTrainer:
     """The trainer of a policy on a task's problems, rewarded as in the paper."""
-    tokenizer = require_tokenizer(model_name_or_path, padding_side="left", truncation_side="left")
+    tokenizer = require_tokenizer(
+        model_name_or_path,
+        padding_side="left",
+        truncation_side="left",
+        trust_remote_code=args.trust_remote_code,
+    )
     if task.template.chat:
         validate_chat_template(tokenizer)
     return LogitMixGRPOTrainer(

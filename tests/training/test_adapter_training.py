@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from trl import GRPOTrainer
 
 from logitmix.cli.__main__ import main
+from logitmix.cli.options.lora import AdapterArguments
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from tests.helpers.adapters import KINDS, anchor_of, lora, merged_mixture, mixture, reference, save_folders
 from tests.helpers.commands import TINY, error_of
@@ -210,7 +211,8 @@ def test_an_adapter_for_an_anchor_then_one_for_the_policy_on_one_base(members, t
     [
         ("train", ["--lora_r", "4"], "lora_r is 4, but there is no adapter; add --use_peft"),
         ("sft", ["--use_dora"], "use_dora is True, but there is no adapter; add --use_peft"),
-        ("train", ["--use_peft", "--lora_target_modules", "nowhere"], "adapter of policy does not fit"),
+        ("train", ["--use_peft", "--lora_target_modules", "nowhere"], "'nowhere' in target_modules is no module"),
+        ("train", ["--use_peft", "--lora_target_modules", ".*nowhere"], "adapter of policy does not fit"),
         (
             "train",
             ["--use_peft", "--lora_target_modules", "q_proj", "v_prj"],
@@ -227,3 +229,18 @@ def test_flags_that_make_no_adapter_are_refused(members, verb, flags, message, t
     command = [verb, "--model_name_or_path", base, *anchor, "--output_dir", str(tmp_path / "run"), *CPU, *flags]
     assert message in error_of(capsys, command)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["q_proj"], {"q_proj"}),
+        (["self_attn.q_proj"], {"self_attn.q_proj"}),
+        (["q_proj", "v_proj"], {"q_proj", "v_proj"}),
+        (["all-linear"], "all-linear"),
+        ([r".*\.1\..*q_proj"], r".*\.1\..*q_proj"),
+    ],
+)
+def test_target_modules_are_names_or_one_pattern(names, expected):
+    config = AdapterArguments(use_peft=True, lora_target_modules=names).peft_config
+    assert config.target_modules == expected

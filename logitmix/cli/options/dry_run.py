@@ -135,7 +135,7 @@ def model_configs(source: str, recipe: str | None) -> list[PreTrainedConfig]:
     config = _recipe_config(source, recipe) if recipe and not Path(source, "config.json").exists() else None
     if config is None:
         try:
-            config = AutoConfig.from_pretrained(source)
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"there is no config.json at {source!r}, which gives the size of the model; check the name"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
 
@@ -44,15 +45,21 @@ class AdapterArguments:
             return None
         from peft import LoraConfig
 
-        targets = self.lora_target_modules
         return LoraConfig(
             task_type="CAUSAL_LM",
             r=self.lora_r,
             lora_alpha=self.lora_alpha,
             lora_dropout=self.lora_dropout,
-            # a single name may be "all-linear" or a regular expression, which PEFT expects as a string
-            target_modules=targets[0] if targets is not None and len(targets) == 1 else targets,
+            target_modules=_peft_targets(self.lora_target_modules),
             modules_to_save=self.lora_modules_to_save,
             use_rslora=self.use_rslora,
             use_dora=self.use_dora,
         )
+
+
+def _peft_targets(names: list[str] | None) -> list[str] | str | None:
+    """The targets as PEFT takes them: names as a list; "all-linear" or a single regular expression as a string."""
+    if names is None or len(names) != 1:
+        return names
+    (name,) = names
+    return [name] if name != "all-linear" and re.fullmatch(r"\w+(\.\w+)*", name) else name

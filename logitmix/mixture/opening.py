@@ -1,0 +1,173 @@
+"""Opening a checkpoint: what is read from disk must be all that the model needs, or the checkpoint is refused.
+
+transformers and PEFT only warn where a file lacks weights, and leave these at random values or without effect.
+docs/mixture.md lists what is checked.
+"""
+
+import os
+import pickle
+import warnings
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from peft.utils import load_peft_weights
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+# What reading a damaged file raises, besides OSError and ValueError
+_UNREADABLE = (SafetensorError, RuntimeError, LookupError, EOFError, pickle.UnpicklingError)
+_PROBE_TOKENS = 8
+_GIT_LFS = b"version https://git-lfs.github.com/spec"
+_WRAPPERS = {
+    "_orig_mod.": "the model was saved inside torch.compile",
+    "module.": "the model was saved inside DistributedDataParallel",
+    "base_model.model.": "the file is an adapter of PEFT, or the model was saved inside a PeftModel",
+    "_fsdp_wrapped_module.": "the model was saved inside FSDP",
+    "_checkpoint_wrapped_module.": "the model was saved inside a checkpoint wrapper",
+}
+
+
+def open_model(source: str, **kwargs: Any) -> PreTrainedModel:
+    """`AutoModelForCausalLM.from_pretrained(source)`, if its files hold every weight of the model.
+
+    Raises `ValueError` if there is no model at `source`, a file cannot be read, or a weight is missing or has another
+    shape; warns about weights in the files that the model does not have.
+    """
+    if os.path.isdir(source):
+        if not os.path.exists(os.path.join(source, "config.json")):
+            raise ValueError(f"no model at {source!r}: the folder has no config.json")
+        validate_files(source, "*.safetensors", "*.bin")
+    options = {"trust_remote_code": False} | kwargs  # None would ask on the terminal
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    except OSError as error:
+        raise ValueError(
+            f"no model at {source!r}: it is neither a folder with a config.json and weights nor the id of a model "
+            f"that the hub could provide ({first_line(error)})"
+        ) from error
+    except torch.OutOfMemoryError:
+        raise
+    except _UNREADABLE as error:
+        raise ValueError(
+            f"the weights at {source!r} cannot be read ({type(error).__name__}: {first_line(error)}); copy or "
+            "download them again"
+        ) from error
+    validate_loaded(info, source)
+    return model
+
+
+def validate_files(folder: str, *patterns: str) -> None:
+    """Raise `ValueError` for a file of these patterns that is empty, or a pointer of Git LFS instead of the file."""
+    for path in sorted(path for pattern in patterns for path in Path(folder).glob(pattern)):
+        with path.open("rb") as file:
+            start = file.read(len(_GIT_LFS))
+        if not start:
+            raise ValueError(f"{str(path)!r} is empty; copy or download it again")
+        if start == _GIT_LFS:
+            raise ValueError(f"{str(path)!r} is a pointer of Git LFS, not the file; fetch it with `git lfs pull`")
+
+
+def validate_loaded(info: Mapping[str, Collection[Any]], source: str) -> None:
+    """Raise `ValueError` where transformers' loading info names weights that were not loaded from `source`.
+
+    Tied weights, and what an architecture declares to be computed, are not in it.
+    """
+    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    if missing:
+        raise ValueError(
+            f"the files at {source!r} lack {len(missing)} weights of the model, {missing[0]!r} first: "
+            f"{_likely_cause(missing, unexpected)}"
+        )
+    if info["mismatched_keys"]:
+        key, found, expected = sorted(info["mismatched_keys"])[0]
+        raise ValueError(
+            f"{len(info['mismatched_keys'])} weights at {source!r} do not have the shape that its config.json gives "
+            f"them: {key!r} is {list(found)}, and the model's is {list(expected)}; correct config.json, or save the "
+            "model again"
+        )
+    if unexpected:
+        warnings.warn(
+            f"{len(unexpected)} weights at {source!r} are not used, {unexpected[0]!r} first: the model does not have "
+            "them",
+            stacklevel=2,
+        )
+
+
+def open_adapter(base: PreTrainedModel, source: str, is_trainable: bool = False) -> PeftModel:
+    """`PeftModel.from_pretrained(base, source)`, if the adapter's file and its modules have the same weights.
+
+    Raises `ValueError` otherwise.
+    """
+    read_adapter_weights(source)
+    config = PeftConfig.from_pretrained(source)
+    config.inference_mode = not is_trainable
+    try:
+        model = PeftModel(base, config)
+        loaded = model.load_adapter(source, "default", is_trainable=is_trainable)
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, *_UNREADABLE) as error:
+        raise ValueError(f"the adapter {source!r} does not fit {describe(base)}: {first_line(error)}") from error
+    validate_adapter_loaded(loaded.missing_keys, loaded.unexpected_keys, source, base)
+    return model
+
+
+def read_adapter_weights(source: str) -> dict[str, Tensor]:
+    """The weights in the file of an adapter, by their names there. Raises `ValueError` if it cannot be read."""
+    if os.path.isdir(source):
+        validate_files(source, "adapter_model.*")
+    try:
+        weights: dict[str, Tensor] = load_peft_weights(source, device="cpu")
+    except (OSError, *_UNREADABLE) as error:
+        raise ValueError(
+            f"the adapter {source!r} cannot be read ({type(error).__name__}: {first_line(error)}); copy or download "
+            "it again"
+        ) from error
+    return weights
+
+
+def validate_adapter_loaded(
+    missing: Collection[str], unexpected: Collection[str], source: str, base: PreTrainedModel
+) -> None:
+    """Raise `ValueError` where weights of an adapter's file or of its modules were left over in loading it."""
+    if missing or unexpected:
+        raise ValueError(
+            f"the adapter {source!r} does not fit {describe(base)}: {len(missing)} weights are missing and "
+            f"{len(unexpected)} are unexpected, {[*missing, *unexpected][0]!r} for example"
+        )
+
+
+@torch.no_grad()
+def probe(model: PreTrainedModel | PeftModel) -> Tensor:
+    """The model's logits at a few tokens, which tell whether an adapter changes them."""
+    ids = torch.arange(1, 1 + _PROBE_TOKENS, device=model.device).unsqueeze(0)
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits
+
+
+def describe(model: nn.Module) -> str:
+    """The folder or hub id of a model, or its class."""
+    return repr(model.name_or_path) if getattr(model, "name_or_path", None) else f"the {type(model).__name__}"
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message."""
+    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+
+
+def _likely_cause(missing: list[str], unexpected: list[str]) -> str:
+    for wrapper, cause in _WRAPPERS.items():
+        if any(wrapper in key for key in unexpected):
+            return f"they are there with {wrapper!r} in their names, since {cause}; save the inner model"
+    if unexpected:
+        return f"the file has others in their place, such as {unexpected[0]!r}; is it another architecture's?"
+    layers = [key for key in missing if ".layers." in key or ".h." in key]
+    if len(layers) == len(missing):
+        return "whole layers are absent; does its config.json give more layers than were saved?"
+    return "the files are incomplete; copy or download them again"
