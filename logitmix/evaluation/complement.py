@@ -9,14 +9,17 @@ from logitmix.evaluation.statistics import (
     Estimate,
     difference_from_noise,
     mcnemar_exact,
-    paired_bootstrap,
+    paired_rates,
     wilson_estimate,
 )
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The rates of policies a and b on the same problems, and b - a with its interval and McNemar's exact p-value."""
+    """The rates of policies a and b on the same problems, and b - a with McNemar's exact p-value.
+
+    The interval of b - a excludes 0 exactly where the p-value is below 5 %.
+    """
 
     a: Estimate
     b: Estimate
@@ -115,10 +118,10 @@ def _describe(problems: Mapping[int, Response]) -> str:
 
 
 def _difference(pairs: Sequence[tuple[bool, bool]]) -> Difference:
-    a, b = ([float(pair[i]) for pair in pairs] for i in (0, 1))
+    n, only_a, only_b = len(pairs), pairs.count((True, False)), pairs.count((False, True))
     return Difference(
-        a=wilson_estimate(int(sum(a)), len(a)),
-        b=wilson_estimate(int(sum(b)), len(b)),
-        b_minus_a=paired_bootstrap(b, a),
-        p_value=mcnemar_exact(pairs.count((True, False)), pairs.count((False, True))),
+        a=wilson_estimate(sum(a for a, _ in pairs), n),
+        b=wilson_estimate(sum(b for _, b in pairs), n),
+        b_minus_a=paired_rates(only_a, only_b, n),
+        p_value=mcnemar_exact(only_a, only_b),
     )

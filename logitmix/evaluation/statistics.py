@@ -5,7 +5,7 @@ Closed forms need only the standard library, so they are written out; tests comp
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import comb, isclose, sqrt
+from math import comb, exp, fsum, isclose, lgamma, log, log1p, sqrt
 from statistics import NormalDist
 
 import numpy as np
@@ -71,6 +71,47 @@ def mcnemar_exact(only_a: int, only_b: int) -> float:
         term = term * (n - k) // (k + 1)
         tail += term
     return min(1.0, 2 * tail / 2**n)
+
+
+def clopper_pearson_interval(successes: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """The exact interval for a rate of `successes` in `n` independent trials: all rates that neither one-sided
+    binomial test rejects at half the level (Clopper & Pearson 1934). It covers at least at its confidence.
+
+    >>> clopper_pearson_interval(0, 4)
+    (0.0, 0.602...)
+
+    Raises `ValueError` for n < 1.
+    """
+    if n < 1 or not 0 <= successes <= n:
+        raise ValueError(f"{successes} of {n} is not a rate; it needs n >= 1 and 0 <= successes <= n")
+    level = (1 - confidence) / 2
+    # the tails rise, and fall, with the rate
+    low = 0.0 if successes == 0 else _bisect(lambda p: _binomial_tail(successes, n, p) - level)
+    high = 1.0 if successes == n else _bisect(lambda p: 1 - level - _binomial_tail(successes + 1, n, p), rising=False)
+    return low, high
+
+
+def paired_rates(only_a: int, only_b: int, n: int) -> Estimate:
+    """The difference of two rates on the same n problems, b - a, with an interval that McNemar's exact test decides.
+
+    `only_a` and `only_b` count the problems that exactly one has right. The difference is `d (2 t - 1)`, with d the
+    share of these problems and t the share of them that b has right. `clopper_pearson_interval` of t excludes 1/2
+    exactly where `mcnemar_exact` is below 1 - 95 %; it is multiplied by the end of d's `wilson_interval` that makes
+    the result wider. So the interval excludes 0 exactly where the test rejects, and it covers at least 95 % (by
+    enumeration 96 to 99.9 %, for 20 to 200 problems).
+
+    >>> round(paired_rates(4, 0, 60).high, 3)
+    0.033
+
+    Raises `ValueError` for counts that are not those of n problems.
+    """
+    if min(only_a, only_b) < 0 or only_a + only_b > n or n < 1:
+        raise ValueError(f"{only_a} and {only_b} problems cannot be disjoint parts of {n}")
+    discordant = only_a + only_b
+    few, many = wilson_interval(discordant, n)
+    share = clopper_pearson_interval(only_b, discordant) if discordant else (0.0, 1.0)
+    low, high = (2 * end - 1 for end in share)
+    return Estimate((only_b - only_a) / n, low * (few if low > 0 else many), high * (many if high > 0 else few))
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
@@ -179,6 +220,24 @@ def difference_from_noise(n: int, disagreement: float, confidence: float = CONFI
         if mcnemar_exact(only_a, m - only_a) <= 1 - confidence:
             return (2 * only_a - m) / n
     return float("inf")
+
+
+def _binomial_tail(k: int, n: int, p: float) -> float:
+    """P[Binomial(n, p) >= k]."""
+    if not 0 < p < 1:
+        return float(k <= n * p)
+    ways = (lgamma(n + 1) - lgamma(i + 1) - lgamma(n - i + 1) for i in range(k, n + 1))
+    return fsum(exp(way + i * log(p) + (n - i) * log1p(-p)) for i, way in enumerate(ways, k))
+
+
+def _bisect(function: Callable[[float], float], rising: bool = True) -> float:
+    """The root in (0, 1) of a monotone function, to float precision."""
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        is_left = (function(middle) < 0) == rising
+        low, high = (middle, high) if is_left else (low, middle)
+    return (low + high) / 2
 
 
 def _quantile(confidence: float) -> float:

@@ -12,9 +12,12 @@ from hypothesis import strategies as st
 
 from logitmix.evaluation import statistics
 from logitmix.evaluation.statistics import (
+    Estimate,
+    clopper_pearson_interval,
     difference_from_noise,
     mcnemar_exact,
     paired_bootstrap,
+    paired_rates,
     pass_at_k,
     wilson_interval,
 )
@@ -61,6 +64,38 @@ def test_mcnemar_matches_enumeration_for_few_problems():
 def test_mcnemar_of_large_counts_does_not_overflow():
     assert mcnemar_exact(3000, 3000) == 1.0
     assert 0 < mcnemar_exact(1000, 800) < 1e-5
+
+
+@given(counts.filter(lambda c: c[1] > 0), st.sampled_from([0.8, 0.95, 0.99]))
+def test_clopper_pearsons_interval_matches_scipy(count, confidence):
+    expected = scipy.stats.binomtest(*count).proportion_ci(confidence, method="exact")
+    assert clopper_pearson_interval(*count, confidence) == pytest.approx(tuple(expected), abs=1e-9)
+
+
+@pytest.mark.parametrize("n", [1, 7, 30, 60])
+def test_the_interval_of_a_difference_excludes_0_exactly_where_mcnemars_test_rejects(n):
+    for only_a in range(n + 1):
+        for only_b in range(n + 1 - only_a):
+            found = paired_rates(only_a, only_b, n)
+            excludes_0 = found.low > 0 or found.high < 0
+            assert excludes_0 == (mcnemar_exact(only_a, only_b) < 0.05)
+            assert -1 <= found.low <= found.value <= found.high <= 1
+
+
+@pytest.mark.parametrize(("discordant", "share"), [(0.05, 0.5), (0.2, 0.9), (0.3, 0.5), (0.5, 0.5), (0.5, 1.0)])
+def test_the_interval_of_a_difference_covers_its_level(discordant, share):
+    """By enumeration: the probability of the tables whose interval contains the true difference."""
+    n, true, covered = 40, discordant * (2 * share - 1), 0.0
+    for m in range(n + 1):
+        for only_b in range(m + 1):
+            found = paired_rates(m - only_b, only_b, n)
+            if found.low - 1e-12 <= true <= found.high + 1e-12:
+                covered += scipy.stats.binom.pmf(m, n, discordant) * scipy.stats.binom.pmf(only_b, m, share)
+    assert covered >= 0.95
+
+
+def test_problems_on_which_both_always_agree_leave_a_difference_open():
+    assert paired_rates(0, 0, 200) == Estimate(0.0, -wilson_interval(0, 200)[1], wilson_interval(0, 200)[1])
 
 
 @given(st.integers(1, 8).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(1, n))))
@@ -134,6 +169,7 @@ def test_with_too_few_disagreements_no_difference_is_beyond_noise():
         (lambda: wilson_interval(0, 0), "0 of 0 is not a rate"),
         (lambda: wilson_interval(3, 2), "3 of 2 is not a rate"),
         (lambda: wilson_interval(1, 2, 95), "confidence is 95"),
+        (lambda: paired_rates(3, 3, 5), "cannot be disjoint parts of 5"),
         (lambda: mcnemar_exact(-1, 2), "cannot be negative"),
         (lambda: pass_at_k(4, 1, 5), "draw more samples, or lower k"),
         (lambda: pass_at_k(4, 5, 1), "5 of 4 samples"),
