@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from logitmix.cli.options.data import TestProblemArguments
 from logitmix.cli.options.evaluation import DecodingArguments
-from logitmix.cli.options.model import LoadingArguments
+from logitmix.cli.options.model import LoadingArguments, find_model
 from logitmix.cli.options.parser import flatten, parse
 from logitmix.cli.options.validation import validate_distinct
 from logitmix.runs.console import console
@@ -53,6 +53,8 @@ def run(options: ComplementOptions) -> None:
     if len(sources) not in (1, 2):
         raise ValueError(f"{len(sources)} sources are given; a comparison takes one or two")
     validate_distinct(sources, "source")
+    sources = [source if find_responses(source) else find_model(source) for source in sources]
+    options.comparison.sources = sources
     checkpoints = [source for source in sources if find_responses(source) is None]
     decoded = decode_checkpoints(checkpoints, options) if checkpoints else {}
     (name_a, a), (name_b, b) = select_pair(sources, decoded)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from logitmix.cli.options.model import Dtype
+from logitmix.cli.options.model import Dtype, find_model
 from logitmix.cli.options.parser import parse
 from logitmix.runs.console import console
 
@@ -21,6 +21,9 @@ class ExportArguments:
     )
     merge: bool = field(default=False, metadata={"help": "Merge the member's adapter into its base."})
     dtype: Dtype = field(default="auto", metadata={"help": "Dtype of the weights; auto: the checkpoint's own."})
+
+    def __post_init__(self) -> None:
+        self.model_name_or_path = find_model(self.model_name_or_path)
 
 
 def main(argv: Sequence[str]) -> None:

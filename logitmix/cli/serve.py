@@ -3,7 +3,6 @@
 The server is vLLM's. Where vLLM is not installed, it is the one of transformers, which suffices to try it on a laptop.
 """
 
-import argparse
 import json
 import os
 import re
@@ -18,7 +17,7 @@ from transformers import HfArgumentParser
 from transformers.utils.import_utils import is_serve_available
 
 from logitmix.cli.options.help import asks_for_help, print_help
-from logitmix.cli.options.model import MixtureArguments
+from logitmix.cli.options.model import MixtureArguments, find_model
 
 
 @dataclass
@@ -35,6 +34,21 @@ class ServeArguments(MixtureArguments):
         default_factory=lambda: [0.0, 1.0], metadata={"help": "Lowest and highest alpha that a request may choose."}
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.model_name_or_path = find_model(self.model_name_or_path) if self.model_name_or_path else ""
+
+
+@dataclass
+class ServerArguments:
+    """Server"""
+
+    host: str = field(default="localhost", metadata={"help": "Address to listen on; with vLLM the default is all."})
+    port: int = field(default=8000, metadata={"help": "Port to listen on."})
+    served_model_name: str | None = field(
+        default=None, metadata={"help": "Name of the model in requests; default: MODEL as given."}
+    )
+
 
 def main(argv: Sequence[str]) -> None:
     """Replace this process by vLLM's server, or run the one of transformers."""
@@ -42,10 +56,10 @@ def main(argv: Sequence[str]) -> None:
         print_help(
             "serve",
             "Serve a mixture over an OpenAI-compatible API; each request may set its own alpha.",
-            [ServeArguments],
+            [ServeArguments, ServerArguments],
             ("model_name_or_path", "MODEL"),
-            footer="All other flags go to vLLM's server. Without vLLM, the server of transformers takes --host, "
-            "--port and --served-model-name.",
+            footer="With vLLM installed, every other flag goes to its server, which lists them: python -m "
+            "vllm.entrypoints.openai.api_server --help. Without vLLM there are no others.",
         )
         return
     argv = list(argv)
@@ -83,6 +97,8 @@ def vllm_command(args: ServeArguments, vllm_flags: Sequence[str]) -> list[str]:
     return [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder),
         *("--middleware", "logitmix.serving.http.MixtureFields", "--hf-overrides", json.dumps(overrides)),
+        # vLLM's own defaults: a checkpoint's generation_config gives the end tokens and no sampling parameter
+        *("--generation-config", "vllm"),
         *vllm_flags,
     ]
 
@@ -94,11 +110,8 @@ def serve_without_vllm(args: ServeArguments, flags: Sequence[str]) -> None:
             "vLLM is not installed, which logitmix serve needs: pip install vllm; to try it on a laptop, the server "
             "of transformers is enough: pip install 'logitmix[serve]'"
         )
-    parser = argparse.ArgumentParser(prog="logitmix serve", allow_abbrev=False)
-    parser.add_argument("--host", default="localhost")
-    parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--served-model-name")
-    server, vllm_flags = parser.parse_known_args(flags)
+    parser = HfArgumentParser(ServerArguments, prog="logitmix serve", allow_abbrev=False)
+    server, vllm_flags = parser.parse_args_into_dataclasses(list(flags), return_remaining_strings=True)
     if vllm_flags:
         raise ValueError(f"vLLM is not installed, which {vllm_flags[0]} is for: pip install vllm, or leave it out")
 

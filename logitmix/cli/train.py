@@ -10,7 +10,7 @@ from logitmix.cli.options.data import TaskArguments
 from logitmix.cli.options.dry_run import dry_run_train
 from logitmix.cli.options.evaluation import EvaluationArguments
 from logitmix.cli.options.lora import AdapterArguments
-from logitmix.cli.options.model import ModelArguments
+from logitmix.cli.options.model import ModelArguments, find_model
 from logitmix.cli.options.parser import flatten, parse
 from logitmix.cli.options.recipe import RecipeArguments
 from logitmix.evaluation.decode import get_alphas
@@ -56,6 +56,8 @@ def run(options: TrainOptions, command: Sequence[str]) -> None:
             f"validation_source is {eval_args.validation_source!r}, but alpha_controller {args.alpha_controller!r} "
             "validates nothing; set --alpha_controller adaptive, or --validation_source held_out"
         )
+    if args.anchor is not None:
+        args.anchor = find_model(args.anchor)
     if options.recipe.dry_run:
         dry_run_train(options.recipe, task_args, model_args, options.adapter, eval_args, args)
         return

@@ -34,13 +34,14 @@ from trl.models import unwrap_model_for_generation
 from logitmix.training.batch import Batch, TokenScores
 from logitmix.training.checkpointing.resume import State, by_epoch
 from logitmix.training.fsdp import gathered_weights
+from logitmix.training.model_card import NamesLocalModels
 from logitmix.training.transformers_patches import PatchedTrainer, generate_without_fsdp_hooks
 
 if TYPE_CHECKING:
     from logitmix.training.monitoring.monitor import Monitor
 
 
-class PatchedSFTTrainer(PatchedTrainer, SFTTrainer):
+class PatchedSFTTrainer(PatchedTrainer, NamesLocalModels, SFTTrainer):
     """TRL's `SFTTrainer` with exact resume."""
 
     RUNNING_TOTALS = (*PatchedTrainer.RUNNING_TOTALS, "_total_train_tokens")
@@ -55,7 +56,7 @@ class PatchedSFTTrainer(PatchedTrainer, SFTTrainer):
         self._metrics["train"] = metrics
 
 
-class PatchedGRPOTrainer(PatchedTrainer, GRPOTrainer):
+class PatchedGRPOTrainer(PatchedTrainer, NamesLocalModels, GRPOTrainer):
     """TRL's `GRPOTrainer` with exact resume, monitoring, and public names for what a subclass overrides."""
 
     RUNNING_TOTALS = (*PatchedSFTTrainer.RUNNING_TOTALS, "_step")

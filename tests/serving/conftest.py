@@ -25,11 +25,20 @@ def mixture():
 
 @pytest.fixture(scope="module")
 def folder(mixture, tmp_path_factory):
-    """A folder that holds the mixture as `mixture`, saved with an alpha that the server's flags override."""
+    """A folder that holds the mixture as `mixture`, saved with an alpha that the server's flags override.
+
+    Its `generation_config` would change every response, if a server obeyed it.
+    """
+    from transformers import GenerationConfig
+
     folder = tmp_path_factory.mktemp("served")
     mixture.alpha = 0.9
     mixture.save_pretrained(folder / "mixture")
     mixture.alpha = 0.4
+    GenerationConfig(
+        do_sample=True, temperature=0.1, top_k=1, top_p=0.1, min_p=0.5, repetition_penalty=5.0, max_new_tokens=3,
+        min_new_tokens=2, suppress_tokens=list(range(3, 20)), no_repeat_ngram_size=1,
+    ).save_pretrained(folder / "mixture")  # fmt: skip
     return folder
 
 

@@ -33,7 +33,8 @@ def complete(client, prompt=PROMPT, fields=None, **kwargs):
 
 
 def expected(mixture, prompt=PROMPT, length=8, **weights):
-    tokens = greedy_tokens(mixture, mixture.tokenizer(prompt)["input_ids"], length, **weights)
+    end = {"eos_token_id": mixture.tokenizer.eos_token_id}
+    tokens = greedy_tokens(mixture, mixture.tokenizer(prompt)["input_ids"], length, **end, **weights)
     return mixture.tokenizer.decode(tokens, skip_special_tokens=True)
 
 

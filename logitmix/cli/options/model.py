@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -34,6 +35,9 @@ class ModelArguments(LoadingArguments):
 
     model_name_or_path: str = field(metadata={"help": "Folder or hub id of the model; of the policy, in training."})
 
+    def __post_init__(self) -> None:
+        self.model_name_or_path = find_model(self.model_name_or_path)
+
 
 @dataclass
 class AnchorArguments:
@@ -42,6 +46,10 @@ class AnchorArguments:
     anchor: str | None = field(
         default=None, metadata={"help": "Folder or hub id of the anchor to mix the model with."}
     )
+
+    def __post_init__(self) -> None:
+        if self.anchor is not None:
+            self.anchor = find_model(self.anchor)
 
 
 @dataclass
@@ -55,6 +63,23 @@ class MixtureArguments(AnchorArguments):
         default=None,
         metadata={"help": "How members are mixed; default: the checkpoint's, or logit with --anchor."},
     )
+
+
+def find_model(source: str) -> str:
+    """The model at a folder or hub id; of a run that has not saved its model yet, the last complete checkpoint."""
+    from logitmix.runs.console import console
+    from logitmix.training.checkpointing.folders import last_whole_checkpoint
+
+    folder = Path(source)
+    if not folder.is_dir() or any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
+        return source
+    checkpoint = last_whole_checkpoint(folder)
+    if checkpoint is None:
+        return source
+    console.print(
+        f"{source} is a run that has not finished; its last checkpoint, {checkpoint.name}, is used.", soft_wrap=True
+    )
+    return str(checkpoint)
 
 
 def load_model(model_args: ModelArguments, mixture_args: MixtureArguments) -> PreTrainedModel:
