@@ -5,8 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, ClassVar, Literal, get_args
 
+from logitmix.tasks.rows import Message, open_question, open_text
 from logitmix.tasks.templates import Prompt, Template
 from logitmix.tasks.verify import Grade, grade
 
@@ -16,11 +18,26 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 
 @dataclass(frozen=True)
 class Problem:
-    """A question, its gold answer (without a template), and a worked solution if there is one."""
+    """A question, its gold answer (without a template), and a worked solution if there is one.
+
+    `history` holds the messages before the question, as pairs of role and content. The fields may be given as a row
+    of data holds them: a number, a list or dict of one value, and as the question a chat (`logitmix.tasks.rows`).
+
+    Raises `ValueError` for values that are no text, such as NaN, lists of several values and bytes.
+    """
 
     question: str
     answer: str
     solution: str | None = None
+    history: tuple[Message, ...] = ()
+
+    def __post_init__(self) -> None:
+        question, earlier = open_question(self.question)
+        opened = {"question": question, "answer": open_text(self.answer, f"answer to {question[:80]!r}")}
+        if self.solution is not None:
+            opened["solution"] = open_text(self.solution, f"solution of {question[:80]!r}")
+        for name, value in (opened | {"history": (*self.history, *earlier)}).items():
+            object.__setattr__(self, name, value)  # the class is frozen
 
 
 class Task(ABC):
@@ -48,7 +65,7 @@ class Task(ABC):
 
     def prompt(self, problem: Problem) -> Prompt:
         """The prompt: a text that the model continues, or messages that it answers."""
-        return self.template.prompt(problem.question)
+        return self.template.prompt(problem.question, problem.history)
 
     def demonstration(self, problem: Problem) -> str:
         """The SFT target after the prompt: the solution, then the answer in the template."""
@@ -86,8 +103,10 @@ class Task(ABC):
 
 
 def validate_request(split: str, limit: int | None) -> None:
-    """Raise `ValueError` for an unknown split, and for a limit below 1."""
+    """Raise `ValueError` for an unknown split, and for a limit that is no whole number from 1."""
     if split not in SPLITS:
         raise ValueError(f"there is no split {split!r}; use one of {', '.join(SPLITS)}")
+    if limit is not None and not (isinstance(limit, Integral) and not isinstance(limit, bool)):
+        raise ValueError(f"limit is {limit!r}, but must be a whole number, such as 10")
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}, but must be at least 1; leave it out to get all of {split}")

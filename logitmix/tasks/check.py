@@ -1,4 +1,4 @@
-"""Checks a task: does every gold, written in the template, grade as right?"""
+"""Checks a task: is every text a text, and does every gold, written in the template, grade as right?"""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from logitmix.tasks.base import SPLITS, Problem, Task
+from logitmix.tasks.rows import written_by_python
 
 
 @dataclass(frozen=True)
@@ -40,16 +41,39 @@ def check(task: Task) -> list[Checked]:
 def _check(task: Task, name: str, problems: Sequence[Problem]) -> Checked:
     failures = []
     for number, problem in enumerate(problems, start=1):
-        try:
-            if problem.solution is not None:
-                response = task.demonstration(problem)
-            else:
-                response = task.template.completion("", problem.answer)
-        except ValueError as error:
-            failures.append(f"{name} {number}: {error}")
-            continue
-        grade = task.grade(response, problem)
-        if not grade.answer_ok:
-            reason = grade.error or ("it grades as wrong" if grade.format_ok else "it is not format-correct")
-            failures.append(f"{name} {number}: the gold {problem.answer!r} does not match itself: {reason}")
+        failure = _failure(task, problem)
+        if failure is not None:
+            failures.append(f"{name} {number}: {failure}")
     return Checked(name, len(problems), tuple(failures))
+
+
+def _failure(task: Task, problem: Problem) -> str | None:
+    """Why no response could solve the problem, or None.
+
+    A gold that is compared with itself is always equal, whatever it is. So its texts are also searched for what only
+    Python writes, and it is graded in another spelling.
+    """
+    for name, text in (("question", problem.question), ("gold", problem.answer), ("solution", problem.solution or "")):
+        kind = written_by_python(text)
+        if kind is not None:
+            return f"the {name} {text[:80]!r} is Python's way to write {kind}; the task must make it a text"
+    try:
+        task.prompt(problem)
+        if problem.solution is not None:
+            response = task.demonstration(problem)
+        else:
+            response = task.template.completion("", problem.answer)
+        respelled = task.template.completion("", f"${problem.answer}$")
+    except ValueError as error:
+        return str(error)
+    grade = task.grade(response, problem)
+    if not grade.answer_ok:
+        reason = grade.error or ("it grades as wrong" if grade.format_ok else "it is not format-correct")
+        return f"the gold {problem.answer!r} does not match itself: {reason}"
+    if type(task).grade is not Task.grade:  # a grader of your own need not know formulas
+        return None
+    grade = task.grade(respelled, problem)
+    # a template of your own may have no place for dollar signs, and a long gold is compared letter by letter only
+    if grade.format_ok and not grade.answer_ok and grade.error is None:
+        return f"the gold {problem.answer!r} is not matched by ${problem.answer}$, the same answer as a formula"
+    return None

@@ -32,10 +32,10 @@ class CnK12(DataTask):
     template = R1
 
     def problem(self, row: Row) -> Problem | None:
-        solution, answer = text(row["solution"]), text(row["answer"])
+        solution, answer = text(row["solution"], "solution"), text(row["answer"], "answer")
         valid = all(row.get(column, "Yes") == "Yes" for column in ("problem_is_valid", "solution_is_valid"))
         if row.get("source", self.name) != self.name or not valid:
             return None
         if answer.lower() in NO_ANSWER or solution.count("\\boxed") > 1:
             return None
-        return Problem(text(row["problem"]), answer, solution or None)
+        return Problem(text(row["problem"], "problem"), answer, solution or None)

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from logitmix.tasks.base import Problem, Split, Task, validate_request
 from logitmix.tasks.duplicates import near_duplicates
+from logitmix.tasks.rows import open_text
 
 HELD_OUT = 500
 
@@ -92,9 +93,9 @@ class DataTask(Task):
             train, test = self._hold_out(train)
         else:
             test, test_repeats = _deduplicate(test)
-            test_questions = {problem.question for problem in test}
-            repeats += test_repeats + [problem for problem in train if problem.question in test_questions]
-            train = [problem for problem in train if problem.question not in test_questions]
+            test_questions = {_asked(problem) for problem in test}
+            repeats += test_repeats + [problem for problem in train if _asked(problem) in test_questions]
+            train = [problem for problem in train if _asked(problem) not in test_questions]
         near = [problem for problem, _ in near_duplicates(train, test)]
         gone = set(near)
         train, validation = self._hold_out(train)
@@ -151,33 +152,46 @@ class DataTask(Task):
                         f"row {number} of {source} has no column {column!r}, only {', '.join(map(repr, row))}; "
                         "rename the column that holds it"
                     )
-            problem = self.problem(row)
-            if problem is None:
-                self._left_out += 1
-                continue
-            if not problem.question:
-                raise ValueError(f"row {number} of {source} has no question; correct the row, or leave it out")
-            if not problem.answer:
-                raise ValueError(f"row {number} of {source} has no answer; {self.answer_hint}")
-            self.template.completion(problem.solution or "", problem.answer)  # raises for a stop string before its end
+            try:
+                problem = self.problem(row)
+                if problem is None:
+                    self._left_out += 1
+                    continue
+                self._validate(problem)
+            except ValueError as error:
+                raise ValueError(f"row {number} of {source} cannot be a problem: {error}") from error
             problems.append(problem)
         if not problems:
             raise ValueError(f"{source} holds no problems; give data with at least one row")
         return problems
 
+    def _validate(self, problem: Problem) -> None:
+        """Raise `ValueError` where the problem lacks a text, or the template cannot ask it or hold its answer."""
+        if not problem.question:
+            raise ValueError("it has no question; correct the row, or leave it out")
+        if not problem.answer:
+            raise ValueError(f"it has no answer; {self.answer_hint}")
+        self.prompt(problem)
+        self.template.completion(problem.solution or "", problem.answer)
+
     def _wanted_files(self) -> str:
         return f"a folder with {' or '.join(self.train_files)} and test*.jsonl, or one JSONL file"
 
 
-def text(value: Any) -> str:
-    """A cell as stripped text; empty for a missing value."""
-    return "" if value is None else str(value).strip()
+def text(value: Any, name: str = "value") -> str:
+    """A cell as stripped text; empty for a missing value. Raises `ValueError` as `open_text`."""
+    return open_text(value, name).strip()
+
+
+def _asked(problem: Problem) -> tuple[Any, ...]:
+    """What tells a problem from others: its question, after its messages."""
+    return (*problem.history, problem.question)
 
 
 def _deduplicate(problems: list[Problem]) -> tuple[list[Problem], list[Problem]]:
     """The first problem with each question, and the repeats."""
-    first: dict[str, Problem] = {}
-    repeats = [problem for problem in problems if first.setdefault(problem.question, problem) is not problem]
+    first: dict[Any, Problem] = {}
+    repeats = [problem for problem in problems if first.setdefault(_asked(problem), problem) is not problem]
     return list(first.values()), repeats
 
 

@@ -33,7 +33,7 @@ def near_duplicates(problems: Sequence[Problem], held_out: Sequence[Problem]) ->
     number of other problems with it, so that phrases of a whole data set, such as those of multiple choice, hardly
     count. The cost is linear in the text, except for triples that many held-out problems share.
     """
-    held_out_triples = [_triples(problem.question) for problem in held_out]
+    held_out_triples = [_triples(_text(problem)) for problem in held_out]
     places: dict[str, list[int]] = defaultdict(list)
     for i, triples in enumerate(held_out_triples):
         for triple in triples:
@@ -42,7 +42,7 @@ def near_duplicates(problems: Sequence[Problem], held_out: Sequence[Problem]) ->
     known_triples: list[set[str]] = []
     unknown_counts: list[int] = []  # triples in no held-out problem; each weighs 1
     for problem in problems:
-        triples = _triples(problem.question)
+        triples = _triples(_text(problem))
         known_triples.append(triples & places.keys())
         unknown_counts.append(len(triples) - len(known_triples[-1]))
         frequency.update(known_triples[-1])
@@ -63,11 +63,15 @@ def near_duplicates(problems: Sequence[Problem], held_out: Sequence[Problem]) ->
     return found
 
 
+def _text(problem: Problem) -> str:
+    return "\n".join([*(content for _, content in problem.history), problem.question])
+
+
 def _triples(text: str) -> set[str]:
     words = re.findall(r"[a-z]+|[0-9]+", text.lower())
     return {" ".join(words[i : i + 3]) for i in range(max(1, len(words) - 2))}
 
 
 def _same(one: Problem, other: Problem) -> bool:
-    marks, other_marks = (sorted(MARKS.findall(problem.question.lower())) for problem in (one, other))
+    marks, other_marks = (sorted(MARKS.findall(_text(problem).lower())) for problem in (one, other))
     return marks == other_marks and answers_match(one.answer, other.answer)

@@ -30,8 +30,10 @@ class Gsm8k(DataTask):
     template = R1
 
     def problem(self, row: Row) -> Problem:
-        solution, _, answer = text(row["answer"]).rpartition("####")
-        return Problem(text(row["question"]), answer.strip() if solution else "", _without_calculator(solution))
+        solution, _, answer = text(row["answer"], "answer").rpartition("####")
+        return Problem(
+            text(row["question"], "question"), answer.strip() if solution else "", _without_calculator(solution)
+        )
 
 
 def _without_calculator(solution: str) -> str:

@@ -31,8 +31,8 @@ class HendrycksMath(DataTask):
     template = R1
 
     def problem(self, row: Row) -> Problem:
-        question, solution = text(row["problem"]), text(row["solution"])
-        answer = text(row.get("answer")) or last_boxed(solution) or _erratum(question)
+        question, solution = text(row["problem"], "problem"), text(row["solution"], "solution")
+        answer = text(row.get("answer"), "answer") or last_boxed(solution) or _erratum(question)
         return Problem(question, answer or "", solution or None)
 
 

@@ -4,11 +4,15 @@ A raw record, with the default names:
 
     {"question": "What is 2+3?", "answer": "5"}
 
+A question may be a chat, as messages with a role and a content; the last one asks. An answer may be a dict with
+`ground_truth`, as in verl's column `reward_model`. docs/tasks.md lists what is opened and what is refused.
+
 A third column can hold worked solutions: SFT needs them, training and evaluation do not.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from logitmix.tasks.base import Problem
@@ -36,5 +40,6 @@ class JsonLines(DataTask):
         self.columns = tuple(name for name in (question_column, answer_column, solution_column) if name is not None)
 
     def problem(self, row: Row) -> Problem:
-        solution = text(row[self.solution_column]) if self.solution_column is not None else ""
-        return Problem(text(row[self.question_column]), text(row[self.answer_column]), solution or None)
+        solution = text(row[self.solution_column], "solution") if self.solution_column is not None else ""
+        problem = Problem(row[self.question_column], text(row[self.answer_column], "answer"), solution or None)
+        return replace(problem, question=problem.question.strip())

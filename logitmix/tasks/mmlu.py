@@ -14,8 +14,11 @@ comes from other data sets (RACE, ARC, OpenBookQA).
 
 from __future__ import annotations
 
+from numbers import Integral
+
 from logitmix.tasks.base import Problem
 from logitmix.tasks.data import DataTask, Row, text
+from logitmix.tasks.rows import open_list
 from logitmix.tasks.templates import R1
 
 LETTERS = "ABCD"
@@ -34,9 +37,12 @@ class Mmlu(DataTask):
     template = R1
 
     def problem(self, row: Row) -> Problem:
-        choices, index = [text(choice) for choice in row["choices"] or ()], row["answer"]
+        choices, index = [text(choice, "choice") for choice in open_list(row["choices"], "choices")], row["answer"]
         lines = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False)]
-        question = "\n".join([text(row["question"]), *lines, "Answer with the letter of the right choice."])
-        if len(choices) != len(LETTERS) or index not in range(len(LETTERS)):
+        question = "\n".join(
+            [text(row["question"], "question"), *lines, "Answer with the letter of the right choice."]
+        )
+        is_index = isinstance(index, Integral) and not isinstance(index, bool) and index in range(len(LETTERS))
+        if len(choices) != len(LETTERS) or not is_index:
             return Problem(question, "")
         return Problem(question, LETTERS[index], f"The right choice is {LETTERS[index]}: {choices[index]}")

@@ -11,11 +11,13 @@ r"""Templates: how a question becomes a prompt, what stops decoding, and where a
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TypeAlias
 
 from logitmix.tasks.names import unknown_name
+from logitmix.tasks.rows import Message
 
 # A text, or TRL's conversational form: messages with a role and a content.
 Prompt: TypeAlias = str | list[dict[str, str]]
@@ -114,9 +116,16 @@ class Template:
                 "pattern match what completion_format writes"
             )
 
-    def prompt(self, question: str) -> Prompt:
+    def prompt(self, question: str, history: Sequence[Message] = ()) -> Prompt:
+        """The prompt, after the messages of `history`. Raises `ValueError` for these where the prompt is a text."""
         text = self.prompt_format.format(question=question)
-        return [{"role": "user", "content": text}] if self.chat else text
+        if history and not self.chat:
+            raise ValueError(
+                f"the question is a chat of {len(history) + 1} messages ({', '.join(role for role, _ in history)}, "
+                f"user), but the template {self.name!r} asks in one text; use a chat template such as boxed"
+            )
+        messages = [{"role": role, "content": content} for role, content in (*history, ("user", text))]
+        return messages if self.chat else text
 
     def completion(self, solution: str, answer: str) -> str:
         r"""A perfect response. If the answer is in a box, the solution's own boxes are opened.
