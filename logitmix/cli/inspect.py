@@ -44,6 +44,7 @@ def run(options: InspectOptions) -> None:
     from logitmix.evaluation.report.pages import inspection_page
     from logitmix.evaluation.report.tables import print_inspection
     from logitmix.mixture.loading import require_tokenizer
+    from logitmix.mixture.tokenizers import keep_tags
 
     args, model_args = options.inspection, options.model
     if not args.question.strip():
@@ -56,8 +57,9 @@ def run(options: InspectOptions) -> None:
     source, anchor = model_args.model_name_or_path, options.mixture.anchor
     template = options.data.resolve(source, anchor).load().template
     model = load_mixture(model_args, options.mixture)
-    prompt = template.prompt(args.question)
-    inspection = inspect(model, require_tokenizer(source), prompt, args.max_new_tokens, template.stop)
+    tokenizer = require_tokenizer(source)
+    keep_tags(tokenizer, template)
+    inspection = inspect(model, tokenizer, template.prompt(args.question), args.max_new_tokens, template.stop)
     print_inspection(inspection)
     names = (source, anchor) if anchor else (f"{source} (policy)", f"{source} (anchor)")
     path.write_text(inspection_page(inspection, args.question, *names), encoding="utf-8")

@@ -94,6 +94,8 @@ def vllm_command(args: ServeArguments, vllm_flags: Sequence[str]) -> list[str]:
     """The command line of vLLM's server. With `--anchor` the mixture is saved first."""
     folder = args.model_name_or_path if args.anchor is None else save_mixture(args)
     overrides = config_overrides(args, folder)
+    if not any(re.match(r"--tokenizer($|=)", flag) for flag in vllm_flags):
+        validate_tokenizer(folder)
     return [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder),
         *("--middleware", "logitmix.serving.http.MixtureFields", "--hf-overrides", json.dumps(overrides)),
@@ -101,6 +103,16 @@ def vllm_command(args: ServeArguments, vllm_flags: Sequence[str]) -> list[str]:
         *("--generation-config", "vllm"),
         *vllm_flags,
     ]
+
+
+def validate_tokenizer(folder: str) -> None:
+    """Raise `ValueError` if vLLM, which loads the tokenizer itself, would end each prompt with EOS."""
+    from logitmix.mixture.loading import read_tokenizer
+    from logitmix.mixture.tokenizers import validate_texts_open
+
+    tokenizer = read_tokenizer(folder)
+    if tokenizer is not None:
+        validate_texts_open(tokenizer)
 
 
 def serve_without_vllm(args: ServeArguments, flags: Sequence[str]) -> None:

@@ -14,6 +14,7 @@ from logitmix.cli.options.recipe import RecipeArguments
 from logitmix.mixture.adapters import read_adapter_config, validate_adapter_targets
 from logitmix.mixture.loading import load_member, require_tokenizer
 from logitmix.mixture.modeling import LogitMixForCausalLM
+from logitmix.mixture.tokenizers import prepare_for_task
 from logitmix.runs.console import console
 from logitmix.runs.folder import find_checkpoint
 from logitmix.runs.trackers import validate_trackers
@@ -64,6 +65,7 @@ def run(options: SFTOptions, command: Sequence[str]) -> None:
     if peft_config is not None:
         validate_adapter_targets(model, peft_config)
     tokenizer = require_tokenizer(source, trust_remote_code=args.trust_remote_code)
+    prepare_for_task(tokenizer, task, task.problems("train", task_args.train_limit))
     dataset, dropped = sft_dataset(rows, tokenizer, args.max_length)
     if dropped:
         console.print(f"Left out {dropped} of {len(rows)} demonstrations longer than max_length {args.max_length}.")

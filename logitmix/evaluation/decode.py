@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from logitmix.mixture.context import context_length, validate_fits_context
 from logitmix.mixture.generation import GREEDY, generate_completions, get_eos_token_ids, tokenize_prompts
 from logitmix.mixture.modeling import LogitMixForCausalLM
+from logitmix.mixture.tokenizers import prepare_for_task
 from logitmix.tasks import Problem, Task
 
 MAX_NEW_TOKENS = 512  # the limit in the authors' code
@@ -110,10 +111,12 @@ def make_decoder(
     Each sequence has its own alpha. Temperature 0 is greedy; above 0, the samples of a batch depend only on the seed
     and the batch. `max_new_tokens` defaults to 512, or to what the longest prompt leaves of the context.
 
-    Raises `ValueError`, before anything is decoded, for a prompt that exceeds the context.
+    Raises `ValueError`, before anything is decoded, for a prompt that exceeds the context, and for a tokenizer that
+    does not keep the task's format (`prepare_for_task`).
     """
     if temperature < 0:
         raise ValueError(f"temperature is {temperature}, but must be 0 (greedy) or above")
+    prepare_for_task(tokenizer, task, problems)
     prompts = [task.prompt(problem) for problem in problems]
     prompt_ids = tokenize_prompts(tokenizer, prompts)
     texts = [p if isinstance(p, str) else tokenizer.decode(ids) for p, ids in zip(prompts, prompt_ids, strict=True)]

@@ -15,6 +15,12 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.generation import StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 
 from logitmix.mixture.padding import left_pad
+from logitmix.mixture.tokenizers import (
+    chat_template_errors,
+    get_end_of_turn_token_id,
+    leave_texts_open,
+    validate_chat_template,
+)
 from logitmix.tasks.templates import Prompt
 
 GREEDY: dict[str, Any] = {"do_sample": False}
@@ -65,21 +71,13 @@ def tokenize_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Promp
     """The token ids of each prompt, a text or the messages of a chat.
 
     Messages are rendered by the chat template, up to the assistant's turn. The prompts are all texts or all messages,
-    as in TRL. Raises `ValueError` for messages without a chat template.
+    as in TRL. Raises `ValueError` for messages that the tokenizer's chat template, if it has one, cannot render.
     """
     if all(isinstance(prompt, str) for prompt in prompts):
-        return tokenizer(list(prompts))["input_ids"]
+        return leave_texts_open(tokenizer)(list(prompts))["input_ids"]
     validate_chat_template(tokenizer)
-    return tokenizer.apply_chat_template(list(prompts), add_generation_prompt=True, return_dict=True)["input_ids"]
-
-
-def validate_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise `ValueError` if the tokenizer has no chat template to render messages with."""
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            f"the prompts are chats, but the tokenizer of {tokenizer.name_or_path!r} has no chat template; use a "
-            "tokenizer that has one, or a text --template such as r1"
-        )
+    with chat_template_errors(tokenizer):
+        return tokenizer.apply_chat_template(list(prompts), add_generation_prompt=True, return_dict=True)["input_ids"]
 
 
 def get_eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -94,18 +92,6 @@ def get_eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
         if end is not None and end not in ids:
             ids.insert(0, end)
     return ids
-
-
-def get_end_of_turn_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The special token with which the chat template ends the assistant's turn, None if there is none."""
-    if tokenizer.chat_template is None:
-        return None
-    reply = "The reply."
-    chat = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": reply}]
-    closing = tokenizer.apply_chat_template(chat, tokenize=False).rpartition(reply)[2]
-    ids = tokenizer(closing, add_special_tokens=False)["input_ids"]
-    special = tokenizer.added_tokens_decoder
-    return ids[0] if ids and ids[0] in special and special[ids[0]].special else None
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from logitmix.mixture.adapters import (
 )
 from logitmix.mixture.configuration import LogitMixConfig, member_names
 from logitmix.mixture.opening import describe, first_line, open_model, validate_files
+from logitmix.mixture.tokenizers import leave_texts_open
 
 Member: TypeAlias = PreTrainedModel | str | os.PathLike[str]
 
@@ -176,11 +177,18 @@ def load_base(adapter: LoraConfig, source: str, **kwargs: Any) -> PreTrainedMode
 def load_tokenizer(source: str, **kwargs: Any) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a checkpoint, of an adapter without one that of its base; None if there is none.
 
-    Raises `ValueError` for a tokenizer that is there and cannot be read.
+    It appends nothing to texts, whatever the checkpoint says (`leave_texts_open`). Raises `ValueError` for a tokenizer
+    that is there and cannot be read.
     """
+    tokenizer = read_tokenizer(source, **kwargs)
+    return None if tokenizer is None else leave_texts_open(tokenizer)
+
+
+def read_tokenizer(source: str, **kwargs: Any) -> PreTrainedTokenizerBase | None:
+    """As `load_tokenizer`, but as the checkpoint has it, which is how other programs load it."""
     adapter = read_adapter_config(source)
     if adapter is not None and not os.path.exists(os.path.join(source, "tokenizer_config.json")):
-        return load_tokenizer(str(adapter.base_model_name_or_path), **kwargs)
+        return read_tokenizer(str(adapter.base_model_name_or_path), **kwargs)
     vocabulary = next((name for name in _VOCABULARIES if os.path.exists(os.path.join(source, name))), None)
     if vocabulary is not None:
         validate_files(source, *_VOCABULARIES)

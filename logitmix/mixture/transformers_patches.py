@@ -3,10 +3,13 @@
 `tests/mixture/test_transformers_patches.py` has a test of each, which fails when a new version changes the name.
 """
 
+import json
+from collections.abc import Sequence
 from typing import Any, Literal
 
+from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Implementation = Literal["attn_implementation", "experts_implementation"]
 
@@ -25,6 +28,15 @@ def mark_initialized(module: nn.Module) -> None:
 def mark_adapters_loaded(model: PreTrainedModel, loaded: bool = True) -> None:
     """Tell `save_pretrained` whether `model` has PEFT adapters: only transformers' own `add_adapter` sets the flag."""
     model._hf_peft_config_loaded = loaded
+
+
+def make_tokens_ordinary(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> None:
+    """Make special tokens of a fast tokenizer ordinary ones: neither library can unmark a token once it is added."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    for added in state["added_tokens"]:
+        added["special"] = added["special"] and added["content"] not in tokens
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
+    tokenizer.extra_special_tokens = [token for token in tokenizer.extra_special_tokens if str(token) not in tokens]
 
 
 class MixtureGenerationMixin(GenerationMixin):

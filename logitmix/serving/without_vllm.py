@@ -23,6 +23,7 @@ from transformers.cli.serving.utils import GenerateManager
 from logitmix.mixture.context import context_length, validate_fits_context
 from logitmix.mixture.generation import get_eos_token_ids
 from logitmix.mixture.modeling import LogitMixForCausalLM
+from logitmix.mixture.tokenizers import leave_texts_open
 from logitmix.serving.requests import REQUEST_FIELDS, parse_request_weights
 from logitmix.serving.transformers_patches import SingleGenerationState, SingleModelManager, accepted_fields
 
@@ -50,6 +51,7 @@ def serve(model: LogitMixForCausalLM, tokenizer: PreTrainedTokenizerBase, name: 
 
 def build_app(model: LogitMixForCausalLM, tokenizer: PreTrainedTokenizerBase, name: str) -> Any:
     """transformers' ASGI application, which serves the model as `name`."""
+    leave_texts_open(tokenizer)
     # OpenAI's API samples by default, from all tokens; of the checkpoint's generation_config only the end tokens count
     model.generation_config = GenerationConfig(
         do_sample=True, top_k=0, eos_token_id=get_eos_token_ids(model, tokenizer), pad_token_id=tokenizer.pad_token_id

@@ -31,6 +31,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 from logitmix.mixture.generation import GREEDY, generate_completions, get_eos_token_ids
 from logitmix.mixture.loading import require_tokenizer, validate_padding, validate_same_tokenizer
 from logitmix.mixture.modeling import LogitMixForCausalLM
+from logitmix.mixture.tokenizers import leave_texts_open
 from logitmix.training.alpha.callback import AlphaControl, validate_alpha_controller
 from logitmix.training.alpha.validation import FreshQuestions, validation_questions
 from logitmix.training.batch import Batch, TokenScores
@@ -106,7 +107,10 @@ class LogitMixGRPOTrainer(PatchedGRPOTrainer):
         self.stop_strings = list(args.stop_strings or [])
         self.eos_token_ids = get_eos_token_ids(self.model, self.text_tokenizer)
         if in_vllm:
-            parameters = sampling_parameters(args.generation_kwargs, self.stop_strings, self.eos_token_ids)
+            added_tokens = self.text_tokenizer.get_added_vocab()
+            parameters = sampling_parameters(
+                args.generation_kwargs, self.stop_strings, self.eos_token_ids, added_tokens
+            )
             self.vllm_generation.generation_kwargs = parameters
         elif not self.use_vllm:
             self.generation_kwargs["eos_token_id"] = self.eos_token_ids
@@ -318,5 +322,7 @@ def _tokenizer(model: PreTrainedModel, given: Any, trust_remote_code: bool) -> P
         )
     if own is not None:
         validate_same_tokenizer([given, own])
-    validate_padding(getattr(given, "tokenizer", given))  # a processor of several modalities has one
+    texts = getattr(given, "tokenizer", given)  # of a processor of several modalities, its tokenizer
+    validate_padding(texts)
+    leave_texts_open(texts)
     return given

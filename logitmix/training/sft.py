@@ -6,7 +6,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from logitmix.mixture.generation import validate_chat_template
+from logitmix.mixture.tokenizers import chat_template_errors, leave_texts_open, validate_chat_template
 from logitmix.training.checkpointing.resume import Checkpointing
 from logitmix.training.trl_patches import PatchedSFTTrainer
 
@@ -29,17 +29,18 @@ def sft_dataset(
     `SFTTrainer` truncates rows at `max_length` tokens. A demonstration truncated before its answer teaches a model
     not to answer, so such rows are dropped instead.
 
-    Raises `ValueError` where no row is left.
+    Raises `ValueError` where no row is left, and for messages that the chat template cannot render.
     """
     if not rows:
         raise ValueError("the data set is empty; SFT needs at least one demonstration")
     whole = [row["prompt"] + row["completion"] for row in rows]
     if isinstance(whole[0], str):
         # plus the end-of-sequence token that TRL adds
-        lengths = [len(ids) + 1 for ids in tokenizer(whole)["input_ids"]]
+        lengths = [len(ids) + 1 for ids in leave_texts_open(tokenizer)(whole)["input_ids"]]
     else:
         validate_chat_template(tokenizer)
-        lengths = [len(ids) for ids in tokenizer.apply_chat_template(whole, return_dict=True)["input_ids"]]
+        with chat_template_errors(tokenizer):
+            lengths = [len(ids) for ids in tokenizer.apply_chat_template(whole, return_dict=True)["input_ids"]]
     kept = [row for row, n in zip(rows, lengths, strict=True) if max_length is None or n <= max_length]
     if not kept:
         raise ValueError(

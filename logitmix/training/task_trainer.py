@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from peft import PeftConfig
 
-from logitmix.mixture.generation import validate_chat_template
 from logitmix.mixture.loading import require_tokenizer
+from logitmix.mixture.tokenizers import prepare_for_task, validate_chat_template
 from logitmix.tasks import Problem, Task
 from logitmix.training.config import LogitMixGRPOConfig
 from logitmix.training.grpo import LogitMixGRPOTrainer
@@ -29,6 +29,7 @@ def build_trainer(
     )
     if task.template.chat:
         validate_chat_template(tokenizer)
+    prepare_for_task(tokenizer, task, problems)
     return LogitMixGRPOTrainer(
         model_name_or_path,
         reward_funcs=TaskReward(task),

@@ -29,8 +29,10 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import GRPOTrainer, SFTTrainer
+from trl.data_utils import is_conversational
 from trl.models import unwrap_model_for_generation
 
+from logitmix.mixture.tokenizers import chat_template_errors, validate_chat_template
 from logitmix.training.batch import Batch, TokenScores
 from logitmix.training.checkpointing.resume import State, by_epoch
 from logitmix.training.fsdp import gathered_weights
@@ -129,6 +131,14 @@ class PatchedGRPOTrainer(PatchedTrainer, NamesLocalModels, GRPOTrainer):
 
     def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> tuple[list[list[int]], Any]:
         return self.sample(prompt_ids, *args, **kwargs)
+
+    def _tokenize_prompts(self, prompts: list) -> tuple:
+        """As TRL's, with one sentence for a chat template that fails, or leaves out the messages' texts."""
+        is_text = is_conversational({"prompt": prompts[0]}) and isinstance(prompts[0][0]["content"], str)
+        if is_text and not self._is_vlm:
+            validate_chat_template(self._tokenizer)
+        with chat_template_errors(self._tokenizer):
+            return super()._tokenize_prompts(prompts)
 
     def _calculate_rewards(self, inputs: Any, prompts: list, completions: list, completion_ids_list: list) -> Tensor:
         self._rewards_NF = self.compute_rewards(inputs, prompts, completions, completion_ids_list)

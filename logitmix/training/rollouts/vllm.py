@@ -5,7 +5,7 @@ is frozen. alpha is never pushed: every request carries the weights in force.
 """
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -145,15 +145,21 @@ def validate_architectures(config: LogitMixConfig) -> None:
 
 
 def sampling_parameters(
-    generation_kwargs: dict[str, Any] | None, stop_strings: Sequence[str], eos_token_ids: Sequence[int]
+    generation_kwargs: dict[str, Any] | None,
+    stop_strings: Sequence[str],
+    eos_token_ids: Sequence[int],
+    added_tokens: Collection[str] = (),
 ) -> dict[str, Any]:
     """vLLM's sampling parameters for `generation_kwargs`, with its parameters for what ends a completion.
 
-    transformers' `min_new_tokens` is vLLM's `min_tokens`; all other `generation_kwargs` are already vLLM's.
+    `added_tokens` are those of the tokenizer, which stop strings may contain. transformers' `min_new_tokens`
+    is vLLM's `min_tokens`; all other `generation_kwargs` are already vLLM's.
     """
     parameters = dict(generation_kwargs or {})
     if "min_new_tokens" in parameters:
         parameters["min_tokens"] = parameters.pop("min_new_tokens")
     if stop_strings:
         parameters |= {"stop": list(stop_strings), "include_stop_str_in_output": True}
+    if any(token in stop for stop in stop_strings for token in added_tokens):
+        parameters["skip_special_tokens"] = False  # a server's tokenizer may drop it from the text that is searched
     return {"stop_token_ids": list(eos_token_ids)} | parameters

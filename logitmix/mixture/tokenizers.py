@@ -1,0 +1,188 @@
+"""Checks of a tokenizer against what it is used for: to open a completion, to render chats, to keep a template's tags.
+
+A tokenizer that fails one of them gives prompts or responses that are wrong in silence.
+"""
+
+import string
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from jinja2 import TemplateError
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerBase
+
+from logitmix.mixture.transformers_patches import make_tokens_ordinary
+from logitmix.tasks import Problem, Task, Template
+
+PROBE = "A question."
+ROUND_TRIPS = 8  # problems, of which one whose format survives is enough
+
+
+def leave_texts_open(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Stop the tokenizer from appending tokens to texts: after EOS, a model does not continue its prompt.
+
+    Tokenizers with `add_eos_token`, and those of encoders, append some. What they prepend is kept. Returns the
+    tokenizer. Raises `ValueError` for one that cannot be changed.
+    """
+    before, after = _added_tokens(tokenizer)
+    if not after:
+        return tokenizer
+    tokens = tokenizer.convert_ids_to_tokens(after)
+    if getattr(tokenizer, "add_eos_token", False):
+        tokenizer.add_eos_token = False
+    if tokenizer.is_fast:
+        prefix = dict(zip(tokenizer.convert_ids_to_tokens(before), before, strict=True))
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=[*prefix, "$A"], pair=[*prefix, "$A", "$B:1"], special_tokens=list(prefix.items())
+        )
+    if _added_tokens(tokenizer) != (before, []):
+        raise ValueError(
+            f"the tokenizer of {tokenizer.name_or_path!r} appends {' '.join(tokens)} to every prompt, which a model "
+            "does not continue; set add_eos_token to false in its tokenizer_config.json, or use its fast version"
+        )
+    warnings.warn(
+        f"the tokenizer of {tokenizer.name_or_path!r} appends {' '.join(tokens)} to every text, which would end "
+        "prompts; it is used without",
+        stacklevel=2,
+    )
+    return tokenizer
+
+
+def validate_texts_open(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise `ValueError` if the tokenizer appends tokens to texts: for programs that load it themselves."""
+    _, after = _added_tokens(tokenizer)
+    if after:
+        raise ValueError(
+            f"the tokenizer of {tokenizer.name_or_path!r} appends {' '.join(tokenizer.convert_ids_to_tokens(after))} "
+            "to every prompt, which a model does not continue; load it with logitmix.mixture.loading.load_tokenizer, "
+            "which removes that, and save it in the folder"
+        )
+
+
+def _added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The special tokens before and after the ids of a text."""
+    text = "a1"
+    plain, whole = tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer(text)["input_ids"]
+    for start in range(len(whole) - len(plain) + 1):
+        if plain and whole[start : start + len(plain)] == plain:
+            return whole[:start], whole[start + len(plain) :]
+    # the vocabulary has no such text
+    return (whole[:-1], whole[-1:]) if whole and whole[-1] == tokenizer.eos_token_id else (whole, [])
+
+
+def validate_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise `ValueError` if the tokenizer has no chat template, or one that does not render a user's text."""
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"the prompts are chats, but the tokenizer of {tokenizer.name_or_path!r} has no chat template; use a "
+            "tokenizer that has one, or a text --template such as r1"
+        )
+    with chat_template_errors(tokenizer):
+        rendered = render_chat(tokenizer, [{"role": "user", "content": PROBE}], add_generation_prompt=True)
+    if PROBE not in rendered:
+        raise ValueError(
+            f"the chat template of {tokenizer.name_or_path!r} leaves out the text of a user's message, as those that "
+            "need content parts do; use a tokenizer whose chat template takes texts, or a text --template such as r1"
+        )
+
+
+@contextmanager
+def chat_template_errors(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Within the context, an error inside the chat template is a `ValueError` of one sentence."""
+    try:
+        yield
+    except (TemplateError, TypeError, LookupError) as error:
+        raise ValueError(
+            f"the chat template of {tokenizer.name_or_path!r} cannot render the messages "
+            f"({' '.join(str(error).split())}); correct it or the messages, or use a text --template such as r1"
+        ) from error
+
+
+def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], **kwargs: Any) -> str:
+    """The text of the messages in the chat template."""
+    return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **kwargs))
+
+
+def get_end_of_turn_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token with which the chat template ends the assistant's turn, None if there is none.
+
+    There is none either where the template fails, or leaves out the reply after which the token would be.
+    """
+    if tokenizer.chat_template is None:
+        return None
+    reply = "The reply."
+    for wrap in (str, lambda text: [{"type": "text", "text": text}]):  # some templates need content parts
+        chat = [{"role": "user", "content": wrap(PROBE)}, {"role": "assistant", "content": wrap(reply)}]
+        try:
+            rendered = render_chat(tokenizer, chat)
+        except (TemplateError, TypeError, LookupError, ValueError):  # it matters only where chats are rendered
+            continue
+        _, found, closing = rendered.rpartition(reply)
+        if found:
+            return _first_special_token_id(tokenizer, closing)
+    return None
+
+
+def _first_special_token_id(tokenizer: PreTrainedTokenizerBase, text: str) -> int | None:
+    """The token that the text starts with, if it is a special one that is written there: not the unknown token."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    token = tokenizer.added_tokens_decoder.get(ids[0]) if ids else None
+    return ids[0] if token is not None and token.special and token.content in text else None
+
+
+def prepare_for_task(tokenizer: PreTrainedTokenizerBase, task: Task, problems: Sequence[Problem]) -> None:
+    """Make responses to a task decode as the model writes them, or raise `ValueError`.
+
+    A demonstration must keep its format when it is encoded and decoded without special tokens. Tags of the template
+    that are special tokens become ordinary ones, also where the tokenizer is saved.
+    """
+    keep_tags(tokenizer, task.template)
+    lost = None
+    for problem in problems[:ROUND_TRIPS]:
+        try:
+            response = task.template.completion("", problem.answer)
+            if problem.solution is not None:
+                response = task.demonstration(problem)
+        except ValueError:  # check-task reports it
+            continue
+        ids = tokenizer(response, add_special_tokens=False)["input_ids"]
+        decoded = tokenizer.decode(ids, skip_special_tokens=True)
+        if task.grade(decoded, problem).format_ok or not task.grade(response, problem).format_ok:
+            return
+        lost = lost or (response, decoded)
+    if lost is not None:
+        tags = [repr(text) for text in _literals(task.template) if text not in lost[1]]
+        raise ValueError(
+            f"the tokenizer of {tokenizer.name_or_path!r} does not keep {' and '.join(tags) or 'the format'} "
+            f"of the template {task.template.name!r}: a perfect response is decoded as {lost[1][-80:]!r}, which is "
+            "not format-correct; use another --template or tokenizer"
+        )
+
+
+def keep_tags(tokenizer: PreTrainedTokenizerBase, template: Template) -> None:
+    """Make the special tokens that the template requires in a response ordinary ones, which decoding keeps.
+
+    Raises `ValueError` for a tokenizer that cannot be changed.
+    """
+    completion = template.completion("", "1")
+    literal = "".join(_literals(template))
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    tags = sorted(tag for tag in special | set(tokenizer.all_special_tokens) if tag in literal)
+    without = completion
+    for tag in tags:
+        without = without.replace(tag, "")
+    if not tags or template.is_formatted(without):
+        return
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"the tags {' and '.join(map(repr, tags))} of the template {template.name!r} are special tokens of the "
+            f"tokenizer of {tokenizer.name_or_path!r}, which decoding drops; use its fast version, or another --template"
+        )
+    make_tokens_ordinary(tokenizer, tags)
+
+
+def _literals(template: Template) -> list[str]:
+    """The texts that `completion_format` puts around solution and answer."""
+    return [text for text, *_ in string.Formatter().parse(template.completion_format) if text.strip()]
