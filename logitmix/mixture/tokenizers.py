@@ -178,7 +178,7 @@ def keep_tags(tokenizer: PreTrainedTokenizerBase, template: Template) -> None:
     if not tokenizer.is_fast:
         raise ValueError(
             f"the tags {' and '.join(map(repr, tags))} of the template {template.name!r} are special tokens of the "
-            f"tokenizer of {tokenizer.name_or_path!r}, which decoding drops; use its fast version, or another --template"
+            f"tokenizer of {tokenizer.name_or_path!r}, which decoding drops; use its fast version, or another template"
         )
     make_tokens_ordinary(tokenizer, tags)
 

@@ -31,7 +31,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 from logitmix.mixture.generation import GREEDY, generate_completions, get_eos_token_ids
 from logitmix.mixture.loading import require_tokenizer, validate_padding, validate_same_tokenizer
 from logitmix.mixture.modeling import LogitMixForCausalLM
-from logitmix.mixture.tokenizers import leave_texts_open
+from logitmix.mixture.tokenizers import keep_tags, leave_texts_open
 from logitmix.training.alpha.callback import AlphaControl, validate_alpha_controller
 from logitmix.training.alpha.validation import FreshQuestions, validation_questions
 from logitmix.training.batch import Batch, TokenScores
@@ -47,6 +47,7 @@ from logitmix.training.fsdp import prepare_fsdp
 from logitmix.training.model_card import write_model_card
 from logitmix.training.monitoring.finite import require_finite_parameters
 from logitmix.training.monitoring.monitor import Monitor
+from logitmix.training.rewards import TaskReward
 from logitmix.training.rollouts.dynamic_sampling import QuestionStream, has_spread, refill
 from logitmix.training.rollouts.vllm import mixture_for_vllm, sampling_parameters
 from logitmix.training.scoring import MixtureScorer, loss_coefficients
@@ -85,6 +86,9 @@ class LogitMixGRPOTrainer(PatchedGRPOTrainer):
         validate_config(args, model)
         validate_alpha_controller(args, model, validation_dataset, kwargs)
         kwargs["processing_class"] = _tokenizer(model, kwargs.get("processing_class"), args.trust_remote_code)
+        for reward in reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]:
+            if isinstance(reward, TaskReward):
+                keep_tags(_of_texts(kwargs["processing_class"]), reward.task.template)
         in_vllm = args.use_vllm and is_mixture
         with (
             without_reference_model(args) if is_mixture else nullcontext(),
@@ -322,7 +326,12 @@ def _tokenizer(model: PreTrainedModel, given: Any, trust_remote_code: bool) -> P
         )
     if own is not None:
         validate_same_tokenizer([given, own])
-    texts = getattr(given, "tokenizer", given)  # of a processor of several modalities, its tokenizer
-    validate_padding(texts)
-    leave_texts_open(texts)
+    validate_padding(_of_texts(given))
+    leave_texts_open(_of_texts(given))
     return given
+
+
+def _of_texts(processing_class: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer, also of a processor of several modalities."""
+    tokenizer: PreTrainedTokenizerBase = getattr(processing_class, "tokenizer", processing_class)
+    return tokenizer

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from logitmix.cli import serve
 from logitmix.cli.__main__ import main
@@ -41,6 +42,22 @@ def test_a_pair_is_saved_as_the_mixture_that_vllm_serves(folders):
     assert json.loads(again[again.index("--hf-overrides") + 1])["weights"] == pytest.approx([0.4, 0.6])
     with pytest.raises(ValueError, match="mixture exists"):
         command_of({"model_name_or_path": str(folders / "base")} | served)
+
+
+@pytest.mark.filterwarnings("ignore:the tokenizer of .* appends")
+def test_a_tokenizer_that_would_end_each_prompt_is_refused_for_vllm(folders):
+    tokenizer = character_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)]
+    )
+    for name in ("base", "sft"):
+        tokenizer.save_pretrained(folders / name)
+    served = {"model_name_or_path": str(folders / "base"), "anchor": str(folders / "sft")}
+    command_of(served | {"output_dir": str(folders / "mixture")})  # saved without it
+    tokenizer.save_pretrained(folders / "mixture")
+    with pytest.raises(ValueError, match="appends <eos> to every prompt"):
+        command_of({"model_name_or_path": str(folders / "mixture")})
+    command_of({"model_name_or_path": str(folders / "mixture")}, ["--tokenizer", str(folders / "base")])
 
 
 def test_a_saved_mixture_is_recognised_in_a_new_process(folders):

@@ -122,7 +122,7 @@ def test_a_chat_template_that_does_not_render_texts_is_refused(template, reason)
         lambda t: tokenize_prompts(t, [BOXED.prompt("1+1?")]),
         lambda t: sft_dataset(rows, t, max_length=None),
     ):
-        with pytest.raises(ValueError, match="the tokenizer|chat template") as error:
+        with pytest.raises(ValueError, match=r"tokenizer|chat template") as error:
             use(tokenizer)
         assert reason in str(error.value)
         assert "\n" not in str(error.value)
@@ -233,7 +233,7 @@ def test_a_tokenizer_that_loses_the_space_between_the_tags_is_refused():
 
     tokenizer = character_tokenizer()
     tokenizer.add_tokens([AddedToken("</think>", rstrip=True, special=True, normalized=False)], special_tokens=True)
-    with pytest.raises(ValueError, match="is decoded as .*</think><answer>2</answer>"):
+    with pytest.raises(ValueError, match=r"is decoded as .*</think><answer>2</answer>"):
         prepare_for_task(tokenizer, Sums(), Sums().problems("train"))
 
 
@@ -248,7 +248,7 @@ def test_one_problem_of_unknown_characters_refuses_nothing():
 def test_a_tokenizer_without_a_fast_version_is_refused_with_the_tags(monkeypatch):
     tokenizer = tagged(TAGS)
     monkeypatch.setattr(type(tokenizer), "is_fast", property(lambda self: False))
-    with pytest.raises(ValueError, match="the tags '</answer>' and '</think>' and '<answer>' .* are special tokens"):
+    with pytest.raises(ValueError, match=r"the tags '</answer>' and '</think>' and '<answer>' .* are special tokens"):
         keep_tags(tokenizer, R1)
 
 

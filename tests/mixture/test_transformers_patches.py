@@ -10,7 +10,7 @@ from logitmix.mixture.cache import member_caches
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from tests.helpers.adapters import lora
 from tests.helpers.contracts import assert_has, assert_parameters, assert_source_has
-from tests.helpers.members import INPUT, VOCAB_SIZE, tiny_config, tiny_member
+from tests.helpers.members import INPUT, VOCAB_SIZE, character_tokenizer, tiny_config, tiny_member
 
 PACKAGE = "transformers"
 
@@ -21,6 +21,18 @@ def test_configurations_have_a_private_getter_of_each_implementation(kind):
     assert_has(PACKAGE, config, f"_{kind}")
     member = AutoModelForCausalLM.from_config(config, **{kind: "eager"})
     assert patches.get_implementation(member.config, kind) == "eager"
+
+
+def test_a_fast_tokenizer_decodes_with_a_private_backend_that_can_be_replaced():
+    tokenizer = character_tokenizer()
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<a>", "<b>"]})
+    assert_has(PACKAGE, tokenizer, "_tokenizer", "extra_special_tokens")
+    ids = tokenizer("<a>1<b>")["input_ids"]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "1"
+    patches.make_tokens_ordinary(tokenizer, ["<a>"])
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "<a>1"
+    assert tokenizer.extra_special_tokens == ["<b>"]
+    assert tokenizer("<a>1<b>")["input_ids"] == ids
 
 
 def test_initialisation_skips_marked_modules():

@@ -6,7 +6,9 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
+from tests.helpers.members import character_tokenizer
 from tests.helpers.paths import ROOT
 
 pytest.importorskip("fastapi", reason="what serving needs is not installed: pip install 'logitmix[serve]'")
@@ -141,6 +143,16 @@ def test_a_stop_string_ends_the_text_and_stays_in_it(client, mixture):
 
 def test_fields_without_effect_are_accepted(client, mixture):
     assert complete(client, n=1, user="me", fields={"member_logprobs": False}) == expected(mixture, alpha=0.4)
+
+
+@pytest.mark.filterwarnings("ignore:the tokenizer of .* appends")
+def test_prompts_are_not_ended_by_the_tokenizer(mixture):
+    from logitmix.serving.without_vllm import build_app
+
+    tokenizer = character_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 2)])
+    build_app(mixture, tokenizer, "mixture")
+    assert tokenizer("ab=")["input_ids"] == character_tokenizer()("ab=")["input_ids"]
 
 
 def test_an_unknown_model_is_rejected(client):

@@ -75,7 +75,7 @@ def test_trls_trainers_keep_the_private_state_that_we_read(tmp_path):
     trainer = trainer_of(tmp_path)
     assert_has(
         "trl", trainer, "_metrics", "_logs", "_step", "_buffered_inputs", "_total_train_tokens", "_pending_metrics",
-        "_pending_extra_logs", "_tokenizer", "_dist", "_entropy_bonus_enabled",
+        "_pending_extra_logs", "_tokenizer", "_is_vlm", "_dist", "_entropy_bonus_enabled",
     )  # fmt: skip
     assert_has("trl", trainer._dist, "summon_full_params")
     assert set(trainer._metrics) == {"train", "eval"}, f"trl {version('trl')}"
