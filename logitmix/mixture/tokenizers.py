@@ -133,10 +133,13 @@ def _first_special_token_id(tokenizer: PreTrainedTokenizerBase, text: str) -> in
 
 
 def prepare_for_task(tokenizer: PreTrainedTokenizerBase, task: Task, problems: Sequence[Problem]) -> None:
-    """Make responses to a task decode as the model writes them, or raise `ValueError`.
+    """Make responses to a task decode as the model writes them.
 
     A demonstration must keep its format when it is encoded and decoded without special tokens. Tags of the template
-    that are special tokens become ordinary ones, also where the tokenizer is saved.
+    that are special tokens become ordinary ones, also where the tokenizer is saved. Warns of a vocabulary that lacks
+    characters of the template, with which no response is right.
+
+    Raises `ValueError` where tags that are tokens of their own lose the format in another way.
     """
     keep_tags(tokenizer, task.template)
     lost = None
@@ -153,12 +156,16 @@ def prepare_for_task(tokenizer: PreTrainedTokenizerBase, task: Task, problems: S
             return
         lost = lost or (response, decoded)
     if lost is not None:
-        tags = [repr(text) for text in _literals(task.template) if text not in lost[1]]
-        raise ValueError(
+        literals = _literals(task.template)
+        tags = [repr(text) for text in literals if text not in lost[1]]
+        reason = (
             f"the tokenizer of {tokenizer.name_or_path!r} does not keep {' and '.join(tags) or 'the format'} "
             f"of the template {task.template.name!r}: a perfect response is decoded as {lost[1][-80:]!r}, which is "
             "not format-correct; use another --template or tokenizer"
         )
+        if any(token.content in "".join(literals) for token in tokenizer.added_tokens_decoder.values()):
+            raise ValueError(reason)
+        warnings.warn(reason, stacklevel=2)
 
 
 def keep_tags(tokenizer: PreTrainedTokenizerBase, template: Template) -> None:

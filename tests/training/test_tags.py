@@ -3,6 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset
+from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from logitmix.cli.__main__ import main
@@ -117,7 +118,9 @@ def test_vllm_searches_special_tokens_for_stop_strings_that_contain_them():
 
 @pytest.mark.parametrize("command", ["train", "sft", "eval"])
 def test_the_commands_refuse_a_tokenizer_that_loses_the_template(command, tmp_path, capsys):
-    tokenizer = character_tokenizer("0123456789+-=? \n")
+    tokenizer = character_tokenizer(CHARACTERS)
+    # a token that swallows the space after it
+    tokenizer.add_tokens([AddedToken("</think>", rstrip=True, normalized=False)])
     torch.manual_seed(0)
     tiny_model(len(tokenizer)).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
@@ -125,7 +128,7 @@ def test_the_commands_refuse_a_tokenizer_that_loses_the_template(command, tmp_pa
     if command != "eval":
         arguments += ["--output_dir", str(tmp_path / "run"), "--bf16", "false", "--use_cpu", "true"]
     assert main([command, *arguments]) == 2
-    assert "does not keep ' </think> <answer>' and '</answer>' of the template 'r1'" in capsys.readouterr().err
+    assert "does not keep ' </think> <answer>' of the template 'r1'" in capsys.readouterr().err
 
 
 # --- EOS after prompts, and chat templates, in a trainer of your own data ---------------------------------------
