@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from logitmix.tasks.base import SPLITS, Problem, Task
-from logitmix.tasks.rows import written_by_python
+from logitmix.tasks.rows import written_by_program
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,12 @@ def _failure(task: Task, problem: Problem) -> str | None:
     """Why no response could solve the problem, or None.
 
     A gold that is compared with itself is always equal, whatever it is. So its texts are also searched for what only
-    Python writes, and it is graded in another spelling.
+    programs write, and it is graded in another spelling.
     """
     for name, text in (("question", problem.question), ("gold", problem.answer), ("solution", problem.solution or "")):
-        kind = written_by_python(text)
+        kind = written_by_program(text)
         if kind is not None:
-            return f"the {name} {text[:80]!r} is Python's way to write {kind}; the task must make it a text"
+            return f"the {name} {text[:80]!r} is a program's way to write {kind}; the task must make it a text"
     try:
         task.prompt(problem)
         if problem.solution is not None:

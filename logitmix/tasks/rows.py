@@ -7,6 +7,7 @@ writing it, which no model can answer and which no error would ever mention. doc
 from __future__ import annotations
 
 import ast
+import json
 import math
 import re
 import warnings
@@ -40,7 +41,7 @@ def open_text(value: Any, name: str = "value") -> str:
     if isinstance(value, str):
         return _encodable(str(value), name)
     if isinstance(value, Real | Decimal) and not isinstance(value, bool):
-        if not math.isfinite(value):
+        if isinstance(value, float | Decimal) and not math.isfinite(value):
             raise ValueError(f"the {name} is {value}, which is no answer or text; correct the row, or leave it out")
         return str(value)
     if _are_parts(value):
@@ -79,8 +80,8 @@ def open_list(value: Any, name: str) -> list[Any]:
     return value or []
 
 
-def written_by_python(text: str) -> str | None:
-    """The kind of value of which the text is Python's own writing (`"['5']"`, `"nan"`), None if it is a text.
+def written_by_program(text: str) -> str | None:
+    """The kind of value that Python or JSON would write as this text (`"['5']"`, `"nan"`), None if it is a text.
 
     It reads the finished text and knows nothing of how `open_text` made it.
     """
@@ -89,13 +90,20 @@ def written_by_python(text: str) -> str | None:
         return "a missing value" if text in ("nan", "None") else "an object"
     if not text.startswith(("[", "{", "(", "b'", 'b"')):
         return None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SyntaxWarning)  # of a formula that looks like a call
-            value = ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
-        return None
+    value = _parse(text)
     return None if _is_only_numbers(value) else _describe(value)
+
+
+def _parse(text: str) -> Any:
+    """The value that Python or JSON reads from the text, 0 if there is none."""
+    for read in (ast.literal_eval, json.loads):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", SyntaxWarning)  # of a formula that looks like a call
+                return read(text)
+        except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
+            continue
+    return 0
 
 
 def _is_only_numbers(value: Any) -> bool:
@@ -152,7 +160,7 @@ def _describe(value: Any) -> str:
     kind = type(value).__name__
     shape = f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
     if isinstance(value, Mapping):
-        shape += f" with the keys {', '.join(map(repr, value))}"
+        shape += f" with the keys {', '.join(map(repr, value)) or '(none)'}"
     elif isinstance(value, list | tuple | set):
         shape += f" of {len(value)} values ({', '.join(sorted({type(item).__name__ for item in value}))})"
-    return f"{shape}, {repr(value)[:60]}"
+    return f"{shape}, {' '.join(repr(value)[:60].split())}"

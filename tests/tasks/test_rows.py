@@ -11,7 +11,7 @@ from datasets import Dataset
 from logitmix.cli.__main__ import main
 from logitmix.tasks import BOXED, R1, DataTask, Problem, Task, load_task
 from logitmix.tasks.check import check
-from logitmix.tasks.rows import open_text, written_by_python
+from logitmix.tasks.rows import open_text, written_by_program
 
 NAN = float("nan")
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 2+3?"}]
@@ -63,6 +63,7 @@ NUMPY = [
     (np.array(["5"], dtype=object), "5"),
     (np.array(5), "5"),
     ({"ground_truth": np.array([5])}, "5"),
+    (10**400, str(10**400)),
     (("5",), "5"),
     (Decimal("2.50"), "2.50"),
 ]
@@ -70,6 +71,7 @@ REFUSED = [
     (["4", "5"], "a list of 2 values"),
     ([], "a list of 0 values"),
     ({"value": "5"}, "a dict with the keys 'value'"),
+    ({}, r"a dict with the keys \(none\)"),
     ({"ground_truth": ["4", "5"]}, "a list of 2 values"),
     ({"ground_truth": {"a": 1}}, "a dict with the keys 'a'"),
     ([{"type": "image", "image": "x.png"}], "a dict with the keys 'type', 'image'"),
@@ -215,9 +217,9 @@ def test_equal_questions_after_other_messages_are_other_problems(tmp_path):
     "text",
     ["['5']", "[\"it's\", 5]", "{'ground_truth': '5'}", "nan", "None", "b'5'", "np.float64(5.0)", "[None]",
      "[True, 1]", "array(['5'], dtype=object)", "[{'role': 'user', 'content': 'What?'}]",
-     "<__main__.Answer object at 0x7f00>"],
+     "<__main__.Answer object at 0x7f00>", '{"ground_truth": "5", "style": null}', '["5", true]'],
 )  # fmt: skip
-def test_check_task_finds_what_only_python_writes(text):
+def test_check_task_finds_what_only_programs_write(text):
     class Answers(Cells):
         def problem(self, row):
             return Problem(str(row["question"]), str(row["answer"]), str(row["solution"]))
@@ -226,7 +228,7 @@ def test_check_task_finds_what_only_python_writes(text):
         row = {"question": "What?", "answer": "5", "solution": "Five."} | {column: text}
         train, *_ = check(Answers([row]))
         assert len(train.failures) == 1, column
-        assert "is Python's way to write" in train.failures[0]
+        assert "is a program's way to write" in train.failures[0]
 
 
 @pytest.mark.parametrize(
@@ -235,7 +237,7 @@ def test_check_task_finds_what_only_python_writes(text):
      "50\\%", "x^2+1", "A, B", "[2,3)", "None of these", "nano", "(1 (2))"],
 )  # fmt: skip
 def test_check_task_accepts_what_mathematics_and_people_write(gold):
-    assert written_by_python(gold) is None
+    assert written_by_program(gold) is None
     train, *_ = check(Cells([{"question": "What?", "answer": gold}]))
     assert train.failures == ()
 
