@@ -25,13 +25,11 @@ from accelerate.utils import set_seed
 from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import Sampler
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
 from logitmix.mixture.generation import GREEDY, generate_completions, get_eos_token_ids
-from logitmix.mixture.loading import require_tokenizer, validate_padding, validate_same_tokenizer
 from logitmix.mixture.modeling import LogitMixForCausalLM
-from logitmix.mixture.tokenizers import keep_tags, leave_texts_open
 from logitmix.training.alpha.callback import AlphaControl, validate_alpha_controller
 from logitmix.training.alpha.validation import FreshQuestions, validation_questions
 from logitmix.training.batch import Batch, TokenScores
@@ -47,10 +45,10 @@ from logitmix.training.fsdp import prepare_fsdp
 from logitmix.training.model_card import write_model_card
 from logitmix.training.monitoring.finite import require_finite_parameters
 from logitmix.training.monitoring.monitor import Monitor
-from logitmix.training.rewards import TaskReward
 from logitmix.training.rollouts.dynamic_sampling import QuestionStream, has_spread, refill
 from logitmix.training.rollouts.vllm import mixture_for_vllm, sampling_parameters
 from logitmix.training.scoring import MixtureScorer, loss_coefficients
+from logitmix.training.tokenizer import prepare_tokenizer
 from logitmix.training.trl_patches import PatchedGRPOTrainer, without_reference_model
 
 
@@ -85,10 +83,9 @@ class LogitMixGRPOTrainer(PatchedGRPOTrainer):
             kwargs.pop("peft_config", None)  # its policy has the adapter; TRL would wrap the whole mixture
         validate_config(args, model)
         validate_alpha_controller(args, model, validation_dataset, kwargs)
-        kwargs["processing_class"] = _tokenizer(model, kwargs.get("processing_class"), args.trust_remote_code)
-        for reward in reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]:
-            if isinstance(reward, TaskReward):
-                keep_tags(_of_texts(kwargs["processing_class"]), reward.task.template)
+        kwargs["processing_class"] = prepare_tokenizer(
+            kwargs.get("processing_class"), model, args.trust_remote_code, reward_funcs
+        )
         in_vllm = args.use_vllm and is_mixture
         with (
             without_reference_model(args) if is_mixture else nullcontext(),
@@ -314,24 +311,3 @@ def question_weights(lengths_N: Tensor, num_generations: int, kept_Q: Tensor | N
     kept_Q = torch.ones_like(tokens_Q) if kept_Q is None else kept_Q.to(tokens_Q)
     weights_Q = kept_Q * tokens_Q.sum() / (kept_Q.sum().clamp(min=1) * tokens_Q.clamp(min=1)) * (tokens_Q > 0)
     return weights_Q.repeat_interleave(num_generations)
-
-
-def _tokenizer(model: PreTrainedModel, given: Any, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """The tokenizer given, which must be the mixture's, or the model's own."""
-    own = model.tokenizer if isinstance(model, LogitMixForCausalLM) else None
-    if given is None:
-        source = model.policy if isinstance(model, LogitMixForCausalLM) else model
-        return own or require_tokenizer(
-            source.name_or_path, padding_side="left", truncation_side="left", trust_remote_code=trust_remote_code
-        )
-    if own is not None:
-        validate_same_tokenizer([given, own])
-    validate_padding(_of_texts(given))
-    leave_texts_open(_of_texts(given))
-    return given
-
-
-def _of_texts(processing_class: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer, also of a processor of several modalities."""
-    tokenizer: PreTrainedTokenizerBase = getattr(processing_class, "tokenizer", processing_class)
-    return tokenizer

@@ -125,20 +125,21 @@ class PatchedGRPOTrainer(PatchedTrainer, NamesLocalModels, GRPOTrainer):
     # --- TRL's private methods, routed to the names above -------------------------------------------------------
 
     def _tokenize_prompts(self, prompts: list) -> tuple:
-        tokenized: tuple = super()._tokenize_prompts(prompts)
+        tokenized = self._tokenized(prompts)
         self.check_prompts(tokenized[0])
         return tokenized
 
-    def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> tuple[list[list[int]], Any]:
-        return self.sample(prompt_ids, *args, **kwargs)
-
-    def _tokenize_prompts(self, prompts: list) -> tuple:
+    def _tokenized(self, prompts: list) -> tuple:
         """As TRL's, with one sentence for a chat template that fails, or leaves out the messages' texts."""
         is_text = is_conversational({"prompt": prompts[0]}) and isinstance(prompts[0][0]["content"], str)
         if is_text and not self._is_vlm:
             validate_chat_template(self._tokenizer)
         with chat_template_errors(self._tokenizer):
-            return super()._tokenize_prompts(prompts)
+            tokenized: tuple = super()._tokenize_prompts(prompts)
+        return tokenized
+
+    def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> tuple[list[list[int]], Any]:
+        return self.sample(prompt_ids, *args, **kwargs)
 
     def _calculate_rewards(self, inputs: Any, prompts: list, completions: list, completion_ids_list: list) -> Tensor:
         self._rewards_NF = self.compute_rewards(inputs, prompts, completions, completion_ids_list)
@@ -213,7 +214,7 @@ class PatchedGRPOTrainer(PatchedTrainer, NamesLocalModels, GRPOTrainer):
 
     def tokenize_prompts(self, prompts: list) -> list[list[int]]:
         """The ids of each prompt, as rollouts use them."""
-        prompt_ids: list[list[int]] = super()._tokenize_prompts(prompts)[0]
+        prompt_ids: list[list[int]] = self._tokenized(prompts)[0]
         return prompt_ids
 
     def unlogged_rewards(self, rows: Any, prompts: list, completions: list, completion_ids: list) -> Tensor:

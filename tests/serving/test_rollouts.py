@@ -19,9 +19,11 @@ from logitmix.mixture.configuration import LogitMixConfig
 from logitmix.mixture.generation import GREEDY
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.training.rollouts.vllm import sampling_parameters, validate_architectures
+from tests.helpers import grpo
 from tests.helpers.adapters import save_adapter
 from tests.helpers.commands import TINY
 from tests.helpers.grpo import PROMPTS, trainer_of
+from tests.helpers.members import CHARACTERS, character_tokenizer
 from tests.helpers.tools import ANSWER, CALL, RESULT, add, tool_mixture, tool_tokenizer, tool_user
 from tests.helpers.vllm_members import build_mixture, save_member
 
@@ -172,6 +174,19 @@ def test_stop_strings_and_eos_tokens_become_vllms_sampling_parameters():
         "stop_token_ids": [2],
     }
     assert sampling_parameters(None, [], [2, 5]) == {"stop_token_ids": [2, 5]}
+
+
+def test_a_stop_string_that_is_a_special_token_ends_a_rollout(tmp_path, monkeypatch):
+    tokenizer = character_tokenizer(CHARACTERS[:-1])
+    tokenizer.add_special_tokens({"extra_special_tokens": ["</answer>"]})
+    monkeypatch.setattr(grpo, "character_tokenizer", lambda: tokenizer)
+    end = tokenizer.convert_tokens_to_ids("</answer>")
+    mixture = build_mixture("qwen2", "llama")
+    mixture.tokenizer = tokenizer
+    bias = {"logit_bias": {end: 100.0}}
+    trainer = trainer_in_vllm(tmp_path, mixture, stop_strings=["</answer>"], generation_kwargs=bias)
+    completions, _ = trainer.sample(tokenizer(PROMPTS)["input_ids"], None, {}, 1)
+    assert [list(completion) for completion in completions] == [[end]] * len(PROMPTS)
 
 
 def test_all_weights_are_pushed_after_sleep_level_2(tmp_path):
