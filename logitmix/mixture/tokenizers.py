@@ -73,18 +73,25 @@ def _added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[i
 
 
 def validate_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise `ValueError` if the tokenizer has no chat template, or one that does not render a user's text."""
+    """Raise `ValueError` if the tokenizer has no chat template, or one that leaves out a user's text."""
     if tokenizer.chat_template is None:
         raise ValueError(
             f"the prompts are chats, but the tokenizer of {tokenizer.name_or_path!r} has no chat template; use a "
             "tokenizer that has one, or a text --template such as r1"
         )
-    with chat_template_errors(tokenizer):
+    validate_renders_texts(tokenizer)
+
+
+def validate_renders_texts(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise `ValueError` if the chat template, where there is one, leaves out a user's text."""
+    try:
         rendered = render_chat(tokenizer, [{"role": "user", "content": PROBE}], add_generation_prompt=True)
+    except (TemplateError, TypeError, LookupError, ValueError):  # it may take other messages, such as a system's first
+        return
     if PROBE not in rendered:
         raise ValueError(
             f"the chat template of {tokenizer.name_or_path!r} leaves out the text of a user's message, as those that "
-            "need content parts do; use a tokenizer whose chat template takes texts, or a text --template such as r1"
+            "need content parts do; use a chat template that takes texts, or prompts that are texts (--template r1)"
         )
 
 

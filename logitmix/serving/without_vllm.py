@@ -12,6 +12,7 @@ import torch
 import uvicorn
 from fastapi import HTTPException
 from fastapi.responses import JSONResponse
+from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
@@ -23,7 +24,7 @@ from transformers.cli.serving.utils import GenerateManager
 from logitmix.mixture.context import context_length, validate_fits_context
 from logitmix.mixture.generation import get_eos_token_ids
 from logitmix.mixture.modeling import LogitMixForCausalLM
-from logitmix.mixture.tokenizers import leave_texts_open
+from logitmix.mixture.tokenizers import leave_texts_open, validate_renders_texts
 from logitmix.serving.requests import REQUEST_FIELDS, parse_request_weights
 from logitmix.serving.transformers_patches import SingleGenerationState, SingleModelManager, accepted_fields
 
@@ -66,7 +67,8 @@ def build_app(model: LogitMixForCausalLM, tokenizer: PreTrainedTokenizerBase, na
         transcription_handler=TranscriptionHandler(models, state),
         generation_state=state,
     )
-    for error in (HTTPException, KeyError, TypeError, ValueError):  # transformers raises all of them for bad requests
+    # transformers raises all of them for bad requests, and chat templates for messages that they do not take
+    for error in (HTTPException, KeyError, TypeError, ValueError, TemplateError):
         app.add_exception_handler(error, _error_response)
     return app
 
@@ -107,6 +109,7 @@ class MixtureChatHandler(RequestFieldsMixin, ChatCompletionHandler):
     supported_fields = frozenset({"messages", "tools", "chat_template_kwargs", "max_tokens", "stop", "logit_bias"})
 
     async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
+        validate_renders_texts(self.model_manager.tokenizer)
         limit = body.pop("max_completion_tokens", None)  # the newer name, which transformers ignores
         return await super().handle_request(body if limit is None else body | {"max_tokens": limit}, request_id)
 
@@ -117,6 +120,10 @@ class MixtureCompletionHandler(RequestFieldsMixin, CompletionHandler):
 
 class MixtureResponseHandler(RequestFieldsMixin, ResponseHandler):
     supported_fields = frozenset({"input", "instructions", "tools", "max_output_tokens"})
+
+    async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
+        validate_renders_texts(self.model_manager.tokenizer)
+        return await super().handle_request(body, request_id)
 
 
 class MixtureGenerateManager(GenerateManager):

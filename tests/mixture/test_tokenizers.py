@@ -118,7 +118,6 @@ def test_a_chat_template_that_does_not_render_texts_is_refused(template, reason)
     tokenizer = chat_tokenizer(template)
     rows = [{"prompt": BOXED.prompt("1+1?"), "completion": [{"role": "assistant", "content": "2"}]}]
     for use in (
-        validate_chat_template,
         lambda t: tokenize_prompts(t, [BOXED.prompt("1+1?")]),
         lambda t: sft_dataset(rows, t, max_length=None),
     ):
@@ -126,6 +125,18 @@ def test_a_chat_template_that_does_not_render_texts_is_refused(template, reason)
             use(tokenizer)
         assert reason in str(error.value)
         assert "\n" not in str(error.value)
+
+
+def test_a_chat_template_may_need_a_system_message():
+    tokenizer = chat_tokenizer(
+        "{% if messages[0].role != 'system' %}{{ raise_exception('no system message') }}{% endif %}"
+        "{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
+    validate_chat_template(tokenizer)
+    chat = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
+    assert tokenize_prompts(tokenizer, [chat]) == [tokenizer("ab")["input_ids"]]
+    with pytest.raises(ValueError, match="no system message"):
+        tokenize_prompts(tokenizer, [chat[1:]])
 
 
 @pytest.mark.parametrize("template", [RAISES, "{{ undefined.name }}", "{% for", PARTS])

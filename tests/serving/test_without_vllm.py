@@ -155,6 +155,31 @@ def test_prompts_are_not_ended_by_the_tokenizer(mixture):
     assert tokenizer("ab=")["input_ids"] == character_tokenizer()("ab=")["input_ids"]
 
 
+@pytest.mark.parametrize(
+    ("chat_template", "message"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        (
+            "{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}a{% endfor %}",
+            "leaves out the",
+        ),
+    ],
+)
+def test_messages_that_the_chat_template_does_not_render_return_status_400(mixture, chat_template, message):
+    from fastapi.testclient import TestClient
+
+    from logitmix.serving.without_vllm import build_app
+
+    tokenizer = character_tokenizer()
+    tokenizer.chat_template = chat_template
+    client = TestClient(build_app(mixture, tokenizer, "mixture"), raise_server_exceptions=False)
+    for path, field in (("chat/completions", "messages"), ("responses", "input")):
+        body = {"model": "mixture", field: [{"role": "user", "content": "a"}]}
+        response = client.post(f"/v1/{path}", json=body)
+        assert response.status_code == 400
+        assert message in response.json()["error"]["message"]
+
+
 def test_an_unknown_model_is_rejected(client):
     with pytest.raises(openai.BadRequestError, match="other"):
         client.completions.create(model="other", prompt=PROMPT)
