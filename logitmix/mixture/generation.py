@@ -17,7 +17,8 @@ from transformers.generation import StoppingCriteria, StoppingCriteriaList, Stop
 from logitmix.mixture.padding import left_pad
 from logitmix.mixture.tokenizers import (
     chat_template_errors,
-    get_end_of_turn_token_id,
+    declared_ends,
+    end_token_ids,
     leave_texts_open,
     validate_chat_template,
 )
@@ -83,15 +84,14 @@ def tokenize_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Promp
 def get_eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every token that ends a completion: the tokenizer's EOS, the chat template's, and the generation config's.
 
-    The chat template of a base model's tokenizer may end turns with another token than EOS (Qwen2.5's does), which a
-    model fine-tuned on chats then writes.
+    Of a mixture, the generation configs of all members count: otherwise it would run past the end that an anchor
+    writes. The chat template of a base model's tokenizer may end turns with another token than EOS (Qwen2.5's does),
+    which a model fine-tuned on chats then writes.
     """
-    declared = model.generation_config.eos_token_id if model.generation_config is not None else None
-    ids = [] if declared is None else [declared] if isinstance(declared, int) else list(declared)
-    for end in (get_end_of_turn_token_id(tokenizer), tokenizer.eos_token_id):
-        if end is not None and end not in ids:
-            ids.insert(0, end)
-    return ids
+    ends = end_token_ids(tokenizer)
+    for declaring in (model, *getattr(model, "members", ())):
+        ends += declared_ends(declaring)
+    return list(dict.fromkeys(ends))
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from logitmix.mixture.adapters import (
 )
 from logitmix.mixture.configuration import LogitMixConfig, member_names
 from logitmix.mixture.opening import describe, first_line, open_model, validate_files
-from logitmix.mixture.tokenizers import leave_texts_open
+from logitmix.mixture.tokenizers import declared_ends, end_token_ids, leave_texts_open
 
 Member: TypeAlias = PreTrainedModel | str | os.PathLike[str]
 
@@ -30,8 +30,9 @@ _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model",
 
 def load_members(
     sources: Sequence[Member], peft_config: PeftConfig | None = None, **kwargs: Any
-) -> tuple[list[PreTrainedModel], dict[str, Any], PreTrainedTokenizerBase | None]:
-    """The model of each member, the adapters as in `LogitMixConfig`, and the tokenizer that the members share.
+) -> tuple[list[PreTrainedModel], dict[str, Any], PreTrainedTokenizerBase | None, list[int]]:
+    """The model of each member, the adapters as in `LogitMixConfig`, the tokenizer that the members share, and every
+    token with which one of them ends a completion.
 
     If the policy has an adapter, new (`peft_config`) or loaded, the anchors that are adapters on the same base, or
     that base itself, share its model.
@@ -85,7 +86,9 @@ def load_members(
         if adapters.get(name, NO_ADAPTER) != NO_ADAPTER:
             Adapters(policy, list(adapters)).validate_adapter_effect(name, path)
     _validate_members(members, tokenizer)
-    return members, adapters, tokenizer
+    ends = [end for member in members for end in declared_ends(member)]
+    ends += [end for each in tokenizers for end in end_token_ids(each)]
+    return members, adapters, tokenizer, list(dict.fromkeys(ends))
 
 
 def _is_base_of_policy(anchor: Member, policy: Member, base: str) -> bool:

@@ -32,6 +32,7 @@ from logitmix.mixture.loading import Member, load_members, load_tokenizer
 from logitmix.mixture.mixing import Scheme, Weights, mix_logits
 from logitmix.mixture.opening import validate_loaded
 from logitmix.mixture.scoring import score_and_diagnose_labels, score_labels
+from logitmix.mixture.tokenizers import declared_ends
 from logitmix.mixture.transformers_patches import MixtureGenerationMixin, get_implementation
 
 
@@ -112,7 +113,8 @@ class LogitMixForCausalLM(MixtureBase, MixtureGenerationMixin):
                 weights. Any other anchor is a model of its own.
             kwargs: passed to `AutoModelForCausalLM.from_pretrained` for folders and hub ids (`dtype=`, …).
 
-        Members given as folders or hub ids must share one tokenizer, which the mixture keeps and saves.
+        Members given as folders or hub ids must share one tokenizer, which the mixture keeps and saves. A completion
+        of the mixture ends at any token with which one of them ends its own.
 
         Raises `ValueError` for a member that does not exist, tokenizers that differ, weights or adapters that do not
         fit, or an anchor's adapter that does not change the base's logits.
@@ -121,7 +123,7 @@ class LogitMixForCausalLM(MixtureBase, MixtureGenerationMixin):
         if len(sources) < 2:
             raise ValueError("a mixture needs at least one anchor, got none")
         resolved = resolve_weights(alpha, weights, len(sources), scheme)
-        members, adapters, tokenizer = load_members(sources, peft_config, **kwargs)
+        members, adapters, tokenizer, ends = load_members(sources, peft_config, **kwargs)
         config = LogitMixConfig.from_member_configs(
             [member.config for member in members], resolved, scheme, adapters, dtype=members[0].dtype
         )
@@ -129,6 +131,8 @@ class LogitMixForCausalLM(MixtureBase, MixtureGenerationMixin):
         model.tokenizer = tokenizer
         if members[0].generation_config is not None:
             model.generation_config = copy.deepcopy(members[0].generation_config)
+            if ends != declared_ends(members[0]):
+                model.generation_config.eos_token_id = ends
         return model.train(members[0].training)
 
     @classmethod

@@ -11,7 +11,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from logitmix.mixture.transformers_patches import make_tokens_ordinary
 from logitmix.tasks import Problem, Task, Template
@@ -110,6 +110,18 @@ def chat_template_errors(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
 def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], **kwargs: Any) -> str:
     """The text of the messages in the chat template."""
     return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **kwargs))
+
+
+def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens with which a tokenizer ends a text or the assistant's turn: EOS, and the chat template's."""
+    ends = (tokenizer.eos_token_id, get_end_of_turn_token_id(tokenizer))
+    return [end for end in ends if end is not None]
+
+
+def declared_ends(model: PreTrainedModel) -> list[int]:
+    """The EOS tokens of the model's generation configuration."""
+    declared = model.generation_config.eos_token_id if model.generation_config is not None else None
+    return [] if declared is None else [declared] if isinstance(declared, int) else list(declared)
 
 
 def get_end_of_turn_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -9,7 +9,8 @@ from trl import SFTConfig, SFTTrainer
 
 from logitmix.cli.__main__ import main
 from logitmix.evaluation.decode import greedy_responses
-from logitmix.mixture.generation import get_end_of_turn_token_id, get_eos_token_ids, tokenize_prompts
+from logitmix.mixture.generation import get_eos_token_ids, tokenize_prompts
+from logitmix.mixture.tokenizers import get_end_of_turn_token_id
 from logitmix.paper.tiny_model import EOS, PAD, character_tokenizer, tiny_model
 from logitmix.tasks import load_task
 from logitmix.training.config import LogitMixGRPOConfig

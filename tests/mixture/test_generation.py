@@ -8,8 +8,17 @@ import itertools
 
 import pytest
 import torch
-from transformers import CompileConfig, DynamicCache, LogitsProcessor, LogitsProcessorList, StaticCache
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CompileConfig,
+    DynamicCache,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StaticCache,
+)
 
+from logitmix.mixture.generation import GREEDY, generate_completions, get_eos_token_ids
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from tests.helpers.members import PAD, VOCAB_SIZE, character_tokenizer, tiny_member
 
@@ -309,3 +318,41 @@ def test_a_cache_without_the_tokens_of_a_skipped_member_is_rejected(pair, kind, 
     model(prompt, past_key_values=cache, use_cache=True, alpha=before)
     with pytest.raises(ValueError, match=f"has 0 tokens of {late}, but 7 precede this step"):
         model(prompt[:, :1], past_key_values=cache, use_cache=True, alpha=0.5)
+
+
+@pytest.fixture
+def pair_with_other_ends(tmp_path):
+    """Folders of members that end texts with other tokens: the policy with 2, the anchor with 2 and 7."""
+    for name, seed, ends in (("policy", 0, 2), ("anchor", 1, [2, 7])):
+        member = tiny_member("qwen2", seed)
+        member.generation_config.eos_token_id = ends
+        member.save_pretrained(tmp_path / name)
+        tokenizer = character_tokenizer()
+        tokenizer.eos_token = "a" if name == "anchor" else tokenizer.eos_token
+        tokenizer.save_pretrained(tmp_path / name)
+    return tmp_path / "policy", tmp_path / "anchor"
+
+
+def test_a_mixture_ends_where_any_member_does(pair_with_other_ends, tmp_path):
+    """At alpha 1 its completions are the anchor's: cut at the anchor's declared end and at its tokenizer's EOS."""
+    policy, anchor = pair_with_other_ends
+    mixture = LogitMixForCausalLM.from_members(policy, anchor)
+    a = mixture.tokenizer.convert_tokens_to_ids("a")
+    assert set(mixture.generation_config.eos_token_id) == {2, 7, a}
+    mixture.save_pretrained(tmp_path / "mixture")
+    loaded = LogitMixForCausalLM.from_pretrained(tmp_path / "mixture")
+    for model in (mixture, loaded):
+        assert set(get_eos_token_ids(model, model.tokenizer)) == {2, 7, a}
+    alone = AutoModelForCausalLM.from_pretrained(anchor)
+    prompts = [[5 + i, 6, 40 - i] for i in range(12)]
+    settings = GREEDY | {"max_new_tokens": 30}
+    at_1 = generate_completions(mixture, mixture.tokenizer, prompts, settings, alpha=1.0)
+    assert at_1 == generate_completions(alone, AutoTokenizer.from_pretrained(anchor), prompts, settings)
+    assert any(len(ids) < 30 for ids in at_1)
+
+
+def test_a_checkpoint_that_names_the_policys_ends_only_still_ends_where_its_anchor_does(pair_with_other_ends):
+    mixture = LogitMixForCausalLM.from_members(*pair_with_other_ends)
+    mixture.generation_config.eos_token_id = 2  # as saved by 0.1.0
+    mixture.anchors[0].generation_config.eos_token_id = [2, 7]
+    assert set(get_eos_token_ids(mixture, mixture.tokenizer)) == {2, 7}

@@ -7,9 +7,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import ByteLevel, Sequence, TemplateProcessing
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
-from logitmix.mixture.generation import get_end_of_turn_token_id, tokenize_prompts
+from logitmix.mixture.generation import tokenize_prompts
 from logitmix.mixture.loading import load_tokenizer
 from logitmix.mixture.tokenizers import (
+    get_end_of_turn_token_id,
     keep_tags,
     leave_texts_open,
     prepare_for_task,
