@@ -33,7 +33,7 @@ def generate_completions(
     tokenizer: PreTrainedTokenizerBase,
     prompt_ids: Sequence[Sequence[int]],
     settings: dict[str, Any],
-    stop_strings: Sequence[str] = (),
+    stop_strings: Sequence[str] | str = (),
     **model_kwargs: Any,
 ) -> list[list[int]]:
     """The completion of each prompt as token ids, up to and including EOS or the token that completes a stop string.
@@ -41,11 +41,12 @@ def generate_completions(
     Args:
         settings: fields of `GenerationConfig` (`max_new_tokens`, `do_sample`, `temperature`, …). Others have the
             defaults of transformers; of the checkpoint's `generation_config` only the EOS tokens are kept.
-        stop_strings: texts that end a completion as EOS does; the completion contains them.
+        stop_strings: texts, or one text, that end a completion as EOS does; the completion contains them.
         model_kwargs: arguments of the model's forward, for example `alpha=` of a mixture.
 
     Completions contain no padding, even if the padding token is also the EOS token.
     """
+    stop_strings = [stop_strings] if isinstance(stop_strings, str) else stop_strings
     eos_token_ids = get_eos_token_ids(model, tokenizer)
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     config = GenerationConfig(

@@ -12,6 +12,7 @@ from logitmix.mixture.loading import load_member
 from logitmix.mixture.mixing import Scheme
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.training.alpha.controllers import Controller
+from logitmix.training.option_types import set_types
 
 GROUP_LOSS = "group"
 LossHead = Literal["fused", "reference"]
@@ -105,6 +106,10 @@ class LogitMixGRPOConfig(GRPOConfig):
         default="keep",
         metadata={"help": "The anchors' hidden states: 'keep' from scoring, 'offload' to the host, or 'recompute'."},
     )
+
+    def __post_init__(self) -> None:
+        set_types(self)
+        super().__post_init__()
 
 
 def build_model(

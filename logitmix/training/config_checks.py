@@ -1,6 +1,6 @@
 """Checks of a training run before anything is sampled. Each error names the reason and the way out."""
 
-from dataclasses import fields
+from collections.abc import Mapping
 from typing import Any, get_args
 
 from accelerate.utils import is_peft_model
@@ -11,36 +11,29 @@ from trl.import_utils import is_vllm_available
 
 from logitmix.mixture.context import context_length, validate_fits_context
 from logitmix.mixture.modeling import LogitMixForCausalLM
-from logitmix.training.alpha.controllers import CONTROLLERS, VALIDATING
+from logitmix.training.alpha.controllers import CONTROLLERS
 from logitmix.training.config import GROUP_LOSS, AnchorStatesOption, DynamicSampling, LogitMixGRPOConfig, LossHead
+from logitmix.training.option_readers import validate_options_are_read
+from logitmix.training.option_types import set_types
+from logitmix.training.sampling_checks import validate_sampling_is_scored
 
 LOSS_TYPES_OF_TRL = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
 
 
-def validate_config(args: LogitMixGRPOConfig, model: PreTrainedModel) -> None:
-    """Raise `ValueError` for options that cannot work, contradict each other, or do not suit the model."""
+def validate_config(args: LogitMixGRPOConfig, model: PreTrainedModel, given: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for options that cannot work, contradict each other, or do not suit the model.
+
+    `given` are the trainer's other arguments (`eval_dataset`, `peft_config`, `tools`, …).
+    """
     if is_peft_model(model) and isinstance(model.get_base_model(), LogitMixForCausalLM):
         raise ValueError(
             "the model is a mixture that PEFT has wrapped; TRL would not see it. Build it with "
             "LogitMixForCausalLM.from_members(…, peft_config=…) instead of get_peft_model"
         )
-    if args.loss_type == GROUP_LOSS and args.beta != 0:
-        raise ValueError(
-            f"beta is {args.beta} with loss_type 'group', whose objective (eq. 6) has no KL term; "
-            "set beta=0, or loss_type='grpo' for canonical GRPO with KL"
-        )
-    if args.stop_strings and args.mask_truncated_completions:
-        raise ValueError(
-            "mask_truncated_completions would mask every completion that ended in a stop string, since TRL counts it "
-            "as truncated; set it to False, or leave out stop_strings"
-        )
-    validate_choices(args)
-    validate_numbers(args)
-    validate_options_are_read(args)
-    if args.use_vllm and not is_vllm_available():
-        raise ValueError("use_vllm is set, but vLLM is not installed: pip install vllm, or leave out use_vllm")
-    validate_sampling(args)
+    validate_options(args)
+    validate_evaluation(args, given.get("eval_dataset"))
     validate_kl(args, model)
+    validate_tools_are_given(args, given)
     if not isinstance(model, LogitMixForCausalLM):
         return
     for option, reason in {
@@ -55,6 +48,58 @@ def validate_config(args: LogitMixGRPOConfig, model: PreTrainedModel) -> None:
         raise ValueError(
             f"the policy's weight in the mixture is {model.config.weights[0]}; it is a factor of the gradient, so "
             "training needs it above 0"
+        )
+
+
+def validate_options(args: LogitMixGRPOConfig) -> None:
+    """Raise `ValueError` for options that are wrong whatever the model is."""
+    set_types(args)  # a script may have changed them since
+    if args.loss_type == GROUP_LOSS and args.beta != 0:
+        raise ValueError(
+            f"beta is {args.beta} with loss_type 'group', whose objective (eq. 6) has no KL term; "
+            "set beta=0, or loss_type='grpo' for canonical GRPO with KL"
+        )
+    if args.stop_strings and args.mask_truncated_completions:
+        raise ValueError(
+            "mask_truncated_completions would mask every completion that ended in a stop string, since TRL counts it "
+            "as truncated; set it to False, or leave out stop_strings"
+        )
+    if args.stop_strings and args.use_transformers_continuous_batching:
+        raise ValueError(
+            f"stop_strings is {args.stop_strings}, which use_transformers_continuous_batching does not read; leave "
+            "out one of them"
+        )
+    validate_choices(args)
+    validate_numbers(args)
+    validate_options_are_read(args)
+    if args.use_vllm and not is_vllm_available():
+        raise ValueError("use_vllm is set, but vLLM is not installed: pip install vllm, or leave out use_vllm")
+    validate_sampling_is_scored(args)
+    validate_sampling(args)
+
+
+def validate_evaluation(args: LogitMixGRPOConfig, eval_dataset: Any) -> None:
+    """Raise `ValueError` where batches of an evaluation would hold parts of a question's completions."""
+    if eval_dataset is None and args.num_generations_eval is None:
+        return
+    batch, num_generations = args.per_device_eval_batch_size * args.world_size, args.num_generations_eval
+    num_generations = num_generations or args.num_generations
+    if batch % num_generations:
+        raise ValueError(
+            f"per_device_eval_batch_size times processes is {batch}, which the {num_generations} completions of a "
+            "question in an evaluation do not divide; set num_generations_eval to a divisor of it, or change "
+            "per_device_eval_batch_size"
+        )
+
+
+def validate_tools_are_given(args: LogitMixGRPOConfig, given: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for a limit on tool calls without tools."""
+    if args.max_tool_calling_iterations is not None and not any(
+        given.get(name) for name in ("tools", "environment_factory", "rollout_func")
+    ):
+        raise ValueError(
+            f"max_tool_calling_iterations is {args.max_tool_calling_iterations}, but nothing would read it: there are "
+            "no tools; pass tools or an environment_factory, or leave it out"
         )
 
 
@@ -79,24 +124,6 @@ def validate_numbers(args: LogitMixGRPOConfig) -> None:
         value = getattr(args, name)
         if value is not None and value < 0:
             raise ValueError(f"{name} is {value}; it must be at least 0")
-
-
-def validate_options_are_read(args: LogitMixGRPOConfig) -> None:
-    """Raise `ValueError` for an option that is set and has no effect with the other options."""
-    defaults = {f.name: f.default for f in fields(args)}
-    validates = args.alpha_controller in VALIDATING
-    for option, is_read, reader in (
-        ("adaptive_offset", validates, "alpha_controller 'adaptive'"),
-        ("adaptive_scale", validates, "alpha_controller 'adaptive'"),
-        ("max_refills", args.dynamic_sampling == "refill", "dynamic_sampling 'refill'"),
-        ("anchor_states", args.loss_head == "fused", "loss_head 'fused'"),
-    ):
-        value, default = getattr(args, option), defaults[option]
-        if not is_read and value != default:
-            raise ValueError(
-                f"{option} is {value!r}, but nothing would read it: it goes with {reader}; set that, or leave "
-                f"{option} at {default!r}"
-            )
 
 
 def validate_kl(args: LogitMixGRPOConfig, model: PreTrainedModel) -> None:

@@ -41,12 +41,14 @@ from logitmix.training.config_checks import (
     validate_prompts_fit,
     validate_train_size,
 )
+from logitmix.training.dropout import disable_dropout
 from logitmix.training.fsdp import prepare_fsdp
 from logitmix.training.model_card import write_model_card
 from logitmix.training.monitoring.finite import require_finite_parameters
 from logitmix.training.monitoring.monitor import Monitor
 from logitmix.training.rollouts.dynamic_sampling import QuestionStream, has_spread, refill
 from logitmix.training.rollouts.vllm import mixture_for_vllm, sampling_parameters
+from logitmix.training.sampling_checks import validate_suppressed_tokens
 from logitmix.training.scoring import MixtureScorer, loss_coefficients
 from logitmix.training.tokenizer import prepare_tokenizer
 from logitmix.training.trl_patches import PatchedGRPOTrainer, without_reference_model
@@ -81,7 +83,7 @@ class LogitMixGRPOTrainer(PatchedGRPOTrainer):
         is_mixture = isinstance(model, LogitMixForCausalLM)
         if is_mixture:
             kwargs.pop("peft_config", None)  # its policy has the adapter; TRL would wrap the whole mixture
-        validate_config(args, model)
+        validate_config(args, model, kwargs)
         validate_alpha_controller(args, model, validation_dataset, kwargs)
         kwargs["processing_class"] = prepare_tokenizer(
             kwargs.get("processing_class"), model, args.trust_remote_code, reward_funcs
@@ -107,6 +109,9 @@ class LogitMixGRPOTrainer(PatchedGRPOTrainer):
         self.validation_questions = validation_questions(self, validation_dataset)
         self.stop_strings = list(args.stop_strings or [])
         self.eos_token_ids = get_eos_token_ids(self.model, self.text_tokenizer)
+        validate_suppressed_tokens(args, self.eos_token_ids)
+        if args.disable_dropout:
+            disable_dropout(self.model)
         if in_vllm:
             added_tokens = self.text_tokenizer.get_added_vocab()
             parameters = sampling_parameters(

@@ -14,6 +14,7 @@ from trl import TrlParser
 from logitmix.cli.options.help import asks_for_help, print_help
 from logitmix.cli.options.recipe import RecipeArguments, launched_processes
 from logitmix.paper.recipes import Recipe, configure, load_recipe, resolve_policy
+from logitmix.training.option_types import typed
 
 Options = TypeVar("Options")
 
@@ -103,6 +104,10 @@ class _Parser(TrlParser):
         namespace, rest = super().parse_known_args(args, namespace)
         if self.recipe is not None:
             vars(namespace).update(resolve_policy(vars(namespace)))
+        for group in self.dataclass_types:
+            names = {field.name for field in fields(group)}
+            values = {key: value for key, value in vars(namespace).items() if key in names}
+            vars(namespace).update(typed(group, values))
         return namespace, rest
 
 

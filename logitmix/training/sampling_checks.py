@@ -1,0 +1,100 @@
+"""Checks that rollouts are sampled from the distribution that is scored: `softmax(logits / temperature)`.
+
+A value that would sample from another one is refused. What remains are limits on when a rollout may end.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from logitmix.training.config import LogitMixGRPOConfig
+
+# The values of an option, and of a key of `generation_kwargs`, that leave the distribution as it is
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "top_k": (0, -1, None),
+    "top_p": (1.0, None),
+    "min_p": (0.0, None),
+    "repetition_penalty": (1.0, None),
+    "vllm_structured_outputs_regex": (None,),
+    "neftune_noise_alpha": (None, 0.0),
+}
+_NEUTRAL_IN_GENERATE: dict[str, tuple[Any, ...]] = {
+    **{name: NEUTRAL[name] for name in ("top_k", "top_p", "min_p", "repetition_penalty")},
+    **{name: (1.0, None) for name in ("typical_p", "encoder_repetition_penalty", "guidance_scale", "length_penalty")},
+    **{name: (0.0, None) for name in ("epsilon_cutoff", "eta_cutoff", "diversity_penalty")},
+    **{name: (0, None) for name in ("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "top_h")},
+    **{name: (1, None) for name in ("num_beams", "num_beam_groups", "num_return_sequences")},
+    "do_sample": (True,),
+}
+_NEUTRAL_IN_VLLM: dict[str, tuple[Any, ...]] = {
+    **{name: NEUTRAL[name] for name in ("top_k", "top_p", "min_p", "repetition_penalty")},
+    **{name: (0.0, None) for name in ("presence_penalty", "frequency_penalty")},
+    "n": (1, None),
+}
+# Keys of `generation_kwargs` that only limit where a rollout may end, or do not concern the distribution at all
+ENDS = ("min_new_tokens", "suppress_tokens", "min_length", "max_time")
+ENDS_IN_VLLM = ("min_new_tokens", "min_tokens", "ignore_eos", "stop", "stop_token_ids", "include_stop_str_in_output")
+_HARMLESS = ("use_cache", "pad_token_id", "bos_token_id", "renormalize_logits", "remove_invalid_values")
+_HARMLESS_IN_VLLM = ("detokenize", "skip_special_tokens", "spaces_between_special_tokens")
+_LENGTHS = {"max_new_tokens": False, "max_tokens": True}  # whether in vLLM
+_ROUNDED_CACHE = "quantized"
+
+
+def validate_sampling_is_scored(args: LogitMixGRPOConfig) -> None:
+    """Raise `ValueError` for an option that samples rollouts from another distribution than the one that is scored."""
+    if args.temperature <= 0:
+        raise ValueError(
+            f"temperature is {args.temperature}; it must be above 0, since rollouts of a group have to differ"
+        )
+    for name, neutral in NEUTRAL.items():
+        if getattr(args, name) not in neutral:
+            raise _moved(name, getattr(args, name), f"leave {name} at {neutral[0]!r}")
+    if args.cache_implementation == _ROUNDED_CACHE:
+        raise _moved("cache_implementation", _ROUNDED_CACHE, "use another cache")
+    _validate_generation_kwargs(args, args.generation_kwargs or {})
+
+
+def _validate_generation_kwargs(args: LogitMixGRPOConfig, given: Mapping[str, Any]) -> None:
+    in_vllm = args.use_vllm
+    neutral = _NEUTRAL_IN_VLLM if in_vllm else _NEUTRAL_IN_GENERATE
+    free = (*ENDS_IN_VLLM, *_HARMLESS_IN_VLLM) if in_vllm else (*ENDS, *_HARMLESS)
+    for key, value in given.items():
+        name = f"generation_kwargs[{key!r}]"
+        if key == "temperature":
+            if value != args.temperature:
+                raise _moved(name, value, f"set temperature, which is {args.temperature}, and is scored too")
+        elif _LENGTHS.get(key) == in_vllm:
+            if value > args.max_completion_length:
+                raise ValueError(
+                    f"{name} is {value}, above max_completion_length {args.max_completion_length}, which prompts are "
+                    "checked with; raise max_completion_length instead"
+                )
+        elif key == "cache_implementation" and not in_vllm:
+            if value == _ROUNDED_CACHE:
+                raise _moved(name, value, "use another cache")
+        elif key in neutral:
+            if value not in neutral[key]:
+                raise _moved(name, value, "leave it out")
+        elif key in ("eos_token_id", "stop_strings", "stop"):
+            if key not in free:
+                raise ValueError(f"{name} is {value!r}, which rollouts do not read; set stop_strings instead")
+        elif key not in free:
+            engine = "vLLM" if in_vllm else "generate"
+            raise ValueError(
+                f"{name} is {value!r}; rollouts by {engine} may set only {', '.join(sorted(free))} there, since other "
+                "settings have no effect or sample from another distribution than the one that is scored; leave it out"
+            )
+
+
+def validate_suppressed_tokens(args: LogitMixGRPOConfig, eos_token_ids: Collection[int]) -> None:
+    """Raise `ValueError` where `generation_kwargs` suppresses tokens that do not end a rollout."""
+    given = (args.generation_kwargs or {}).get("suppress_tokens") or []
+    tokens = [given] if isinstance(given, int) else given
+    others = [token for token in tokens if token not in eos_token_ids]
+    if others:
+        raise _moved("generation_kwargs['suppress_tokens']", others, f"only ends may be left out: {list(eos_token_ids)}")
+
+
+def _moved(name: str, value: Any, way_out: str) -> ValueError:
+    return ValueError(
+        f"{name} is {value!r}, which samples rollouts from another distribution than the one that is scored; {way_out}"
+    )
