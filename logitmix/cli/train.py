@@ -69,7 +69,7 @@ def run(options: TrainOptions, command: Sequence[str]) -> None:
     checkpoint = find_checkpoint(args.output_dir, arguments, args.resume_from_checkpoint)
 
     task = task_args.load()
-    args.model_init_kwargs = model_args.init_kwargs | (args.model_init_kwargs or {})
+    args.model_init_kwargs = model_args.with_init_kwargs(args.model_init_kwargs)
     args.disable_tqdm = True
     if args.stop_strings is None and task.template.stop:
         args.stop_strings = list(task.template.stop)

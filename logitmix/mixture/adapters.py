@@ -28,7 +28,7 @@ _PREFIX = "base_model.model."  # of the weights' names in an adapter file
 # Kept in float32 on a base in half precision, as PEFT creates and trains them
 ADAPTER_WEIGHTS = ["lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"]
 # Initialisations that subtract from the base's weights, which other members and exports share
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _UNTESTED_VARIANTS = (
     *("alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "velora_config"),
     *("use_bdlora", "use_qalora", "megatron_config", "target_parameters"),
@@ -73,7 +73,7 @@ def validate_adapter_config(config: PeftConfig, what: str = "peft_config") -> No
         "layer_replication changes the base's layers" if config.layer_replication else None,
         "trainable_token_indices changes the base's embeddings" if config.trainable_token_indices else None,
         f"init_lora_weights={start!r} subtracts from the base's weights"
-        if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE)
+        if isinstance(start, str) and start.lower().startswith(CHANGES_BASE)
         else None,
     ):
         if reason is not None:

@@ -8,10 +8,12 @@ from transformers import PreTrainedModel
 from trl import GRPOConfig
 
 from logitmix.mixture.adapters import read_adapter_config, validate_adapter_targets
-from logitmix.mixture.loading import load_member
+from logitmix.mixture.loading import load_base, load_member
 from logitmix.mixture.mixing import Scheme
 from logitmix.mixture.modeling import LogitMixForCausalLM
+from logitmix.mixture.opening import open_adapter
 from logitmix.training.alpha.controllers import Controller
+from logitmix.training.init_kwargs import explained_init_kwargs, resolve_init_kwargs
 from logitmix.training.option_types import set_types
 
 GROUP_LOSS = "group"
@@ -117,7 +119,8 @@ def build_model(
 ) -> PreTrainedModel:
     """The model to train. Afterwards `args.alpha` and `args.scheme` are those of the model.
 
-    A mixture is returned with the adapter of `peft_config`; TRL adds it to any other model.
+    A mixture is returned with the adapter of `peft_config`; TRL adds it to any other model. A folder that is an
+    adapter continues as that adapter: its weights train, and its base is frozen.
 
     Raises `ValueError` for options that contradict each other or the model.
     """
@@ -126,8 +129,7 @@ def build_model(
             f"alpha is {args.alpha}; training needs 0 <= alpha < 1, since the policy's gradient has the factor "
             "1 - alpha"
         )
-    # TRL's default: float32 weights, under bf16 autocast
-    init_kwargs = {"dtype": "float32", "trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
+    init_kwargs = resolve_init_kwargs(args, model)
     if args.anchor is not None:
         if isinstance(model, LogitMixForCausalLM):
             raise ValueError(
@@ -135,16 +137,22 @@ def build_model(
                 "give only one"
             )
         alpha, scheme = 0.5 if args.alpha is None else args.alpha, args.scheme or "logit"
-        model = LogitMixForCausalLM.from_members(
-            model, args.anchor, alpha=alpha, scheme=scheme, peft_config=peft_config, **init_kwargs
-        )
+        with explained_init_kwargs(init_kwargs):
+            model = LogitMixForCausalLM.from_members(
+                model, args.anchor, alpha=alpha, scheme=scheme, peft_config=peft_config, **init_kwargs
+            )
     elif isinstance(model, str):
-        if peft_config is not None and read_adapter_config(model) is not None:
+        adapter = read_adapter_config(model)
+        if peft_config is not None and adapter is not None:
             raise ValueError(
                 f"the model {model!r} is an adapter already, and peft_config asks for a new one; merge it first, with "
                 "logitmix export --merge"
             )
-        model = load_member(model, **init_kwargs)
+        with explained_init_kwargs(init_kwargs):
+            if adapter is None:
+                model = load_member(model, **init_kwargs)
+            else:
+                model = open_adapter(load_base(adapter, model, **init_kwargs), model, is_trainable=True)
     elif isinstance(model, LogitMixForCausalLM) and peft_config is not None:
         raise ValueError(
             "the model is a mixture already; give its members' names and args.anchor with peft_config, or build it "

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from trl import GRPOTrainer
 from trl.import_utils import is_vllm_available
 
+from logitmix.mixture.adapters import CHANGES_BASE
 from logitmix.mixture.context import context_length, validate_fits_context
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.training.alpha.controllers import CONTROLLERS
@@ -33,6 +34,12 @@ def validate_config(args: LogitMixGRPOConfig, model: PreTrainedModel, given: Map
     validate_options(args)
     validate_evaluation(args, given.get("eval_dataset"))
     validate_kl(args, model)
+    validate_adapter(args, model, given.get("peft_config"))
+    if given.get("quantization_config") is not None:
+        raise ValueError(
+            "quantization_config is given, but the trainer loads members without it; load the quantised model with "
+            "from_pretrained, and pass it as the model"
+        )
     validate_tools_are_given(args, given)
     if not isinstance(model, LogitMixForCausalLM):
         return
@@ -89,6 +96,36 @@ def validate_evaluation(args: LogitMixGRPOConfig, eval_dataset: Any) -> None:
             f"per_device_eval_batch_size times processes is {batch}, which the {num_generations} completions of a "
             "question in an evaluation do not divide; set num_generations_eval to a divisor of it, or change "
             "per_device_eval_batch_size"
+        )
+
+
+def validate_adapter(args: LogitMixGRPOConfig, model: PreTrainedModel, peft_config: Any) -> None:
+    """Raise `ValueError` where nothing would train, or the KL's reference would not be the model at the start."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "the model has no weights that train; load a trained adapter with PeftModel.from_pretrained(…, "
+            "is_trainable=True), or pass its folder as the model"
+        )
+    if isinstance(model, LogitMixForCausalLM):
+        return
+    if args.sync_ref_model and (peft_config is not None or is_peft_model(model)):
+        raise ValueError(
+            "sync_ref_model is set, but with an adapter the reference of the KL shares the base and is not updated; "
+            "leave out sync_ref_model, or merge the adapter first"
+        )
+    if args.beta == 0:
+        return
+    if is_peft_model(model) and "default" not in model.peft_config:
+        raise ValueError(
+            f"the adapter is named {model.active_adapter!r}, and beta is {args.beta}; TRL copies the adapter 'default' "
+            "as the reference of the KL: load it under that name"
+        )
+    start = getattr(peft_config, "init_lora_weights", True)
+    if start is False or (isinstance(start, str) and start.lower().startswith(CHANGES_BASE)):
+        raise ValueError(
+            f"init_lora_weights is {start!r}, with which the adapter starts away from its base, and beta is "
+            f"{args.beta}, whose reference is the base; set init_lora_weights=True, or pass get_peft_model(…) as the "
+            "model, whose reference is a copy of the adapter"
         )
 
 

@@ -51,7 +51,7 @@ from logitmix.training.rollouts.vllm import mixture_for_vllm, sampling_parameter
 from logitmix.training.sampling_checks import validate_suppressed_tokens
 from logitmix.training.scoring import MixtureScorer, loss_coefficients
 from logitmix.training.tokenizer import prepare_tokenizer
-from logitmix.training.trl_patches import PatchedGRPOTrainer, without_reference_model
+from logitmix.training.trl_patches import PatchedGRPOTrainer, reference_is_a_copy, without_reference_model
 
 
 class LogitMixGRPOTrainer(PatchedGRPOTrainer):
@@ -79,6 +79,7 @@ class LogitMixGRPOTrainer(PatchedGRPOTrainer):
         if not isinstance(args, LogitMixGRPOConfig):
             raise ValueError(f"args is a {type(args).__name__}; LogitMixGRPOTrainer needs a LogitMixGRPOConfig")
         set_seed(args.seed)  # a new adapter starts at random: by the seed as in TRL, and the same in every process
+        source = model if isinstance(model, str) else None
         model = build_model(model, args, kwargs.get("peft_config"))
         is_mixture = isinstance(model, LogitMixForCausalLM)
         if is_mixture:
@@ -86,11 +87,11 @@ class LogitMixGRPOTrainer(PatchedGRPOTrainer):
         validate_config(args, model, kwargs)
         validate_alpha_controller(args, model, validation_dataset, kwargs)
         kwargs["processing_class"] = prepare_tokenizer(
-            kwargs.get("processing_class"), model, args.trust_remote_code, reward_funcs
+            kwargs.get("processing_class"), model, source, args.trust_remote_code, reward_funcs
         )
         in_vllm = args.use_vllm and is_mixture
         with (
-            without_reference_model(args) if is_mixture else nullcontext(),
+            without_reference_model(args) if is_mixture else reference_is_a_copy(model),
             mixture_for_vllm(model, kwargs["processing_class"], args) if in_vllm else nullcontext(),
         ):
             super().__init__(model, reward_funcs, args, **kwargs)

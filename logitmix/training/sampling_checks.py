@@ -19,15 +19,15 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 _NEUTRAL_IN_GENERATE: dict[str, tuple[Any, ...]] = {
     **{name: NEUTRAL[name] for name in ("top_k", "top_p", "min_p", "repetition_penalty")},
-    **{name: (1.0, None) for name in ("typical_p", "encoder_repetition_penalty", "guidance_scale", "length_penalty")},
-    **{name: (0.0, None) for name in ("epsilon_cutoff", "eta_cutoff", "diversity_penalty")},
-    **{name: (0, None) for name in ("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "top_h")},
-    **{name: (1, None) for name in ("num_beams", "num_beam_groups", "num_return_sequences")},
+    **dict.fromkeys(("typical_p", "encoder_repetition_penalty", "guidance_scale", "length_penalty"), (1.0, None)),
+    **dict.fromkeys(("epsilon_cutoff", "eta_cutoff", "diversity_penalty"), (0.0, None)),
+    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "top_h"), (0, None)),
+    **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences"), (1, None)),
     "do_sample": (True,),
 }
 _NEUTRAL_IN_VLLM: dict[str, tuple[Any, ...]] = {
     **{name: NEUTRAL[name] for name in ("top_k", "top_p", "min_p", "repetition_penalty")},
-    **{name: (0.0, None) for name in ("presence_penalty", "frequency_penalty")},
+    **dict.fromkeys(("presence_penalty", "frequency_penalty"), (0.0, None)),
     "n": (1, None),
 }
 # Keys of `generation_kwargs` that only limit where a rollout may end, or do not concern the distribution at all
@@ -91,7 +91,9 @@ def validate_suppressed_tokens(args: LogitMixGRPOConfig, eos_token_ids: Collecti
     tokens = [given] if isinstance(given, int) else given
     others = [token for token in tokens if token not in eos_token_ids]
     if others:
-        raise _moved("generation_kwargs['suppress_tokens']", others, f"only ends may be left out: {list(eos_token_ids)}")
+        raise _moved(
+            "generation_kwargs['suppress_tokens']", others, f"only ends may be left out: {list(eos_token_ids)}"
+        )
 
 
 def _moved(name: str, value: Any, way_out: str) -> ValueError:

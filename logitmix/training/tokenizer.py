@@ -10,18 +10,23 @@ from logitmix.mixture.tokenizers import keep_tags, leave_texts_open
 from logitmix.training.rewards import TaskReward
 
 
-def prepare_tokenizer(given: Any, model: PreTrainedModel, trust_remote_code: bool, reward_funcs: Any) -> Any:
+def prepare_tokenizer(
+    given: Any, model: PreTrainedModel, source: str | None, trust_remote_code: bool, reward_funcs: Any
+) -> Any:
     """The processing class given, whose tokenizer must be the mixture's, or the model's own tokenizer.
 
-    It appends nothing to prompts, and keeps the tags that a task's reward reads.
+    `source` is where the model was loaded from, if it was. The tokenizer appends nothing to prompts, and keeps the tags that a task's reward reads.
 
     Raises `ValueError` for another tokenizer than the members', and one that cannot pad.
     """
     own = model.tokenizer if isinstance(model, LogitMixForCausalLM) else None
-    source = model.policy if isinstance(model, LogitMixForCausalLM) else model
+    policy = model.policy if isinstance(model, LogitMixForCausalLM) else model
     if given is None:
         given = own or require_tokenizer(
-            source.name_or_path, padding_side="left", truncation_side="left", trust_remote_code=trust_remote_code
+            source or policy.name_or_path,
+            padding_side="left",
+            truncation_side="left",
+            trust_remote_code=trust_remote_code,
         )
     elif own is not None:
         validate_same_tokenizer([given, own])

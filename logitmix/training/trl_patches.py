@@ -19,6 +19,7 @@ Shape legend: B sequences of a process, T completion tokens, N completions of al
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import GRPOTrainer, SFTTrainer
 from trl.data_utils import is_conversational
 from trl.models import unwrap_model_for_generation
+from trl.trainer import grpo_trainer
 
 from logitmix.mixture.tokenizers import chat_template_errors, validate_chat_template
 from logitmix.training.batch import Batch, TokenScores
@@ -290,6 +292,23 @@ class PatchedGRPOTrainer(PatchedTrainer, NamesLocalModels, GRPOTrainer):
                 return
             with gathered_weights(model, plugin.reshard_after_forward), generate_without_fsdp_hooks(model):
                 yield model
+
+
+@contextmanager
+def reference_is_a_copy(model: nn.Module) -> Iterator[None]:
+    """Let TRL's trainer, within the context, take a copy of the model as the reference of a KL.
+
+    TRL loads the reference from the folder that the model's configuration names, which is the base where an adapter
+    was merged or loaded, or where a script changed weights: its KL would not be 0 at the start. Weights that ZeRO-3
+    has partitioned cannot be copied, and are loaded as in TRL.
+    """
+    original = grpo_trainer.create_model_from_path
+    if not any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        grpo_trainer.create_model_from_path = lambda *_, **__: copy.deepcopy(model)
+    try:
+        yield
+    finally:
+        grpo_trainer.create_model_from_path = original
 
 
 @contextmanager

@@ -28,6 +28,22 @@ class LoadingArguments:
         """Arguments for `from_pretrained`."""
         return {"dtype": self.dtype, "attn_implementation": self.attn_implementation}
 
+    def with_init_kwargs(self, given: dict[str, Any] | None) -> dict[str, Any]:
+        """`init_kwargs` with those of `--model_init_kwargs` over them; `torch_dtype` is `dtype`.
+
+        Raises `ValueError` where `--dtype` and `--model_init_kwargs` name two dtypes.
+        """
+        given = dict(given or {})
+        for name in ("torch_dtype", "dtype"):
+            if name in given and self.dtype not in ("float32", given[name]):
+                raise ValueError(
+                    f"--dtype is {self.dtype}, and {name} {given[name]!r} in --model_init_kwargs; leave out one"
+                )
+        flags = self.init_kwargs
+        if "torch_dtype" in given:
+            del flags["dtype"]
+        return flags | given
+
 
 @dataclass(kw_only=True)
 class ModelArguments(LoadingArguments):
