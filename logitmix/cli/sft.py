@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trl import SFTConfig
-
 from logitmix.cli.options.data import TaskArguments
 from logitmix.cli.options.dry_run import dry_run_sft
 from logitmix.cli.options.lora import AdapterArguments
@@ -19,7 +17,7 @@ from logitmix.runs.console import console
 from logitmix.runs.folder import find_checkpoint
 from logitmix.runs.trackers import validate_trackers
 from logitmix.runs.training import run_training
-from logitmix.training.sft import ResumableSFTTrainer, sft_dataset
+from logitmix.training.sft import ResumableSFTConfig, ResumableSFTTrainer, sft_dataset
 
 
 @dataclass
@@ -28,7 +26,7 @@ class SFTOptions:
     task: TaskArguments
     model: ModelArguments
     adapter: AdapterArguments
-    training: SFTConfig
+    training: ResumableSFTConfig
 
 
 def parse_sft(argv: Sequence[str]) -> SFTOptions:

@@ -16,6 +16,7 @@ from logitmix.training.checkpointing.folders import (
     last_whole_checkpoint,
     read_state,
     saved_checkpoints,
+    validate_has_optimizer,
 )
 
 # Files that show that a folder holds a run or a model
@@ -27,6 +28,7 @@ IGNORED_ARGUMENTS = {
         "max_steps",
         "num_train_epochs",
         "resume_from_checkpoint",
+        "resume_without_optimizer",
         "disable_tqdm",
         "report_to",
         "run_name",
@@ -71,8 +73,8 @@ def find_checkpoint(output_dir: str, arguments: Mapping[str, Any], resume: str |
     `resume` is TRL's `--resume_from_checkpoint`: the folder of a checkpoint, or `true` for the run's last complete
     one. A run that was killed before its first checkpoint starts again.
 
-    Raises `ValueError` if the folder already holds a run or a model; if the checkpoint does not exist, is damaged, or
-    belongs to another run; if the arguments differ from the run's; and if the checkpoint is past the last step.
+    Raises `ValueError` if the folder already holds a run or a model; if the checkpoint does not exist, is damaged, has
+    no optimizer, or belongs to another run; if the arguments differ from the run's; and if the checkpoint is past the last step.
     """
     folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():
@@ -89,6 +91,8 @@ def find_checkpoint(output_dir: str, arguments: Mapping[str, Any], resume: str |
     validate_same_arguments(folder, arguments, IGNORED_ARGUMENTS, recorded_only=True)
     if checkpoint is None:
         return None
+    if not arguments.get("resume_without_optimizer"):
+        validate_has_optimizer(checkpoint)
     step, max_steps = checkpoint_step(checkpoint), arguments["max_steps"]
     if 0 < max_steps < step:
         raise ValueError(f"{checkpoint} is at step {step} and max_steps is {max_steps}; raise --max_steps to continue")

@@ -55,6 +55,10 @@ class LogitMixGRPOConfig(GRPOConfig):
             members whose output head the fused one does not support.
         anchor_states: the anchors' last hidden states, once scoring has computed them: `"keep"` them for the updates,
             `"offload"` them to host memory until then, or `"recompute"` them. With `loss_head="fused"`.
+        resume_without_optimizer: resume from a checkpoint of `save_only_model`, with a new optimizer and schedule;
+            otherwise such a checkpoint is refused.
+
+    A list-valued option may be given as its one element. Raises `ValueError` for a value of another type.
     """
 
     anchor: str | None = field(default=None, metadata={"help": "Folder or hub id of the frozen anchor."})
@@ -107,6 +111,10 @@ class LogitMixGRPOConfig(GRPOConfig):
     anchor_states: AnchorStatesOption = field(
         default="keep",
         metadata={"help": "The anchors' hidden states: 'keep' from scoring, 'offload' to the host, or 'recompute'."},
+    )
+    resume_without_optimizer: bool = field(
+        default=False,
+        metadata={"help": "Resume from a checkpoint of --save_only_model, with a new optimizer and schedule."},
     )
 
     def __post_init__(self) -> None:

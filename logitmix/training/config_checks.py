@@ -1,11 +1,11 @@
 """Checks of a training run before anything is sampled. Each error names the reason and the way out."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, get_args
 
 from accelerate.utils import is_peft_model
 from datasets import Dataset
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
 from trl import GRPOTrainer
 from trl.import_utils import is_vllm_available
 
@@ -224,13 +224,34 @@ def validate_train_size(trainer: GRPOTrainer) -> None:
         )
 
 
+def validate_no_images(trainer: GRPOTrainer, rows: Iterable[Mapping[str, Any]], name: str = "row") -> None:
+    """Raise `ValueError` for a row with an image where the policy reads text only."""
+    if isinstance(trainer.processing_class, ProcessorMixin):
+        return
+    for i, row in enumerate(rows):
+        messages = row["prompt"] if isinstance(row.get("prompt"), list) else []
+        parts = [
+            part
+            for message in messages
+            if isinstance(message.get("content"), list)
+            for part in message["content"]
+            if isinstance(part, dict)
+        ]
+        if "image" in row or row.get("images") or any(part.get("type") == "image" for part in parts):
+            raise ValueError(
+                f"{name} {i} has an image, but the policy reads text only; remove the column or part, or train on text"
+            )
+
+
 def validate_prompts_fit(trainer: GRPOTrainer, dataset: Any, name: str = "prompt") -> None:
-    """Raise `ValueError` where a prompt of the data set and its completion exceed the context.
+    """Raise `ValueError` where a prompt of the data set holds an image, or exceeds the context with its completion.
 
     Prompts of a stream or an environment are checked as they are sampled from, by `validate_lengths`.
     """
     if not isinstance(dataset, Dataset) or trainer.environment_factories is not None:
         return
+    columns = [column for column in ("prompt", "image", "images") if column in dataset.column_names]
+    validate_no_images(trainer, dataset.select_columns(columns), f"the {name} of row")
     for start in range(0, len(dataset), 1000):
         prompts = dataset[start : start + 1000]["prompt"]
         validate_lengths(trainer, trainer.tokenize_prompts(prompts), name, start)

@@ -38,6 +38,7 @@ from logitmix.training.config import GROUP_LOSS, LogitMixGRPOConfig, build_model
 from logitmix.training.config_checks import (
     validate_config,
     validate_lengths,
+    validate_no_images,
     validate_prompts_fit,
     validate_train_size,
 )
@@ -176,6 +177,7 @@ class LogitMixGRPOTrainer(PatchedGRPOTrainer):
 
     def make_batch(self, rows: list[dict[str, Any]]) -> Batch:
         """Sample G rollouts a question, reward and score them, choose the questions that count, and weigh them."""
+        validate_no_images(self, rows, "the outer step's row")
         batch, rewards_NF = self._sample_batch(rows)
         kept_Q = None
         if self.model.training:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from accelerate.utils import is_peft_model
 from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
@@ -85,6 +86,14 @@ class PatchedTrainer(Trainer):
         """Add our progress file, which each process writes, like the states of its random generators."""
         super()._save_rng_state(output_dir)
         self.checkpointing.save_progress(output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load the adapter that trains where others are in subfolders, such as a KL's reference: `Trainer` skips it."""
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        model = self.model if model is None else model
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if is_peft_model(model) and not sharded and list(Path(resume_from_checkpoint).glob("*/adapter_config.json")):
+            model.load_adapter(resume_from_checkpoint, model.active_adapter, is_trainable=True)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Refuse a checkpoint that lacks trained weights, where `Trainer` would only warn."""

@@ -87,6 +87,23 @@ def last_whole_checkpoint(run_folder: Path) -> Path | None:
     return next((path for path in reversed(saved_checkpoints(run_folder)) if fault(path) is None), None)
 
 
+def validate_has_optimizer(checkpoint: Path) -> None:
+    """Raise `ValueError` for a checkpoint that holds the model only: `Trainer` would restart its schedule silently."""
+    found = {path.name for path in checkpoint.iterdir()}
+    # of one process, of FSDP (shards too), and of DeepSpeed, which keeps its own together with the weights
+    has_optimizer = any(name.startswith(("optimizer", "global_step")) for name in found)
+    has_scheduler = "scheduler.pt" in found or any(name.startswith("global_step") for name in found)
+    if not (has_optimizer and has_scheduler):
+        lacks = " and ".join(
+            name for name, has in (("optimizer", has_optimizer), ("schedule", has_scheduler)) if not has
+        )
+        raise ValueError(
+            f"the checkpoint {checkpoint} has no {lacks}, as save_only_model leaves them out, so the run could not "
+            "continue where it stopped; start a new run with the checkpoint as the model, or set "
+            "resume_without_optimizer to resume it with a new optimizer and schedule"
+        )
+
+
 @contextmanager
 def explained_write_errors(folder: Path, what: str, needed: Callable[[], int] | None = None) -> Iterator[None]:
     """Raise `OSError` with one sentence where writing `what` into `folder` fails because the disk is full.

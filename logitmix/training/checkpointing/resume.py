@@ -33,6 +33,7 @@ from logitmix.training.checkpointing.folders import (
     explained_write_errors,
     last_whole_checkpoint,
     publish,
+    validate_has_optimizer,
 )
 
 logger = logging.get_logger(__name__)
@@ -67,11 +68,17 @@ class Checkpointing:
         return f"{PREFIX_CHECKPOINT_DIR}-{self.trainer.state.global_step}"
 
     def begin(self, resume_from_checkpoint: str | bool | None) -> str | bool | None:
-        """The checkpoint to resume from: for `True`, the last complete one of `output_dir`."""
+        """The checkpoint to resume from: for `True`, the last complete one of `output_dir`.
+
+        Raises `ValueError` for a checkpoint without optimizer or schedule, unless `resume_without_optimizer` is set.
+        """
         args = self.trainer.args
         if resume_from_checkpoint is True:
             # without one, `Trainer` raises the error
             resume_from_checkpoint = str(last_whole_checkpoint(Path(args.output_dir)) or "") or True
+        if isinstance(resume_from_checkpoint, str) and os.path.isdir(resume_from_checkpoint):
+            if not getattr(args, "resume_without_optimizer", False):
+                validate_has_optimizer(Path(resume_from_checkpoint))
         self.resumes_from = resume_from_checkpoint or None
         if args.should_save:
             shutil.rmtree(Path(args.output_dir) / STAGING, ignore_errors=True)  # left by a killed process
