@@ -74,7 +74,8 @@ def find_checkpoint(output_dir: str, arguments: Mapping[str, Any], resume: str |
     one. A run that was killed before its first checkpoint starts again.
 
     Raises `ValueError` if the folder already holds a run or a model; if the checkpoint does not exist, is damaged, has
-    no optimizer, or belongs to another run; if the arguments differ from the run's; and if the checkpoint is past the last step.
+    no optimizer, or belongs to another run; if the arguments differ from the run's; and if the checkpoint is past the
+    last step.
     """
     folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():

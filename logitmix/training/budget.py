@@ -9,7 +9,7 @@ tests/training/test_budget.py compares it with them. The CUDA context and fragme
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal
 
@@ -76,6 +76,7 @@ class Setup:
 
     members:   the policy, and the anchor if there is one; both run in every forward pass
     reference: the frozen model of a KL term, which is not sampled
+    reference_adapter: whether that model is instead a frozen copy of the adapter on the policy's base
     rows:      sequences in a forward pass with gradients
     sampled:   rollouts sampled at a time; 0 in SFT
     processes: one on each device
@@ -97,6 +98,7 @@ class Setup:
     sharded: bool
     adapter: int = 0
     one_base: bool = False
+    reference_adapter: bool = False
 
     @property
     def length(self) -> int:
@@ -137,7 +139,8 @@ def _model_shape(content: str) -> ModelShape:
 
 def adapter_size(config: PreTrainedConfig, peft_config: PeftConfig) -> int:
     """The number of values that an adapter trains on a model of this configuration."""
-    model = get_peft_model(_on_meta(config.to_dict()), peft_config)
+    # a saved adapter is marked as one for inference, whose weights do not train
+    model = get_peft_model(_on_meta(config.to_dict()), replace(peft_config, inference_mode=False))
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
@@ -210,6 +213,8 @@ def memory(setup: Setup) -> list[Part]:
         parts.insert(1, Part("adapter", trained, "always"))
     if setup.reference is not None:
         parts.insert(1, Part("reference's weights", setup.reference.parameters * setup.weight / shares, "always"))
+    if setup.reference_adapter:
+        parts.insert(2, Part("reference: a frozen copy of the adapter", trained, "always"))
     if setup.processes > 1 and not setup.sharded:
         parts.append(Part("gradients, to exchange", trained, "update"))
     if setup.sampled:

@@ -1,7 +1,7 @@
 """The values of options by the types of their fields: a text is one string, and a whole number has no fraction.
 
-Flags are converted by the parser. Values of a YAML file and of a script arrive as they are: `"</answer>"` for a list of
-texts, which Python would read as a list of characters, and 1.5 for a whole number.
+Flags are converted by the parser. Values of a YAML file and of a script arrive as they are: `"</answer>"` for a list
+of texts, which Python would read as a list of characters, and 1.5 for a whole number.
 """
 
 import types
@@ -47,7 +47,8 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
     if get_origin(kind) is Literal:
         choices = get_args(kind)
         if value not in choices:
-            raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}")
+            names = ", ".join(map(repr, choices))
+            raise ValueError(f"{name} is {value!r}; it must be {'one of ' if len(choices) > 1 else ''}{names}")
         return value
     if kind is list or get_origin(kind) is list:
         return _typed_list(name, value, *(get_args(kind) or (Any,)))

@@ -88,7 +88,7 @@ class PatchedTrainer(Trainer):
         self.checkpointing.save_progress(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Load the adapter that trains where others are in subfolders, such as a KL's reference: `Trainer` skips it."""
+        """Load the adapter that trains, which `Trainer` skips if others (a KL's reference) are in subfolders."""
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         model = self.model if model is None else model
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled

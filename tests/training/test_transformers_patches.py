@@ -23,6 +23,7 @@ PARAMETERS = {
     "_push_from_checkpoint": ("self", "checkpoint_folder"),
     "_save_rng_state": ("self", "output_dir"),
     "_issue_warnings_after_load": ("self", "load_result"),
+    "_load_from_checkpoint": ("self", "resume_from_checkpoint", "model"),
     "_init_training_state": ("self", "max_steps"),
     "_run_epoch": ("self",),
     "_finalize_training": ("self", "trial", "num_train_samples", "start_time"),

@@ -138,3 +138,8 @@ def test_trls_trainer_builds_the_generation_class_given_within_the_context():
     with generation_class(Replacement):
         assert grpo_trainer.VLLMGeneration is Replacement
     assert grpo_trainer.VLLMGeneration is VLLMGeneration
+
+
+def test_trl_loads_the_reference_through_the_function_that_we_replace():
+    assert_has("trl", grpo_trainer, "create_model_from_path")
+    assert_source_has("trl", GRPOTrainer.__init__, "self.ref_model = create_model_from_path(")

@@ -26,6 +26,7 @@ from logitmix.paper.recipes import load_recipe
 from logitmix.training.alpha.controllers import VALIDATING
 from logitmix.training.budget import Batches, Part, Setup, adapter_size, memory, model_shape, peak
 from logitmix.training.config import LogitMixGRPOConfig
+from logitmix.training.config_checks import validate_options
 
 GIB = 2**30
 
@@ -38,13 +39,15 @@ def dry_run_train(
     eval_args: EvaluationArguments,
     args: LogitMixGRPOConfig,
 ) -> None:
-    """Print the plan of a GRPO run. Raises `ValueError` if it does not fit the memory of the device."""
+    """Print the plan of a GRPO run. Raises `ValueError` for wrong options, and if it does not fit the device."""
+    validate_options(args)
     policy = model_args.model_name_or_path
     configs = model_configs(policy, recipe_args.recipe)
     if args.anchor is not None:
         configs += model_configs(args.anchor, recipe_args.recipe)
     members = tuple(map(model_shape, configs))
-    adapter = adapter_args.peft_config or _adapter_at(policy)
+    own_adapter = _adapter_at(policy)
+    adapter = adapter_args.peft_config or own_adapter
     batches = Batches(
         rows=args.per_device_train_batch_size,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -72,13 +75,14 @@ def dry_run_train(
             "outer steps": f"{outer_steps:,}, of {batches.rollouts_per_outer_step:,} rollouts each",
             "questions": f"{rollouts // args.num_generations:,}, of {args.num_generations} rollouts each",
             "greedy responses": f"{decodes:,} to evaluate, {validated:,} to set alpha",
+            "reference of the KL": _reference(args, len(members), own_adapter is not None, adapter is not None),
             "tokens sampled": f"at most {(rollouts + decodes + validated) * args.max_completion_length:,}",
         }
     )
     setup = Setup(
         members=members,
-        # with an adapter the reference is the model without it; with an anchor it is the anchor
         reference=members[0] if args.beta != 0 and len(members) == 1 and adapter is None else None,
+        reference_adapter=args.beta != 0 and len(members) == 1 and own_adapter is not None,
         rows=batches.rows,
         sampled=args.rollout_batch_size or batches.rows * batches.steps_per_generation,
         prompt=recipe_args.prompt_length,
@@ -141,6 +145,17 @@ def model_configs(source: str, recipe: str | None) -> list[PreTrainedConfig]:
                 f"there is no config.json at {source!r}, which gives the size of the model; check the name"
             ) from error
     return config.member_configs if isinstance(config, LogitMixConfig) else [config]
+
+
+def _reference(args: LogitMixGRPOConfig, num_members: int, continues: bool, has_adapter: bool) -> str:
+    """What the KL of `--beta` is to, and the memory it takes beside the policy."""
+    if args.beta == 0:
+        return "none, as beta is 0"
+    if num_members > 1:
+        return "the anchor, which is held already"
+    if continues:
+        return "a frozen copy of the adapter as it is now"
+    return "the model without its adapter, which is held already" if has_adapter else "a frozen copy of the model"
 
 
 def _adapter_at(source: str) -> PeftConfig | None:

@@ -90,6 +90,8 @@ def last_whole_checkpoint(run_folder: Path) -> Path | None:
 def validate_has_optimizer(checkpoint: Path) -> None:
     """Raise `ValueError` for a checkpoint that holds the model only: `Trainer` would restart its schedule silently."""
     found = {path.name for path in checkpoint.iterdir()}
+    if not any(name.endswith((".safetensors", ".bin")) for name in found):
+        return  # no model either, which is said where it is loaded
     # of one process, of FSDP (shards too), and of DeepSpeed, which keeps its own together with the weights
     has_optimizer = any(name.startswith(("optimizer", "global_step")) for name in found)
     has_scheduler = "scheduler.pt" in found or any(name.startswith("global_step") for name in found)

@@ -76,9 +76,9 @@ class Checkpointing:
         if resume_from_checkpoint is True:
             # without one, `Trainer` raises the error
             resume_from_checkpoint = str(last_whole_checkpoint(Path(args.output_dir)) or "") or True
-        if isinstance(resume_from_checkpoint, str) and os.path.isdir(resume_from_checkpoint):
-            if not getattr(args, "resume_without_optimizer", False):
-                validate_has_optimizer(Path(resume_from_checkpoint))
+        is_folder = isinstance(resume_from_checkpoint, str) and os.path.isdir(resume_from_checkpoint)
+        if is_folder and not getattr(args, "resume_without_optimizer", False):
+            validate_has_optimizer(Path(str(resume_from_checkpoint)))
         self.resumes_from = resume_from_checkpoint or None
         if args.should_save:
             shutil.rmtree(Path(args.output_dir) / STAGING, ignore_errors=True)  # left by a killed process
