@@ -117,8 +117,8 @@ def validate_adapter(args: LogitMixGRPOConfig, model: PreTrainedModel, peft_conf
         return
     if is_peft_model(model) and "default" not in model.peft_config:
         raise ValueError(
-            f"the adapter is named {model.active_adapter!r}, and beta is {args.beta}; the reference of the KL is a copy "
-            "of the adapter named 'default': load it under that name"
+            f"the adapter is named {model.active_adapter!r}, and beta is {args.beta}; the reference of the KL copies "
+            "the adapter named 'default': load it under that name"
         )
     start = getattr(peft_config, "init_lora_weights", True)
     if start is False or (isinstance(start, str) and start.lower().startswith(CHANGES_BASE)):
