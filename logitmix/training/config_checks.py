@@ -16,7 +16,7 @@ from logitmix.training.alpha.controllers import CONTROLLERS
 from logitmix.training.config import GROUP_LOSS, AnchorStatesOption, DynamicSampling, LogitMixGRPOConfig, LossHead
 from logitmix.training.option_readers import validate_options_are_read
 from logitmix.training.option_types import set_types
-from logitmix.training.sampling_checks import validate_sampling_is_scored
+from logitmix.training.sampling_checks import set_all_tokens, validate_sampling_is_scored
 
 LOSS_TYPES_OF_TRL = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
 
@@ -61,6 +61,7 @@ def validate_config(args: LogitMixGRPOConfig, model: PreTrainedModel, given: Map
 def validate_options(args: LogitMixGRPOConfig) -> None:
     """Raise `ValueError` for options that are wrong whatever the model is."""
     set_types(args)  # a script may have changed them since
+    set_all_tokens(args)
     if args.loss_type == GROUP_LOSS and args.beta != 0:
         raise ValueError(
             f"beta is {args.beta} with loss_type 'group', whose objective (eq. 6) has no KL term; "

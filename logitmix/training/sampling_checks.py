@@ -39,9 +39,18 @@ _LENGTHS = {"max_new_tokens": False, "max_tokens": True}  # whether in vLLM
 _ROUNDED_CACHE = "quantized"
 
 
+def set_all_tokens(args: LogitMixGRPOConfig) -> None:
+    """Write a `top_k` that keeps all tokens as 0: `generate` reads None as transformers' default, 50."""
+    if args.top_k in NEUTRAL["top_k"]:
+        args.top_k = 0
+    given = args.generation_kwargs or {}
+    if "top_k" in given and given["top_k"] in NEUTRAL["top_k"]:
+        args.generation_kwargs = given | {"top_k": 0}
+
+
 def validate_sampling_is_scored(args: LogitMixGRPOConfig) -> None:
     """Raise `ValueError` for an option that samples rollouts from another distribution than the one that is scored."""
-    if args.temperature <= 0:
+    if args.temperature is None or args.temperature <= 0:
         raise ValueError(
             f"temperature is {args.temperature}; it must be above 0, since rollouts of a group have to differ"
         )

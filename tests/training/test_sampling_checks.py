@@ -105,7 +105,7 @@ def test_generation_kwargs_may_limit_where_a_rollout_ends(tmp_path):
 
 FIELDS = {
     "temperature": st.sampled_from([0.3, 1.0, 2.0]),
-    "top_k": st.sampled_from([0, None]),
+    "top_k": st.sampled_from([0, None, -1]),
     "min_p": st.sampled_from([None, 0.0]),
     "cache_implementation": st.sampled_from([None, "static", "dynamic"]),
     "use_cache": st.booleans(),
@@ -120,7 +120,7 @@ MOVES = st.sampled_from([{}, {}, {}, *({option: value} for option, value in MOVE
 VALUES = st.one_of(st.none(), st.booleans(), st.sampled_from([0, 1, 2, 0.5, 1.0, 3.0, "static", [[5, 1.0]]]))
 
 
-@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     options=st.fixed_dictionaries({}, optional=FIELDS),
     given=st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=1),
