@@ -58,7 +58,7 @@ def trainer_of(
         model if model is not None else mixture(),
         reward_funcs=reward,
         args=config,
-        train_dataset=Dataset.from_dict({"prompt": prompts * 8}),
+        train_dataset=Dataset.from_list(rows) if rows else Dataset.from_dict({"prompt": prompts * 8}),
         processing_class=tokenizer or character_tokenizer(),
         peft_config=peft_config,
         tools=tools,
