@@ -90,17 +90,9 @@ class Monitor:
         metrics["completions/max_terminated_length"][-1] = terminated_N.max().item()
 
     def require_finite_rewards(self, rewards_NF: Tensor, prompts: Sequence[Any], completions: Sequence[Any]) -> None:
-        """Stop the run at a reward that is not finite. Rewards are of all processes, the texts of this one.
-
-        Outside training there is no step to save. Raises `ValueError` there.
-        """
+        """Stop the run at a reward that is not finite. Rewards are of all processes, the texts of this one."""
         if self.trainer.model.training:
             finite.require_finite_rewards(self.trainer, rewards_NF, prompts, completions)
-            return
-        broken = finite.broken_reward(rewards_NF, self.trainer.reward_weights, self.trainer.reward_func_names)
-        if broken is not None:
-            row, fault = broken
-            raise ValueError(f"{fault} for completion {row} of an evaluation; return a number for every completion")
 
     # --- the loss -----------------------------------------------------------------------------------------------
 
