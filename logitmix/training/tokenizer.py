@@ -15,7 +15,7 @@ def prepare_tokenizer(
 ) -> Any:
     """The processing class given, whose tokenizer must be the mixture's, or the model's own tokenizer.
 
-    `source` is where the model was loaded from, if it was. The tokenizer appends nothing to prompts, and keeps the tags
+    `source` is where the model was loaded from, if it was. The tokenizer appends nothing to prompts and keeps the tags
     that a task's reward reads.
 
     Raises `ValueError` for another tokenizer than the members', and one that cannot pad.
