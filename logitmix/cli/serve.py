@@ -25,7 +25,7 @@ class ServeArguments(MixtureArguments):
     """Mixture and requests"""
 
     model_name_or_path: str = field(
-        default="", metadata={"help": "Folder or hub id of a mixture; of the policy, with --anchor."}
+        default="", metadata={"help": "Folder or hub id of a mixture, or of the policy if --anchor is set."}
     )
     output_dir: str | None = field(
         default=None, metadata={"help": "With --anchor: new folder for the mixture, which the server then loads."}

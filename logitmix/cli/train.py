@@ -13,7 +13,6 @@ from logitmix.cli.options.lora import AdapterArguments
 from logitmix.cli.options.model import ModelArguments, find_model
 from logitmix.cli.options.parser import flatten, parse
 from logitmix.cli.options.recipe import RecipeArguments
-from logitmix.evaluation.decode import get_alphas
 from logitmix.evaluation.during_training import evaluate_members
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.paper.recipes import SFT, load_recipe
@@ -50,7 +49,7 @@ def run(options: TrainOptions, command: Sequence[str]) -> None:
     """Train, with `command` as the command line that is printed to continue the run when it is stopped."""
     task_args, model_args, eval_args, args = options.task, options.model, options.evaluation, options.training
     if args.eval_strategy != "no":
-        raise ValueError("eval_strategy evaluates by sampling, in TRL; for greedy evaluations use --eval_every STEPS")
+        raise ValueError("TRL's eval_strategy evaluates by sampling; for greedy evaluations use --eval_every STEPS")
     if eval_args.validation_source != "held_out" and args.alpha_controller not in VALIDATING:
         raise ValueError(
             f"validation_source is {eval_args.validation_source!r}, but alpha_controller {args.alpha_controller!r} "
@@ -86,7 +85,9 @@ def run(options: TrainOptions, command: Sequence[str]) -> None:
         evaluate = evaluate_members(trainer, task, data["test"], Path(args.output_dir))
         callbacks.append(EverySteps(eval_args.eval_every, evaluate))
     run_training(trainer, command, f"train on {task.name}", arguments, checkpoint, callbacks, data)
-    console.print(f"The {'mixture' if 'mixture' in get_alphas(trainer.model) else 'model'} is in {args.output_dir}.")
+    console.print(
+        f"The {'mixture' if isinstance(trainer.model, LogitMixForCausalLM) else 'model'} is in {args.output_dir}."
+    )
 
 
 def validate_recipe_anchor(recipe: str | None, models: Sequence[str | None]) -> None:
@@ -97,8 +98,8 @@ def validate_recipe_anchor(recipe: str | None, models: Sequence[str | None]) -> 
     made = load_recipe(stage).values["output_dir"].value
     if made in models and not Path(made).exists():
         raise ValueError(
-            f"there is no SFT model in {made} yet; make it with `logitmix sft --recipe {stage}`, or give your own in "
-            "place of the recipe's"
+            f"there is no SFT model in {made} yet; make it with `logitmix sft --recipe {stage}`, or pass your "
+            "own with --anchor or --model_name_or_path"
         )
 
 

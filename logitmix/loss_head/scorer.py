@@ -59,10 +59,10 @@ class FusedScorer:
         anchor_states: AnchorStates | None = None,
         keep_anchor_states: bool = False,
     ) -> Scores:
-        """Scores of the labels other than -100, equal to those of [`LogitMixForCausalLM.score`] up to rounding.
+        """Scores of the labels other than -100, equal to those of `LogitMixForCausalLM.score` up to rounding.
 
         Args:
-            coefficients: derivative of the loss by the log-probs of all sequences in a row; see [`fused_log_probs`].
+            coefficients: derivative of the loss by the log-probs of all sequences in a row; see `fused_log_probs`.
             diagnose: also compare the mixture with its members. Requires non-zero weights.
             anchor_states: the states that an earlier call returned for these tokens and labels; the anchors do not
                 run again.

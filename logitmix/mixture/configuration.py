@@ -22,7 +22,7 @@ def member_names(num_members: int) -> list[str]:
 
 
 class LogitMixConfig(PreTrainedConfig):
-    """Configuration of a [`LogitMixForCausalLM`]: `z_mix = sum_k w_k z_k` over the policy and its anchors.
+    """Configuration of a `LogitMixForCausalLM`: `z_mix = sum_k w_k z_k` over the policy and its anchors.
 
     Each member's configuration is an attribute with the member's name (`config.policy`, `config.anchor_0`), so that
     transformers treats it as a sub-configuration. `members` lists the names in the order of `weights`, because JSON

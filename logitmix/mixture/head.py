@@ -46,7 +46,7 @@ class Head:
 
 @dataclass(frozen=True)
 class HeadTransform:
-    """What a member applies to the output `z` of its head: `softcap(scale * z)`; see [`Head`]."""
+    """What a member applies to the output `z` of its head: `softcap(scale * z)`; see `Head`."""
 
     scale: float = 1.0
     softcap: float | None = None

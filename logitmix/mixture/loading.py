@@ -94,7 +94,7 @@ def load_members(
 def _is_base_of_policy(anchor: Member, policy: Member, base: str) -> bool:
     """Whether the anchor is the policy's model without its adapter.
 
-    A model in memory only if it is the same object: its weights may differ from those of its folder by now.
+    A model in memory only if it is the same object: its weights may have changed since loading.
     """
     if isinstance(anchor, PreTrainedModel) or isinstance(policy, PreTrainedModel):
         return anchor is policy

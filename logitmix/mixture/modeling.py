@@ -39,7 +39,7 @@ from logitmix.mixture.transformers_patches import MixtureGenerationMixin, get_im
 class LogitMixForCausalLM(MixtureBase, MixtureGenerationMixin):
     """A policy and K - 1 frozen anchors, mixed in the logits: `z_mix = sum_k w_k z_k` (arXiv 2605.20555, eq. 1).
 
-    Build one with [`LogitMixForCausalLM.from_members`]; save and load it like any model of transformers. The policy
+    Build one with `LogitMixForCausalLM.from_members`; save and load it like any model of transformers. The policy
     is an ordinary model, `model.policy`: `model.policy.save_pretrained(folder)` exports it alone.
 
     `forward` and `generate` take `alpha` (K = 2) or `weights`, for the batch or for each sequence, and default to the
@@ -110,7 +110,7 @@ class LogitMixForCausalLM(MixtureBase, MixtureGenerationMixin):
             scheme: `"logit"` or `"prob"`.
             peft_config: add a new LoRA adapter to the policy; only this adapter trains. If the policy has an adapter,
                 new or loaded, an anchor that is an adapter on the same base, or that base itself, shares the policy's
-                weights. Any other anchor is a model of its own.
+                weights. Any other anchor is loaded as a separate model.
             kwargs: passed to `AutoModelForCausalLM.from_pretrained` for folders and hub ids (`dtype=`, …).
 
         Members given as folders or hub ids must share one tokenizer, which the mixture keeps and saves. A completion
@@ -168,7 +168,7 @@ class LogitMixForCausalLM(MixtureBase, MixtureGenerationMixin):
         self.config.set_weights(self._resolve_weights(alpha, None))
 
     def export_member(self, name: str, folder: str | os.PathLike[str], merge: bool = False) -> None:
-        """Save one member alone; see [`logitmix.mixture.export.export_member`]."""
+        """Save one member alone; see `logitmix.mixture.export.export_member`."""
         export_member(self, name, folder, merge)
 
     # --- forward ----------------------------------------------------------------------------------------------

@@ -80,7 +80,7 @@ def policy_reasons_better_in_any_format(o: Outcomes) -> Finding:
         "The answer-correct gap is a lower bound of the policy's true advantage in reasoning",
         "section 3, pattern 1",
         "not measured",
-        "right wherever the answer stands, policy of fixed mixing - anchor, after training; above 0",
+        "correct in any format, policy of fixed mixing - anchor, after training; above 0",
         estimate,
         above(estimate),
         rates=_means(policy=policy, anchor=sft),

@@ -79,8 +79,8 @@ def complement_tables(o: Outcomes) -> list[Table]:
             "Table 1: the SFT model and the policy alone after fixed mixing",
             [*columns, "both", "policy only", "SFT only", "neither"],
             rates,
-            f"{o.n} held-out problems, greedy; counts are of answer-correct problems. lenient: right wherever the "
-            "answer stands, which the paper does not report.",
+            f"{o.n} held-out problems, greedy; counts are of answer-correct problems. lenient: correct in any "
+            "format, which the paper does not report.",
         ),
         Table(
             "Table 2: their differences in points",

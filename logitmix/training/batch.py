@@ -27,6 +27,12 @@ Batch = dict[str, Any]
 """
 
 
+def own_tokens(batch: Batch) -> Tensor:
+    """`[B, T]`: 1 at the completion tokens that the policy wrote, 0 at those of tools and at padding."""
+    mask_BT: Tensor = batch["completion_mask"] * batch.get("tool_mask", 1)
+    return mask_BT
+
+
 class TokenScores(NamedTuple):
     """Scores of completion tokens, `[B, T]`, and for a mixture its diagnostics; `aux_loss` is TRL's, of an MoE."""
 

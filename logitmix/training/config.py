@@ -28,7 +28,7 @@ class LogitMixGRPOConfig(GRPOConfig):
 
     Args:
         anchor: folder or hub id of the frozen anchor (in the paper, the SFT model). Without one, and with a model
-            that is not a mixture, training is TRL's GRPO.
+            that is not a mixture, training is TRL's GRPO with `loss_type` below.
         alpha: weight of the anchor, 0 <= alpha < 1; 0 is the policy alone. Default 0.5, or the weight of the mixture
             that is given as the model.
         scheme: `"logit"` (default) or `"prob"`; a mixture that is given as the model has its own.
@@ -95,7 +95,9 @@ class LogitMixGRPOConfig(GRPOConfig):
     )
     dynamic_sampling: DynamicSampling = field(
         default="off",
-        metadata={"help": "Questions whose rollouts earn the same: 'off' keeps, 'filter' drops, 'refill' replaces."},
+        metadata={
+            "help": "Questions with equal rewards for all rollouts: 'off' keeps, 'filter' drops, 'refill' replaces."
+        },
     )
     max_refills: int = field(default=3, metadata={"help": "How many times 'refill' may sample further questions."})
     disable_dropout: bool = field(
@@ -122,6 +124,15 @@ class LogitMixGRPOConfig(GRPOConfig):
         super().__post_init__()
 
 
+def validate_alpha(args: LogitMixGRPOConfig) -> None:
+    """Raise `ValueError` for an alpha at which the policy has no gradient."""
+    if args.alpha is not None and not 0 <= args.alpha < 1:
+        raise ValueError(
+            f"alpha is {args.alpha}; training needs 0 <= alpha < 1, since the policy's gradient has the factor "
+            "1 - alpha"
+        )
+
+
 def build_model(
     model: PreTrainedModel | str, args: LogitMixGRPOConfig, peft_config: PeftConfig | None = None
 ) -> PreTrainedModel:
@@ -132,11 +143,7 @@ def build_model(
 
     Raises `ValueError` for options that contradict each other or the model.
     """
-    if args.alpha is not None and not 0 <= args.alpha < 1:
-        raise ValueError(
-            f"alpha is {args.alpha}; training needs 0 <= alpha < 1, since the policy's gradient has the factor "
-            "1 - alpha"
-        )
+    validate_alpha(args)
     init_kwargs = resolve_init_kwargs(args, model)
     if args.anchor is not None:
         if isinstance(model, LogitMixForCausalLM):

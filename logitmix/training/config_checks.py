@@ -13,7 +13,14 @@ from logitmix.mixture.adapters import CHANGES_BASE
 from logitmix.mixture.context import context_length, validate_fits_context
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.training.alpha.controllers import CONTROLLERS
-from logitmix.training.config import GROUP_LOSS, AnchorStatesOption, DynamicSampling, LogitMixGRPOConfig, LossHead
+from logitmix.training.config import (
+    GROUP_LOSS,
+    AnchorStatesOption,
+    DynamicSampling,
+    LogitMixGRPOConfig,
+    LossHead,
+    validate_alpha,
+)
 from logitmix.training.option_readers import validate_options_are_read
 from logitmix.training.option_types import set_types
 from logitmix.training.sampling_checks import set_all_tokens, validate_sampling_is_scored
@@ -78,6 +85,7 @@ def validate_options(args: LogitMixGRPOConfig) -> None:
             "out one of them"
         )
     validate_choices(args)
+    validate_alpha(args)
     validate_numbers(args)
     validate_options_are_read(args)
     if args.use_vllm and not is_vllm_available():

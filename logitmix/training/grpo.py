@@ -3,13 +3,15 @@
 It differs from canonical GRPO in four points (Gan & Zhu, arXiv 2605.20555, eq. 3-6):
 
 - rollouts are sampled token by token from the mixture `softmax((1 - alpha) z_policy + alpha z_anchor)`: `sample`;
-- both sides of the ratio, and so its clip, are probabilities of the mixture, never of the policy alone: `score`;
+- both sides of the ratio, and so its clip, are probabilities of the mixture, never of the policy alone: `score` of the
+  present policy, `score_tokens` of the old one;
 - the normaliser is per question, the tokens of that question's G rollouts (`loss_type="group"`): `question_weights`;
 - the loss has no KL term, and its gradient reaches the policy only, with the factor 1 - alpha: `loss`.
 
 `make_batch` runs once an outer step, `loss` once a micro-batch. Advantages, buffering, logging and several processes
-are TRL's. A model without an anchor trains as in TRL. What happens beside the algorithm is in collaborators:
-`checkpointing`, `monitor`, and the callback of `alpha/`.
+are TRL's. A model without an anchor trains as in TRL, with this
+normaliser unless another `loss_type` is set. Separate classes handle the rest: `checkpointing`, `monitor`, and the
+callback of `alpha/`.
 
 Shape legend: Q questions, G rollouts each, N = Q·G rollouts of all processes, B those of a process, T completion
 tokens, F reward functions.
@@ -32,7 +34,7 @@ from logitmix.mixture.generation import GREEDY, generate_completions, get_eos_to
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.training.alpha.callback import AlphaControl, validate_alpha_controller
 from logitmix.training.alpha.validation import FreshQuestions, validation_questions
-from logitmix.training.batch import Batch, TokenScores
+from logitmix.training.batch import Batch, TokenScores, own_tokens
 from logitmix.training.checkpointing.resume import Checkpointing, State
 from logitmix.training.config import GROUP_LOSS, LogitMixGRPOConfig, build_model
 from logitmix.training.config_checks import (
@@ -62,7 +64,7 @@ class LogitMixGRPOTrainer(PatchedGRPOTrainer):
         model: the policy (a model, a folder or a hub id) with `args.anchor` set, or a `LogitMixForCausalLM`.
         validation_dataset: held-out questions for an `args.alpha_controller` that validates, with the columns of
             `train_dataset`. Without it, training questions are used and left out of training in that pass.
-        peft_config: gives the policy a LoRA adapter, as in TRL. [`LogitMixForCausalLM.from_members`] says which
+        peft_config: gives the policy a LoRA adapter, as in TRL. `LogitMixForCausalLM.from_members` says which
             anchors then share the policy's weights.
 
     Raises `ValueError` for options under which TRL would score or sample something other than the mixture.
@@ -135,7 +137,7 @@ class LogitMixGRPOTrainer(PatchedGRPOTrainer):
         validate_lengths(self, prompt_ids, "the outer step's prompt")
 
     def sample(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> tuple[list[list[int]], Any]:
-        """Rollouts from the mixture, under the trainer's sampling settings and no checkpoint's."""
+        """Rollouts from the mixture, with the trainer's sampling settings, not the checkpoint's."""
         if self.use_vllm or self.use_transformers_continuous_batching:
             return super().sample(prompt_ids, *args, **kwargs)
         return self.decode(prompt_ids, self.generation_kwargs), None
@@ -143,7 +145,7 @@ class LogitMixGRPOTrainer(PatchedGRPOTrainer):
     def decode(
         self, prompt_ids: Sequence[Sequence[int]], settings: dict[str, Any], alphas: Sequence[float] | None = None
     ) -> list[list[int]]:
-        """Completions of the model in training, `rollout_batch_size` at a time; `alphas` holds one a prompt."""
+        """Completions of the model in training, `rollout_batch_size` at a time; `alphas` has one value per prompt."""
         completion_ids = []
         with self.generation_model() as model:
             size = self.args.rollout_batch_size or len(prompt_ids)
@@ -184,7 +186,7 @@ class LogitMixGRPOTrainer(PatchedGRPOTrainer):
             batch, kept_Q = self._choose_questions(batch, rewards_NF)
         if self.args.loss_type == GROUP_LOSS:
             num_generations = self.num_generations if self.model.training else self.num_generations_eval
-            mask_BT = batch["completion_mask"] * batch.get("tool_mask", 1)
+            mask_BT = own_tokens(batch)
             weights_N = question_weights(self.accelerator.gather(mask_BT.sum(1)), num_generations, kept_Q)
             start = self.accelerator.process_index * len(mask_BT)
             batch["question_weights"] = weights_N[start : start + len(mask_BT)]

@@ -14,7 +14,7 @@ from logitmix.loss_head import Coefficients, clipped_coefficients
 from logitmix.loss_head.scorer import AnchorStates, FusedScorer
 from logitmix.mixture.diagnostics import MixtureDiagnostics
 from logitmix.mixture.modeling import LogitMixForCausalLM
-from logitmix.training.batch import Batch
+from logitmix.training.batch import Batch, own_tokens
 from logitmix.training.config import LogitMixGRPOConfig
 from logitmix.training.trl_patches import PatchedGRPOTrainer, install_scoring_forward
 
@@ -104,7 +104,7 @@ def loss_coefficients(
     )
     if not depends_on_token_alone:
         return None
-    mask_BT = batch["completion_mask"] * batch.get("tool_mask", 1)
+    mask_BT = own_tokens(batch)
     scored_BT = scored_BT[:, -mask_BT.shape[1] :]
     weight_BT = mask_BT.float()
     if loss_type == "grpo":

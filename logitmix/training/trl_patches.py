@@ -45,14 +45,14 @@ if TYPE_CHECKING:
     from logitmix.training.monitoring.monitor import Monitor
 
 
-class PatchedSFTTrainer(PatchedTrainer, NamesLocalModels, SFTTrainer):
-    """TRL's `SFTTrainer` with exact resume."""
+class _PatchedTRLTrainer(PatchedTrainer, NamesLocalModels):
+    """What both of TRL's trainers have."""
 
-    RUNNING_TOTALS = (*PatchedTrainer.RUNNING_TOTALS, "_total_train_tokens")
+    _metrics: dict[str, defaultdict[str, list[float]]]
 
     @property
     def step_metrics(self) -> defaultdict[str, list[float]]:
-        """Values since the last log, which TRL logs as their means."""
+        """Values since the last log of training, which TRL logs as their means."""
         return self._metrics["train"]
 
     @step_metrics.setter
@@ -60,7 +60,13 @@ class PatchedSFTTrainer(PatchedTrainer, NamesLocalModels, SFTTrainer):
         self._metrics["train"] = metrics
 
 
-class PatchedGRPOTrainer(PatchedTrainer, NamesLocalModels, GRPOTrainer):
+class PatchedSFTTrainer(_PatchedTRLTrainer, SFTTrainer):
+    """TRL's `SFTTrainer` with exact resume."""
+
+    RUNNING_TOTALS = (*PatchedTrainer.RUNNING_TOTALS, "_total_train_tokens")
+
+
+class PatchedGRPOTrainer(_PatchedTRLTrainer, GRPOTrainer):
     """TRL's `GRPOTrainer` with exact resume, monitoring, and public names for what a subclass overrides."""
 
     RUNNING_TOTALS = (*PatchedSFTTrainer.RUNNING_TOTALS, "_step")
@@ -191,15 +197,6 @@ class PatchedGRPOTrainer(PatchedTrainer, NamesLocalModels, GRPOTrainer):
     # --- TRL's private state ------------------------------------------------------------------------------------
 
     @property
-    def step_metrics(self) -> defaultdict[str, list[float]]:
-        """Values since the last log of training, which TRL logs as their means."""
-        return self._metrics["train"]
-
-    @step_metrics.setter
-    def step_metrics(self, metrics: defaultdict[str, list[float]]) -> None:
-        self._metrics["train"] = metrics
-
-    @property
     def mode_metrics(self) -> defaultdict[str, list[float]]:
         """As `step_metrics`, of training or of TRL's evaluation, whichever is running."""
         return self._metrics["train" if self.model.training else "eval"]
@@ -220,7 +217,7 @@ class PatchedGRPOTrainer(PatchedTrainer, NamesLocalModels, GRPOTrainer):
         return prompt_ids
 
     def unlogged_rewards(self, rows: Any, prompts: list, completions: list, completion_ids: list) -> Tensor:
-        """Rewards `[N, F]` of completions that are no rollouts: what the reward functions log is dropped."""
+        """Rewards `[N, F]` of completions that are not rollouts: what the reward functions log is dropped."""
         rewards_NF = self._calculate_rewards(rows, prompts, completions, completion_ids)
         self._pending_metrics.clear()
         self._pending_extra_logs.clear()
@@ -324,7 +321,7 @@ def without_reference_model(args: Any) -> Iterator[None]:
 def install_scoring_forward(model: nn.Module, score: Callable[..., Any]) -> None:
     """Answer TRL's `model(…, labels=labels, fused_lm_head=True)` by `score(labels=labels, …)`.
 
-    TRL puts a forward of its own on the model, which reads `base_model` and `get_output_embeddings()` and would score
+    TRL replaces the model's forward by one that reads `base_model` and `get_output_embeddings()` and would score
     a mixture as its policy alone. The scoring stays a forward of the model, so that DDP and FSDP see it.
     """
 

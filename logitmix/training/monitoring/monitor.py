@@ -16,7 +16,7 @@ from trl import GRPOTrainer
 
 from logitmix.mixture.diagnostics import MixtureDiagnostics
 from logitmix.mixture.modeling import LogitMixForCausalLM
-from logitmix.training.batch import Batch, TokenScores
+from logitmix.training.batch import Batch, TokenScores, own_tokens
 from logitmix.training.monitoring import finite
 from logitmix.training.monitoring.clock import Clock, OptimizerClock
 
@@ -104,7 +104,7 @@ class Monitor:
         if not self.trainer.model.training:
             return
         self._batches.append(batch)
-        mask_BT = (batch["completion_mask"] * batch.get("tool_mask", 1)).bool()
+        mask_BT = own_tokens(batch).bool()
         log_probs_BT = scores.log_probs.detach()
         old_BT = batch.get("old_per_token_logps", log_probs_BT)
         log_ratio_BT = log_probs_BT - old_BT

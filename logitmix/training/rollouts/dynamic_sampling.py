@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from trl import GRPOTrainer
 
-Batch = dict[str, Any]
+from logitmix.training.batch import Batch, own_tokens
 
 PADDED_LEFT = ("prompt_ids", "prompt_mask")
 
@@ -103,7 +103,7 @@ def refill(
         return batch, spread_Q
     start = accelerator.process_index * num_rows
     mine = {name: x[start : start + num_rows] for name, x in whole.items()}
-    mine["num_items_in_batch"] = (whole["completion_mask"] * whole.get("tool_mask", 1)).sum()
+    mine["num_items_in_batch"] = own_tokens(whole).sum()
     return mine, spread_Q
 
 
