@@ -39,6 +39,8 @@ def validate_config(args: LogitMixGRPOConfig, model: PreTrainedModel, given: Map
             "LogitMixForCausalLM.from_members(…, peft_config=…) instead of get_peft_model"
         )
     validate_options(args)
+    if args.use_vllm and not is_vllm_available():
+        raise ValueError("use_vllm is set, but vLLM is not installed: pip install vllm, or leave out use_vllm")
     validate_evaluation(args, given.get("eval_dataset"))
     validate_kl(args, model)
     validate_adapter(args, model, given.get("peft_config"))
@@ -88,8 +90,6 @@ def validate_options(args: LogitMixGRPOConfig) -> None:
     validate_alpha(args)
     validate_numbers(args)
     validate_options_are_read(args)
-    if args.use_vllm and not is_vllm_available():
-        raise ValueError("use_vllm is set, but vLLM is not installed: pip install vllm, or leave out use_vllm")
     validate_sampling_is_scored(args)
     validate_sampling(args)
 
