@@ -84,6 +84,15 @@ class MixtureBase(PreTrainedModel):
             self.policy.requires_grad_(requires_grad)
         return self
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: on loading, the members are initialised as transformers' own classes, which they are.
+
+        In custom code transformers skips `_init_weights` of a module without weights of its own; the buffers that it
+        fills in a child (Falcon-H1's `mup_vector`) would stay uninitialised.
+        """
+        return False
+
     def get_input_embeddings(self) -> nn.Module:
         """The policy's embeddings; the anchors keep theirs."""
         embeddings: nn.Module = self.policy.get_input_embeddings()

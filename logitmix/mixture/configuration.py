@@ -159,7 +159,7 @@ class LogitMixConfig(PreTrainedConfig):
         contexts = [getattr(config, "max_position_embeddings", None) for config in self._text_configs]
         return min((context for context in contexts if context is not None), default=None)
 
-    # Attributes on which all members agree; if they differ, the attribute does not exist.
+    # Attributes on which all layers of all members agree; if they differ, as in Gemma 4, the attribute does not exist.
 
     @property
     def num_attention_heads(self) -> int:
@@ -177,9 +177,9 @@ class LogitMixConfig(PreTrainedConfig):
         return {name: get_implementation(getattr(self, name), kind) for name in self.model_names}
 
     def _shared(self, name: str) -> Any:
-        values = [getattr(config, name) for config in self._text_configs]
+        values = [getattr(layer, name) for config in self._text_configs for layer in config.per_layer_config]
         if any(value != values[0] for value in values):
-            raise AttributeError(f"the members differ in {name}: {values}")
+            raise AttributeError(f"the members' layers differ in {name}: {values}")
         return values[0]
 
     # One KV cache serves all members, each with its own range of layers, so the attributes from which transformers
