@@ -195,7 +195,9 @@ class MixtureBase(PreTrainedModel):
             mixed = self._mix_before_head(hidden, weights[..., torch.tensor(is_active)], head_transform)
             logits, weights = [mixed[..., :V]], torch.ones(1)
         else:
-            by_name = {name: output.logits[..., :V] for name, output in outputs.items()}
+            # again, because the forward of some members (Whisper's) ignores logits_to_keep
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else slice(None)
+            by_name = {name: output.logits[:, kept, :V] for name, output in outputs.items()}
             logits = [by_name.get(name, by_name[active[0]]) for name in self.config.members]
         return logits, weights, past_key_values, list(outputs.values())
 

@@ -108,11 +108,11 @@ def infer_head_transform(member: PreTrainedModel, name: str = "the model") -> He
     Raises `ValueError`, which refers to the member as `name`, if its logits are not
     `softcap(scale * (h @ weight.T + bias))` of its last hidden states.
     """
-    with _gathered_parameters(member):
+    with gathered_parameters(member):
         return _infer(member, name)
 
 
-def _gathered_parameters(member: PreTrainedModel) -> AbstractContextManager[None]:
+def gathered_parameters(member: PreTrainedModel) -> AbstractContextManager[None]:
     """Gathers the parameters that DeepSpeed's ZeRO-3 partitions on loading, within the context."""
     if not is_deepspeed_zero3_enabled():
         return nullcontext()

@@ -18,6 +18,7 @@ from logitmix.mixture.adapters import (
     validate_adapter_config,
     validate_adapter_targets,
 )
+from logitmix.mixture.architecture import validate_architecture
 from logitmix.mixture.configuration import LogitMixConfig, member_names
 from logitmix.mixture.opening import describe, first_line, open_model, validate_files
 from logitmix.mixture.tokenizers import declared_ends, end_token_ids, leave_texts_open
@@ -147,6 +148,8 @@ def _validate_members(members: Sequence[PreTrainedModel], tokenizer: PreTrainedT
                 "(trust_remote_code), so a saved mixture could not be loaded; use an architecture that is in "
                 "transformers"
             )
+    for member in {id(member): member for member in members}.values():
+        validate_architecture(member)
     vocab_size = min(member.config.get_text_config(decoder=True).vocab_size for member in members)
     if tokenizer is not None and len(tokenizer) > vocab_size:
         raise ValueError(

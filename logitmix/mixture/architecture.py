@@ -1,0 +1,106 @@
+"""Which architectures can be members: checked by what a model does, not by its name.
+
+docs/architectures.md lists the outcome for every causal architecture of transformers; a test keeps it.
+"""
+
+import inspect
+
+import torch
+from torch import nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+
+from logitmix.mixture.cache import member_caches
+from logitmix.mixture.head import gathered_parameters
+from logitmix.mixture.opening import first_line
+
+_SUPPORTED = "docs/architectures.md lists the architectures that can be members"
+_PROBE = ((1, 2, 3), (1, 2, 4))  # they differ in the last token only
+_CAUSAL_TOLERANCE = 0.05  # of the standard deviation of the logits: above rounding, below what another token changes
+
+
+def validate_architecture(member: PreTrainedModel) -> None:
+    """Raise `ValueError` for a model that a mixture could not load, sample in padded batches, or cache.
+
+    Runs three tokens through the member, unless its weights are on the meta device, and changes nothing in it.
+    """
+    _validate_class(member)
+    _validate_positions(member)
+    if any(parameter.is_meta for parameter in member.parameters()):
+        return
+    cache = DynamicCache(config=member.config.get_text_config(decoder=True))
+    view = member_caches(cache, [len(cache.layers)])[0]
+    assert view is not None
+    _validate_forward(member, view)
+
+
+def _validate_class(member: PreTrainedModel) -> None:
+    """A checkpoint of a mixture holds its members' configurations; loading it builds the models that these name."""
+    expected = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(member.config), None)
+    if expected is None or not isinstance(member, expected):
+        built = f"builds a {expected.__name__}" if expected is not None else "builds nothing"
+        raise _refusal(
+            member,
+            f"AutoModelForCausalLM {built} from its {type(member.config).__name__}, so a saved mixture could not be "
+            "loaded; take the text model out of it, or use a causal language model",
+        )
+
+
+def _validate_positions(member: PreTrainedModel) -> None:
+    """A table of positions must be read at the positions that the tokens have without the padding on their left."""
+    if "position_ids" in inspect.signature(type(member).forward).parameters:
+        return
+    width = member.get_input_embeddings().embedding_dim  # of a table that is added to the tokens' embeddings
+    for name, module in member.named_modules():
+        is_table = isinstance(module, nn.Embedding) and module.embedding_dim == width
+        if is_table and "position" in name.rpartition(".")[2]:
+            raise _refusal(
+                member,
+                "its forward takes no position_ids, so it would count the padding on the left of a batch as tokens; "
+                + _SUPPORTED,
+            )
+
+
+@torch.no_grad()
+def _validate_forward(member: PreTrainedModel, cache: Cache) -> None:
+    ids = torch.tensor(_PROBE, device=member.device)
+    positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    devices = [member.device] if member.device.type == "cuda" else []
+    try:
+        with gathered_parameters(member), torch.random.fork_rng(devices):  # dropout of a member in training mode
+            logits_BTV = member(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                return_dict=True,
+            ).logits
+        num_cached = int(cache.get_seq_length())
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, TypeError, RuntimeError, AttributeError, LookupError, NotImplementedError) as error:
+        raise _refusal(
+            member, f"it cannot run with the KV cache that members share ({first_line(error)}); {_SUPPORTED}"
+        ) from error
+    if num_cached != ids.shape[1]:
+        raise _refusal(
+            member,
+            f"it keeps {num_cached} of {ids.shape[1]} tokens in the KV cache that members share; {_SUPPORTED}",
+        )
+    before = logits_BTV[:, :-1].float()
+    if not member.training and (before[0] - before[1]).abs().max() > _CAUSAL_TOLERANCE * before.std():
+        raise _refusal(
+            member,
+            "its logits at a token depend on later tokens, so it is no causal language model; for an encoder such as "
+            "BERT load it with is_decoder=True in its configuration",
+        )
+
+
+def _refusal(member: PreTrainedModel, reason: str) -> ValueError:
+    return ValueError(f"{_name(member)} cannot be a member of a mixture: {reason}")
+
+
+def _name(member: PreTrainedModel) -> str:
+    """`the GPT2LMHeadModel 'gpt2'`, or without the folder or hub id of a model made in memory."""
+    return f"the {type(member).__name__}" + (f" {member.name_or_path!r}" if member.name_or_path else "")
