@@ -14,13 +14,14 @@ from logitmix.mixture.diagnostics import MixtureDiagnostics
 from logitmix.mixture.head import (
     HeadTransform,
     infer_head_transform,
-    last_hidden_states,
     read_head,
+    run_decoder,
     run_inside_heads,
 )
 from logitmix.mixture.mixing import Weights
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.mixture.padding import position_ids_from_mask
+from logitmix.mixture.router import WITH_ROUTER_LOGITS, load_balancing_loss
 
 AnchorStates = list[dict[str, Tensor]]
 """For each sequence, the last hidden states `[tokens, D]` at its scored tokens of each anchor that ran."""
@@ -33,6 +34,7 @@ class Scores(NamedTuple):
     entropy: Tensor
     diagnostics: MixtureDiagnostics | None
     anchor_states: AnchorStates | None
+    aux_loss: Tensor | None = None
 
 
 class FusedScorer:
@@ -58,6 +60,7 @@ class FusedScorer:
         diagnose: bool = False,
         anchor_states: AnchorStates | None = None,
         keep_anchor_states: bool = False,
+        compute_aux_loss: bool = False,
     ) -> Scores:
         """Scores of the labels other than -100, equal to those of `LogitMixForCausalLM.score` up to rounding.
 
@@ -67,6 +70,7 @@ class FusedScorer:
             anchor_states: the states that an earlier call returned for these tokens and labels; the anchors do not
                 run again.
             keep_anchor_states: return the anchors' states.
+            compute_aux_loss: return the load-balancing loss of the policy, a mixture of experts.
         """
         config = self.model.config
         resolved = resolve_weights(None, weights, len(config.members), config.scheme, config.weights)
@@ -75,10 +79,11 @@ class FusedScorer:
         names = [config.members[k] for k in active]
         targets_BT = labels[:, 1:]
         scored_BT = targets_BT != -100
+        aux_losses: list[Tensor] | None = [] if compute_aux_loss else None
         hidden = [
             torch.cat([states[name] for states in anchor_states]).to(labels.device, non_blocking=True)
             if name != "policy" and anchor_states is not None
-            else self._hidden_states(name, input_ids, attention_mask, scored_BT)
+            else self._hidden_states(name, input_ids, attention_mask, scored_BT, aux_losses)
             for name in names
         ]
         model_names = [config.model_of(name) for name in names]
@@ -115,19 +120,34 @@ class FusedScorer:
         if chunks:
             fields = (_scatter(torch.cat(parts), scored_BT) for parts in zip(*chunks, strict=True))
             diagnostics = MixtureDiagnostics(*fields)
-        return Scores(_scatter(log_probs_N, scored_BT), _scatter(entropy_N, scored_BT), diagnostics, kept)
+        log_probs_BT, entropy_BT = _scatter(log_probs_N, scored_BT), _scatter(entropy_N, scored_BT)
+        return Scores(log_probs_BT, entropy_BT, diagnostics, kept, aux_losses[0] if aux_losses else None)
 
-    def _hidden_states(self, name: str, input_ids: Tensor, attention_mask: Tensor, scored_BT: Tensor) -> Tensor:
-        """The last hidden states `[N, D]` of the member `name` at the tokens that predict a scored one."""
+    def _hidden_states(
+        self,
+        name: str,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        scored_BT: Tensor,
+        aux_losses: list[Tensor] | None = None,
+    ) -> Tensor:
+        """The last hidden states `[N, D]` of the member `name` at the tokens that predict a scored one.
+
+        The policy's load-balancing loss is appended to `aux_losses`, if given.
+        """
         needs_grad = torch.is_grad_enabled() and name == "policy"
+        needs_aux_loss = aux_losses is not None and name == "policy"
         with self.model.as_member(name) as member, torch.set_grad_enabled(needs_grad):
-            hidden_BTD = last_hidden_states(
+            output = run_decoder(
                 member,
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids_from_mask(attention_mask),
+                **(WITH_ROUTER_LOGITS if needs_aux_loss else {}),
             )
-        hidden_ND = hidden_BTD[:, :-1][scored_BT]
+            if aux_losses is not None and needs_aux_loss:
+                aux_losses.append(load_balancing_loss(member.config, output, attention_mask))
+        hidden_ND = output.last_hidden_state[:, :-1][scored_BT]
         device = hidden_ND.device.type
         if name != "policy" and torch.is_autocast_enabled(device):
             # the dtype in which a head would take them, kept or not: otherwise kept states would move the ratio off 1

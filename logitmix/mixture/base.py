@@ -149,13 +149,14 @@ class MixtureBase(PreTrainedModel):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         mix_before_head: bool = True,
+        policy_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> tuple[list[Tensor], Tensor, Cache | None, list[Any]]:
         """Run the members; return the arguments of `mix_logits`, the cache, and the outputs of the members that ran.
 
         The logits are those of each member over the shared vocabulary; a member of weight 0, which `mix_logits`
         ignores, does not run and is represented by the first active one's. With `mix_before_head`, members that share
-        a linear head instead give the mixture's own logits, with weight 1.
+        a linear head instead give the mixture's own logits, with weight 1. `policy_kwargs` go to the policy alone.
         """
         if input_ids is None or inputs_embeds is not None:
             raise ValueError("a mixture takes input_ids, not inputs_embeds: its members have different embeddings")
@@ -183,11 +184,12 @@ class MixtureBase(PreTrainedModel):
         head_transform = self._shared_linear_head(active) if mix_before_head else None
         outputs: dict[str, Any] = {}
         for name in active:
+            own = {"past_key_values": caches[name]} | ((policy_kwargs or {}) if name == "policy" else {})
             with self.as_member(name) as model, torch.set_grad_enabled(torch.is_grad_enabled() and name == "policy"):
                 if head_transform is not None:
-                    outputs[name] = model.get_decoder()(**inputs, past_key_values=caches[name])
+                    outputs[name] = model.get_decoder()(**inputs, **own)
                 else:
-                    outputs[name] = model(**inputs, past_key_values=caches[name], logits_to_keep=logits_to_keep)
+                    outputs[name] = model(**inputs, **own, logits_to_keep=logits_to_keep)
         V = self.config.vocab_size
         if head_transform is not None:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

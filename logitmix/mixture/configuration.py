@@ -173,6 +173,16 @@ class LogitMixConfig(PreTrainedConfig):
     def head_dim(self) -> int:
         return self._shared("head_dim")
 
+    # The policy's, from which TRL reads whether the loss has a load-balancing term; absent where the policy has none.
+
+    @property
+    def output_router_logits(self) -> bool:
+        return self._text_configs[0].output_router_logits
+
+    @property
+    def router_aux_loss_coef(self) -> float:
+        return self._text_configs[0].router_aux_loss_coef
+
     def _get_implementations(self, kind: Implementation) -> dict[str, str | None]:
         return {name: get_implementation(getattr(self, name), kind) for name in self.model_names}
 

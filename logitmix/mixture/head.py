@@ -52,10 +52,9 @@ class HeadTransform:
     softcap: float | None = None
 
 
-def last_hidden_states(member: PreTrainedModel, **inputs: Any) -> Tensor:
-    """The input `[B, T, D]` of the member's output head, given the `inputs` of the member's forward."""
-    hidden_BTD: Tensor = member.get_decoder()(**inputs, use_cache=False, return_dict=True).last_hidden_state
-    return hidden_BTD
+def run_decoder(member: PreTrainedModel, **inputs: Any) -> Any:
+    """The output of the member's decoder, whose `last_hidden_state` `[B, T, D]` is the input of the output head."""
+    return member.get_decoder()(**inputs, use_cache=False, return_dict=True)
 
 
 def read_head(member: PreTrainedModel, transform: HeadTransform) -> Head:

@@ -10,6 +10,7 @@ from logitmix.mixture.base import MixtureBase
 from logitmix.mixture.diagnostics import MixtureDiagnostics
 from logitmix.mixture.logprobs import mixture_log_probs
 from logitmix.mixture.padding import position_ids_from_mask
+from logitmix.mixture.router import WITH_ROUTER_LOGITS, load_balancing_loss
 
 
 def score_labels(
@@ -20,18 +21,20 @@ def score_labels(
     weights: Tensor,
     temperature: float = 1.0,
     diagnostics: list[MixtureDiagnostics] | None = None,
+    aux_losses: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each label under the mixture, and the mixture's entropy at it, both `[B, T - 1]`.
 
     Both are 0 where the label is -100. Each chunk of sequences appends its diagnostics to `diagnostics`, if given, for
-    the positions from the first label of the batch on.
+    the positions from the first label of the batch on. The policy's load-balancing loss is appended to `aux_losses`,
+    if given.
     """
     targets = labels[:, 1:]
     T, scored = targets.shape[1], (targets != -100).any(0).nonzero()
     keep = T - int(scored[0]) if len(scored) else 1
     # Mix the logits even of members that share a head: diagnostics need each member's, and the ratio of a score with
     # diagnostics to one without must be exactly 1, not 1 up to the rounding of another order of operations.
-    logits, weights, _, _ = model.run_members(
+    logits, weights, _, outputs = model.run_members(
         weights,
         input_ids,
         attention_mask,
@@ -39,7 +42,10 @@ def score_labels(
         use_cache=False,
         logits_to_keep=keep + 1,
         mix_before_head=False,
+        policy_kwargs=None if aux_losses is None else WITH_ROUTER_LOGITS,
     )
+    if aux_losses is not None:
+        aux_losses.append(load_balancing_loss(model.policy.config, outputs[0], attention_mask))
     targets = targets[:, T - keep :]
     scores = mixture_log_probs(
         [z[:, :-1] for z in logits], weights, targets.clamp(min=0), model.config.scheme, temperature, diagnostics
@@ -55,6 +61,7 @@ def score_and_diagnose_labels(
     labels: Tensor,
     weights: Tensor,
     temperature: float = 1.0,
+    aux_losses: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, MixtureDiagnostics]:
     """As `score_labels`, with the diagnostics of the same tokens: `[B, T - 1]`, and `kl_K` `[B, T - 1, K]`.
 
@@ -65,7 +72,7 @@ def score_and_diagnose_labels(
             f"weights are {weights.tolist()}; diagnostics need the logits of every member, so no weight may be 0"
         )
     chunks: list[MixtureDiagnostics] = []
-    scores = score_labels(model, input_ids, attention_mask, labels, weights, temperature, chunks)
+    scores = score_labels(model, input_ids, attention_mask, labels, weights, temperature, chunks, aux_losses)
     ignored = labels[:, 1:] == -100
     fields = []
     for parts in zip(*chunks, strict=True):

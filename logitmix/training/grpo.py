@@ -254,7 +254,7 @@ class LogitMixGRPOTrainer(PatchedGRPOTrainer):
         T = batch["completion_ids"].shape[1]
         labels = input_ids.masked_fill(attention_mask == 0, -100)
         labels[:, :-T] = -100
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {"compute_aux_loss": self.aux_loss_enabled}
         if torch.is_grad_enabled():
             options["diagnose"] = all(self.model.config.weights)
             if self.args.loss_head == "fused":
@@ -264,7 +264,9 @@ class LogitMixGRPOTrainer(PatchedGRPOTrainer):
             scores = model(
                 input_ids=input_ids, attention_mask=attention_mask, labels=labels, fused_lm_head=True, **options
             )
-        return TokenScores(scores.log_probs[:, -T:], scores.entropy[:, -T:], diagnostics=scores.diagnostics)
+        return TokenScores(
+            scores.log_probs[:, -T:], scores.entropy[:, -T:], scores.aux_loss, diagnostics=scores.diagnostics
+        )
 
     # --- the loss (eq. 6) ---------------------------------------------------------------------------------------
 

@@ -12,8 +12,10 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from logitmix.loss_head import Coefficients, clipped_coefficients
 from logitmix.loss_head.scorer import AnchorStates, FusedScorer
+from logitmix.mixture.configuration import resolve_weights
 from logitmix.mixture.diagnostics import MixtureDiagnostics
 from logitmix.mixture.modeling import LogitMixForCausalLM
+from logitmix.mixture.scoring import score_and_diagnose_labels, score_labels
 from logitmix.training.batch import Batch, own_tokens
 from logitmix.training.config import LogitMixGRPOConfig
 from logitmix.training.trl_patches import PatchedGRPOTrainer, install_scoring_forward
@@ -57,12 +59,21 @@ class MixtureScorer:
         diagnose: bool = False,
         anchor_states: AnchorStates | None = None,
         keep_anchor_states: bool = False,
+        compute_aux_loss: bool = False,
     ) -> MixtureScores:
         """Log-probabilities and entropies of the labels other than -100, `[B, T - 1]`; see `FusedScorer`."""
-        inputs = (input_ids, attention_mask, labels, self.args.temperature)
         if self._fused is not None:
             scores = self._fused(
-                *inputs, weights, coefficients, diagnose, anchor_states, keep_anchor_states=keep_anchor_states
+                input_ids,
+                attention_mask,
+                labels,
+                self.args.temperature,
+                weights,
+                coefficients,
+                diagnose,
+                anchor_states,
+                keep_anchor_states=keep_anchor_states,
+                compute_aux_loss=compute_aux_loss,
             )
             kept = None if scores.anchor_states is None else KeptStates(self._stored(scores.anchor_states))
             return MixtureScores(
@@ -70,12 +81,23 @@ class MixtureScorer:
                 entropy=scores.entropy,
                 diagnostics=scores.diagnostics,
                 anchor_states=kept,
+                aux_loss=scores.aux_loss,
             )
+        config = self.model.config
+        resolved = resolve_weights(None, weights, len(config.members), config.scheme, config.weights)
+        arguments = (self.model, input_ids, attention_mask, labels, resolved, self.args.temperature)
+        aux_losses: list[Tensor] | None = [] if compute_aux_loss else None
+        diagnostics = None
         if diagnose:
-            log_probs, entropy, diagnostics = self.model.score_and_diagnose(*inputs)
-            return MixtureScores(log_probs=log_probs, entropy=entropy, diagnostics=diagnostics)
-        log_probs, entropy = self.model.score(*inputs, weights=weights)
-        return MixtureScores(log_probs=log_probs, entropy=entropy)
+            log_probs, entropy, diagnostics = score_and_diagnose_labels(*arguments, aux_losses=aux_losses)
+        else:
+            log_probs, entropy = score_labels(*arguments, aux_losses=aux_losses)
+        return MixtureScores(
+            log_probs=log_probs,
+            entropy=entropy,
+            diagnostics=diagnostics,
+            aux_loss=aux_losses[0] if aux_losses else None,
+        )
 
     def _stored(self, states: AnchorStates) -> AnchorStates:
         if self.args.anchor_states != "offload":

@@ -6,7 +6,7 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from logitmix.mixture.head import HeadTransform, infer_head_transform, last_hidden_states, read_head, run_inside_heads
+from logitmix.mixture.head import HeadTransform, infer_head_transform, read_head, run_decoder, run_inside_heads
 from tests.helpers.members import tiny_member
 
 SMALL = {
@@ -75,7 +75,7 @@ def test_hidden_states_and_head_give_the_members_own_logits(name):
     ids = torch.arange(1, 13).view(2, 6)
     mask = torch.ones_like(ids)
     own = model(input_ids=ids, attention_mask=mask).logits
-    ours = read_head(model, transform).logits(last_hidden_states(model, input_ids=ids, attention_mask=mask))
+    ours = read_head(model, transform).logits(run_decoder(model, input_ids=ids, attention_mask=mask).last_hidden_state)
     torch.testing.assert_close(ours, own.to(ours), rtol=1e-5, atol=1e-5)
 
 
@@ -161,7 +161,7 @@ def test_adapters_in_the_layers_are_part_of_the_hidden_states():
     config = LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     model = inject_adapter_in_model(config, tiny_member("qwen2"))
     ids = torch.arange(1, 13).view(2, 6)
-    ours = read_head(model, infer_head_transform(model)).logits(last_hidden_states(model, input_ids=ids))
+    ours = read_head(model, infer_head_transform(model)).logits(run_decoder(model, input_ids=ids).last_hidden_state)
     torch.testing.assert_close(ours, model(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
 
 
