@@ -1,5 +1,6 @@
 """The configuration of a mixture: its members' configurations, their weights and the scheme."""
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import field
 from typing import Any, ClassVar
@@ -239,6 +240,20 @@ def resolve_weights(
             raise ValueError(f"{num_members} members have no default weights; pass {num_members} weights")
         weights = alpha_to_weights(0.5)
     return validate_weights(weights, num_members, scheme)
+
+
+def validate_can_be_loaded(config: LogitMixConfig) -> None:
+    """Raise `ValueError` where a member's configuration, as it is saved, cannot be read again."""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            config.save_pretrained(folder)
+            LogitMixConfig.from_pretrained(folder)
+    except (ValueError, TypeError, AttributeError, LookupError) as error:
+        types = ", ".join(getattr(config, name).model_type for name in config.model_names)
+        raise ValueError(
+            f"transformers {transformers.__version__} cannot read the members' configurations ({types}) as they are "
+            f"saved, so a saved mixture could not be loaded ({' '.join(str(error).split())}); use another architecture"
+        ) from error
 
 
 def _config_from_dict(values: dict[str, Any]) -> PreTrainedConfig:

@@ -25,7 +25,7 @@ from transformers.utils import can_return_tuple
 
 from logitmix.mixture.adapters import ADAPTER_WEIGHTS, NO_ADAPTER, Adapters, adapter_config_from_dict, add_adapter
 from logitmix.mixture.base import MixtureBase, concatenate_outputs
-from logitmix.mixture.configuration import Alpha, LogitMixConfig, resolve_weights
+from logitmix.mixture.configuration import Alpha, LogitMixConfig, resolve_weights, validate_can_be_loaded
 from logitmix.mixture.diagnostics import MixtureDiagnostics
 from logitmix.mixture.export import export_member
 from logitmix.mixture.loading import Member, load_members, load_tokenizer
@@ -127,6 +127,7 @@ class LogitMixForCausalLM(MixtureBase, MixtureGenerationMixin):
         config = LogitMixConfig.from_member_configs(
             [member.config for member in members], resolved, scheme, adapters, dtype=members[0].dtype
         )
+        validate_can_be_loaded(config)
         model = cls(config, members)
         model.tokenizer = tokenizer
         if members[0].generation_config is not None:

@@ -32,6 +32,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from logitmix.mixture.generation import GREEDY, generate_completions, get_eos_token_ids
 from logitmix.mixture.modeling import LogitMixForCausalLM
+from logitmix.mixture.router import has_load_balancing_loss
 from logitmix.training.alpha.callback import AlphaControl, validate_alpha_controller
 from logitmix.training.alpha.validation import FreshQuestions, validation_questions
 from logitmix.training.batch import Batch, TokenScores, own_tokens
@@ -101,6 +102,8 @@ class LogitMixGRPOTrainer(PatchedGRPOTrainer):
         if is_mixture:
             self.beta = args.beta
             self.ref_model = self._score_anchor if args.beta != 0 else None
+            if self.aux_loss_enabled:
+                self.aux_loss_enabled = has_load_balancing_loss(model.policy)
         validate_train_size(self)
         validate_prompts_fit(self, self.train_dataset)
         validate_prompts_fit(self, validation_dataset, "validation prompt")

@@ -72,6 +72,7 @@ class PatchedGRPOTrainer(_PatchedTRLTrainer, GRPOTrainer):
     RUNNING_TOTALS = (*PatchedSFTTrainer.RUNNING_TOTALS, "_step")
     _tag_names = ("trl", "grpo", "logitmix")  # of the model card
     monitor: Monitor
+    aux_loss_enabled: bool  # whether TRL adds the load-balancing loss of a mixture of experts
     _last_loaded_step: int  # the step whose weights vLLM has
 
     # --- what a subclass overrides ------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """What a mixture of each causal architecture does, and the page docs/architectures.md that says so.
 
-    python -m tests.helpers.architecture_sweep   # from the root of the repository: writes the page
+python -m tests.helpers.architecture_sweep   # from the root of the repository: writes the page
 """
 
 import tempfile
@@ -27,6 +27,8 @@ def outcome(model_type: str) -> str:
     if model_type in NOT_TRIED:
         return f"not tried: {NOT_TRIED[model_type]}"
     policy, anchor = tiny_causal_model(model_type), tiny_causal_model(model_type, seed=1)
+    with torch.no_grad():
+        policy(input_ids=torch.tensor([_LONG]))  # otherwise the miniature would be at fault
     try:
         model = LogitMixForCausalLM.from_members(policy, anchor, alpha=0.4)
     except ValueError as error:
@@ -112,8 +114,8 @@ A member of a mixture can be any causal language model of transformers that pass
 - its logits at a token do not depend on later tokens.
 
 Each model type of `MODEL_FOR_CAUSAL_LM_MAPPING` in transformers {version("transformers")} is built in miniature and
-mixed with another of its kind. The mixture then generates, with and without a KV cache and padding, is saved and loaded
-(every weight and buffer must be equal bit for bit), and trains for two GRPO steps with each loss head. Of
+mixed with another of its kind. The mixture then generates, with and without a KV cache and padding, is saved and
+loaded (every weight and buffer must be equal bit for bit), and trains for two GRPO steps with each loss head. Of
 {len(results)} model types {counts["works"]} work, {counts["refused"]} are refused in the sentence below, and
 {counts["not tried"]} are not tried. `tests/training/test_architectures.py` fails where a row is wrong;
 `python -m tests.helpers.architecture_sweep` writes the page again.
