@@ -209,8 +209,8 @@ class LogitMixConfig(PreTrainedConfig):
     def layer_types(self) -> list[str]:
         return [name for config in self._text_configs for name in get_layer_types_and_kwargs(config)[0]]
 
-    def validate_layer_type(self) -> None:
-        """Each member's configuration validates its own: some allow types that this method does not (Nemotron-H)."""
+    def validate(self) -> None:
+        """Each member's configuration validates its own, by rules of its own: Nemotron-H has other types of layers."""
 
     @property
     def per_layer_config(self) -> list[PreTrainedConfig]:  # type: ignore[override]
