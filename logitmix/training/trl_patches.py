@@ -4,8 +4,6 @@
 
 | TRL 1.16 | here | |
 |---|---|---|
-| `_tokenize_prompts` | `check_prompts` | the prompts of an outer step, as token ids |
-| `_generate_single_turn` | `sample` | completions of prompts |
 | `_calculate_rewards` | `compute_rewards` | rewards `[N, F]` of all processes |
 | `_generate_and_score_completions` | `make_batch` | the batch of an outer step |
 | `_get_per_token_logps_and_entropies` | `score_tokens` | log-probabilities without gradients |
@@ -28,18 +26,15 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from trl import GRPOTrainer, SFTTrainer
-from trl.data_utils import is_conversational
-from trl.models import unwrap_model_for_generation
+from transformers import PreTrainedTokenizerBase
+from trl import SFTTrainer
 from trl.trainer import grpo_trainer
 
-from logitmix.mixture.tokenizers import chat_template_errors, validate_chat_template
 from logitmix.training.batch import Batch, TokenScores
 from logitmix.training.checkpointing.resume import State, by_epoch
-from logitmix.training.fsdp import gathered_weights
 from logitmix.training.model_card import NamesLocalModels
-from logitmix.training.transformers_patches import PatchedTrainer, generate_without_fsdp_hooks
+from logitmix.training.rollouts.trl_patches import PatchedRollouts
+from logitmix.training.transformers_patches import PatchedTrainer
 
 if TYPE_CHECKING:
     from logitmix.training.monitoring.monitor import Monitor
@@ -66,23 +61,15 @@ class PatchedSFTTrainer(_PatchedTRLTrainer, SFTTrainer):
     RUNNING_TOTALS = (*PatchedTrainer.RUNNING_TOTALS, "_total_train_tokens")
 
 
-class PatchedGRPOTrainer(_PatchedTRLTrainer, GRPOTrainer):
+class PatchedGRPOTrainer(_PatchedTRLTrainer, PatchedRollouts):
     """TRL's `GRPOTrainer` with exact resume, monitoring, and public names for what a subclass overrides."""
 
     RUNNING_TOTALS = (*PatchedSFTTrainer.RUNNING_TOTALS, "_step")
     _tag_names = ("trl", "grpo", "logitmix")  # of the model card
     monitor: Monitor
     aux_loss_enabled: bool  # whether TRL adds the load-balancing loss of a mixture of experts
-    _last_loaded_step: int  # the step whose weights vLLM has
 
     # --- what a subclass overrides ------------------------------------------------------------------------------
-
-    def check_prompts(self, prompt_ids: list[list[int]]) -> None:
-        """Called with the prompts of an outer step before anything is sampled."""
-
-    def sample(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> tuple[list[list[int]], Any]:
-        """A completion of each prompt, as token ids, and the sampler's log-probabilities or None."""
-        return super()._generate_single_turn(prompt_ids, *args, **kwargs)
 
     def compute_rewards(self, rows: Any, prompts: list, completions: list, completion_ids: list) -> Tensor:
         """The rewards `[N, F]` of this process's completions, gathered from all processes."""
@@ -132,23 +119,6 @@ class PatchedGRPOTrainer(_PatchedTRLTrainer, GRPOTrainer):
     _in_loss = False
 
     # --- TRL's private methods, routed to the names above -------------------------------------------------------
-
-    def _tokenize_prompts(self, prompts: list) -> tuple:
-        tokenized = self._tokenized(prompts)
-        self.check_prompts(tokenized[0])
-        return tokenized
-
-    def _tokenized(self, prompts: list) -> tuple:
-        """As TRL's, with one sentence for a chat template that fails, or leaves out the messages' texts."""
-        is_text = is_conversational({"prompt": prompts[0]}) and isinstance(prompts[0][0]["content"], str)
-        if is_text and not self._is_vlm:
-            validate_chat_template(self._tokenizer)
-        with chat_template_errors(self._tokenizer):
-            tokenized: tuple = super()._tokenize_prompts(prompts)
-        return tokenized
-
-    def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> tuple[list[list[int]], Any]:
-        return self.sample(prompt_ids, *args, **kwargs)
 
     def _calculate_rewards(self, inputs: Any, prompts: list, completions: list, completion_ids_list: list) -> Tensor:
         self._rewards_NF = self.compute_rewards(inputs, prompts, completions, completion_ids_list)
@@ -212,11 +182,6 @@ class PatchedGRPOTrainer(_PatchedTRLTrainer, GRPOTrainer):
         """Whether the loss has a term in the entropy, of a fixed or an adaptive coefficient."""
         return self._entropy_bonus_enabled
 
-    def tokenize_prompts(self, prompts: list) -> list[list[int]]:
-        """The ids of each prompt, as rollouts use them."""
-        prompt_ids: list[list[int]] = self._tokenized(prompts)[0]
-        return prompt_ids
-
     def unlogged_rewards(self, rows: Any, prompts: list, completions: list, completion_ids: list) -> Tensor:
         """Rewards `[N, F]` of completions that are not rollouts: what the reward functions log is dropped."""
         rewards_NF = self._calculate_rewards(rows, prompts, completions, completion_ids)
@@ -233,12 +198,6 @@ class PatchedGRPOTrainer(_PatchedTRLTrainer, GRPOTrainer):
     def completion_log(self) -> Mapping[str, Any]:
         """The last outer step's prompts, completions, rewards by function, and advantages, as TRL logs them."""
         return self._logs
-
-    def sync_stale_vllm_weights(self) -> None:
-        """Push the weights into vLLM where an update came after the last push."""
-        if self.state.global_step != self._last_loaded_step:
-            self.vllm_generation.sync_weights()
-            self._last_loaded_step = self.state.global_step
 
     def rollout_states(self) -> dict[str, State]:
         """Rollouts still in use and the log of completions, which a checkpoint of TRL's trainer leaves out."""
@@ -266,30 +225,6 @@ class PatchedGRPOTrainer(_PatchedTRLTrainer, GRPOTrainer):
                     self._logs[name][key].extend(rows)
             else:
                 self._logs[name].extend(column)
-
-    @contextmanager
-    def generation_model(self) -> Iterator[PreTrainedModel]:
-        """The model to generate with; sharded weights are gathered once, unless `ds3_gather_for_generation` is False.
-
-        All processes enter together. Inside, each may generate as much as it likes; with the flag off every forward
-        pass gathers, and all processes must take equally many.
-        """
-        gather = self.args.ds3_gather_for_generation
-        with (
-            unwrap_model_for_generation(
-                self.model_wrapped,
-                self.accelerator,
-                gather_deepspeed3_params=gather,
-                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
-            ) as model,
-            self._dist.summon_full_params(self.model_wrapped, recurse=False),
-        ):
-            plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-            if plugin is None or not gather:
-                yield model
-                return
-            with gathered_weights(model, plugin.reshard_after_forward), generate_without_fsdp_hooks(model):
-                yield model
 
 
 @contextmanager
