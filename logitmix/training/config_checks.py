@@ -19,7 +19,6 @@ from logitmix.training.config import (
     DynamicSampling,
     LogitMixGRPOConfig,
     LossHead,
-    validate_alpha,
 )
 from logitmix.training.option_readers import validate_options_are_read
 from logitmix.training.option_types import set_types
@@ -87,7 +86,6 @@ def validate_options(args: LogitMixGRPOConfig) -> None:
             "out one of them"
         )
     validate_choices(args)
-    validate_alpha(args)
     validate_numbers(args)
     validate_options_are_read(args)
     validate_sampling_is_scored(args)

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from logitmix.training.monitoring.monitor import Monitor
 
 
-class _PatchedTRLTrainer(PatchedTrainer, NamesLocalModels):
+class _PatchedTRLTrainer(NamesLocalModels, PatchedTrainer):
     """What both of TRL's trainers have."""
 
     _metrics: dict[str, defaultdict[str, list[float]]]
