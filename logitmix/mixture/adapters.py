@@ -15,11 +15,18 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftType, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer, cast_adapter_dtype
 from peft.utils import AuxiliaryTrainingWrapper, set_peft_model_state_dict
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import find_adapter_config_file
 
-from logitmix.mixture.opening import describe, open_adapter, probe, read_adapter_weights, validate_adapter_loaded
+from logitmix.mixture.opening import (
+    describe,
+    first_line,
+    open_adapter,
+    probe,
+    read_adapter_weights,
+    validate_adapter_loaded,
+)
 from logitmix.mixture.peft_patches import set_active_adapters
 from logitmix.mixture.transformers_patches import mark_adapters_loaded, mark_initialized
 
@@ -48,7 +55,13 @@ def read_adapter_config(source: str) -> LoraConfig | None:
         return None
     if found is None:
         return None
-    config = PeftConfig.from_pretrained(source)
+    try:
+        config = PeftConfig.from_pretrained(source)
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        raise ValueError(
+            f"the adapter_config.json of {source!r} cannot be read ({type(error).__name__}: {first_line(error)}); "
+            "correct it, or save the adapter again"
+        ) from error
     validate_adapter_config(config, f"the adapter {source!r}")
     if not config.base_model_name_or_path:
         raise ValueError(
@@ -158,10 +171,7 @@ def merge_adapter(model: PreTrainedModel, source: str, is_anchor: bool = False) 
     adapted = open_adapter(model, source).eval()
     with adapted.disable_adapter():
         logits = probe(adapted)
-    if torch.equal(logits, probe(adapted)):
-        if is_anchor:
-            raise _without_effect(source)
-        warnings.warn(str(_without_effect(source)), stacklevel=2)
+    _validate_effect(logits, probe(adapted), source, is_anchor)
     merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
     merged.name_or_path = source
     merged.requires_grad_(True)  # PEFT froze it
@@ -217,20 +227,26 @@ class Adapters:
 
     @torch.no_grad()
     def validate_adapter_effect(self, name: str, source: str) -> None:
-        """Raise `ValueError` if the adapter of the member `name` does not change the model's logits."""
-        logits = []
-        for member in (name, NO_ADAPTER):
-            with self.as_member(member, then="policy"):
-                logits.append(probe(self.model))
-        if torch.equal(*logits):
-            raise _without_effect(source)
+        """Raise `ValueError` if the adapter of the member `name` does not change the model's logits.
+
+        An adapter without effect is only warned about as the policy, which may start from an untrained one.
+        """
+        with self.as_member(NO_ADAPTER, then="policy"):
+            base_logits = probe(self.model)
+        with self.as_member(name, then="policy"):
+            logits = probe(self.model)
+        _validate_effect(base_logits, logits, source, is_anchor=name != "policy")
 
 
-def _without_effect(source: str) -> ValueError:
-    return ValueError(
-        f"the adapter {source!r} does not change the base's logits, as an untrained adapter does not; pass a trained "
-        "adapter, or the base itself"
-    )
+def _validate_effect(base_logits: Tensor, logits: Tensor, source: str, is_anchor: bool) -> None:
+    if torch.equal(base_logits, logits):
+        message = (
+            f"the adapter {source!r} does not change the base's logits, as an untrained adapter does not; pass a "
+            "trained adapter, or the base itself"
+        )
+        if is_anchor:
+            raise ValueError(message)
+        warnings.warn(message, stacklevel=3)
 
 
 def adapter_config_to_dict(config: LoraConfig) -> dict[str, Any]:

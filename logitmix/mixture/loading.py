@@ -83,8 +83,8 @@ def load_members(
         if peft_config is not None:
             validate_adapter_targets(policy, peft_config)
         adapters["policy"] = add_adapter(policy, "policy", saved[0] or copy.deepcopy(peft_config), folder)
-    for name, path in zip(names[1:], paths[1:], strict=True):
-        if adapters.get(name, NO_ADAPTER) != NO_ADAPTER:
+    for name, path, config in zip(names, paths, saved, strict=True):
+        if config is not None and adapters.get(name, NO_ADAPTER) != NO_ADAPTER:
             Adapters(policy, list(adapters)).validate_adapter_effect(name, path)
     _validate_members(members, tokenizer)
     ends = [end for member in members for end in declared_ends(member)]

@@ -4,6 +4,7 @@ transformers and PEFT only warn where a file lacks weights, and leave these at r
 docs/mixture.md lists what is checked.
 """
 
+import json
 import os
 import pickle
 import warnings
@@ -12,14 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import PeftConfig, PeftModel
 from peft.utils import load_peft_weights
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-# What reading a damaged file raises, besides OSError and ValueError
-_UNREADABLE = (SafetensorError, RuntimeError, LookupError, EOFError, pickle.UnpicklingError)
+# What reading a damaged file raises, besides OSError; other errors of the kind ValueError have a cause of their own
+_UNREADABLE = (
+    *(SafetensorError, RuntimeError, LookupError, EOFError, pickle.UnpicklingError),
+    *(json.JSONDecodeError, UnicodeDecodeError),
+)
 _PROBE_TOKENS = 8
 _GIT_LFS = b"version https://git-lfs.github.com/spec"
 _WRAPPERS = {
@@ -46,7 +51,13 @@ def open_model(source: str, **kwargs: Any) -> PreTrainedModel:
         model, info = AutoModelForCausalLM.from_pretrained(
             source, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
+    except StrictDataclassError as error:
+        raise ValueError(
+            f"the config.json of {source!r} contradicts itself ({' '.join(str(error).split())}); correct it"
+        ) from error
     except OSError as error:
+        if os.path.isdir(source):
+            raise _unreadable(source, error) from error
         raise ValueError(
             f"no model at {source!r}: it is neither a folder with a config.json and weights nor the id of a model "
             f"that the hub could provide ({first_line(error)})"
@@ -54,10 +65,7 @@ def open_model(source: str, **kwargs: Any) -> PreTrainedModel:
     except torch.OutOfMemoryError:
         raise
     except _UNREADABLE as error:
-        raise ValueError(
-            f"the weights at {source!r} cannot be read ({type(error).__name__}: {first_line(error)}); copy or "
-            "download them again"
-        ) from error
+        raise _unreadable(source, error) from error
     validate_loaded(info, source)
     return model
 
@@ -119,7 +127,10 @@ def open_adapter(base: PreTrainedModel, source: str, is_trainable: bool = False)
 
 
 def read_adapter_weights(source: str) -> dict[str, Tensor]:
-    """The weights in the file of an adapter, by their names there. Raises `ValueError` if it cannot be read."""
+    """The weights in the file of an adapter, by their names there.
+
+    Raises `ValueError` if the file cannot be read, or holds a weight that is not finite.
+    """
     if os.path.isdir(source):
         validate_files(source, "adapter_model.*")
     try:
@@ -129,6 +140,12 @@ def read_adapter_weights(source: str) -> dict[str, Tensor]:
             f"the adapter {source!r} cannot be read ({type(error).__name__}: {first_line(error)}); copy or download "
             "it again"
         ) from error
+    broken = sorted(name for name, weight in weights.items() if not weight.isfinite().all())
+    if broken:
+        raise ValueError(
+            f"{len(broken)} weights of the adapter {source!r} are not finite, {broken[0]!r} first: its training "
+            "diverged, or the file is damaged; use an earlier checkpoint"
+        )
     return weights
 
 
@@ -149,6 +166,13 @@ def probe(model: PreTrainedModel | PeftModel) -> Tensor:
     ids = torch.arange(1, 1 + _PROBE_TOKENS, device=model.device).unsqueeze(0)
     logits: Tensor = model(input_ids=ids, use_cache=False).logits
     return logits
+
+
+def _unreadable(source: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"the model at {source!r} cannot be read ({type(error).__name__}: {first_line(error)}); copy or download it "
+        "again"
+    )
 
 
 def describe(model: nn.Module) -> str:

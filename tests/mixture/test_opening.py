@@ -112,8 +112,8 @@ def test_tied_weights_may_be_missing(tmp_path):
     [
         ("model.safetensors", b"", "model.safetensors' is empty"),
         ("model.safetensors", LFS, "model.safetensors' is a pointer of Git LFS.*git lfs pull"),
-        ("model.safetensors", 3000, r"weights at .* cannot be read \(SafetensorError: .*copy or download"),
-        ("pytorch_model.bin", b"no pickle", r"weights at .* cannot be read"),
+        ("model.safetensors", 3000, r"the model at .* cannot be read \(SafetensorError: .*copy or download"),
+        ("pytorch_model.bin", b"no pickle", r"the model at .* cannot be read"),
         ("config.json", b"", "not a valid JSON"),
         ("tokenizer.json", b"", "tokenizer.json' is empty"),
         ("tokenizer.json", LFS, "tokenizer.json' is a pointer of Git LFS"),
@@ -192,6 +192,46 @@ def test_an_untrained_adapter_is_refused_as_an_anchor_and_warned_about_alone(tmp
         LogitMixForCausalLM.from_members(model, untrained)
     with pytest.warns(UserWarning, match="does not change the base's logits"):
         load_member(str(untrained))
+
+
+def test_an_untrained_adapter_is_warned_about_as_the_policy(tmp_path, model):
+    adapter = save_adapter(tmp_path / "untrained", model, init_lora_weights=True)
+    with pytest.warns(UserWarning, match="does not change the base's logits"):
+        LogitMixForCausalLM.from_members(adapter, model)
+
+
+def test_an_adapter_of_nan_is_refused_on_every_way_in(model, adapter):
+    edit(adapter, lambda weights: {name: w * float("nan") for name, w in weights.items()}, "adapter_model.safetensors")
+    new = LoraConfig(r=4, target_modules=["q_proj"])
+    for members, config in (((model, adapter), None), ((adapter, model), None), ((model, adapter), new)):
+        with pytest.raises(ValueError, match=r"4 weights of the adapter .* are not finite"):
+            LogitMixForCausalLM.from_members(*members, peft_config=config)
+
+
+@pytest.mark.parametrize("text", ["", "{", LFS.decode(), '{"peft_type": "UNKNOWN"}', "[]"])
+def test_an_adapter_whose_configuration_cannot_be_read_is_refused(model, adapter, text):
+    (adapter / "adapter_config.json").write_text(text)
+    for load in (lambda: load_member(str(adapter)), lambda: LogitMixForCausalLM.from_members(model, adapter)):
+        with pytest.raises(ValueError, match=r"the adapter_config.json of '.*adapter' cannot be read"):
+            load()
+
+
+@pytest.mark.parametrize("damage", ["no shard", "empty index", "cut index"])
+def test_a_damaged_model_of_several_files_is_refused(tmp_path, damage):
+    tiny_member().save_pretrained(tmp_path, max_shard_size="20KB")
+    if damage == "no shard":
+        min(tmp_path.glob("model-*.safetensors")).unlink()
+    else:
+        (tmp_path / "model.safetensors.index.json").write_text("" if damage == "empty index" else "{")
+    with pytest.raises(ValueError, match=r"the model at '.*' cannot be read"):
+        load_member(str(tmp_path))
+
+
+def test_a_configuration_that_contradicts_itself_is_refused(model):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    with pytest.raises(ValueError, match=r"the config.json of '.*model' contradicts itself .*num_hidden_layers"):
+        load_member(str(model))
 
 
 def test_members_with_other_chat_templates_are_warned_about(tmp_path, model):
