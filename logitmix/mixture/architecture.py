@@ -4,6 +4,8 @@ docs/architectures.md lists the outcome for every causal architecture of transfo
 """
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +66,7 @@ def _validate_forward(member: PreTrainedModel, cache: Cache) -> None:
     ids = torch.tensor(_PROBE, device=member.device)
     positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     devices = [member.device] if member.device.type == "cuda" else []
-    try:
+    with _errors_refuse(member):
         with gathered_parameters(member), torch.random.fork_rng(devices):  # dropout of a member in training mode
             logits_BTV = member(
                 input_ids=ids,
@@ -75,12 +77,6 @@ def _validate_forward(member: PreTrainedModel, cache: Cache) -> None:
                 return_dict=True,
             ).logits
         num_cached = int(cache.get_seq_length())
-    except torch.OutOfMemoryError:
-        raise
-    except (ValueError, TypeError, RuntimeError, AttributeError, LookupError, NotImplementedError) as error:
-        raise _refusal(
-            member, f"it cannot run with the KV cache that members share ({first_line(error)}); {_SUPPORTED}"
-        ) from error
     if num_cached != ids.shape[1]:
         raise _refusal(
             member,
@@ -107,7 +103,7 @@ def _padded_logits(member: PreTrainedModel, ids: Tensor) -> Tensor:
     """The logits of the last token, decoded after the others of a sequence that is padded on the left."""
     padded, mask = nn.functional.pad(ids, (2, 0)), nn.functional.pad(torch.ones_like(ids), (2, 0))
     positions, cache, last = position_ids_from_mask(mask), _new_cache(member), padded.shape[1] - 1
-    with gathered_parameters(member):
+    with _errors_refuse(member), gathered_parameters(member):
         for tokens in (slice(0, last), slice(last, None)):
             output = member(
                 input_ids=padded[:, tokens],
@@ -119,6 +115,19 @@ def _padded_logits(member: PreTrainedModel, ids: Tensor) -> Tensor:
             )
     logits: Tensor = output.logits
     return logits
+
+
+@contextmanager
+def _errors_refuse(member: PreTrainedModel) -> Iterator[None]:
+    """Turn whatever a forward pass raises, except for a lack of memory, into a refusal."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, TypeError, RuntimeError, AttributeError, LookupError) as error:
+        raise _refusal(
+            member, f"it cannot run with the KV cache that members share ({first_line(error)}); {_SUPPORTED}"
+        ) from error
 
 
 def _new_cache(member: PreTrainedModel) -> Cache:
