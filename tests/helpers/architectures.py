@@ -61,7 +61,8 @@ _OWN: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
               "mamba_dt_rank": 4},
     **dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "olmo_hybrid"), _HYBRID),
-    "kimi_linear": _HYBRID | {"linear_num_heads": 2, "linear_head_dim": 8, "num_key_value_heads": 4, "qk_head_dim": 16},
+    "kimi_linear": _HYBRID | {"linear_num_heads": 2, "linear_head_dim": 8,
+                             "num_key_value_heads": 4, "qk_head_dim": 16},
     "qwen4_exp_text": {"layer_types": ["linear_attention", "indexed_attention"], "indexer_n_heads": 2,
                        "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 64,
                        "indexer_compress_ratio": 2},
@@ -123,5 +124,9 @@ NOT_TRIED = {
     "got_ocr2": "the sizes of its vision model are fixed, and large",
     "musicgen": "it needs a text encoder and an audio encoder",
     "musicgen_melody": "it needs a text encoder and an audio encoder",
+    **dict.fromkeys(
+        ("qwen4_exp", "qwen4_exp_text"),
+        "known to fail: its indexer raises an IndexError where a mixture decodes, and it is not yet refused at build",
+    ),
     "xlstm": "its kernels need matching sizes of heads and chunks",
 }
