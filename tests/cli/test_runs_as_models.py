@@ -38,7 +38,8 @@ EVAL = ["--task", "arithmetic", "--eval_limit", "6", "--max_new_tokens", "4"]
     ],
     ids=["eval", "complement", "export", "sweep", "inspect"],
 )
-def test_the_newest_checkpoint_is_used_and_named(interrupted, tmp_path, capsys, command):
+def test_the_newest_checkpoint_is_used_and_named(interrupted, tmp_path, capsys, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
     status = main(command(str(interrupted), str(tmp_path / "out")))
     shown = " ".join(capsys.readouterr().err.split())
     assert status == 0, shown
