@@ -31,7 +31,7 @@ def validate_architecture(member: PreTrainedModel) -> None:
     _validate_positions(member)
     if any(parameter.is_meta for parameter in member.parameters()):
         return
-    _validate_forward(member, _new_cache(member))
+    _validate_forward(member, _view(_new_cache(member)))
 
 
 def _validate_class(member: PreTrainedModel) -> None:
@@ -109,7 +109,7 @@ def _padded_logits(member: PreTrainedModel, ids: Tensor) -> Tensor:
                 input_ids=padded[:, tokens],
                 attention_mask=mask[:, : tokens.stop],
                 position_ids=positions[:, tokens],
-                past_key_values=cache,
+                past_key_values=_view(cache),
                 use_cache=True,
                 return_dict=True,
             )
@@ -131,7 +131,11 @@ def _errors_refuse(member: PreTrainedModel) -> Iterator[None]:
 
 
 def _new_cache(member: PreTrainedModel) -> Cache:
-    cache = DynamicCache(config=member.config.get_text_config(decoder=True))
+    return DynamicCache(config=member.config.get_text_config(decoder=True))
+
+
+def _view(cache: Cache) -> Cache:
+    """A member's view of the cache, which is another object in each step: what is not in its layers is lost."""
     view = member_caches(cache, [len(cache.layers)])[0]
     assert view is not None
     return view

@@ -124,9 +124,5 @@ NOT_TRIED = {
     "got_ocr2": "the sizes of its vision model are fixed, and large",
     "musicgen": "it needs a text encoder and an audio encoder",
     "musicgen_melody": "it needs a text encoder and an audio encoder",
-    **dict.fromkeys(
-        ("qwen4_exp", "qwen4_exp_text"),
-        "known to fail: its indexer raises an IndexError where a mixture decodes, and it is not yet refused at build",
-    ),
     "xlstm": "its kernels need matching sizes of heads and chunks",
 }
