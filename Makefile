@@ -3,13 +3,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-serving test-wheel docs lint
+.PHONY: quickstart test test-architectures test-serving test-wheel docs lint
 
 quickstart: .venv/installed
 	$(BIN)/logitmix quickstart
 
 test: lint
-	$(BIN)/python -m pytest --numprocesses 2
+	$(BIN)/python -m pytest --numprocesses 2 -m "not sweep"
+
+# Every causal architecture of the installed transformers, as docs/architectures.md lists them
+test-architectures: .venv/installed
+	$(BIN)/python -m pytest --numprocesses 2 -m sweep
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -11,13 +11,13 @@ from tests.helpers.architecture_sweep import PAGE, assert_same_tensors, outcome,
 from tests.helpers.architectures import MODEL_TYPES, tiny_causal_model
 from tests.helpers.members import tiny_member
 
-# The others are slow together
+# Those that `make test` tries; together the others take minutes
 _QUICK = {"bart", "falcon_h1", "gemma4_text", "llama", "mamba", "minimax", "qwen3", "qwen3_moe", "recurrent_gemma"}
 
 
 @pytest.mark.parametrize(
     "model_type",
-    [pytest.param(name, marks=[] if name in _QUICK else [pytest.mark.slow]) for name in MODEL_TYPES],
+    [pytest.param(name, marks=[] if name in _QUICK else [pytest.mark.sweep]) for name in MODEL_TYPES],
 )
 def test_the_page_says_what_a_mixture_of_each_architecture_does(model_type):
     assert row(model_type, outcome(model_type)) in PAGE.read_text().splitlines()
