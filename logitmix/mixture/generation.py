@@ -95,6 +95,18 @@ def get_eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     return list(dict.fromkeys(ends))
 
 
+def validate_stop_strings(tokenizer: PreTrainedTokenizerBase, stop_strings: Sequence[str]) -> None:
+    """Raise `ValueError` for a stop string that no tokens of the tokenizer spell, so that it would never be met."""
+    for stop in stop_strings:
+        try:
+            _stop_criterion(tokenizer, (stop,))
+        except ValueError as error:
+            raise ValueError(
+                f"the stop string {stop!r} would never be met: the tokenizer of {tokenizer.name_or_path!r} has no "
+                "tokens that spell it; choose another, or leave it out"
+            ) from error
+
+
 @contextmanager
 def default_generation_config(model: PreTrainedModel) -> Iterator[None]:
     """Replace the model's `generation_config` by the defaults of transformers within the context."""

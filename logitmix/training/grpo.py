@@ -91,7 +91,7 @@ class LogitMixGRPOTrainer(PatchedGRPOTrainer):
         validate_config(args, model, kwargs)
         validate_alpha_controller(args, model, validation_dataset, kwargs)
         kwargs["processing_class"] = prepare_tokenizer(
-            kwargs.get("processing_class"), model, source, args.trust_remote_code, reward_funcs
+            kwargs.get("processing_class"), model, source, args, reward_funcs
         )
         in_vllm = args.use_vllm and is_mixture
         with (

@@ -228,6 +228,11 @@ def test_a_stop_string_ends_a_rollout_and_stays_in_it(tmp_path):
     assert all(text.endswith("e") and text.count("e") == 1 for text in stopped)
 
 
+def test_a_stop_string_that_no_tokens_spell_is_refused_before_the_run(tmp_path):
+    with pytest.raises(ValueError, match=r"the stop string 'ä' would never be met"):
+        trainer_of(tmp_path, stop_strings=["e", "ä"])
+
+
 def test_completions_hold_no_padding_where_padding_is_eos():
     model, tokenizer = mixture(), character_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
