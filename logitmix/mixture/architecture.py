@@ -31,7 +31,8 @@ def validate_architecture(member: PreTrainedModel) -> None:
     _validate_positions(member)
     if any(parameter.is_meta for parameter in member.parameters()):
         return
-    _validate_forward(member, _view(_new_cache(member)))
+    with _evaluating(member):
+        _validate_forward(member, _view(_new_cache(member)))
 
 
 def _validate_class(member: PreTrainedModel) -> None:
@@ -65,9 +66,8 @@ def _validate_positions(member: PreTrainedModel) -> None:
 def _validate_forward(member: PreTrainedModel, cache: Cache) -> None:
     ids = torch.tensor(_PROBE, device=member.device)
     positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    devices = [member.device] if member.device.type == "cuda" else []
     with _errors_refuse(member):
-        with gathered_parameters(member), torch.random.fork_rng(devices):  # dropout of a member in training mode
+        with gathered_parameters(member):
             logits_BTV = member(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
@@ -82,8 +82,6 @@ def _validate_forward(member: PreTrainedModel, cache: Cache) -> None:
             member,
             f"it keeps {num_cached} of {ids.shape[1]} tokens in the KV cache that members share; {_SUPPORTED}",
         )
-    if member.training:  # dropout would make the logits differ
-        return
     if _differ(logits_BTV[0, :-1], logits_BTV[1, :-1]):
         raise _refusal(
             member,
@@ -115,6 +113,19 @@ def _padded_logits(member: PreTrainedModel, ids: Tensor) -> Tensor:
             )
     logits: Tensor = output.logits
     return logits
+
+
+@contextmanager
+def _evaluating(member: PreTrainedModel) -> Iterator[None]:
+    """Without dropout, which adapters have in training mode beside a base in evaluation mode."""
+    training = [module for module in member.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @contextmanager
