@@ -44,6 +44,6 @@ def test_empty_splits_have_no_near_duplicates():
 def test_thousands_of_problems_take_seconds():
     words = [f"w{n:04d}" for n in range(500)]
     problems = [Problem(" ".join(words[(n * k) % 500] for k in range(1, 40)), str(n)) for n in range(1, 6001)]
-    start = time.perf_counter()
+    start = time.process_time()
     near_duplicates(problems[:5500], problems[5500:])
-    assert time.perf_counter() - start < 20
+    assert time.process_time() - start < 20

@@ -137,9 +137,9 @@ HOSTILE = [
 
 @pytest.mark.parametrize("answer", HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_answers_are_wrong_with_an_error(answer):
-    start = time.perf_counter()
+    start = time.process_time()
     found = grade(f"</think> <answer>{answer}</answer>", "x+1", R1)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
     assert not found.answer_ok
     assert not found.lenient_ok
     assert found.error
