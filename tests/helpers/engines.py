@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
+from logitmix.mixture.generation import default_generation_config
 from tests.helpers.members import VOCAB_SIZE
 
 TOLERANCE = 5e-5  # nats, in float32: the log-probabilities are of magnitude 10
@@ -46,8 +47,10 @@ def generate(llm, prompts, params):
 
 
 def greedy_tokens(mixture, prompt, length, **weights):
-    """The tokens that transformers generates greedily from the mixture."""
-    ids = mixture.generate(torch.tensor([prompt]), max_new_tokens=length, do_sample=False, **weights)
+    """The tokens that transformers generates greedily from the mixture, past its end tokens unless they are given."""
+    settings = {"max_new_tokens": length, "do_sample": False, "eos_token_id": None}
+    with default_generation_config(mixture):
+        ids = mixture.generate(torch.tensor([prompt]), **settings | weights)
     return ids[0, len(prompt) :].tolist()
 
 

@@ -183,8 +183,8 @@ def test_a_stop_string_that_is_a_special_token_ends_a_rollout(tmp_path, monkeypa
     end = tokenizer.convert_tokens_to_ids("</answer>")
     mixture = build_mixture("qwen2", "llama")
     mixture.tokenizer = tokenizer
-    bias = {"logit_bias": {end: 100.0}}
-    trainer = trainer_in_vllm(tmp_path, mixture, stop_strings=["</answer>"], generation_kwargs=bias)
+    trainer = trainer_in_vllm(tmp_path, mixture, stop_strings=["</answer>"])
+    trainer.vllm_generation.generation_kwargs |= {"logit_bias": {end: 100.0}}  # the trainer itself refuses it
     completions, _ = trainer.sample(tokenizer(PROMPTS)["input_ids"], None, {}, 1)
     assert [list(completion) for completion in completions] == [[end]] * len(PROMPTS)
 

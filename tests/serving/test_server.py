@@ -110,7 +110,7 @@ def test_the_server_works_after_a_cancelled_request_and_after_being_killed(serve
     expected = greedy_tokens(mixture, PROMPT, 8)
     with pytest.raises(openai.APITimeoutError):
         client.with_options(timeout=0.05).completions.create(
-            model="mixture", prompt=PROMPT, max_tokens=110, n=8, extra_body={"ignore_eos": True, "alpha": 0.9}
+            model="mixture", prompt=PROMPT, max_tokens=110, n=64, extra_body={"ignore_eos": True, "alpha": 0.9}
         )
     assert complete(client).choices[0].token_ids == expected
     before = {path.name: path.read_bytes() for path in server.folder.iterdir()}
