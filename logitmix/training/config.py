@@ -14,7 +14,7 @@ from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.mixture.opening import open_adapter
 from logitmix.training.alpha.controllers import Controller
 from logitmix.training.init_kwargs import explained_init_kwargs, resolve_init_kwargs
-from logitmix.training.option_types import set_types
+from logitmix.training.resumable_config import ResumableConfig
 
 GROUP_LOSS = "group"
 LossHead = Literal["fused", "reference"]
@@ -23,7 +23,7 @@ DynamicSampling = Literal["off", "filter", "refill"]
 
 
 @dataclass
-class LogitMixGRPOConfig(GRPOConfig):
+class LogitMixGRPOConfig(ResumableConfig, GRPOConfig):
     """TRL's `GRPOConfig`, and the options of a mixture.
 
     Args:
@@ -55,8 +55,7 @@ class LogitMixGRPOConfig(GRPOConfig):
             members whose output head the fused one does not support.
         anchor_states: the anchors' last hidden states, once scoring has computed them: `"keep"` them for the updates,
             `"offload"` them to host memory until then, or `"recompute"` them. With `loss_head="fused"`.
-        resume_without_optimizer: resume from a checkpoint of `save_only_model`, with a new optimizer and schedule;
-            otherwise such a checkpoint is refused.
+        resume_without_optimizer: see `ResumableConfig`.
 
     A list-valued option may be given as its one element. Raises `ValueError` for a value of another type.
     """
@@ -114,14 +113,6 @@ class LogitMixGRPOConfig(GRPOConfig):
         default="keep",
         metadata={"help": "The anchors' hidden states: 'keep' from scoring, 'offload' to the host, or 'recompute'."},
     )
-    resume_without_optimizer: bool = field(
-        default=False,
-        metadata={"help": "Resume from a checkpoint of --save_only_model, with a new optimizer and schedule."},
-    )
-
-    def __post_init__(self) -> None:
-        set_types(self)
-        super().__post_init__()
 
 
 def validate_alpha(args: LogitMixGRPOConfig) -> None:

@@ -1,7 +1,7 @@
 """Supervised fine-tuning of an anchor, on demonstrations that are never truncated."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
@@ -10,28 +10,13 @@ from trl import SFTConfig
 
 from logitmix.mixture.tokenizers import chat_template_errors, leave_texts_open, validate_chat_template
 from logitmix.training.checkpointing.resume import Checkpointing
-from logitmix.training.option_types import set_types
+from logitmix.training.resumable_config import ResumableConfig
 from logitmix.training.trl_patches import PatchedSFTTrainer
 
 
 @dataclass
-class ResumableSFTConfig(SFTConfig):
-    """TRL's `SFTConfig`, and an option to resume.
-
-    Args:
-        resume_without_optimizer: as in `LogitMixGRPOConfig`.
-
-    Raises `ValueError` as `LogitMixGRPOConfig`.
-    """
-
-    resume_without_optimizer: bool = field(
-        default=False,
-        metadata={"help": "Resume from a checkpoint of --save_only_model, with a new optimizer and schedule."},
-    )
-
-    def __post_init__(self) -> None:
-        set_types(self)
-        super().__post_init__()
+class ResumableSFTConfig(ResumableConfig, SFTConfig):
+    """TRL's `SFTConfig`, with what `ResumableConfig` adds."""
 
 
 class ResumableSFTTrainer(PatchedSFTTrainer):

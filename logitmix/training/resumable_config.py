@@ -1,0 +1,28 @@
+"""What the configurations of SFT and of GRPO add to TRL's alike."""
+
+from dataclasses import dataclass, field
+
+from logitmix.training.option_types import set_types
+
+
+@dataclass
+class ResumableConfig:
+    """A mixin of TRL's configurations: an option to resume, and values of the types that their fields declare.
+
+    It is no `TrainingArguments` itself, whose defaults would then replace TRL's.
+
+    Args:
+        resume_without_optimizer: resume from a checkpoint that has none (`save_only_model`), with a new optimizer and
+            schedule. Otherwise such a checkpoint is refused.
+
+    Raises `ValueError` for a value of another type, as `option_types.typed` says.
+    """
+
+    resume_without_optimizer: bool = field(
+        default=False,
+        metadata={"help": "Resume from a checkpoint of --save_only_model, with a new optimizer and schedule."},
+    )
+
+    def __post_init__(self) -> None:
+        set_types(self)
+        super().__post_init__()  # type: ignore[misc]  # of TRL's configuration
