@@ -33,6 +33,7 @@ from logitmix.mixture.mixing import Scheme, Weights, mix_logits
 from logitmix.mixture.opening import validate_loaded
 from logitmix.mixture.scoring import score_and_diagnose_labels, score_labels
 from logitmix.mixture.tokenizers import declared_ends
+from logitmix.mixture.torch_patches import avoid_weight_copies
 from logitmix.mixture.transformers_patches import MixtureGenerationMixin, get_implementation
 
 
@@ -82,6 +83,7 @@ class LogitMixForCausalLM(MixtureBase, MixtureGenerationMixin):
             if name in config.model_names:
                 self.add_module(name, member)
                 setattr(config, name, member.config)
+                avoid_weight_copies(member)
         self.adapters = Adapters(self.policy, config.members) if config.adapters else None
         self._keep_in_fp32_modules_strict = set(ADAPTER_WEIGHTS if config.adapters else [])
         self.tokenizer: PreTrainedTokenizerBase | None = None

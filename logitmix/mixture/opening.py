@@ -20,6 +20,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from logitmix.mixture.torch_patches import avoid_weight_copies
+
 # What reading a damaged file raises, besides OSError; other errors of the kind ValueError have a cause of their own
 _UNREADABLE = (
     *(SafetensorError, RuntimeError, LookupError, EOFError, pickle.UnpicklingError),
@@ -67,6 +69,7 @@ def open_model(source: str, **kwargs: Any) -> PreTrainedModel:
     except _UNREADABLE as error:
         raise _unreadable(source, error) from error
     validate_loaded(info, source)
+    avoid_weight_copies(model)
     return model
 
 
