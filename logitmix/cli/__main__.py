@@ -6,8 +6,6 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from logitmix.cli.options.help import asks_for_help
-from logitmix.runs.console import quiet_libraries
 from logitmix.tasks.names import unknown_name
 
 VERBS = {
@@ -25,6 +23,15 @@ VERBS = {
     "reproduce": ("logitmix.cli.reproduce", "run every arm of the paper and check its claims"),
     "complement": ("logitmix.cli.complement", "compare two policies: what each gets right, together and alone"),
     "lm-eval": ("logitmix.cli.lm_eval", "run lm-evaluation-harness, with support for mixtures"),
+}
+
+# Read when the libraries are imported, which a command does only once it needs them; their progress bars would
+# interleave with those of `runs.console`
+LIBRARY_SETTINGS = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # transformers' as well
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
 }
 
 USAGE = "usage: logitmix VERB [flags]      (`logitmix VERB --help` lists the flags of a verb)\n\n" + "".join(
@@ -47,14 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb, *flags = argv
     if verb not in VERBS:
         return _fail(str(unknown_name("command", verb, VERBS)))
-    # read when transformers is imported
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name, value in LIBRARY_SETTINGS.items():
+        os.environ.setdefault(name, value)
     try:
-        module = importlib.import_module(VERBS[verb][0])
-        if not asks_for_help(flags):
-            quiet_libraries()
-        return module.main(flags) or 0
+        return importlib.import_module(VERBS[verb][0]).main(flags) or 0
     except (ValueError, OSError, FloatingPointError, ImportError) as error:
         return _fail(str(error))
     except RuntimeError as error:

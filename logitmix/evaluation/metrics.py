@@ -1,11 +1,15 @@
 """Rates of graded responses, with intervals, and pass@k. Pure functions."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from logitmix.evaluation.decode import Response
 from logitmix.evaluation.statistics import Estimate, paired_bootstrap, pass_at_k, wilson_estimate
+
+if TYPE_CHECKING:  # rates need no torch
+    from logitmix.evaluation.decode import Response
 
 
 @dataclass(frozen=True)

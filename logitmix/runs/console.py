@@ -1,15 +1,23 @@
-"""What a command shows while it runs: log lines and progress bars, on standard error."""
+"""What a command shows while it runs: log lines and progress, on standard error."""
+
+import threading
+from datetime import timedelta
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeRemainingColumn
 
 # Standard output is for a command's result
 console = Console(stderr=True)
+SECONDS_BETWEEN_LINES = 30.0
 
 
 def progress_bar() -> Progress:
-    """A bar with title, steps done, time left, and a field `info` for the latest numbers."""
-    return Progress(
+    """A bar with title, steps done, time left, and a field `info` for the latest numbers.
+
+    Where standard error is no terminal, and no bar can be redrawn, a line with the same every 30 seconds.
+    """
+    shows_bar = console.is_jupyter or (console.is_terminal and not console.is_dumb_terminal)
+    return (Progress if shows_bar else ProgressLines)(
         TextColumn("{task.description:<16}"),
         BarColumn(bar_width=10),
         MofNCompleteColumn(),
@@ -20,10 +28,35 @@ def progress_bar() -> Progress:
     )
 
 
-def quiet_libraries() -> None:
-    """Turn off the progress bars of transformers and datasets, which would interleave with `progress_bar`."""
-    import datasets
-    from transformers.utils import logging
+class ProgressLines(Progress):
+    """Progress in a log file: a line every 30 seconds, also while a step takes longer, and the bar at the end."""
 
-    datasets.disable_progress_bars()
-    logging.disable_progress_bar()
+    def start(self) -> None:
+        super().start()
+        self._stopped = threading.Event()
+        threading.Thread(target=self._print_lines, args=(self._stopped,), daemon=True).start()
+
+    def stop(self) -> None:
+        if self.live.is_started:
+            self._stopped.set()
+        super().stop()
+
+    def _print_lines(self, stopped: threading.Event) -> None:
+        while not stopped.wait(SECONDS_BETWEEN_LINES):
+            for task in self.tasks:
+                if not task.finished:
+                    self.console.print(_line(task), highlight=False, markup=False, soft_wrap=True)
+
+
+def _line(task: Task) -> str:
+    """`train on gsm8k: 12 of 200, 0:05:10 so far, 1:20:55 left, reward 0.31`."""
+    parts = [f"{task.completed:g} of {task.total or 0:g}", f"{_clock(task.elapsed)} so far"]
+    if task.time_remaining is not None:
+        parts.append(f"{_clock(task.time_remaining)} left")
+    if task.fields["info"]:
+        parts.append(task.fields["info"])
+    return f"{task.description}: {', '.join(parts)}"
+
+
+def _clock(seconds: float | None) -> str:
+    return str(timedelta(seconds=int(seconds or 0)))

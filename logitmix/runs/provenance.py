@@ -11,8 +11,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 PACKAGES = (
     *("logitmix", "torch", "transformers", "trl", "accelerate", "peft", "datasets", "tokenizers", "safetensors"),
     *("numpy", "math-verify"),
@@ -21,6 +19,8 @@ PACKAGES = (
 
 def provenance() -> dict[str, Any]:
     """Versions of Python and packages, platform, processor, devices, and the git commit of the working directory."""
+    import torch  # commands that only read runs need none of it
+
     return {
         "versions": {name: version(name) for name in PACKAGES},
         "python": platform.python_version(),

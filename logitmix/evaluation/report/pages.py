@@ -1,13 +1,16 @@
 """HTML pages, each one self-contained file. Jinja escapes everything that a model or a user wrote."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from logitmix.evaluation.inspect import NAMES, Inspection
+if TYPE_CHECKING:  # reports need no torch
+    from logitmix.evaluation.inspect import Inspection
 
 LEGEND = {
     "both": "the most probable token of policy and anchor",
@@ -25,7 +28,7 @@ def inspection_page(inspection: Inspection, question: str, policy: str, anchor: 
         question=question,
         policy=policy,
         anchor=anchor,
-        names=NAMES,
+        names=list(inspection.responses),
         legend=LEGEND,
         carried=inspection.carried(),
     )

@@ -1,19 +1,23 @@
 """Tables of evaluations in the terminal."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from logitmix.evaluation.complement import Complement
-from logitmix.evaluation.decode import Response
-from logitmix.evaluation.inspect import NAMES, Inspection
 from logitmix.evaluation.metrics import Rates, estimate, group_by, pass_rates, rates
 from logitmix.evaluation.report.pages import visible
 from logitmix.evaluation.statistics import Estimate
-from logitmix.evaluation.sweep import Choice
+
+if TYPE_CHECKING:  # reports need no torch
+    from logitmix.evaluation.complement import Complement
+    from logitmix.evaluation.decode import Response
+    from logitmix.evaluation.inspect import Inspection
+    from logitmix.evaluation.sweep import Choice
 
 RATE_COLUMNS = ("format %", "answer %", "lenient %", "cut %", "tokens")
 CARRIER_STYLES = {"both": "", "policy": "blue", "anchor": "yellow", "neither": "magenta"}
@@ -150,17 +154,17 @@ def print_inspection(inspection: Inspection) -> None:
         title=f"The mixture at alpha {inspection.alpha:g}, scheme {inspection.scheme}: probability of each token, %",
         title_justify="left",
     )
-    for column in ("token", *NAMES, "policy's first", "anchor's first", "carried by"):
-        table.add_column(column, justify="right" if column in NAMES else "left")
+    for column in ("token", *inspection.responses, "policy's first", "anchor's first", "carried by"):
+        table.add_column(column, justify="right" if column in inspection.responses else "left")
     for token in inspection.tokens:
-        probabilities = (percent(token.probabilities[name]) for name in NAMES)
+        probabilities = (percent(token.probabilities[name]) for name in inspection.responses)
         # Text, not str: a model's output may look like markup
         firsts = (Text(visible(token.top[name][0].text)) for name in ("policy", "anchor"))
         style = CARRIER_STYLES[token.carried_by]
         table.add_row(Text(visible(token.text), style), *probabilities, *firsts, Text(token.carried_by, style))
     console = Console()
     console.print(table)
-    for name in NAMES:
+    for name in inspection.responses:
         console.print(Text(f"{name} alone:" if name != "mixture" else "mixture:", "bold"))
         console.print(Text(inspection.responses[name]), soft_wrap=True)
     counts = ", ".join(f"{name} {count}" for name, count in inspection.carried().items())
