@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
@@ -90,6 +91,9 @@ def test_members_on_one_base_copy_no_weights(options):
 
 
 def test_a_loaded_model_copies_no_weights_once_it_is_frozen(tmp_path):
-    """As a merge of a sweep, or the base of an adapter."""
+    """As a merge of a sweep, and the base of an adapter that trains alone."""
     tiny_member().save_pretrained(tmp_path)
     assert expanded_weights(load_member(str(tmp_path)).requires_grad_(False)) == set()
+    adapted = get_peft_model(load_member(str(tmp_path)), lora())
+    assert not adapted.get_output_embeddings().weight.requires_grad
+    assert expanded_weights(adapted) == set()
