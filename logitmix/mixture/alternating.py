@@ -2,10 +2,10 @@
 
 Shape legend: K = 2 members, B sequences not yet ended, C tokens read in one pass, V vocabulary.
 
-This is speculative sampling (Leviathan et al. 2023, arXiv 2211.17192; Chen et al. 2023, arXiv 2302.01318) with drafts of
-one token, in which the mixture is the target and each member in turn is the draft model. A member's pass over a draft
-serves three purposes: it gives the logits that the mixture lacked to verify the draft, the draft's own cache entry, and
-the next draft.
+This is speculative sampling (Leviathan et al. 2023, arXiv 2211.17192; Chen et al. 2023, arXiv 2302.01318) with drafts
+of one token, in which the mixture is the target and each member in turn is the draft model. A member's pass over a
+draft serves three purposes: it gives the logits that the mixture lacked to verify the draft, the draft's own cache
+entry, and the next draft.
 """
 
 from collections.abc import Sequence
@@ -68,23 +68,24 @@ def alternating_completions(
 ) -> AlternatingCompletions:
     """Completions of the prompts, distributed as joint decoding's; greedy ones are equal but for ties of rounding.
 
-    Step i runs member X = i mod 2, in which every sequence reads its last token and the draft d that the other member Y
-    drew from its own distribution q. X's logits before d and Y's, kept from the pass before, give the mixture m there:
+    Step i runs member X = i mod 2, in which every sequence reads its last token and the draft d that the other member
+    Y drew from its own distribution q. X's logits before d and Y's, kept from the pass before, give the mixture m
+    there:
 
     - d is accepted with probability `min(1, m(d) / q(d))`. X draws the next draft from its logits after d.
     - Otherwise the next token is drawn from `max(m - q, 0)`, normalised, and X forgets d. It has no logits after the
       new token, so the next step yields no token: Y reads it and drafts.
 
-    Either way the token is distributed as m, whatever q is. Greedy decoding accepts d if it is the argmax of m. With the
-    acceptance rate a, a token takes 2 - a passes, and each sequence one more at its start. Before every step, X has read
-    all tokens of a sequence but the last.
+    Either way the token is distributed as m, whatever q is. Greedy decoding accepts d if it is the argmax of m. With
+    the acceptance rate a, a token takes 2 - a passes, and each sequence one more at its start. Before every step, X
+    has read all tokens of a sequence but the last.
 
     Args:
         model: a mixture of two members that each have their own model.
         prompt_ids: at least one token each.
-        settings: as for `generate_completions`: `max_new_tokens`, `do_sample`, `temperature`, `top_k`, `top_p`, `min_p`.
-            m is the mixture's distribution after them; q is the member's own after them.
-        eos_token_ids: the tokens that end a completion; `settings["eos_token_id"]` replaces them.
+        settings: `max_new_tokens`, `do_sample`, `temperature`, `top_k`, `top_p`, `min_p`, as `generate` has them. m is
+            the mixture's distribution after them; q is the member's own after them.
+        eos_token_ids: the tokens that end a completion (`get_eos_token_ids`).
         alphas: the anchor's weight, a number or `[B]`; the configuration's weights by default.
         generator: the random numbers of sampling; torch's default generator of the device if None.
         output_member_log_probs: also return each member's log-probability of every token.
@@ -94,8 +95,7 @@ def alternating_completions(
     weights_BK = _validate(model, prompt_ids, settings, alphas)
     sampler = SpeculativeSampler(settings, generator)
     members = [RewindableMember(model, name) for name in model.config.members]
-    ends = settings.get("eos_token_id", eos_token_ids)
-    ends = {ends} if isinstance(ends, int) else set(ends or ())
+    ends = set(eos_token_ids)
     out = AlternatingCompletions([[] for _ in prompt_ids], AlternatingStatistics(), [[] for _ in prompt_ids])
     unread = left_pad(prompt_ids, 0, model.device)  # of the member whose turn it is: each starts with the prompts
     open_ = _OpenSequences.start(unread[0][:, -1], weights_BK, model.config.vocab_size)
@@ -109,8 +109,9 @@ def alternating_completions(
         is_open = [not _has_ended(out.token_ids[i], ends, settings["max_new_tokens"]) for i in open_.index_B.tolist()]
         if not all(is_open):
             rows = torch.tensor(is_open, device=model.device).nonzero().squeeze(1)
-            for part in (open_, *members):
-                part.select(rows)
+            open_.select(rows)
+            for member in members:
+                member.select(rows)
         x = 1 - x
         if out.statistics.tokens:
             unread = open_.last_B[:, None], torch.ones_like(open_.last_B)[:, None]
@@ -164,7 +165,7 @@ def _draft(open_: "_OpenSequences", own_B2V: Tensor, accepted_B: Tensor, sampler
 
 @dataclass
 class _OpenSequences:
-    """What decoding keeps of the sequences that have not ended. A draft where `has_draft_B` is False has no meaning."""
+    """What decoding keeps of the sequences that have not ended. A draft without `has_draft_B` has no meaning."""
 
     index_B: Tensor  # of the prompt, on the CPU
     weights_BK: Tensor  # on the CPU, as `mix_logits` reads them
@@ -202,11 +203,13 @@ def _validate(
     """The weights `[B, K]`. Raises `ValueError` for what alternating decoding cannot do."""
     config = model.config
     if len(config.members) != 2:
-        raise ValueError(f"alternating decoding takes 2 members, the mixture has {len(config.members)}; decode jointly")
+        raise ValueError(
+            f"alternating decoding takes 2 members, the mixture has {len(config.members)}; decode jointly"
+        )
     if len(config.model_names) != 2:
         raise ValueError(
-            "alternating decoding needs members with a model each, these share one model through adapters, which "
-            "joint decoding runs; decode jointly"
+            "alternating decoding needs members with a model each, these share one model through adapters; use "
+            "joint decoding"
         )
     max_new_tokens = settings.get("max_new_tokens")
     if max_new_tokens is None or max_new_tokens < 1:
@@ -220,6 +223,6 @@ def _validate(
     if ((weights.sum(-1) - 1).abs() > 1e-6).any():
         raise ValueError(
             f"alternating decoding takes the weights 1 - alpha and alpha, which sum to 1, got {weights.tolist()}; "
-            "pass alpha, or decode jointly"
+            "pass alpha, or use joint decoding"
         )
     return weights.expand(len(prompt_ids), 2)

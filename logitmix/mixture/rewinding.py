@@ -7,13 +7,15 @@ its left. All real tokens of a sequence are thus neighbours, as in any left-padd
 attention and ALiBi, which count slots, stay right. A masked hole in the middle would make their distances too long.
 """
 
+import inspect
+
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from logitmix.mixture.base import MixtureBase
 from logitmix.mixture.padding import position_ids_from_mask
-from logitmix.mixture.transformers_patches import keeps_recurrent_state
 
 
 class RewindableMember:
@@ -21,7 +23,7 @@ class RewindableMember:
 
     Such a layer's own cache drops the token that leaves the window, which a token taken back would bring in again.
 
-    Raises `ValueError` for a member whose cache is not of attention alone.
+    Raises `ValueError` for a member whose cache is not of attention alone, or whose positions are those of the slots.
     """
 
     def __init__(self, mixture: MixtureBase, name: str) -> None:
@@ -79,12 +81,17 @@ class RewindableMember:
         self._mask_BT = self._mask_BT[:, slots]
 
 
-def _validated_layers(name: str, member: torch.nn.Module) -> list[object]:
-    layers = list(DynamicCache(config=member.config).layers)  # type: ignore[arg-type]
-    kinds = {type(layer) for layer in layers} - {DynamicLayer, DynamicSlidingWindowLayer}
-    if kinds or keeps_recurrent_state(member):
+def _validated_layers(name: str, member: PreTrainedModel) -> list[object]:
+    """The layers of the member's own cache. Raises `ValueError` for a member that cannot take a token back."""
+    layers = list(DynamicCache(config=member.config).layers)
+    reason = None
+    if {type(layer) for layer in layers} - {DynamicLayer, DynamicSlidingWindowLayer}:
+        reason = "its cache holds more than the keys and values of attention"
+    elif "position_ids" not in inspect.signature(type(member).forward).parameters:  # RoFormer counts slots
+        reason = "its forward takes no position_ids"
+    if reason is not None:
         raise ValueError(
-            f"{name} ({type(member).__name__}) keeps a state that cannot take a token back, which alternating decoding "
-            "needs; use joint decoding"
+            f"{name}, a {type(member).__name__}, cannot take back a token that it has read, as alternating decoding "
+            f"needs: {reason}; use joint decoding"
         )
     return layers

@@ -15,7 +15,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-_SETTINGS = ("max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p", "eos_token_id", "pad_token_id")
+_SETTINGS = ("max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p")
 _DEFAULT_TOP_K = 50  # of `generate`, when it samples
 
 

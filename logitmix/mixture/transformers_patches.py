@@ -39,11 +39,6 @@ def make_tokens_ordinary(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[st
     tokenizer.extra_special_tokens = [token for token in tokenizer.extra_special_tokens if str(token) not in tokens]
 
 
-def keeps_recurrent_state(model: PreTrainedModel) -> bool:
-    """Whether `model` keeps a state that cannot forget its last token: only this flag of `generate` says so."""
-    return bool(model._is_stateful)
-
-
 class MixtureGenerationMixin(GenerationMixin):
     """`generate`, for a model whose members build their own masks and whose forward takes `weights`."""
 
