@@ -7,13 +7,15 @@ every field from it that the caller does not set. Rollouts and evaluation must n
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 
+from logitmix.mixture.alternating import alternating_completions
+from logitmix.mixture.base import MixtureBase
 from logitmix.mixture.padding import left_pad
 from logitmix.mixture.tokenizers import (
     chat_template_errors,
@@ -23,6 +25,8 @@ from logitmix.mixture.tokenizers import (
     validate_chat_template,
 )
 from logitmix.tasks.templates import Prompt
+
+Decoding = Literal["joint", "alternating"]
 
 GREEDY: dict[str, Any] = {"do_sample": False}
 
@@ -34,6 +38,7 @@ def generate_completions(
     prompt_ids: Sequence[Sequence[int]],
     settings: dict[str, Any],
     stop_strings: Sequence[str] | str = (),
+    decoding: Decoding = "joint",
     **model_kwargs: Any,
 ) -> list[list[int]]:
     """The completion of each prompt as token ids, up to and including EOS or the token that completes a stop string.
@@ -42,10 +47,19 @@ def generate_completions(
         settings: fields of `GenerationConfig` (`max_new_tokens`, `do_sample`, `temperature`, …). Others have the
             defaults of transformers; of the checkpoint's `generation_config` only the EOS tokens are kept.
         stop_strings: texts, or one text, that end a completion as EOS does; the completion contains them.
+        decoding: `"joint"` runs all members for each token; `"alternating"` is `alternating_completions`, exact at
+            fewer passes for two members.
         model_kwargs: arguments of the model's forward, for example `alpha=` of a mixture.
 
-    Completions contain no padding, even if the padding token is also the EOS token.
+    Completions contain no padding, even if the padding token is also the EOS token. Raises `ValueError` for another
+    `decoding`, and for what alternating decoding, if chosen, cannot do.
     """
+    if decoding not in get_args(Decoding):
+        raise ValueError(f"decoding is {decoding!r}; it must be one of {', '.join(map(repr, get_args(Decoding)))}")
+    if decoding == "alternating":
+        _validate_alternating(model, stop_strings, model_kwargs)
+        ends = get_eos_token_ids(model, tokenizer)
+        return alternating_completions(model, prompt_ids, settings, ends, model_kwargs.get("alpha")).token_ids
     stop_strings = [stop_strings] if isinstance(stop_strings, str) else stop_strings
     eos_token_ids = get_eos_token_ids(model, tokenizer)
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -117,6 +131,18 @@ def default_generation_config(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.generation_config = own
+
+
+def _validate_alternating(
+    model: PreTrainedModel, stop_strings: Sequence[str] | str, model_kwargs: dict[str, Any]
+) -> None:
+    if not isinstance(model, MixtureBase):
+        raise ValueError(f"alternating decoding takes a mixture, not a {type(model).__name__}; use joint decoding")
+    if stop_strings:
+        raise ValueError(f"alternating decoding takes no stop strings, got {stop_strings!r}; use joint decoding")
+    unknown = sorted(set(model_kwargs) - {"alpha"})
+    if unknown:
+        raise ValueError(f"alternating decoding takes alpha, not {unknown[0]!r}; use joint decoding")
 
 
 def _cut_after_first(ids: list[int], eos_token_ids: Sequence[int]) -> list[int]:

@@ -154,7 +154,7 @@ class LogitMixGRPOTrainer(PatchedGRPOTrainer):
             size = self.args.rollout_batch_size or len(prompt_ids)
             for start in range(0, len(prompt_ids), size):
                 batch = prompt_ids[start : start + size]
-                alpha = {} if alphas is None else {"alpha": alphas[start : start + size]}
+                alpha: dict[str, Any] = {} if alphas is None else {"alpha": alphas[start : start + size]}
                 completion_ids += generate_completions(
                     model, self.text_tokenizer, batch, settings, self.stop_strings, **alpha
                 )

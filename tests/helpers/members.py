@@ -86,6 +86,16 @@ def tiny_member(architecture: str = "qwen2", seed: int = 0, dtype: torch.dtype =
     return model.eval()
 
 
+def edit_logits(member, edit):
+    """The member, whose logits are edited in place at every pass."""
+
+    def hook(module, args, output):
+        edit(output.logits)
+
+    member.register_forward_hook(hook)
+    return member
+
+
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789 +-*/=().,:;?!<>[]{}|&"
 
 
