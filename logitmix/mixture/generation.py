@@ -7,16 +7,18 @@ every field from it that the caller does not set. Rollouts and evaluation must n
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.generation import StoppingCriteria, StoppingCriteriaList, StopStringCriteria
+from transformers.generation import StoppingCriteriaList, StopStringCriteria
 
-from logitmix.mixture.alternating import alternating_completions
+from logitmix.mixture.alternating import DecodingStatistics
 from logitmix.mixture.base import MixtureBase
+from logitmix.mixture.decoding import Decoding, DecodingRequest, MixtureGenerateOutput
 from logitmix.mixture.padding import left_pad
+from logitmix.mixture.ragged import has_ended
 from logitmix.mixture.tokenizers import (
     chat_template_errors,
     declared_ends,
@@ -25,8 +27,6 @@ from logitmix.mixture.tokenizers import (
     validate_chat_template,
 )
 from logitmix.tasks.templates import Prompt
-
-Decoding = Literal["joint", "alternating"]
 
 GREEDY: dict[str, Any] = {"do_sample": False}
 
@@ -39,6 +39,7 @@ def generate_completions(
     settings: dict[str, Any],
     stop_strings: Sequence[str] | str = (),
     decoding: Decoding = "joint",
+    statistics: DecodingStatistics | None = None,
     **model_kwargs: Any,
 ) -> list[list[int]]:
     """The completion of each prompt as token ids, up to and including EOS or the token that completes a stop string.
@@ -47,19 +48,17 @@ def generate_completions(
         settings: fields of `GenerationConfig` (`max_new_tokens`, `do_sample`, `temperature`, …). Others have the
             defaults of transformers; of the checkpoint's `generation_config` only the EOS tokens are kept.
         stop_strings: texts, or one text, that end a completion as EOS does; the completion contains them.
-        decoding: `"joint"` runs all members for each token; `"alternating"` is `alternating_completions`, exact at
-            fewer passes for two members.
+        decoding: of a mixture, as `LogitMixForCausalLM.generate` takes it; other models have joint decoding alone.
+        statistics: the passes and drafts are added to it, unless all of the decoding was left to transformers.
         model_kwargs: arguments of the model's forward, for example `alpha=` of a mixture.
 
     Completions contain no padding, even if the padding token is also the EOS token. Raises `ValueError` for another
     `decoding`, and for what alternating decoding, if chosen, cannot do.
     """
-    if decoding not in get_args(Decoding):
-        raise ValueError(f"decoding is {decoding!r}; it must be one of {', '.join(map(repr, get_args(Decoding)))}")
-    if decoding == "alternating":
-        _validate_alternating(model, stop_strings, model_kwargs)
-        ends = get_eos_token_ids(model, tokenizer)
-        return alternating_completions(model, prompt_ids, settings, ends, model_kwargs.get("alpha")).token_ids
+    if isinstance(model, MixtureBase):
+        model_kwargs |= {"decoding": decoding}
+    elif DecodingRequest(decoding).decoding == "alternating":
+        raise ValueError(f"alternating decoding takes a mixture, not a {type(model).__name__}; use joint decoding")
     stop_strings = [stop_strings] if isinstance(stop_strings, str) else stop_strings
     eos_token_ids = get_eos_token_ids(model, tokenizer)
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -67,19 +66,24 @@ def generate_completions(
         **({"eos_token_id": eos_token_ids, "pad_token_id": pad_token_id} | settings), disable_compile=True
     )
     input_ids, attention_mask = left_pad(prompt_ids, pad_token_id, model.device)
-    criteria = _StopStrings(tokenizer, stop_strings) if stop_strings else None
+    criteria = [_stop_criterion(tokenizer, tuple(stop_strings))] if stop_strings else []
     with default_generation_config(model):
-        sequences = model.generate(
+        output = model.generate(
             input_ids=input_ids,
             attention_mask=attention_mask,
             generation_config=config,
-            stopping_criteria=StoppingCriteriaList([criteria] if criteria is not None else []),
+            stopping_criteria=StoppingCriteriaList(criteria),
+            return_dict_in_generate=decoding != "joint",
             **model_kwargs,
         )
-    completions = sequences[:, input_ids.shape[1] :].tolist()
-    if criteria is not None:
-        ends = (criteria.lengths - input_ids.shape[1]).tolist()
-        completions = [ids[:end] if end > 0 else ids for ids, end in zip(completions, ends, strict=True)]
+    if statistics is not None and isinstance(output, MixtureGenerateOutput) and output.statistics is not None:
+        statistics.add(output.statistics)
+    P, sequences = input_ids.shape[1], output if isinstance(output, Tensor) else output.sequences
+    if criteria:
+        ends = _ends_at_stop_string(criteria[0], sequences, P, pad_token_id).tolist()
+        completions = [row[P:end] for row, end in zip(sequences.tolist(), ends, strict=True)]
+    else:
+        completions = sequences[:, P:].tolist()
     return [_cut_after_first(ids, eos_token_ids) for ids in completions]
 
 
@@ -133,18 +137,6 @@ def default_generation_config(model: PreTrainedModel) -> Iterator[None]:
         model.generation_config = own
 
 
-def _validate_alternating(
-    model: PreTrainedModel, stop_strings: Sequence[str] | str, model_kwargs: dict[str, Any]
-) -> None:
-    if not isinstance(model, MixtureBase):
-        raise ValueError(f"alternating decoding takes a mixture, not a {type(model).__name__}; use joint decoding")
-    if stop_strings:
-        raise ValueError(f"alternating decoding takes no stop strings, got {stop_strings!r}; use joint decoding")
-    unknown = sorted(set(model_kwargs) - {"alpha"})
-    if unknown:
-        raise ValueError(f"alternating decoding takes alpha, not {unknown[0]!r}; use joint decoding")
-
-
 def _cut_after_first(ids: list[int], eos_token_ids: Sequence[int]) -> list[int]:
     for i, token in enumerate(ids):
         if token in eos_token_ids:
@@ -158,19 +150,20 @@ def _stop_criterion(tokenizer: PreTrainedTokenizerBase, stop_strings: tuple[str,
     return StopStringCriteria(tokenizer, list(stop_strings))
 
 
-class _StopStrings(StoppingCriteria):
-    """The stop strings of transformers, which also record the length at which each sequence met one (0: not yet).
+def _ends_at_stop_string(
+    criterion: StopStringCriteria, sequences_BL: Tensor, prompt_length: int, pad_token_id: int
+) -> Tensor:
+    """The length `[B]` up to which each sequence was sampled: to its stop string, if it has one, else whole.
 
-    After a stop string `generate` pads a sequence; the length tells padding from sampled tokens.
+    After a stop string `generate` pads a sequence, with a token that may also be sampled. So a sequence was sampled at
+    least up to its last other token, and its stop string is the first to be complete from there on.
     """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_strings: Sequence[str]) -> None:
-        self._criterion = _stop_criterion(tokenizer, tuple(stop_strings))
-        self.lengths: Tensor = torch.zeros(0, dtype=torch.long)
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        met = self._criterion(input_ids, scores, **kwargs)
-        if len(self.lengths) == 0:
-            self.lengths = torch.zeros(len(input_ids), dtype=torch.long, device=input_ids.device)
-        self.lengths = torch.where(met & (self.lengths == 0), input_ids.shape[1], self.lengths)
-        return met
+    L = sequences_BL.shape[1]
+    slots_L = torch.arange(1, L + 1, device=sequences_BL.device)
+    end_B = (slots_L * (sequences_BL != pad_token_id)).amax(1).clamp(min=prompt_length + 1)
+    open_B = torch.arange(len(sequences_BL), device=sequences_BL.device)
+    while len(open_B):
+        stopped_B = has_ended(StoppingCriteriaList([criterion]), sequences_BL[open_B], end_B[open_B])
+        open_B = open_B[~stopped_B & (end_B[open_B] < L)]
+        end_B[open_B] += 1
+    return end_B

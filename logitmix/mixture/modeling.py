@@ -20,12 +20,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.cache_utils import Cache
+from transformers.generation import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from logitmix.mixture.adapters import ADAPTER_WEIGHTS, NO_ADAPTER, Adapters, adapter_config_from_dict, add_adapter
 from logitmix.mixture.base import MixtureBase, concatenate_outputs
 from logitmix.mixture.configuration import Alpha, LogitMixConfig, resolve_weights, validate_can_be_loaded
+from logitmix.mixture.decoding import Decoding, DecodingRequest, current_request, decode, requested_decoding
 from logitmix.mixture.diagnostics import MixtureDiagnostics
 from logitmix.mixture.export import export_member
 from logitmix.mixture.loading import Member, load_members, load_tokenizer
@@ -252,14 +254,43 @@ class LogitMixForCausalLM(MixtureBase, MixtureGenerationMixin):
 
     # --- generation -------------------------------------------------------------------------------------------
 
-    def generate(self, *args: Any, alpha: Alpha | None = None, weights: Weights | None = None, **kwargs: Any) -> Any:
-        """`GenerationMixin.generate`, sampling each token from the mixture (eq. 3) at `alpha` or `weights`."""
+    def generate(
+        self,
+        *args: Any,
+        alpha: Alpha | None = None,
+        weights: Weights | None = None,
+        decoding: Decoding = "joint",
+        output_member_logprobs: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """`GenerationMixin.generate`, sampling each token from the mixture (eq. 3) at `alpha` or `weights`.
+
+        Args:
+            decoding: `"joint"` runs all members for each token; `"alternating"` draws from the same distribution in
+                fewer passes (`logitmix.mixture.alternating`), for two members with a model each; `"auto"` chooses the
+                cheaper at every step (`logitmix.mixture.pass_costs`), and joint decoding where the other is not
+                possible. Greedy completions are equal but for ties of rounding; samples differ at the same seed.
+            output_member_logprobs: with `return_dict_in_generate`, also return each member's log-probability of every
+                token (`MixtureGenerateOutput`).
+
+        Raises `ValueError` if what is requested cannot be done, with the argument that stands against it.
+        """
         resolved = self._resolve_weights(alpha, weights)
         if alpha is not None or weights is not None:
             # `generate` repeats tensors, but not lists, along with beams and returned sequences: weights of each
             # sequence must be repeated, weights of the batch must not
             kwargs["weights"] = resolved if resolved.dim() == 2 else resolved.tolist()
-        return super().generate(*args, **kwargs)
+        with requested_decoding(DecodingRequest(decoding, output_member_logprobs)):
+            return super().generate(*args, **kwargs)
+
+    def decode_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        """The loop of `generate`, as requested there."""
+        return decode(self, *args, **kwargs)
+
+    def validate_generation_mode(self, mode: GenerationMode) -> None:
+        """Raise `ValueError` for a mode, such as beam search, that `generate` was requested not to use."""
+        if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+            current_request().refuse(f"the generation mode {mode.value!r}")
 
 
 AutoConfig.register(LogitMixConfig.model_type, LogitMixConfig)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation import GenerationMode
 
 Implementation = Literal["attn_implementation", "experts_implementation"]
 
@@ -41,6 +42,23 @@ def make_tokens_ordinary(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[st
 
 class MixtureGenerationMixin(GenerationMixin):
     """`generate`, for a model whose members build their own masks and whose forward takes `weights`."""
+
+    def decode_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        """The output of `generate`'s loop, greedy or sampled; None leaves the loop to transformers."""
+        return None
+
+    def validate_generation_mode(self, mode: GenerationMode) -> None:
+        """Raise `ValueError` if `generate` may not run in this mode."""
+
+    def _sample(self, *args: Any, **kwargs: Any) -> Any:
+        """Let the mixture decode: a `custom_generate` would not see the streamer, nor be able to decline."""
+        output = self.decode_tokens(*args, **kwargs)
+        return super()._sample(*args, **kwargs) if output is None else output
+
+    def _validate_generation_mode(self, generation_mode: GenerationMode, *args: Any) -> None:
+        """Only here is the mode known before the first pass."""
+        super()._validate_generation_mode(generation_mode, *args)
+        self.validate_generation_mode(generation_mode)
 
     def _get_candidate_generator(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
         """Drop `weights`, which `generate` would pass on to the assistant of assisted decoding."""

@@ -5,22 +5,32 @@ from collections import Counter
 import pytest
 import torch
 from scipy.stats import chi2
-from transformers import GenerationConfig
 
-from logitmix.mixture.alternating import alternating_completions
+from logitmix.mixture.alternating import DecodingStatistics
+from logitmix.mixture.generation import generate_completions
 from logitmix.mixture.mixing import mix_logits
 from logitmix.mixture.modeling import LogitMixForCausalLM
-from logitmix.mixture.speculation import SpeculativeSampler
-from tests.helpers.members import edit_logits, tiny_member
+from tests.helpers.members import character_tokenizer, edit_logits, tiny_member
 
 V, LENGTH, EOS, PROMPT = 6, 3, 4, [2, 3, 1]
 
 
-def small_pair(scheme, edit=None):
-    members = [tiny_member("qwen2", 0, vocab_size=V), tiny_member("llama", 1, vocab_size=V)]
+def small_pair(scheme, edit=None, **anchor_sizes):
+    members = [tiny_member("qwen2", 0, vocab_size=V), tiny_member("llama", 1, vocab_size=V, **anchor_sizes)]
     if edit is not None:
         edit_logits(members[1], edit)
     return LogitMixForCausalLM.from_members(*members, scheme=scheme), members
+
+
+def sample(model, number, alpha, decoding="alternating", seed=0, **settings):
+    """Completions of `PROMPT` and the statistics of decoding them."""
+    settings = {"do_sample": True, "max_new_tokens": LENGTH, "top_k": 0, "eos_token_id": EOS, "pad_token_id": 0} | settings
+    statistics = DecodingStatistics()
+    torch.manual_seed(seed)
+    completions = generate_completions(
+        model, character_tokenizer(), [PROMPT] * number, settings, (), decoding, statistics, alpha=alpha
+    )
+    return completions, statistics
 
 
 def truncate(probs, top_k=None, top_p=None, min_p=None):
@@ -85,53 +95,44 @@ SETTINGS = {
 def test_samples_have_the_enumerated_distribution_at_each_sequences_alpha(settings, scheme):
     model, members = small_pair(scheme)
     alphas = [0.3, 0.8]
-    samples = alternating_completions(
-        model,
-        [PROMPT] * 6000,
-        {"do_sample": True, "max_new_tokens": LENGTH, "top_k": 0} | settings,
-        [EOS],
-        alphas=alphas * 3000,
-        generator=torch.Generator().manual_seed(0),
-    )
+    samples, statistics = sample(model, 6000, alphas * 3000, **settings)
     for i, alpha in enumerate(alphas):
-        assert_distributed(samples.token_ids[i::2], enumerate_completions(members, alpha, scheme, **settings))
-    assert 0.2 < samples.statistics.acceptance < 1
+        assert_distributed(samples[i::2], enumerate_completions(members, alpha, scheme, **settings))
+    assert 0.2 < statistics.acceptance < 1
 
 
 @pytest.mark.parametrize("scheme", ["logit", "prob"])
 def test_samples_are_exact_where_a_member_rules_tokens_out(scheme):
     model, members = small_pair(scheme, edit=lambda z: z.index_fill_(-1, torch.tensor([1, 5]), -torch.inf))
-    settings = {"do_sample": True, "max_new_tokens": LENGTH, "top_k": 0, "temperature": 1.5}
-    generator = torch.Generator().manual_seed(0)
-    samples = alternating_completions(model, [PROMPT] * 4000, settings, [EOS], alphas=0.6, generator=generator)
-    assert_distributed(samples.token_ids, enumerate_completions(members, 0.6, scheme, temperature=1.5))
+    samples, _ = sample(model, 4000, 0.6, temperature=1.5)
+    assert_distributed(samples, enumerate_completions(members, 0.6, scheme, temperature=1.5))
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [{}, {"temperature": 0.7, "top_k": 7, "top_p": 0.9, "min_p": 0.02}, {"temperature": None, "top_k": None}],
-)
-def test_distributions_are_those_of_generate(settings):
-    member = tiny_member("qwen2", vocab_size=200)
-    ids = torch.tensor([[5, 17, 9]])
-    config = GenerationConfig(do_sample=True, max_new_tokens=1, **settings)
-    output = member.generate(ids, generation_config=config, output_scores=True, return_dict_in_generate=True)
-    sampler = SpeculativeSampler({"do_sample": True} | settings)
-    with torch.no_grad():
-        _, log_q = sampler.draft(member(ids).logits[:, -1])
-    torch.testing.assert_close(log_q, output.scores[0].log_softmax(-1))
+@pytest.mark.parametrize("scheme", ["logit", "prob"])
+@pytest.mark.parametrize("settings", [{}, {"top_p": 0.8, "temperature": 1.5}], ids=["whole", "top-p"])
+def test_samples_are_exact_where_the_smaller_member_drafts_several_tokens(settings, scheme):
+    model, members = small_pair(scheme, hidden_size=256, num_hidden_layers=6)
+    samples, statistics = sample(model, 4000, 0.4, **settings)
+    assert statistics.passes[0] > 1.2 * statistics.passes[1]
+    assert_distributed(samples, enumerate_completions(members, 0.4, scheme, **settings))
 
 
-def test_the_generator_or_torchs_seed_fixes_the_samples():
+def test_samples_are_exact_where_the_rule_changes_between_the_ways(monkeypatch):
+    model, members = small_pair("logit")
+    steps = iter(range(10**6))
+
+    def take_turns(costs, num_open, acceptance, may_be_joint=True):
+        return None if next(steps) % 3 == 1 else (1 + next(steps) % 2, 1)
+
+    monkeypatch.setattr("logitmix.mixture.pass_costs.PassCosts.choose_num_drafts", take_turns)
+    samples = [ids for seed in range(40) for ids in sample(model, 100, 0.4, "auto", seed)[0]]
+    assert_distributed(samples, enumerate_completions(members, 0.4, "logit"))
+
+
+def test_torchs_seed_fixes_the_samples():
     model, _ = small_pair("logit")
 
-    def sample(generator=None):
-        settings = {"do_sample": True, "max_new_tokens": 8}
-        return alternating_completions(model, [PROMPT] * 4, settings, generator=generator).token_ids
+    def of_seed(seed):
+        return sample(model, 4, 0.5, seed=seed, max_new_tokens=8)[0]
 
-    def of_torch(seed):
-        torch.manual_seed(seed)
-        return sample()
-
-    assert sample(torch.Generator().manual_seed(3)) == sample(torch.Generator().manual_seed(3))
-    assert of_torch(3) == of_torch(3) != of_torch(4)
+    assert of_seed(3) == of_seed(3) != of_seed(4)
