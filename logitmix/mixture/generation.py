@@ -60,10 +60,12 @@ def generate_completions(
     elif DecodingRequest(decoding).decoding == "alternating":
         raise ValueError(f"alternating decoding takes a mixture, not a {type(model).__name__}; use joint decoding")
     stop_strings = [stop_strings] if isinstance(stop_strings, str) else stop_strings
-    eos_token_ids = get_eos_token_ids(model, tokenizer)
+    eos_token_ids = settings.get("eos_token_id")
+    if eos_token_ids is None:
+        eos_token_ids = get_eos_token_ids(model, tokenizer)
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     config = GenerationConfig(
-        **({"eos_token_id": eos_token_ids, "pad_token_id": pad_token_id} | settings), disable_compile=True
+        **({"pad_token_id": pad_token_id} | settings | {"eos_token_id": eos_token_ids}), disable_compile=True
     )
     input_ids, attention_mask = left_pad(prompt_ids, pad_token_id, model.device)
     criteria = [_stop_criterion(tokenizer, tuple(stop_strings))] if stop_strings else []
@@ -80,11 +82,12 @@ def generate_completions(
         statistics.add(output.statistics)
     P, sequences = input_ids.shape[1], output if isinstance(output, Tensor) else output.sequences
     if criteria:
-        ends = _ends_at_stop_string(criteria[0], sequences, P, pad_token_id).tolist()
-        completions = [row[P:end] for row, end in zip(sequences.tolist(), ends, strict=True)]
+        lengths = _lengths_to_stop_string(criteria[0], sequences, P, pad_token_id).tolist()
+        completions = [row[P:length] for row, length in zip(sequences.tolist(), lengths, strict=True)]
     else:
         completions = sequences[:, P:].tolist()
-    return [_cut_after_first(ids, eos_token_ids) for ids in completions]
+    ends = {eos_token_ids} if isinstance(eos_token_ids, int) else set(eos_token_ids)
+    return [_cut_after_first(ids, ends) for ids in completions]
 
 
 def tokenize_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[list[int]]:
@@ -137,7 +140,7 @@ def default_generation_config(model: PreTrainedModel) -> Iterator[None]:
         model.generation_config = own
 
 
-def _cut_after_first(ids: list[int], eos_token_ids: Sequence[int]) -> list[int]:
+def _cut_after_first(ids: list[int], eos_token_ids: set[int]) -> list[int]:
     for i, token in enumerate(ids):
         if token in eos_token_ids:
             return ids[: i + 1]
@@ -150,7 +153,7 @@ def _stop_criterion(tokenizer: PreTrainedTokenizerBase, stop_strings: tuple[str,
     return StopStringCriteria(tokenizer, list(stop_strings))
 
 
-def _ends_at_stop_string(
+def _lengths_to_stop_string(
     criterion: StopStringCriteria, sequences_BL: Tensor, prompt_length: int, pad_token_id: int
 ) -> Tensor:
     """The length `[B]` up to which each sequence was sampled: to its stop string, if it has one, else whole.

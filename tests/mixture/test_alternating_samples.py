@@ -111,7 +111,7 @@ def test_samples_are_exact_where_a_member_rules_tokens_out(scheme):
 @pytest.mark.parametrize("scheme", ["logit", "prob"])
 @pytest.mark.parametrize("settings", [{}, {"top_p": 0.8, "temperature": 1.5}], ids=["whole", "top-p"])
 def test_samples_are_exact_where_the_smaller_member_drafts_several_tokens(settings, scheme):
-    model, members = small_pair(scheme, hidden_size=256, num_hidden_layers=6)
+    model, members = small_pair(scheme, hidden_size=240, num_hidden_layers=6)
     samples, statistics = sample(model, 4000, 0.4, **settings)
     assert statistics.passes[0] > 1.2 * statistics.passes[1]
     assert_distributed(samples, enumerate_completions(members, 0.4, scheme, **settings))
