@@ -96,7 +96,9 @@ def decode_checkpoints(checkpoints: Sequence[str], options: ComplementOptions) -
             alphas = {name: alphas[name] for name in ("policy", "anchor")}
         else:  # a mixture is compared as a whole
             alphas = {source: alphas.get("mixture")}
-        decode = make_decoder(model, require_tokenizer(source), task, problems, args.max_new_tokens)
+        decode = make_decoder(
+            model, require_tokenizer(source), task, problems, args.max_new_tokens, decoding=args.decoding
+        )
         batches = make_batches(make_requests(alphas, len(problems)), args.batch_size)
         responses = responses or open_responses(args.output_dir, arguments)
         responses.add(f"{Path(source).name} on {task.name}", batches, decode)

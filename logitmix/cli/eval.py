@@ -38,7 +38,9 @@ def run(options: EvalOptions) -> None:
     problems = task.problems("test", options.problems.eval_limit)
     model = load_model(model_args, options.mixture)
     tokenizer = require_tokenizer(model_args.model_name_or_path)
-    decode = make_decoder(model, tokenizer, task, problems, args.max_new_tokens, sampling.temperature, sampling.seed)
+    decode = make_decoder(
+        model, tokenizer, task, problems, args.max_new_tokens, sampling.temperature, sampling.seed, args.decoding
+    )
     batches = make_batches(make_requests(get_alphas(model), len(problems), sampling.num_samples), args.batch_size)
     arguments = {"command": "eval"}
     arguments |= flatten(options.problems, data_args, model_args, options.mixture, sampling, args)

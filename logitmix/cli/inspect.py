@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from logitmix.cli.options.data import CheckpointDataArguments
+from logitmix.cli.options.evaluation import DECODING_HELP, Decoding
 from logitmix.cli.options.model import MixtureArguments, ModelArguments, load_mixture
 from logitmix.cli.options.parser import parse
 from logitmix.runs.console import console
@@ -16,6 +17,7 @@ class InspectArguments:
 
     question: str = field(metadata={"help": "A question in the form of the task's problems."})
     max_new_tokens: int = field(default=128, metadata={"help": "Longest response, in tokens."})
+    decoding: Decoding = field(default="auto", metadata={"help": DECODING_HELP})
     output_file: str = field(
         default="inspect.html", metadata={"help": "HTML page to write; an existing file is overwritten."}
     )
@@ -59,7 +61,9 @@ def run(options: InspectOptions) -> None:
     model = load_mixture(model_args, options.mixture)
     tokenizer = require_tokenizer(source)
     keep_tags(tokenizer, template)
-    inspection = inspect(model, tokenizer, template.prompt(args.question), args.max_new_tokens, template.stop)
+    inspection = inspect(
+        model, tokenizer, template.prompt(args.question), args.max_new_tokens, template.stop, args.decoding
+    )
     print_inspection(inspection)
     names = (source, anchor) if anchor else (f"{source} (policy)", f"{source} (anchor)")
     path.write_text(inspection_page(inspection, args.question, *names), encoding="utf-8")

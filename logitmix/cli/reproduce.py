@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from logitmix.cli.options.evaluation import DECODING_HELP, Decoding
 from logitmix.cli.options.parser import build, parse
 from logitmix.paper.presets import load_preset
 from logitmix.paper.stages import BASE, Stage, plan_stages
@@ -35,6 +36,9 @@ class ReproduceArguments:
     eval_limit: int | None = field(
         default=None, metadata={"help": "Number of test problems; default: the scale's, 500 for most."}
     )
+    decoding: Decoding | None = field(
+        default=None, metadata={"help": f"In all stages that decode a mixture; default auto. {DECODING_HELP}"}
+    )
     dry_run: bool = field(default=False, metadata={"help": "Print the commands of all stages, and run nothing."})
 
 
@@ -55,12 +59,14 @@ def run(args: ReproduceArguments) -> None:
     if args.seeds < 1:
         raise ValueError(f"seeds is {args.seeds}, but must be at least 1; 3 show how much seeds differ")
     folder = Path(args.output_dir or f"runs/reproduce-{args.scale}")
-    planned = plan_stages(preset, args.seeds, folder, args.eval_limit)
+    planned = plan_stages(preset, args.seeds, folder, args.eval_limit, args.decoding)
     validate_num_problems(planned[-1].settings["eval_limit"])
     if args.dry_run:
         print_commands(planned)
         return
-    start_reproduction(folder, {"command": "reproduce", "scale": args.scale, "eval_limit": args.eval_limit})
+    arguments = {"command": "reproduce", "scale": args.scale, "eval_limit": args.eval_limit}
+    arguments |= {} if args.decoding is None else {"decoding": args.decoding}
+    start_reproduction(folder, arguments)
     try:
         for seed in range(args.seeds):
             stages = [stage for stage in planned if stage.seed <= seed]

@@ -16,6 +16,7 @@ from typing import Any
 from transformers import HfArgumentParser
 from transformers.utils.import_utils import is_serve_available
 
+from logitmix.cli.options.evaluation import DECODING_HELP, Decoding
 from logitmix.cli.options.help import asks_for_help, print_help
 from logitmix.cli.options.model import MixtureArguments, find_model
 
@@ -48,6 +49,7 @@ class ServerArguments:
     served_model_name: str | None = field(
         default=None, metadata={"help": "Name of the model in requests; default: MODEL as given."}
     )
+    decoding: Decoding = field(default="auto", metadata={"help": f"Without vLLM. {DECODING_HELP}"})
 
 
 def main(argv: Sequence[str]) -> None:
@@ -142,7 +144,9 @@ def serve_without_vllm(args: ServeArguments, flags: Sequence[str]) -> None:
         "log-probabilities, n > 1, member_logprobs and /metrics; for these, pip install vllm",
         file=sys.stderr,
     )
-    serve(model, require_tokenizer(folder), server.served_model_name or folder, server.host, server.port)
+    serve(
+        model, require_tokenizer(folder), server.served_model_name or folder, server.host, server.port, server.decoding
+    )
 
 
 def config_overrides(args: ServeArguments, folder: str) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def run(options: SweepOptions) -> None:
     merged = merge_weights(*pair.members) if "merge" in mixes else None
     decoders = Decoders(
         pair,
-        make_decoder(pair, tokenizer, task, problems, args.max_new_tokens),
+        make_decoder(pair, tokenizer, task, problems, args.max_new_tokens, decoding=args.decoding),
         merged,
         None if merged is None else make_decoder(merged, tokenizer, task, problems, args.max_new_tokens),
     )

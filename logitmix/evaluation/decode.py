@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from logitmix.mixture.context import context_length, validate_fits_context
+from logitmix.mixture.decoding import Decoding, validate_decoding
 from logitmix.mixture.generation import GREEDY, generate_completions, get_eos_token_ids, tokenize_prompts
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.mixture.tokenizers import prepare_for_task
@@ -105,17 +106,20 @@ def make_decoder(
     max_new_tokens: int | None = None,
     temperature: float = 0.0,
     seed: int = 0,
+    decoding: Decoding = "auto",
 ) -> Decode:
     """Return a function that decodes and grades batches of requests, one batch after another.
 
     Each sequence has its own alpha. Temperature 0 is greedy; above 0, the samples of a batch depend only on the seed
-    and the batch. `max_new_tokens` defaults to 512, or to what the longest prompt leaves of the context.
+    and the batch. `max_new_tokens` defaults to 512, or to what the longest prompt leaves of the context. `decoding` is
+    that of `LogitMixForCausalLM.generate`.
 
-    Raises `ValueError`, before anything is decoded, for a prompt that exceeds the context, and for a tokenizer that
-    does not keep the task's format (`prepare_for_task`).
+    Raises `ValueError`, before anything is decoded, for a prompt that exceeds the context, for a tokenizer that does
+    not keep the task's format (`prepare_for_task`), and for a decoding that the model does not have.
     """
     if temperature < 0:
         raise ValueError(f"temperature is {temperature}, but must be 0 (greedy) or above")
+    validate_decoding(model, decoding)
     prepare_for_task(tokenizer, task, problems)
     prompts = [task.prompt(problem) for problem in problems]
     prompt_ids = tokenize_prompts(tokenizer, prompts)
@@ -147,6 +151,7 @@ def make_decoder(
                     [prompt_ids[request.problem] for request in batch],
                     settings,
                     task.template.stop,
+                    decoding,
                     **_alphas(batch),
                 )
             model.train(was_training)
@@ -164,6 +169,7 @@ def greedy_responses(
     max_new_tokens: int | None = None,
     batch_size: int = BATCH_SIZE,
     progress: Any = None,
+    decoding: Decoding = "auto",
 ) -> list[Response]:
     """Each named alpha's greedy response to each problem; see `make_decoder`.
 
@@ -171,7 +177,7 @@ def greedy_responses(
     """
     batches = make_batches(make_requests(alphas, len(problems)), batch_size)
     responses = []
-    for decoded in make_decoder(model, tokenizer, task, problems, max_new_tokens)(batches):
+    for decoded in make_decoder(model, tokenizer, task, problems, max_new_tokens, decoding=decoding)(batches):
         responses += decoded
         if progress is not None:
             progress(len(decoded))

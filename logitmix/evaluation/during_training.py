@@ -36,7 +36,14 @@ def evaluate_members(
         names = {name: alpha for name, alpha in get_alphas(trainer.model).items() if name != "anchor" or not anchor}
         with trainer.generation_model() as model:
             responses = greedy_responses(
-                model, trainer.processing_class, task, mine, names, trainer.max_completion_length, batch_size
+                model,
+                trainer.processing_class,
+                task,
+                mine,
+                names,
+                trainer.max_completion_length,
+                batch_size,
+                decoding=trainer.args.decoding,
             )
         own = [replace(response, problem=share[response.problem]) for response in responses]
         gathered: list[Response] = gather_object([response for response in own if response.problem < len(problems)])

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from logitmix.mixture.context import context_length, validate_fits_context
+from logitmix.mixture.decoding import Decoding, validate_decoding
 from logitmix.mixture.generation import GREEDY, generate_completions, tokenize_prompts
 from logitmix.mixture.mixing import mix_logits
 from logitmix.mixture.modeling import LogitMixForCausalLM
@@ -73,18 +74,20 @@ def inspect(
     prompt: Prompt,
     max_new_tokens: int,
     stop_strings: tuple[str, ...] = (),
+    decoding: Decoding = "auto",
 ) -> Inspection:
     """Decode the prompt greedily with policy, anchor and mixture, and inspect each token of the mixture's response.
 
     Probabilities come from one pass of each member over the whole text, at temperature 1. Raises `ValueError` where
-    prompt and response exceed the context.
+    prompt and response exceed the context, and for a `decoding` that the mixture does not have.
     """
+    validate_decoding(model, decoding)
     (prompt_ids,) = tokenize_prompts(tokenizer, [prompt])
     validate_fits_context(context_length(model.config), len(prompt_ids), max_new_tokens)
     alphas = {"policy": 0.0, "anchor": 1.0, "mixture": model.alpha}
     settings = GREEDY | {"max_new_tokens": max_new_tokens}
     completions = {
-        name: generate_completions(model, tokenizer, [prompt_ids], settings, stop_strings, alpha=alpha)[0]
+        name: generate_completions(model, tokenizer, [prompt_ids], settings, stop_strings, decoding, alpha=alpha)[0]
         for name, alpha in alphas.items()
     }
     ids = completions["mixture"]

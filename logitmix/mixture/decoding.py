@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.cache_utils import DynamicCache
 from transformers.generation import GenerateDecoderOnlyOutput
 
@@ -74,6 +74,17 @@ class DecodingRequest:
             raise ValueError(f"output_member_logprobs cannot be used with {reason}; leave one of them out")
         if self.decoding == "alternating":
             raise ValueError(f"alternating decoding cannot be used with {reason}; use decoding='joint' or 'auto'")
+
+
+def validate_decoding(model: PreTrainedModel, decoding: Decoding) -> None:
+    """Raise `ValueError` for a decoding that does not exist, or that the model does not have."""
+    request = DecodingRequest(decoding)
+    if isinstance(model, MixtureBase):
+        reason = None if request.is_for_transformers else _reason_against_model(model, decoding)
+    else:
+        reason = f"a {type(model).__name__}, which is no mixture"
+    if reason is not None:
+        request.refuse(reason)
 
 
 _request: ContextVar[DecodingRequest] = ContextVar("decoding_request", default=DecodingRequest())  # noqa: B039
@@ -164,13 +175,11 @@ def _reason_against(
     arguments: dict[str, Any],
 ) -> str | None:
     """What the decoding of this module cannot be used with, if anything."""
-    if request.decoding != "joint":
-        if len(model.config.members) != 2:
-            return f"{len(model.config.members)} members: it takes 2"
-        if len(model.config.model_names) != 2:
-            return "members that share one model through adapters, whose passes read the same weights"
-        if request.decoding == "auto" and (weights_BK == 0).all(0).any():
-            return "a member of weight 0, which joint decoding does not run"
+    reason = _reason_against_model(model, request.decoding)
+    if reason is not None:
+        return reason
+    if request.decoding == "auto" and (weights_BK == 0).all(0).any():
+        return "a member of weight 0, which joint decoding does not run"
     unknown = sorted(k for k in set(arguments) - _READ_ARGUMENTS if arguments[k] is not None)
     if unknown:
         return f"the argument {unknown[0]!r}"
@@ -193,6 +202,15 @@ def _reason_against(
     unsupported = unsupported_processor(processors)
     if unsupported is not None:
         return f"a {unsupported}, which may not work on each sequence by itself"
+    return None
+
+
+def _reason_against_model(model: MixtureBase, decoding: Decoding) -> str | None:
+    if decoding != "joint":
+        if len(model.config.members) != 2:
+            return f"{len(model.config.members)} members: it takes 2"
+        if len(model.config.model_names) != 2:
+            return "members that share one model through adapters, whose passes read the same weights"
     return unsupported_cache(model)
 
 

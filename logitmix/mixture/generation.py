@@ -16,7 +16,7 @@ from transformers.generation import StoppingCriteriaList, StopStringCriteria
 
 from logitmix.mixture.alternating import DecodingStatistics
 from logitmix.mixture.base import MixtureBase
-from logitmix.mixture.decoding import Decoding, DecodingRequest, MixtureGenerateOutput
+from logitmix.mixture.decoding import Decoding, MixtureGenerateOutput, validate_decoding
 from logitmix.mixture.padding import left_pad
 from logitmix.mixture.ragged import has_ended
 from logitmix.mixture.tokenizers import (
@@ -55,10 +55,9 @@ def generate_completions(
     Completions contain no padding, even if the padding token is also the EOS token. Raises `ValueError` for another
     `decoding`, and for what alternating decoding, if chosen, cannot do.
     """
+    validate_decoding(model, decoding)
     if isinstance(model, MixtureBase):
         model_kwargs |= {"decoding": decoding}
-    elif DecodingRequest(decoding).decoding == "alternating":
-        raise ValueError(f"alternating decoding takes a mixture, not a {type(model).__name__}; use joint decoding")
     stop_strings = [stop_strings] if isinstance(stop_strings, str) else stop_strings
     eos_token_ids = settings.get("eos_token_id")
     if eos_token_ids is None:

@@ -38,9 +38,7 @@ class PassCosts:
         layers = sum(model.config.cache_layers)
         return cls((sizes[0], sizes[1]), by_weights + by_layer * layers / sum(sizes))
 
-    def choose_num_drafts(
-        self, num_open: int, acceptance: float, may_be_joint: bool = True
-    ) -> tuple[int, int] | None:
+    def choose_num_drafts(self, num_open: int, acceptance: float, may_be_joint: bool = True) -> tuple[int, int] | None:
         """The numbers of drafts of the members that cost least for `num_open` sequences.
 
         None where joint decoding costs less, if `may_be_joint`.

@@ -48,12 +48,15 @@ class Stage:
         return ["logitmix", self.verb, *(word for key, value in settings.items() for word in (f"--{key}", str(value)))]
 
 
-def plan_stages(preset: Preset, seeds: int, folder: Path, eval_limit: int | None = None) -> list[Stage]:
+def plan_stages(
+    preset: Preset, seeds: int, folder: Path, eval_limit: int | None = None, decoding: str | None = None
+) -> list[Stage]:
     """All stages in order: for each seed a base model (if it is made here), an SFT model, a sweep, the arms."""
-    return [stage for seed in range(seeds) for stage in _plan_seed(preset, seed, folder / f"seed-{seed}", eval_limit)]
+    folders = [folder / f"seed-{seed}" for seed in range(seeds)]
+    return [stage for seed, own in enumerate(folders) for stage in _plan_seed(preset, seed, own, eval_limit, decoding)]
 
 
-def _plan_seed(preset: Preset, seed: int, folder: Path, eval_limit: int | None) -> list[Stage]:
+def _plan_seed(preset: Preset, seed: int, folder: Path, eval_limit: int | None, decoding: str | None) -> list[Stage]:
     recipes = {arm: load_recipe(f"{preset.cell}/{arm}") for arm in (SFT, *ARMS)}
     arm_settings = recipes["fixed_mixing"].settings(preset.train)
     limit = arm_settings["eval_limit"] if eval_limit is None else eval_limit
@@ -78,10 +81,16 @@ def _plan_seed(preset: Preset, seed: int, folder: Path, eval_limit: int | None) 
         "dtype": "bfloat16" if arm_settings["bf16"] else "float32",
         "output_dir": str(folder / SWEEP),
     }
+    of_mixtures = {} if decoding is None else {"decoding": decoding}
+
+    def arm(name: str) -> Stage:
+        changes = preset.train | {"eval_limit": limit}
+        return stage(name, "train", changes | (of_mixtures if "anchor" in recipes[name].values else {}))
+
     made_here = [Stage(seed, BASE, BASE, None, {"max_steps": preset.base_steps}, folder / BASE)]
     return [
         *(made_here if preset.base_steps else []),
         stage(SFT, "sft", preset.sft),
-        Stage(seed, SWEEP, "sweep", None, sweep, folder / SWEEP, last_file=SWEEP_FILE),
-        *(stage(arm, "train", preset.train | {"eval_limit": limit}) for arm in ARMS),
+        Stage(seed, SWEEP, "sweep", None, sweep | of_mixtures, folder / SWEEP, last_file=SWEEP_FILE),
+        *map(arm, ARMS),
     ]

@@ -22,6 +22,7 @@ from transformers.cli.serving.transcription import TranscriptionHandler
 from transformers.cli.serving.utils import GenerateManager
 
 from logitmix.mixture.context import context_length, validate_fits_context
+from logitmix.mixture.decoding import Decoding, validate_decoding
 from logitmix.mixture.generation import get_eos_token_ids
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.mixture.tokenizers import leave_texts_open, validate_renders_texts
@@ -45,20 +46,33 @@ _weights: ContextVar[list[float]] = ContextVar("weights")
 _seed: ContextVar[int | None] = ContextVar("seed")
 
 
-def serve(model: LogitMixForCausalLM, tokenizer: PreTrainedTokenizerBase, name: str, host: str, port: int) -> None:
+def serve(
+    model: LogitMixForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    host: str,
+    port: int,
+    decoding: Decoding = "auto",
+) -> None:
     """Serve the model as `name` at `host:port` until interrupted. `config.alpha_range` limits requests."""
-    uvicorn.run(build_app(model, tokenizer, name), host=host, port=port)
+    uvicorn.run(build_app(model, tokenizer, name, decoding), host=host, port=port)
 
 
-def build_app(model: LogitMixForCausalLM, tokenizer: PreTrainedTokenizerBase, name: str) -> Any:
-    """transformers' ASGI application, which serves the model as `name`."""
+def build_app(
+    model: LogitMixForCausalLM, tokenizer: PreTrainedTokenizerBase, name: str, decoding: Decoding = "auto"
+) -> Any:
+    """transformers' ASGI application, which serves the model as `name`, decoding as `generate(decoding=…)`.
+
+    Raises `ValueError` for a decoding that the mixture does not have.
+    """
+    validate_decoding(model, decoding)
     leave_texts_open(tokenizer)
     # OpenAI's API samples by default, from all tokens; of the checkpoint's generation_config only the end tokens count
     model.generation_config = GenerationConfig(
         do_sample=True, top_k=0, eos_token_id=get_eos_token_ids(model, tokenizer), pad_token_id=tokenizer.pad_token_id
     )
     models = SingleModelManager(model, tokenizer, name)
-    state = SingleGenerationState(MixtureGenerateManager())
+    state = SingleGenerationState(MixtureGenerateManager(decoding))
     app = build_server(
         models,
         MixtureChatHandler(models, state),
@@ -129,12 +143,16 @@ class MixtureResponseHandler(RequestFieldsMixin, ResponseHandler):
 class MixtureGenerateManager(GenerateManager):
     """`model.generate` with the request's weights and seed, limited to the members' context."""
 
+    def __init__(self, decoding: Decoding) -> None:
+        super().__init__()
+        self._decoding = decoding
+
     def generate_streaming(self, model: Any, processor: Any, inputs: Any, config: Any, *args: Any, **kw: Any) -> Any:
-        inputs = _prepare_generation(model, inputs, config)
+        inputs = _prepare_generation(model, inputs, config) | {"decoding": self._decoding}
         return super().generate_streaming(model, processor, inputs, config, *args, **kw)
 
     async def generate_non_streaming(self, model: Any, processor: Any, inputs: Any, config: Any, **kw: Any) -> Any:
-        inputs = _prepare_generation(model, inputs, config)
+        inputs = _prepare_generation(model, inputs, config) | {"decoding": self._decoding}
         return await super().generate_non_streaming(model, processor, inputs, config, **kw)
 
     def submit(self, fn: Callable[..., Any], *args: Any, **kw: Any) -> Any:

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from trl import GRPOConfig
 
 from logitmix.mixture.adapters import read_adapter_config, validate_adapter_targets
+from logitmix.mixture.decoding import Decoding
 from logitmix.mixture.loading import load_base, load_member
 from logitmix.mixture.mixing import Scheme
 from logitmix.mixture.modeling import LogitMixForCausalLM
@@ -43,6 +44,8 @@ class LogitMixGRPOConfig(ResumableConfig, GRPOConfig):
         loss_type: `"group"` is eq. 6; or one of TRL's loss types.
         stop_strings: texts that end a rollout, like EOS; they are kept in it.
         rollout_batch_size: rollouts to sample at a time on a device, if the KV cache of all of them does not fit.
+        decoding: of rollouts and validation questions, as `LogitMixForCausalLM.generate` has it: `"joint"`,
+            `"alternating"`, or `"auto"`, which chooses the cheaper at every step.
         dynamic_sampling: treatment of questions whose rollouts all earn the same reward (DAPO, arXiv 2503.14476):
             `"off"` keeps them in eq. 6's mean over questions, as in the paper; `"filter"` drops them from it;
             `"refill"` samples further questions in their place.
@@ -91,6 +94,13 @@ class LogitMixGRPOConfig(ResumableConfig, GRPOConfig):
     )
     rollout_batch_size: int | None = field(
         default=None, metadata={"help": "Rollouts to sample at a time on a device; default all of an outer step."}
+    )
+    decoding: Decoding = field(
+        default="auto",
+        metadata={
+            "help": "Of a mixture: 'joint' runs all members for each token, 'alternating' draws from the same "
+            "distribution in fewer passes, 'auto' chooses the cheaper at every step."
+        },
     )
     dynamic_sampling: DynamicSampling = field(
         default="off",

@@ -11,6 +11,7 @@ from trl.import_utils import is_vllm_available
 
 from logitmix.mixture.adapters import CHANGES_BASE
 from logitmix.mixture.context import context_length, validate_fits_context
+from logitmix.mixture.decoding import Decoding, validate_decoding
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.training.alpha.controllers import CONTROLLERS
 from logitmix.training.config import (
@@ -49,6 +50,7 @@ def validate_config(args: LogitMixGRPOConfig, model: PreTrainedModel, given: Map
             "from_pretrained, and pass it as the model"
         )
     validate_tools_are_given(args, given)
+    validate_decoding(model, args.decoding)
     if not isinstance(model, LogitMixForCausalLM):
         return
     for option, reason in {
@@ -153,6 +155,7 @@ def validate_choices(args: LogitMixGRPOConfig) -> None:
         ("alpha_controller", CONTROLLERS),
         ("loss_head", get_args(LossHead)),
         ("anchor_states", get_args(AnchorStatesOption)),
+        ("decoding", get_args(Decoding)),
         ("dynamic_sampling", get_args(DynamicSampling)),
         ("loss_type", (GROUP_LOSS, *LOSS_TYPES_OF_TRL)),
     ):

@@ -156,8 +156,9 @@ class LogitMixGRPOTrainer(PatchedGRPOTrainer):
                 batch = prompt_ids[start : start + size]
                 alpha: dict[str, Any] = {} if alphas is None else {"alpha": alphas[start : start + size]}
                 completion_ids += generate_completions(
-                    model, self.text_tokenizer, batch, settings, self.stop_strings, **alpha
-                )
+                    model, self.text_tokenizer, batch, settings, self.stop_strings, self.args.decoding,
+                    self.monitor.decoding, **alpha,
+                )  # fmt: skip
         return completion_ids
 
     def decode_greedy(self, prompt_ids: Sequence[Sequence[int]], alphas: Sequence[float]) -> list[list[int]]:

@@ -26,7 +26,11 @@ READERS = (
     ),
     Reader(("max_refills",), lambda args: args.dynamic_sampling == "refill", "dynamic_sampling 'refill'"),
     Reader(("anchor_states",), lambda args: args.loss_head == "fused", "loss_head 'fused'"),
-    Reader(("rollout_batch_size", "cache_implementation"), lambda args: _by_generate(args), "rollouts by generate"),
+    Reader(
+        ("rollout_batch_size", "cache_implementation", "decoding"),
+        lambda args: _by_generate(args),
+        "rollouts by generate",
+    ),
     Reader(
         ("epsilon",),
         lambda args: args.loss_type in _CLIPPED or (args.loss_type == "cispo" and args.epsilon_high is None),

@@ -24,7 +24,13 @@ def small_pair(scheme, edit=None, **anchor_sizes):
 
 def sample(model, number, alpha, decoding="alternating", seed=0, **settings):
     """Completions of `PROMPT` and the statistics of decoding them."""
-    settings = {"do_sample": True, "max_new_tokens": LENGTH, "top_k": 0, "eos_token_id": EOS, "pad_token_id": 0} | settings
+    settings = {
+        "do_sample": True,
+        "max_new_tokens": LENGTH,
+        "top_k": 0,
+        "eos_token_id": EOS,
+        "pad_token_id": 0,
+    } | settings
     statistics = DecodingStatistics()
     torch.manual_seed(seed)
     completions = generate_completions(

@@ -5,6 +5,12 @@ from typing import Literal
 
 from logitmix.cli.options.validation import validate_at_least
 
+Decoding = Literal["auto", "joint", "alternating"]  # of logitmix.mixture.decoding, which needs torch
+DECODING_HELP = (
+    "Of a mixture: joint runs all members for each token, alternating draws from the same distribution in fewer "
+    "passes, auto chooses the cheaper at every step."
+)
+
 
 @dataclass
 class DecodingArguments:
@@ -15,6 +21,7 @@ class DecodingArguments:
         metadata={"help": "Longest response, in tokens; default: 512, or what the context leaves if that is less."},
     )
     batch_size: int = field(default=64, metadata={"help": "Number of responses decoded at a time."})
+    decoding: Decoding = field(default="auto", metadata={"help": DECODING_HELP})
     output_dir: str | None = field(
         default=None,
         metadata={"help": "Folder for every response; the same command again continues an interrupted evaluation."},

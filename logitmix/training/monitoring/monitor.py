@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from trl import GRPOTrainer
 
+from logitmix.mixture.alternating import DecodingStatistics
 from logitmix.mixture.diagnostics import MixtureDiagnostics
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.training.batch import Batch, TokenScores, own_tokens
@@ -37,6 +38,7 @@ class Monitor:
         trainer.add_callback(OptimizerClock(self.clock))
         self._tokens = {"rollouts": 0.0, "update": 0.0}  # of all processes, since the last log
         self._batches: list[Batch] = []  # of the update in progress
+        self.decoding = DecodingStatistics()  # counts the completions of the trainer's own decoding
 
     def timed(self, phase: str) -> AbstractContextManager[None]:
         """Add the seconds spent in the context to a phase, in training only."""
@@ -47,6 +49,7 @@ class Monitor:
     @contextmanager
     def rollouts(self, prompts: list) -> Iterator[None]:
         """Time the sampling of rollouts; stop the run where a logit is not finite."""
+        self.decoding = DecodingStatistics()
         with self.timed("rollouts"):
             try:
                 yield
@@ -56,6 +59,8 @@ class Monitor:
                 name = finite.broken_parameter(self.trainer.model)
                 what = "a logit was not finite while sampling" + (f" (the parameter {name} is not)" if name else "")
                 finite.stop_run(self.trainer, what, {"prompts": prompts}, together=False)
+        if self.trainer.model.training:
+            self._log_decoding()
 
     def count_rollouts(
         self, completion_ids: list[list[int]], tool_mask: list[list[int]] | None, completions: list
@@ -71,6 +76,17 @@ class Monitor:
         if trainer.model.training:
             mean_length = trainer.step_metrics["completions/mean_length"][-1]
             self._tokens["rollouts"] += mean_length * len(completion_ids) * trainer.accelerator.num_processes
+
+    def _log_decoding(self) -> None:
+        """Log the passes a token of rollouts, and the acceptance rate of drafts, over all processes."""
+        counted = self.decoding
+        counts = [counted.tokens, sum(counted.passes), sum(counted.drafted), sum(counted.accepted)]
+        local = torch.tensor([counts], device=self.trainer.accelerator.device)
+        tokens, passes, drafted, accepted = self.trainer.accelerator.gather(local).sum(0).tolist()
+        if tokens:
+            self.trainer.step_metrics["decoding/passes_per_token"].append(passes / tokens)
+        if drafted:
+            self.trainer.step_metrics["decoding/acceptance"].append(accepted / drafted)
 
     def _correct_truncation(self, completion_ids: list[list[int]], lengths: list[int], texts: list[str]) -> None:
         """Log TRL's metrics of completion lengths again: TRL counts a completion without EOS as truncated."""
