@@ -87,6 +87,33 @@ def test_assisted_decoding_passes_model_kwargs_to_the_candidate_generator(model,
     assert "weights" not in received[0]
 
 
+@pytest.mark.parametrize("settings", [{"do_sample": False}, {"do_sample": True}], ids=["greedy", "sampled"])
+def test_generate_draws_tokens_with_the_method_that_the_mixture_overrides(model, monkeypatch, settings):
+    """And with these arguments, everything else prepared."""
+    assert_parameters(
+        PACKAGE, GenerationMixin._sample, "self", "input_ids", "logits_processor", "stopping_criteria",
+        "generation_config", "synced_gpus", "streamer", "model_kwargs",
+    )  # fmt: skip
+    received = {}
+    monkeypatch.setattr(model, "decode_tokens", lambda *args, **kwargs: received.update(kwargs, ids=args[0]))
+    model.generate(**INPUT, max_new_tokens=2, alpha=[0.2, 0.4], **settings)
+    assert torch.equal(received["ids"], INPUT["input_ids"])
+    assert received["generation_config"].max_length == INPUT["input_ids"].shape[1] + 2
+    assert received["weights"].shape == (2, 2)
+    assert type(received["past_key_values"]) is DynamicCache
+
+
+def test_generate_validates_its_mode_with_the_method_that_the_mixture_overrides(model, monkeypatch):
+    assert_parameters(
+        PACKAGE, GenerationMixin._validate_generation_mode, "self", "generation_mode", "generation_config",
+        "generation_mode_kwargs",
+    )  # fmt: skip
+    modes = []
+    monkeypatch.setattr(model, "validate_generation_mode", modes.append)
+    model.generate(**INPUT, max_new_tokens=1, do_sample=False, num_beams=2)
+    assert [mode.value for mode in modes] == ["beam_search"]
+
+
 def test_generate_builds_masks_with_the_method_that_the_mixture_overrides(model, monkeypatch):
     """With a static cache. If `generate` no longer called it by this name, members would get a mask of the mixture."""
     masks = []

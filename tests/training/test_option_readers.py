@@ -17,6 +17,7 @@ from tests.helpers.paths import ROOT
 
 OPTIONS = {field.name: field for field in fields(LogitMixGRPOConfig)}
 OTHER_VALUES = {
+    "decoding": "joint",
     "epsilon": 0.1, "anchor_states": "offload", "cache_implementation": "static", "rollout_batch_size": 4,
     "vllm_mode": "server", "vllm_model_impl": "transformers", "vllm_server_base_url": "http://localhost",
     "vllm_importance_sampling_mode": "token_mask", "metric_for_best_model": "reward", "greater_is_better": True,
@@ -36,6 +37,7 @@ CONTEXT = {
     "gradient_checkpointing_kwargs": {"gradient_checkpointing": False},
     "rollout_batch_size": {"use_transformers_continuous_batching": True},
     "cache_implementation": {"use_transformers_continuous_batching": True},
+    "decoding": {"use_transformers_continuous_batching": True},
 }
 
 
