@@ -7,7 +7,7 @@ mixture is the target and each member in turn is the draft model. A member's pas
 it gives the logits that the mixture lacked to verify the draft, the draft's own cache entry, and the next draft.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -66,6 +66,8 @@ class AlternatingDecoder:
     read, so X leaves out its first draft. With one draft a turn and the acceptance rate a, a token takes 2 - a passes,
     and each sequence one more at its start.
 
+    `report` is called with the index of a sequence and the ids of its completion as soon as it has ended.
+
     Before every step, each member that has read anything has read all tokens of a sequence but the last, except for
     the drafts of the member that had the last turn.
     """
@@ -76,9 +78,11 @@ class AlternatingDecoder:
         sequences: OpenSequences,
         sampler: SpeculativeSampler,
         stopping_criteria: StoppingCriteriaList,
+        report: Callable[[int, list[int]], None] | None = None,
     ) -> None:
         self.sequences, self.statistics = sequences, DecodingStatistics(passes=[0] * len(model.config.members))
-        self._model, self._sampler, self._stopping_criteria = model, sampler, stopping_criteria
+        self._model, self._sampler = model, sampler
+        self._stopping_criteria, self._report = stopping_criteria, report
         self._members = [RewindableMember(model, name) for name in model.config.members]
         self._drafter: int | None = None  # the member whose drafts are not verified yet
 
@@ -177,8 +181,11 @@ class AlternatingDecoder:
         return self._members[x].read(ids_BC, mask_BC, keep)
 
     def _drop(self, is_open_B: Tensor) -> None:
-        """Drop the sequences that have ended."""
+        """Drop the sequences that have ended, and report them."""
         if not is_open_B.all():
+            if self._report is not None:
+                for i, ids in self.sequences.completions((~is_open_B).nonzero().squeeze(1)):
+                    self._report(i, ids)
             rows = is_open_B.nonzero().squeeze(1)
             self.sequences.select(rows)
             for member in self._members:

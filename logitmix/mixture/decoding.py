@@ -18,6 +18,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from logitmix.mixture.alternating import AlternatingDecoder, DecodingStatistics
 from logitmix.mixture.base import MixtureBase
+from logitmix.mixture.ends import CompletionEnds
 from logitmix.mixture.mixing import validate_weights
 from logitmix.mixture.padding import position_ids_from_mask
 from logitmix.mixture.pass_costs import PassCosts
@@ -128,6 +129,10 @@ def decode(
     K = len(model.config.members)
     weights_BK = validate_weights(model_kwargs.get("weights", model.config.weights), K, model.config.scheme)
     weights_BK = weights_BK.expand(len(input_ids), K)
+    ends = next((each for each in stopping_criteria if isinstance(each, CompletionEnds)), None)
+    if ends is not None:
+        stopping_criteria = StoppingCriteriaList([each for each in stopping_criteria if each is not ends])
+        stopping_criteria += [ends.stop] if ends.stop is not None else []
     reason = _reason_against(
         model, request, input_ids, (*logits_processor, *stopping_criteria), generation_config, weights_BK,
         synced_gpus, streamer, model_kwargs,
@@ -146,7 +151,7 @@ def decode(
         streamer,
     )
     sampler = SpeculativeSampler(logits_processor, is_greedy=not generation_config.do_sample)
-    decoder = AlternatingDecoder(model, sequences, sampler, stopping_criteria)
+    decoder = AlternatingDecoder(model, sequences, sampler, stopping_criteria, ends.report if ends else None)
     costs = None if request.decoding == "joint" else PassCosts.of(model)
     while len(sequences):
         decoder.step(None if costs is None else _choose_num_drafts(costs, request, decoder))

@@ -4,7 +4,7 @@ A checkpoint may ship its own (Qwen2.5's sets temperature, top-k, top-p and a re
 every field from it that the caller does not set. Rollouts and evaluation must not depend on it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
@@ -17,8 +17,8 @@ from transformers.generation import StoppingCriteriaList, StopStringCriteria
 from logitmix.mixture.alternating import DecodingStatistics
 from logitmix.mixture.base import MixtureBase
 from logitmix.mixture.decoding import Decoding, MixtureGenerateOutput, validate_decoding
+from logitmix.mixture.ends import CompletionEnds
 from logitmix.mixture.padding import left_pad
-from logitmix.mixture.ragged import has_ended
 from logitmix.mixture.tokenizers import (
     chat_template_errors,
     declared_ends,
@@ -40,6 +40,7 @@ def generate_completions(
     stop_strings: Sequence[str] | str = (),
     decoding: Decoding = "joint",
     statistics: DecodingStatistics | None = None,
+    on_completion: Callable[[int, list[int]], None] | None = None,
     **model_kwargs: Any,
 ) -> list[list[int]]:
     """The completion of each prompt as token ids, up to and including EOS or the token that completes a stop string.
@@ -50,6 +51,8 @@ def generate_completions(
         stop_strings: texts, or one text, that end a completion as EOS does; the completion contains them.
         decoding: of a mixture, as `LogitMixForCausalLM.generate` takes it; other models have joint decoding alone.
         statistics: the passes and drafts are added to it, unless all of the decoding was left to transformers.
+        on_completion: called once for each completion, with the index of its prompt and its ids: when it has ended
+            with EOS or a stop string, while others continue, else at the end.
         model_kwargs: arguments of the model's forward, for example `alpha=` of a mixture.
 
     Completions contain no padding, even if the padding token is also the EOS token. Raises `ValueError` for another
@@ -67,26 +70,31 @@ def generate_completions(
         **({"pad_token_id": pad_token_id} | settings | {"eos_token_id": eos_token_ids}), disable_compile=True
     )
     input_ids, attention_mask = left_pad(prompt_ids, pad_token_id, model.device)
-    criteria = [_stop_criterion(tokenizer, tuple(stop_strings))] if stop_strings else []
+    P, completions = input_ids.shape[1], dict[int, list[int]]()
+
+    def report(i: int, ids: list[int]) -> None:
+        completions[i] = ids
+        if on_completion is not None:
+            on_completion(i, ids)
+
+    stop = _stop_criterion(tokenizer, tuple(stop_strings)) if stop_strings else None
+    eos = [eos_token_ids] if isinstance(eos_token_ids, int) else eos_token_ids
     with default_generation_config(model):
         output = model.generate(
             input_ids=input_ids,
             attention_mask=attention_mask,
             generation_config=config,
-            stopping_criteria=StoppingCriteriaList(criteria),
+            stopping_criteria=StoppingCriteriaList([CompletionEnds(P, eos, stop, report)]),
             return_dict_in_generate=decoding != "joint",
             **model_kwargs,
         )
     if statistics is not None and isinstance(output, MixtureGenerateOutput) and output.statistics is not None:
         statistics.add(output.statistics)
-    P, sequences = input_ids.shape[1], output if isinstance(output, Tensor) else output.sequences
-    if criteria:
-        lengths = _lengths_to_stop_string(criteria[0], sequences, P, pad_token_id).tolist()
-        completions = [row[P:length] for row, length in zip(sequences.tolist(), lengths, strict=True)]
-    else:
-        completions = sequences[:, P:].tolist()
-    ends = {eos_token_ids} if isinstance(eos_token_ids, int) else set(eos_token_ids)
-    return [_cut_after_first(ids, ends) for ids in completions]
+    sequences = output if isinstance(output, Tensor) else output.sequences
+    for i, ids in enumerate(sequences[:, P:].tolist()):
+        if i not in completions:
+            report(i, ids)
+    return [completions[i] for i in range(len(input_ids))]
 
 
 def tokenize_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[list[int]]:
@@ -139,33 +147,7 @@ def default_generation_config(model: PreTrainedModel) -> Iterator[None]:
         model.generation_config = own
 
 
-def _cut_after_first(ids: list[int], eos_token_ids: set[int]) -> list[int]:
-    for i, token in enumerate(ids):
-        if token in eos_token_ids:
-            return ids[: i + 1]
-    return ids
-
-
 @lru_cache(maxsize=8)
 def _stop_criterion(tokenizer: PreTrainedTokenizerBase, stop_strings: tuple[str, ...]) -> StopStringCriteria:
     """Cached: building one reads every token of the vocabulary, which takes half a second for Qwen's."""
     return StopStringCriteria(tokenizer, list(stop_strings))
-
-
-def _lengths_to_stop_string(
-    criterion: StopStringCriteria, sequences_BL: Tensor, prompt_length: int, pad_token_id: int
-) -> Tensor:
-    """The length `[B]` up to which each sequence was sampled: to its stop string, if it has one, else whole.
-
-    After a stop string `generate` pads a sequence, with a token that may also be sampled. So a sequence was sampled at
-    least up to its last other token, and its stop string is the first to be complete from there on.
-    """
-    L = sequences_BL.shape[1]
-    slots_L = torch.arange(1, L + 1, device=sequences_BL.device)
-    end_B = (slots_L * (sequences_BL != pad_token_id)).amax(1).clamp(min=prompt_length + 1)
-    open_B = torch.arange(len(sequences_BL), device=sequences_BL.device)
-    while len(open_B):
-        stopped_B = has_ended(StoppingCriteriaList([criterion]), sequences_BL[open_B], end_B[open_B])
-        open_B = open_B[~stopped_B & (end_B[open_B] < L)]
-        end_B[open_B] += 1
-    return end_B

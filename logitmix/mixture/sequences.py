@@ -4,7 +4,7 @@ Shape legend: K members, B sequences not yet ended, P slots of the prompts, T ne
 L slots for tokens: prompt, new tokens, and drafts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -84,6 +84,14 @@ class OpenSequences:
             finished.member_logprobs_BTK[index_B, slots_B - self.prompt_BP.shape[1]] = log_probs_BK
         if self._streamer is not None:
             self._streamer.put(tokens_B.cpu())
+
+    def completions(self, rows: Tensor) -> Iterator[tuple[int, list[int]]]:
+        """The index in the batch and the new tokens of each sequence at `rows`."""
+        P = self.prompt_BP.shape[1]
+        for i, tokens, length in zip(
+            self.index_B[rows].tolist(), self.tokens_BL[rows].tolist(), self.length_B[rows].tolist(), strict=True
+        ):
+            yield i, tokens[P:length]
 
     def select(self, rows: Tensor) -> None:
         """Keep the sequences at the indices `rows` only. Drafts' logits are not kept: verify them first."""
