@@ -2,22 +2,20 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from logitmix.cli.options.data import TaskArguments
-from logitmix.cli.options.dry_run import dry_run_sft
+from logitmix.cli.options.described import described
 from logitmix.cli.options.lora import AdapterArguments
 from logitmix.cli.options.model import ModelArguments
 from logitmix.cli.options.parser import flatten, parse
 from logitmix.cli.options.recipe import RecipeArguments
-from logitmix.mixture.adapters import read_adapter_config, validate_adapter_targets
-from logitmix.mixture.loading import load_member, require_tokenizer
-from logitmix.mixture.modeling import LogitMixForCausalLM
-from logitmix.mixture.tokenizers import prepare_for_task
 from logitmix.runs.console import console
-from logitmix.runs.folder import find_checkpoint
-from logitmix.runs.trackers import validate_trackers
-from logitmix.runs.training import run_training
-from logitmix.training.sft import ResumableSFTConfig, ResumableSFTTrainer, sft_dataset
+
+if TYPE_CHECKING:
+    from logitmix.training.sft import ResumableSFTConfig
+else:  # the flags of the configuration, which takes seconds to import; the options hold the configuration itself
+    ResumableSFTConfig = described("ResumableSFTConfig")
 
 
 @dataclass
@@ -39,6 +37,16 @@ def main(argv: Sequence[str]) -> None:
 
 def run(options: SFTOptions, command: Sequence[str]) -> None:
     """Train, with `command` as the command line that is printed to continue the run when it is stopped."""
+    from logitmix.cli.options.dry_run import dry_run_sft
+    from logitmix.mixture.adapters import read_adapter_config, validate_adapter_targets
+    from logitmix.mixture.loading import load_member, require_tokenizer
+    from logitmix.mixture.modeling import LogitMixForCausalLM
+    from logitmix.mixture.tokenizers import prepare_for_task
+    from logitmix.runs.folder import find_checkpoint
+    from logitmix.runs.trackers import validate_trackers
+    from logitmix.runs.training import run_training
+    from logitmix.training.sft import ResumableSFTTrainer, sft_dataset
+
     task_args, model_args, args = options.task, options.model, options.training
     if options.recipe.dry_run:
         dry_run_sft(options.recipe, task_args, model_args, options.adapter, args)

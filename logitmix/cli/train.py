@@ -3,27 +3,24 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-from transformers import PreTrainedModel, TrainerCallback
+from typing import TYPE_CHECKING
 
 from logitmix.cli.options.data import TaskArguments
-from logitmix.cli.options.dry_run import dry_run_train
+from logitmix.cli.options.described import described
 from logitmix.cli.options.evaluation import EvaluationArguments
 from logitmix.cli.options.lora import AdapterArguments
 from logitmix.cli.options.model import ModelArguments, find_model
 from logitmix.cli.options.parser import flatten, parse
 from logitmix.cli.options.recipe import RecipeArguments
-from logitmix.evaluation.during_training import evaluate_members
-from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.paper.recipes import SFT, load_recipe
-from logitmix.runs.callbacks import CompletionsFile, EverySteps
 from logitmix.runs.console import console
-from logitmix.runs.folder import find_checkpoint
-from logitmix.runs.trackers import validate_trackers
-from logitmix.runs.training import run_training
-from logitmix.training.alpha.controllers import VALIDATING
-from logitmix.training.config import LogitMixGRPOConfig
-from logitmix.training.task_trainer import build_trainer, split_validation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, TrainerCallback
+
+    from logitmix.training.config import LogitMixGRPOConfig
+else:  # the flags of the configuration, which takes seconds to import; the options hold the configuration itself
+    LogitMixGRPOConfig = described("LogitMixGRPOConfig")
 
 
 @dataclass
@@ -47,6 +44,16 @@ def main(argv: Sequence[str]) -> None:
 
 def run(options: TrainOptions, command: Sequence[str]) -> None:
     """Train, with `command` as the command line that is printed to continue the run when it is stopped."""
+    from logitmix.cli.options.dry_run import dry_run_train
+    from logitmix.evaluation.during_training import evaluate_members
+    from logitmix.mixture.modeling import LogitMixForCausalLM
+    from logitmix.runs.callbacks import CompletionsFile, EverySteps
+    from logitmix.runs.folder import find_checkpoint
+    from logitmix.runs.trackers import validate_trackers
+    from logitmix.runs.training import run_training
+    from logitmix.training.alpha.controllers import VALIDATING
+    from logitmix.training.task_trainer import build_trainer, split_validation
+
     task_args, model_args, eval_args, args = options.task, options.model, options.evaluation, options.training
     if args.eval_strategy != "no":
         raise ValueError("TRL's eval_strategy evaluates by sampling; for greedy evaluations use --eval_every STEPS")
@@ -103,8 +110,10 @@ def validate_recipe_anchor(recipe: str | None, models: Sequence[str | None]) -> 
         )
 
 
-def print_shared_memory(model: PreTrainedModel) -> None:
+def print_shared_memory(model: "PreTrainedModel") -> None:
     """Print the memory saved by members that share one base; nothing if none do."""
+    from logitmix.mixture.modeling import LogitMixForCausalLM
+
     if isinstance(model, LogitMixForCausalLM) and model.anchors != model.members[1:]:
         held, saved = model.weight_bytes()
         console.print(f"Members share one base: weights take {held / 1e9:.3g} GB, not {(held + saved) / 1e9:.3g} GB.")

@@ -12,6 +12,8 @@ from enum import Enum
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from logitmix.cli.options.described import Described
+
 # Settings of TRL and transformers that most runs set
 COMMON = {
     "output_dir": "Folder of the run: checkpoints, metrics, and the model.",
@@ -77,42 +79,42 @@ def print_help(
         if own:
             _print_group(_heading(group), own, positional)
         if inherited:
-            library = next(c for c in group.__mro__ if c.__name__ in REFERENCE)
+            library = group.library
             if everything:
-                _print_group(f"All other fields of TRL's {library.__name__}", inherited)
+                _print_group(f"All other fields of TRL's {library}", inherited)
             else:
                 by_name = {field.name: field for field in inherited}
                 common = {name: text for name, text in COMMON.items() if name in by_name}
                 _print_group(
-                    f"Common settings of TRL's {library.__name__}", [by_name[name] for name in common], texts=common
+                    f"Common settings of TRL's {library}", [by_name[name] for name in common], texts=common
                 )
     if library is not None and not everything:
         _print_wrapped(
-            f"\nEvery other field of TRL's {library.__name__} is a flag as well: `logitmix {verb} --help all` lists "
-            f"them, and {REFERENCE[library.__name__]} documents them."
+            f"\nEvery other field of TRL's {library} is a flag as well: `logitmix {verb} --help all` lists "
+            f"them, and {REFERENCE[library]} documents them."
         )
     _print_wrapped(f"\n{footer}")
 
 
 def _heading(group: type) -> str:
-    if any(c.__name__ in REFERENCE for c in group.__mro__):
+    if issubclass(group, Described):
         return "Mixture and training"
     return (inspect.getdoc(group) or group.__name__).splitlines()[0].rstrip(".")
 
 
 def _fields(group: type) -> list[Field]:
-    return [field for field in fields(group) if field.init]
+    by_name = {field.name: field for field in fields(group) if field.init}
+    for name, hint in get_type_hints(group).items():
+        if name in by_name:
+            by_name[name].type = hint
+    return list(by_name.values())
 
 
 def _split_fields(group: type) -> tuple[list[Field], list[Field]]:
     """Fields that logitmix defines or redefines, in its order, and the others, of TRL and transformers."""
     by_name = {field.name: field for field in _fields(group)}
-    for name, hint in get_type_hints(group).items():
-        if name in by_name:
-            by_name[name].type = hint
-    classes = [c for c in reversed(group.__mro__) if c.__module__.startswith("logitmix")]
-    own = list(dict.fromkeys(name for c in classes for name in inspect.get_annotations(c) if name in by_name))
-    own.sort(key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
+    names = group.own if issubclass(group, Described) else list(by_name)
+    own = sorted(names, key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
     return [by_name[name] for name in own], [field for name, field in by_name.items() if name not in own]
 
 

@@ -11,6 +11,7 @@ from typing import Any, NoReturn, TypeVar, cast, get_type_hints
 import yaml
 from trl import TrlParser
 
+from logitmix.cli.options.described import Described
 from logitmix.cli.options.help import asks_for_help, print_help
 from logitmix.cli.options.recipe import RecipeArguments, launched_processes
 from logitmix.paper.recipes import Recipe, configure, load_recipe, resolve_policy
@@ -124,7 +125,8 @@ def _assemble(options: type[Options], parsed: Sequence[Any], sources: dict[str, 
     if _groups(options) == [options]:
         (single,) = parsed
         return cast(Options, single)
-    return cast(Callable[..., Options], options)(*parsed)
+    whole = [group.configuration() if isinstance(group, Described) else group for group in parsed]
+    return cast(Callable[..., Options], options)(*whole)
 
 
 def _apply_recipe(parser: _Parser, argv: Sequence[str], verb: str) -> None:
