@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-architectures test-serving test-wheel docs lint
+.PHONY: quickstart test test-architectures test-serving test-wheel docs lint flags
 
 quickstart: .venv/installed
 	$(BIN)/logitmix quickstart
@@ -19,6 +19,10 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The fields of the training configurations, so that `--help` need not import them
+flags: .venv/installed
+	$(BIN)/python -m logitmix.cli.options.described
 
 # The site, in build/site. Its environment needs no torch: the reference is read from the source.
 docs: .venv-docs/installed

@@ -4,10 +4,13 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from logitmix.cli.options.help import asks_for_help
+
 
 def main(argv: Sequence[str]) -> None:
     """Run `lm_eval` with these flags, once mixtures are registered with transformers."""
-    importlib.import_module("logitmix.mixture.modeling")
+    if not asks_for_help(argv):
+        importlib.import_module("logitmix.mixture.modeling")
     try:
         cli_evaluate = importlib.import_module("lm_eval.__main__").cli_evaluate
     except ModuleNotFoundError as error:

@@ -13,8 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from transformers import HfArgumentParser
-from transformers.utils.import_utils import is_serve_available
+from trl import TrlParser
 
 from logitmix.cli.options.evaluation import DECODING_HELP, Decoding
 from logitmix.cli.options.help import asks_for_help, print_help
@@ -67,7 +66,7 @@ def main(argv: Sequence[str]) -> None:
     argv = list(argv)
     if argv and not argv[0].startswith("-"):
         argv.insert(0, "--model_name_or_path")
-    parser = HfArgumentParser(ServeArguments, prog="logitmix serve", allow_abbrev=False)
+    parser = TrlParser(ServeArguments, prog="logitmix serve", allow_abbrev=False)
     args, flags = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     validate_arguments(args, flags)
     if find_spec("vllm") is None:
@@ -117,6 +116,13 @@ def validate_tokenizer(folder: str) -> None:
         validate_texts_open(tokenizer)
 
 
+def is_serve_available() -> bool:
+    """Whether the server of transformers is installed. transformers takes a second to import, which --help spares."""
+    from transformers.utils.import_utils import is_serve_available as is_available
+
+    return is_available()
+
+
 def serve_without_vllm(args: ServeArguments, flags: Sequence[str]) -> None:
     """Run the server of transformers. Raises `ValueError` if that is not installed either, and for flags of vLLM."""
     if not is_serve_available():
@@ -124,7 +130,7 @@ def serve_without_vllm(args: ServeArguments, flags: Sequence[str]) -> None:
             "vLLM is not installed, which logitmix serve needs: pip install vllm; to try it on a laptop, the server "
             "of transformers is enough: pip install 'logitmix[serve]'"
         )
-    parser = HfArgumentParser(ServerArguments, prog="logitmix serve", allow_abbrev=False)
+    parser = TrlParser(ServerArguments, prog="logitmix serve", allow_abbrev=False)
     server, vllm_flags = parser.parse_args_into_dataclasses(list(flags), return_remaining_strings=True)
     if vllm_flags:
         raise ValueError(f"vLLM is not installed, which {vllm_flags[0]} is for: pip install vllm, or leave it out")

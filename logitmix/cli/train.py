@@ -14,6 +14,7 @@ from logitmix.cli.options.parser import flatten, parse
 from logitmix.cli.options.recipe import RecipeArguments
 from logitmix.paper.recipes import SFT, load_recipe
 from logitmix.runs.console import console
+from logitmix.training.alpha.controllers import VALIDATING, validate_alpha
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainerCallback
@@ -31,6 +32,20 @@ class TrainOptions:
     adapter: AdapterArguments
     evaluation: EvaluationArguments
     training: LogitMixGRPOConfig
+
+    def validate(self) -> None:
+        """Raise `ValueError` for options that contradict each other."""
+        source, controller = self.evaluation.validation_source, self.training.alpha_controller
+        if self.training.eval_strategy != "no":
+            raise ValueError(
+                "TRL's eval_strategy evaluates by sampling; for greedy evaluations use --eval_every STEPS"
+            )
+        if source != "held_out" and controller not in VALIDATING:
+            raise ValueError(
+                f"validation_source is {source!r}, but alpha_controller {controller!r} validates nothing; set "
+                "--alpha_controller adaptive, or --validation_source held_out"
+            )
+        validate_alpha(self.training.alpha)
 
 
 def parse_train(argv: Sequence[str]) -> TrainOptions:
@@ -51,17 +66,9 @@ def run(options: TrainOptions, command: Sequence[str]) -> None:
     from logitmix.runs.folder import find_checkpoint
     from logitmix.runs.trackers import validate_trackers
     from logitmix.runs.training import run_training
-    from logitmix.training.alpha.controllers import VALIDATING
     from logitmix.training.task_trainer import build_trainer, split_validation
 
     task_args, model_args, eval_args, args = options.task, options.model, options.evaluation, options.training
-    if args.eval_strategy != "no":
-        raise ValueError("TRL's eval_strategy evaluates by sampling; for greedy evaluations use --eval_every STEPS")
-    if eval_args.validation_source != "held_out" and args.alpha_controller not in VALIDATING:
-        raise ValueError(
-            f"validation_source is {eval_args.validation_source!r}, but alpha_controller {args.alpha_controller!r} "
-            "validates nothing; set --alpha_controller adaptive, or --validation_source held_out"
-        )
     if args.anchor is not None:
         args.anchor = find_model(args.anchor)
     if options.recipe.dry_run:

@@ -13,7 +13,7 @@ from logitmix.mixture.loading import load_base, load_member
 from logitmix.mixture.mixing import Scheme
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.mixture.opening import open_adapter
-from logitmix.training.alpha.controllers import Controller
+from logitmix.training.alpha.controllers import Controller, validate_alpha
 from logitmix.training.init_kwargs import explained_init_kwargs, resolve_init_kwargs
 from logitmix.training.resumable_config import ResumableConfig
 
@@ -125,15 +125,6 @@ class LogitMixGRPOConfig(ResumableConfig, GRPOConfig):
     )
 
 
-def validate_alpha(args: LogitMixGRPOConfig) -> None:
-    """Raise `ValueError` for an alpha at which the policy has no gradient."""
-    if args.alpha is not None and not 0 <= args.alpha < 1:
-        raise ValueError(
-            f"alpha is {args.alpha}; training needs 0 <= alpha < 1, since the policy's gradient has the factor "
-            "1 - alpha"
-        )
-
-
 def build_model(
     model: PreTrainedModel | str, args: LogitMixGRPOConfig, peft_config: PeftConfig | None = None
 ) -> PreTrainedModel:
@@ -144,7 +135,7 @@ def build_model(
 
     Raises `ValueError` for options that contradict each other or the model.
     """
-    validate_alpha(args)
+    validate_alpha(args.alpha)
     init_kwargs = resolve_init_kwargs(args, model)
     if args.anchor is not None:
         if isinstance(model, LogitMixForCausalLM):

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from logitmix.cli.__main__ import VERBS
+
 HEAVY = {"torch", "transformers", "datasets", "accelerate", "peft", "matplotlib"}
 
 
@@ -21,6 +23,28 @@ def run_command(*argv: str, status: int, cwd=None) -> tuple[set[str], str]:
     return run_and_list_imports(
         f"from logitmix.cli.__main__ import main\nassert main({list(argv)!r}) == {status}", cwd
     )
+
+
+def processor_seconds(code: str) -> float:
+    """The processor time of a fresh Python that runs `code`, which does not grow when other processes run."""
+    script = f"{code}\nimport sys, time\nprint(time.process_time(), file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return float(done.stderr.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def torch_seconds() -> float:
+    return processor_seconds("import torch")
+
+
+def packages_after(code: str) -> set[str]:
+    """The packages, without private and standard ones, that a fresh Python has imported after `code`."""
+    script = f"{code}\nimport sys\nprint(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    names = {name.partition(".")[0] for name in done.stdout.splitlines()[-1].split()}
+    return {name for name in names - sys.stdlib_module_names if not name.startswith("_")}
 
 
 @pytest.mark.parametrize("argv", [["recipes"], ["--help"], ["--version"], ["check-task", "arithmetic"]], ids=" ".join)
@@ -43,6 +67,19 @@ def test_what_needs_no_model_imports_no_library_for_models(argv):
         (["inspect", "--model_name_or_path", "x"], "required: --question"),
         (["complement"], "required: --sources"),
         (["export"], "required: --model_name_or_path"),
+        (["serve"], "needs the folder of a mixture"),
+        (["train"], "required: --model_name_or_path"),
+        (["train", "--model_name_or_path", "x", "--learning_rat", "3"], "did you mean 'learning_rate'?"),
+        (["train", "--model_name_or_path", "x", "--max_steps", "1.5"], "invalid int value: '1.5'"),
+        (["train", "--model_name_or_path", "x", "--loss_head", "fast"], "invalid choice: 'fast'"),
+        (["train", "--model_name_or_path", "x", "--optim", "adan"], "invalid choice: 'adan'"),
+        (["train", "--model_name_or_path", "x", "--alpha", "1.5"], "training needs 0 <= alpha < 1"),
+        (["train", "--model_name_or_path", "x", "--eval_strategy", "steps"], "use --eval_every STEPS"),
+        (["train", "--model_name_or_path", "x", "--lora_r", "4"], "there is no adapter; add --use_peft"),
+        (["train", "--recipe", "math/3b/sft"], "is a recipe for `logitmix sft`"),
+        (["train", "--recipe", "math/3b/fixed"], "there is no recipe"),
+        (["sft", "--model_name_or_path", "x", "--config", "none.yaml"], "there is no config file 'none.yaml'"),
+        (["sft", "--model_name_or_path", "x", "--packing", "perhaps"], "Truthy value expected"),
         (["quickstart", "--arm", "grpo"], "did you mean 'arms'?"),
         (["reproduce", "--scales", "tiny"], "did you mean 'scale'?"),
     ],
@@ -52,6 +89,37 @@ def test_a_refused_command_imports_no_library_for_models(argv, error, tmp_path):
     imported, printed = run_command(*argv, status=2, cwd=tmp_path)
     assert error in printed
     assert imported == set()
+
+
+@pytest.mark.parametrize("argv", [[verb, "--help"] for verb in VERBS] + [["train", "--help", "all"]], ids=" ".join)
+def test_help_takes_less_processor_time_than_importing_torch(argv, torch_seconds):
+    """About a third of it, also on a slow or busy machine. torch takes 1.5 s where help is to take less than 1."""
+    if argv[0] == "lm-eval":
+        pytest.importorskip("lm_eval")
+    seconds = processor_seconds(
+        f"""
+from logitmix.cli.__main__ import main
+try:
+    main({argv!r})
+except SystemExit as stop:
+    assert not stop.code
+"""
+    )
+    assert seconds < torch_seconds
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ("from logitmix import LogitMixGRPOTrainer", "from trl import GRPOTrainer"),
+        ("from logitmix import LogitMixForCausalLM", "from transformers import AutoModelForCausalLM; import peft"),
+        ("from logitmix import mix_logits", "import torch"),
+    ],
+)
+def test_a_name_imports_no_library_beside_those_it_extends(ours, theirs):
+    added = packages_after(ours) - packages_after(theirs)
+    assert added <= {"logitmix", "math_verify", "latex2sympy2_extended"}, "a trainer also grades"
 
 
 def test_a_report_imports_only_what_plots_it(tmp_path):

@@ -6,7 +6,7 @@ wrong flags need no library for models. `python -m logitmix.cli.options.describe
 
 import inspect
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, Field, field, fields, make_dataclass
 from enum import Enum, StrEnum
 from functools import cache
@@ -14,7 +14,7 @@ from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 FILE = Path(__file__).with_name("described.json")
 CONFIGURATIONS = {
@@ -35,8 +35,8 @@ class Described:
     redefines, in its order.
     """
 
-    library: ClassVar[str]
-    own: ClassVar[list[str]]
+    library = ""  # without annotations, which would make them fields
+    own = tuple[str, ...]()
 
     def configuration(self) -> Any:
         """The configuration with these values. Raises `ValueError` for values that it rejects."""
@@ -47,7 +47,7 @@ class Described:
         return config(**{key: _plain(value) for key, value in values.items() if key in changed})
 
 
-def described(name: str) -> type:
+def described(name: str) -> type[Described]:
     """A dataclass with the fields of the configuration. With other versions of TRL it is read from the import."""
     description = _read()["configurations"].get(name) if _read()["versions"] == _versions() else None
     if description is None:
@@ -55,7 +55,7 @@ def described(name: str) -> type:
     names = PLAIN_TYPES | {key: StrEnum(key, {v: v for v in values}) for key, values in description["enums"].items()}
     # The file is part of this package; its types are expressions such as `list[str] | None`
     rows = [(f["name"], eval(f["type"], {}, names), _field(f)) for f in description["fields"]]
-    namespace = {"library": description["library"], "own": description["own"]}
+    namespace = {"library": description["library"], "own": tuple(description["own"])}
     return make_dataclass(name, rows, bases=(Described,), namespace=namespace, kw_only=True)
 
 
@@ -100,15 +100,16 @@ def _type_text(hint: Any, enums: dict[str, list[str]]) -> str:
         return "None"
     if origin is Literal:
         return f"Literal[{', '.join(map(repr, arguments))}]"
-    texts: Iterable[str] = [_type_text(argument, enums) for argument in arguments]
+    texts = [_type_text(argument, enums) for argument in arguments]
     if origin in (Union, UnionType):
         return " | ".join(texts)
-    if origin is not None:
+    if origin is list or origin is dict:
         return f"{origin.__name__}[{', '.join(texts)}]"
     if isinstance(hint, type) and issubclass(hint, Enum):
         enums[hint.__name__] = [member.value for member in hint]
         return hint.__name__
-    return hint.__name__ if PLAIN_TYPES.get(getattr(hint, "__name__", "")) is hint else "Any"
+    name = getattr(hint, "__name__", "")
+    return name if PLAIN_TYPES.get(name) is hint else "Any"
 
 
 def _field(description: Mapping[str, Any]) -> Any:

@@ -23,9 +23,9 @@ from logitmix.cli.options.recipe import RecipeArguments
 from logitmix.mixture.adapters import read_adapter_config
 from logitmix.mixture.configuration import LogitMixConfig
 from logitmix.paper.recipes import load_recipe
-from logitmix.training.alpha.controllers import VALIDATING
+from logitmix.training.alpha.controllers import VALIDATING, validate_alpha
 from logitmix.training.budget import Batches, Part, Setup, adapter_size, memory, model_shape, peak
-from logitmix.training.config import LogitMixGRPOConfig, validate_alpha
+from logitmix.training.config import LogitMixGRPOConfig
 from logitmix.training.config_checks import validate_options
 
 GIB = 2**30
@@ -40,7 +40,7 @@ def dry_run_train(
     args: LogitMixGRPOConfig,
 ) -> None:
     """Print the plan of a GRPO run. Raises `ValueError` for wrong options, and if it does not fit the device."""
-    validate_alpha(args)
+    validate_alpha(args.alpha)
     validate_options(args)
     policy = model_args.model_name_or_path
     configs = model_configs(policy, recipe_args.recipe)

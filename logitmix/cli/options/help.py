@@ -79,15 +79,14 @@ def print_help(
         if own:
             _print_group(_heading(group), own, positional)
         if inherited:
+            assert issubclass(group, Described)
             library = group.library
             if everything:
                 _print_group(f"All other fields of TRL's {library}", inherited)
             else:
                 by_name = {field.name: field for field in inherited}
                 common = {name: text for name, text in COMMON.items() if name in by_name}
-                _print_group(
-                    f"Common settings of TRL's {library}", [by_name[name] for name in common], texts=common
-                )
+                _print_group(f"Common settings of TRL's {library}", [by_name[name] for name in common], texts=common)
     if library is not None and not everything:
         _print_wrapped(
             f"\nEvery other field of TRL's {library} is a flag as well: `logitmix {verb} --help all` lists "

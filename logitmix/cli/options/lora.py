@@ -35,13 +35,15 @@ class AdapterArguments:
     use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(lora_r) instead."})
     use_dora: bool = field(default=False, metadata={"help": "Train magnitude and direction separately (DoRA)."})
 
+    def __post_init__(self) -> None:
+        given = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
+        if given and not self.use_peft:
+            raise ValueError(f"{given[0]} is {getattr(self, given[0])!r}, but there is no adapter; add --use_peft")
+
     @property
     def peft_config(self) -> LoraConfig | None:
-        """None without `--use_peft`. Raises `ValueError` for flags that would have no effect or that PEFT rejects."""
-        given = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
+        """None without `--use_peft`. Raises `ValueError` for values that PEFT rejects."""
         if not self.use_peft:
-            if given:
-                raise ValueError(f"{given[0]} is {getattr(self, given[0])!r}, but there is no adapter; add --use_peft")
             return None
         from peft import LoraConfig
 

@@ -6,7 +6,7 @@ The options of a command are a dataclass: its fields are flags, or are dataclass
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
-from typing import Any, NoReturn, TypeVar, cast, get_type_hints
+from typing import Any, NoReturn, Protocol, TypeVar, cast, get_type_hints, runtime_checkable
 
 import yaml
 from trl import TrlParser
@@ -18,6 +18,14 @@ from logitmix.paper.recipes import Recipe, configure, load_recipe, resolve_polic
 from logitmix.training.option_types import typed
 
 Options = TypeVar("Options")
+
+
+@runtime_checkable
+class Validated(Protocol):
+    """Options that are checked before what they configure is imported."""
+
+    def validate(self) -> None:
+        """Raise `ValueError` for options that contradict each other."""
 
 
 def parse(
@@ -125,8 +133,13 @@ def _assemble(options: type[Options], parsed: Sequence[Any], sources: dict[str, 
     if _groups(options) == [options]:
         (single,) = parsed
         return cast(Options, single)
-    whole = [group.configuration() if isinstance(group, Described) else group for group in parsed]
-    return cast(Callable[..., Options], options)(*whole)
+    assembled = cast(Callable[..., Options], options)(*parsed)
+    if isinstance(assembled, Validated):
+        assembled.validate()
+    for name, group in list(vars(assembled).items()):
+        if isinstance(group, Described):
+            setattr(assembled, name, group.configuration())
+    return assembled
 
 
 def _apply_recipe(parser: _Parser, argv: Sequence[str], verb: str) -> None:

@@ -18,6 +18,14 @@ _TEMPERATURE = 0.25
 _LOWEST, _HIGHEST = 0.05, 0.95
 
 
+def validate_alpha(alpha: float | None) -> None:
+    """Raise `ValueError` for an alpha at which the policy has no gradient."""
+    if alpha is not None and not 0 <= alpha < 1:
+        raise ValueError(
+            f"alpha is {alpha}; training needs 0 <= alpha < 1, since the policy's gradient has the factor 1 - alpha"
+        )
+
+
 @dataclass(frozen=True)
 class Counts:
     """Correct greedy responses to n validation questions (eq. 7-8).
