@@ -4,8 +4,10 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib.metadata import version
 
+from logitmix.runs.console import working
 from logitmix.tasks.names import unknown_name
 
 VERBS = {
@@ -34,6 +36,8 @@ LIBRARY_SETTINGS = {
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
 }
 
+SERVERS = ("serve", "lm-eval")  # print what they do themselves
+
 USAGE = "usage: logitmix VERB [flags]      (`logitmix VERB --help` lists the flags of a verb)\n\n" + "".join(
     f"  {verb:<12}{description}\n" for verb, (_, description) in VERBS.items()
 )
@@ -57,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, value in LIBRARY_SETTINGS.items():
         os.environ.setdefault(name, value)
     try:
-        return importlib.import_module(VERBS[verb][0]).main(flags) or 0
+        with nullcontext() if verb in SERVERS or not _is_first_process() else working(f"logitmix {verb}"):
+            return importlib.import_module(VERBS[verb][0]).main(flags) or 0
     except (ValueError, OSError, FloatingPointError, ImportError) as error:
         return _fail(str(error))
     except RuntimeError as error:
@@ -67,6 +72,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("logitmix: interrupted", file=sys.stderr)
         return 130
+
+
+def _is_first_process() -> bool:
+    """Whether this is the only process, or the one of those that `torchrun` or `accelerate launch` started that prints."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _fail(message: str) -> int:

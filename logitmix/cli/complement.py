@@ -100,7 +100,8 @@ def decode_checkpoints(checkpoints: Sequence[str], options: ComplementOptions) -
             model, require_tokenizer(source), task, problems, args.max_new_tokens, decoding=args.decoding
         )
         batches = make_batches(make_requests(alphas, len(problems)), args.batch_size)
-        responses = responses or open_responses(args.output_dir, arguments)
+        expected = dict.fromkeys(alphas if len(checkpoints) == 1 else checkpoints, len(problems))
+        responses = responses or open_responses(args.output_dir, arguments, expected)
         responses.add(f"{Path(source).name} on {task.name}", batches, decode)
     assert responses is not None
     return group_by(responses.rows, "name")

@@ -1,5 +1,6 @@
 """`logitmix eval`: accuracy of policy, anchor and mixture on the same test problems, greedy or sampled."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -41,10 +42,11 @@ def run(options: EvalOptions) -> None:
     decode = make_decoder(
         model, tokenizer, task, problems, args.max_new_tokens, sampling.temperature, sampling.seed, args.decoding
     )
-    batches = make_batches(make_requests(get_alphas(model), len(problems), sampling.num_samples), args.batch_size)
+    requests = make_requests(get_alphas(model), len(problems), sampling.num_samples)
+    batches = make_batches(requests, args.batch_size)
     arguments = {"command": "eval"}
     arguments |= flatten(options.problems, data_args, model_args, options.mixture, sampling, args)
-    responses = open_responses(args.output_dir, arguments)
+    responses = open_responses(args.output_dir, arguments, Counter(request.name for request in requests))
     responses.add(f"eval on {task.name}", batches, decode)
     if responses.path is not None:
         console.print(f"Responses are in {responses.path}.", soft_wrap=True)

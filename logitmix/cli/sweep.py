@@ -82,7 +82,8 @@ def run(options: SweepOptions) -> None:
     )
     arguments = {"command": "sweep"}
     arguments |= flatten(options.problems, data_args, model_args, options.mixture, options.sweep, args)
-    responses = open_responses(args.output_dir, arguments)
+    expected = dict.fromkeys(MEMBERS, len(problems)) | dict.fromkeys(mixes, len(between) * len(problems))
+    responses = open_responses(args.output_dir, arguments, expected)
     decode_sweep(responses, decoders, len(problems), mixes, between, args.batch_size)
 
     table, choices = sweep_rates(responses.rows), choose_alpha(responses.rows)

@@ -71,6 +71,7 @@ def get_alphas(model: PreTrainedModel) -> dict[str, float | None]:
 
 
 Decode = Callable[[Sequence[Sequence[Request]]], Iterator[list[Response]]]
+OnResponse = Callable[[int, Response], None]  # the index in its batch, and the response
 
 
 def make_requests(alphas: Mapping[str, float | None], num_problems: int, num_samples: int = 1) -> list[Request]:
@@ -98,6 +99,69 @@ def make_batches(requests: Sequence[Request], batch_size: int) -> list[list[Requ
     return [group[start : start + batch_size] for group in groups for start in range(0, len(group), batch_size)]
 
 
+@dataclass(frozen=True)
+class Decoder:
+    """Decodes and grades batches of requests, one batch after another: a `Decode`; see `make_decoder`.
+
+    `prompts` are texts, for the responses, and `prompt_ids` their tokens. `ends` are the tokens that end a response.
+    Without `takes_alpha`, the alpha of a request only labels its response.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    task: Task
+    problems: Sequence[Problem]
+    prompts: Sequence[str]
+    prompt_ids: Sequence[list[int]]
+    ends: Sequence[int]
+    settings: Mapping[str, Any]
+    seed: int
+    decoding: Decoding
+    takes_alpha: bool = True
+
+    def __call__(
+        self, batches: Sequence[Sequence[Request]], on_response: OnResponse | None = None
+    ) -> Iterator[list[Response]]:
+        """The responses of each batch. `on_response` gets each as soon as its sequence has ended."""
+        for batch in batches:
+            yield self._decode(batch, on_response)
+
+    def _decode(self, batch: Sequence[Request], on_response: OnResponse | None) -> list[Response]:
+        responses: dict[int, Response] = {}
+
+        def ended(i: int, ids: list[int]) -> None:
+            responses[i] = self._respond(batch[i], ids)
+            if on_response is not None:
+                on_response(i, responses[i])
+
+        was_training = self.model.training
+        self.model.eval()
+        with _seeded(f"{self.seed}/{batch[0]}") if self.settings["do_sample"] else nullcontext():
+            generate_completions(
+                self.model,
+                self.tokenizer,
+                [self.prompt_ids[request.problem] for request in batch],
+                dict(self.settings),
+                self.task.template.stop,
+                self.decoding,
+                on_completion=ended,
+                **(_alphas(batch) if self.takes_alpha else {}),
+            )
+        self.model.train(was_training)
+        return [responses[i] for i in range(len(batch))]
+
+    def _respond(self, request: Request, ids: list[int]) -> Response:
+        problem = self.problems[request.problem]
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        grade = self.task.grade(text, problem)
+        ended = ids[-1] in self.ends or any(stop in text for stop in self.task.template.stop)
+        return Response(
+            **asdict(request), prompt=self.prompts[request.problem], response=text, gold=problem.answer,
+            format_ok=grade.format_ok, answer_ok=grade.answer_ok, lenient_ok=grade.lenient_ok,
+            length=len(ids), truncated=not ended,
+        )  # fmt: skip
+
+
 def make_decoder(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -107,7 +171,7 @@ def make_decoder(
     temperature: float = 0.0,
     seed: int = 0,
     decoding: Decoding = "auto",
-) -> Decode:
+) -> Decoder:
     """Return a function that decodes and grades batches of requests, one batch after another.
 
     Each sequence has its own alpha. Temperature 0 is greedy; above 0, the samples of a batch depend only on the seed
@@ -128,36 +192,7 @@ def make_decoder(
         "max_new_tokens": _resolve_max_new_tokens(model, prompt_ids, max_new_tokens)
     }
     ends = get_eos_token_ids(model, tokenizer)
-
-    def respond(request: Request, ids: list[int]) -> Response:
-        problem = problems[request.problem]
-        text = tokenizer.decode(ids, skip_special_tokens=True)
-        grade = task.grade(text, problem)
-        ended = ids[-1] in ends or any(stop in text for stop in task.template.stop)
-        return Response(
-            **asdict(request), prompt=texts[request.problem], response=text, gold=problem.answer,
-            format_ok=grade.format_ok, answer_ok=grade.answer_ok, lenient_ok=grade.lenient_ok,
-            length=len(ids), truncated=not ended,
-        )  # fmt: skip
-
-    def decode(batches: Sequence[Sequence[Request]]) -> Iterator[list[Response]]:
-        for batch in batches:
-            was_training = model.training
-            model.eval()
-            with _seeded(f"{seed}/{batch[0]}") if temperature > 0 else nullcontext():
-                completions = generate_completions(
-                    model,
-                    tokenizer,
-                    [prompt_ids[request.problem] for request in batch],
-                    settings,
-                    task.template.stop,
-                    decoding,
-                    **_alphas(batch),
-                )
-            model.train(was_training)
-            yield [respond(request, ids) for request, ids in zip(batch, completions, strict=True)]
-
-    return decode
+    return Decoder(model, tokenizer, task, problems, texts, prompt_ids, ends, settings, seed, decoding)
 
 
 def greedy_responses(
@@ -168,20 +203,16 @@ def greedy_responses(
     alphas: Mapping[str, float | None],
     max_new_tokens: int | None = None,
     batch_size: int = BATCH_SIZE,
-    progress: Any = None,
+    on_response: OnResponse | None = None,
     decoding: Decoding = "auto",
 ) -> list[Response]:
     """Each named alpha's greedy response to each problem; see `make_decoder`.
 
-    `progress` is called with the number of responses after each batch.
+    `on_response` gets each response as soon as its sequence has ended, with its index in its batch.
     """
     batches = make_batches(make_requests(alphas, len(problems)), batch_size)
-    responses = []
-    for decoded in make_decoder(model, tokenizer, task, problems, max_new_tokens, decoding=decoding)(batches):
-        responses += decoded
-        if progress is not None:
-            progress(len(decoded))
-    return responses
+    decode = make_decoder(model, tokenizer, task, problems, max_new_tokens, decoding=decoding)
+    return [response for batch in decode(batches, on_response) for response in batch]
 
 
 def generation_settings(temperature: float) -> dict[str, Any]:

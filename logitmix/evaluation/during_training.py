@@ -9,7 +9,7 @@ from accelerate.utils import gather_object
 from logitmix.evaluation.decode import BATCH_SIZE, Response, get_alphas, greedy_responses
 from logitmix.evaluation.metrics import group_by, rates
 from logitmix.evaluation.outcomes import pack_outcomes
-from logitmix.runs.files import EVALUATIONS_FILE, append_jsonl
+from logitmix.runs.files import EVALUATION_RESPONSES_FILE, EVALUATIONS_FILE, append_jsonl
 from logitmix.runs.trackers import log_to_trackers
 from logitmix.tasks import Problem, Task
 from logitmix.training.grpo import LogitMixGRPOTrainer
@@ -23,6 +23,8 @@ def evaluate_members(
 
     It appends a line for each to `evaluations.jsonl` in the folder, with the rates and which problems were right
     (`evaluation.outcomes.unpack`), and logs the rates to the trackers. The anchor is frozen, so it is decoded once.
+    Each response is a line of `evaluation_responses.jsonl` as soon as it is decoded; of the process with index i > 0,
+    in `evaluation_responses-i.jsonl`.
 
     Processes share the problems. Each decodes equally many, because sharded weights are gathered by all processes
     together; a problem that is decoded twice for this reason counts once.
@@ -31,21 +33,24 @@ def evaluate_members(
     mine = [problems[i % len(problems)] for i in share]
     batch_size = trainer.args.rollout_batch_size or BATCH_SIZE
     anchor: list[Response] = []
+    rank = trainer.accelerator.process_index
+    file = folder / (EVALUATION_RESPONSES_FILE if rank == 0 else f"evaluation_responses-{rank}.jsonl")
+
+    def numbered(response: Response) -> Response:
+        return replace(response, problem=share[response.problem])
 
     def evaluate(step: int) -> None:
+        def save(_: int, response: Response) -> None:
+            if numbered(response).problem < len(problems):
+                append_jsonl(file, [{"step": step} | asdict(numbered(response))])
+
         names = {name: alpha for name, alpha in get_alphas(trainer.model).items() if name != "anchor" or not anchor}
         with trainer.generation_model() as model:
             responses = greedy_responses(
-                model,
-                trainer.processing_class,
-                task,
-                mine,
-                names,
-                trainer.max_completion_length,
-                batch_size,
-                decoding=trainer.args.decoding,
-            )
-        own = [replace(response, problem=share[response.problem]) for response in responses]
+                model, trainer.processing_class, task, mine, names, trainer.max_completion_length, batch_size, save,
+                trainer.args.decoding,
+            )  # fmt: skip
+        own = map(numbered, responses)
         gathered: list[Response] = gather_object([response for response in own if response.problem < len(problems)])
         by_name = group_by(gathered, "name")
         anchor.extend(by_name.pop("anchor", []))

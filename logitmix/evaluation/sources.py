@@ -5,7 +5,7 @@ from pathlib import Path
 
 from logitmix.evaluation.decode import Response
 from logitmix.evaluation.metrics import group_by
-from logitmix.evaluation.responses import read_responses
+from logitmix.evaluation.responses import read_responses, validate_is_whole
 from logitmix.runs.files import RESPONSES_FILE
 
 
@@ -42,6 +42,8 @@ def select_pair(sources: Sequence[str], decoded: Mapping[str, list[Response]]) -
                 f"{source} holds responses of {', '.join(by_name)}, not of policy and anchor; compare two of them as "
                 f"{source}:NAME {source}:NAME"
             )
+        for name in ("policy", "anchor") if not decoded else ():
+            _validate_is_whole(source, name, by_name[name])
         return [(name, by_name[name]) for name in ("policy", "anchor")]
     return [(source, decoded[source] if source in decoded else _select(source)) for source in sources]
 
@@ -56,7 +58,15 @@ def _select(source: str) -> list[Response]:
         )
     if name is not None and name not in by_name:
         raise ValueError(f"{source} names {name!r}, but the file holds responses of {', '.join(by_name)}")
-    return by_name[name or next(iter(by_name))]
+    name = name or next(iter(by_name))
+    _validate_is_whole(source, name, by_name[name])
+    return by_name[name]
+
+
+def _validate_is_whole(source: str, name: str, responses: Sequence[Response]) -> None:
+    found = find_responses(source)
+    assert found is not None
+    validate_is_whole(found[0], name, responses)
 
 
 def _read(source: str) -> tuple[list[Response], str | None]:

@@ -1,11 +1,11 @@
 """Decoding a sweep: the members alone, then every mix at every alpha, on the same problems."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel
 
-from logitmix.evaluation.decode import Decode, Request, Response, make_batches, make_requests
+from logitmix.evaluation.decode import Decoder, Request, make_batches, make_requests
 from logitmix.evaluation.responses import Responses
 from logitmix.evaluation.sweep import MEMBERS, set_merge
 from logitmix.mixture.modeling import LogitMixForCausalLM
@@ -16,9 +16,9 @@ class Decoders:
     """The models of a sweep and their decoders; `merged` takes the weights of the merge at one alpha after another."""
 
     pair: LogitMixForCausalLM
-    decode_pair: Decode
+    decode_pair: Decoder
     merged: PreTrainedModel | None
-    decode_merged: Decode | None
+    decode_merged: Decoder | None
 
 
 def decode_sweep(
@@ -42,15 +42,4 @@ def decode_sweep(
         for alpha in alphas:
             set_merge(decoders.merged, policy, anchor, alpha)
             batches = make_batches(make_requests({"merge": alpha}, num_problems), batch_size)
-            responses.add(f"merge at {alpha:g}", batches, _without_alpha(decoders.decode_merged))
-
-
-def _without_alpha(decode: Decode) -> Decode:
-    """Decode requests with a model that takes no alpha; the responses keep the alpha of their requests."""
-
-    def decode_requests(batches: Sequence[Sequence[Request]]) -> Iterator[list[Response]]:
-        plain = [[replace(request, alpha=None) for request in batch] for batch in batches]
-        for batch, responses in zip(batches, decode(plain), strict=True):
-            yield [replace(response, alpha=request.alpha) for request, response in zip(batch, responses, strict=True)]
-
-    return decode_requests
+            responses.add(f"merge at {alpha:g}", batches, replace(decoders.decode_merged, takes_alpha=False))

@@ -9,14 +9,14 @@
 5. Results: a table, two figures, and every number as JSON lines (`paper.quickstart_report`).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from logitmix.evaluation.decode import Response, get_alphas, greedy_responses
+from logitmix.evaluation.decode import OnResponse, Response, get_alphas, greedy_responses
 from logitmix.evaluation.during_training import evaluate_members
 from logitmix.evaluation.metrics import Rates, rates_by
 from logitmix.mixture.loading import load_member
@@ -68,7 +68,7 @@ def sweep_alphas(
         row = bar.add_task("3 sweep of alpha", total=2 * len(alphas) * len(problems), info="")
         for scheme in ("logit", "prob"):
             model = LogitMixForCausalLM.from_members(str(folder / "base"), str(folder / "sft"), scheme=scheme)
-            responses = _greedy(model, tokenizer, task, problems, alphas, progress=lambda n: bar.advance(row, n))
+            responses = _greedy(model, tokenizer, task, problems, alphas, on_response=lambda *_: bar.advance(row))
             rates = rates_by(responses, "alpha")
             rows += [{"scheme": scheme, "alpha": alpha} | asdict(r) for alpha, r in rates.items()]
     return rows
@@ -119,6 +119,6 @@ def _greedy(
     task: Arithmetic,
     problems: list[Problem],
     alphas: Mapping[str, float | None],
-    progress: Callable[[int], None] | None = None,
+    on_response: OnResponse | None = None,
 ) -> list[Response]:
-    return greedy_responses(model, tokenizer, task, problems, alphas, MAX_NEW_TOKENS, progress=progress)
+    return greedy_responses(model, tokenizer, task, problems, alphas, MAX_NEW_TOKENS, on_response=on_response)

@@ -1,7 +1,11 @@
 """What a command shows while it runs: log lines and progress, on standard error."""
 
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from typing import ClassVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeRemainingColumn
@@ -16,8 +20,7 @@ def progress_bar() -> Progress:
 
     Where standard error is no terminal, and no bar can be redrawn, a line with the same every 30 seconds.
     """
-    shows_bar = console.is_jupyter or (console.is_terminal and not console.is_dumb_terminal)
-    return (Progress if shows_bar else ProgressLines)(
+    return (Progress if _shows_bars() else ProgressLines)(
         TextColumn("{task.description:<16}"),
         BarColumn(bar_width=10),
         MofNCompleteColumn(),
@@ -28,17 +31,45 @@ def progress_bar() -> Progress:
     )
 
 
+@contextmanager
+def working(title: str) -> Iterator[None]:
+    """Where no bar can be redrawn, print a line every 30 seconds in which no bar prints one.
+
+    A command loads and saves models, grades and plots within it, for none of which there is a bar.
+    """
+    if _shows_bars():
+        yield
+        return
+    started, stopped = time.monotonic(), threading.Event()
+
+    def print_lines() -> None:
+        while not stopped.wait(SECONDS_BETWEEN_LINES):
+            if all(bar.finished for bar in list(ProgressLines.started)):
+                seconds = time.monotonic() - started
+                console.print(f"{title}: {_clock(seconds)} so far", highlight=False, markup=False, soft_wrap=True)
+
+    threading.Thread(target=print_lines, daemon=True).start()
+    try:
+        yield
+    finally:
+        stopped.set()
+
+
 class ProgressLines(Progress):
     """Progress in a log file: a line every 30 seconds, also while a step takes longer, and the bar at the end."""
 
+    started: ClassVar[set["ProgressLines"]] = set()
+
     def start(self) -> None:
         super().start()
+        ProgressLines.started.add(self)
         self._stopped = threading.Event()
         threading.Thread(target=self._print_lines, args=(self._stopped,), daemon=True).start()
 
     def stop(self) -> None:
         if self.live.is_started:
             self._stopped.set()
+            ProgressLines.started.discard(self)
         super().stop()
 
     def _print_lines(self, stopped: threading.Event) -> None:
@@ -46,6 +77,10 @@ class ProgressLines(Progress):
             for task in self.tasks:
                 if not task.finished:
                     self.console.print(_line(task), highlight=False, markup=False, soft_wrap=True)
+
+
+def _shows_bars() -> bool:
+    return console.is_jupyter or (console.is_terminal and not console.is_dumb_terminal)
 
 
 def _line(task: Task) -> str:

@@ -11,6 +11,7 @@ from logitmix.training.checkpointing.folders import explained_write_errors, sync
 RUN_FILE = "run.jsonl"
 METRICS_FILE = "metrics.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"
+EVALUATION_RESPONSES_FILE = "evaluation_responses.jsonl"
 COMPLETIONS_FILE = "completions.jsonl"
 RESPONSES_FILE = "responses.jsonl"
 SWEEP_FILE = "sweep.json"
