@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from importlib.metadata import version
 
-from logitmix.runs.console import working
 from logitmix.tasks.names import unknown_name
 
 VERBS = {
@@ -58,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb, *flags = argv
     if verb not in VERBS:
         return _fail(str(unknown_name("command", verb, VERBS)))
+    from logitmix.runs.console import working  # not for --help
+
     for name, value in LIBRARY_SETTINGS.items():
         os.environ.setdefault(name, value)
     try:
@@ -75,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _is_first_process() -> bool:
-    """Whether this is the only process, or the one of those that `torchrun` or `accelerate launch` started that prints."""
+    """Whether this process prints: the only one, or the first that `torchrun` or `accelerate launch` started."""
     return os.environ.get("RANK", "0") == "0"
 
 

@@ -146,8 +146,8 @@ def open_responses(
 ) -> Responses:
     """Start or continue an evaluation in a folder; without a folder, responses are kept in memory only.
 
-    `expected` is the number of responses of each name, which `run.jsonl` records: the file of an interrupted evaluation
-    has fewer (`validate_is_whole`).
+    `expected` is the number of responses of each name, which `run.jsonl` records: the file of an interrupted
+    evaluation has fewer (`expected_responses`).
 
     Raises `ValueError` for a folder that holds something else, or an evaluation with other arguments.
     """
@@ -171,16 +171,7 @@ def open_responses(
     return Responses(folder / RESPONSES_FILE)
 
 
-def validate_is_whole(path: Path, name: str, responses: Sequence[Response]) -> None:
-    """Raise `ValueError` if the evaluation that wrote the file was interrupted before the last response of this name.
-
-    A file without the `run.jsonl` of its evaluation passes.
-    """
-    run = path.with_name(RUN_FILE)
-    start = read_last_start(path.parent) if path.name == RESPONSES_FILE and run.exists() else None
-    expected = (start or {}).get("responses", {}).get(name, 0)
-    if len(responses) < expected:
-        raise ValueError(
-            f"{path} holds {len(responses)} of {expected} responses of {name!r}: its evaluation was interrupted; repeat "
-            "its command, which continues it"
-        )
+def expected_responses(path: Path) -> dict[str, int]:
+    """The number of responses of each name in a whole file; empty if the evaluation's `run.jsonl` is not beside it."""
+    start = read_last_start(path.parent) if path.name == RESPONSES_FILE else None
+    return (start or {}).get("responses") or {}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from logitmix.evaluation.decode import Response
 from logitmix.evaluation.metrics import group_by
-from logitmix.evaluation.responses import read_responses, validate_is_whole
+from logitmix.evaluation.responses import expected_responses, read_responses
 from logitmix.runs.files import RESPONSES_FILE
 
 
@@ -36,44 +36,50 @@ def select_pair(sources: Sequence[str], decoded: Mapping[str, list[Response]]) -
     """
     if len(sources) == 1:
         (source,) = sources
-        by_name = decoded or group_by(_read(source)[0], "name")
+        by_name = decoded or _read(source)[0]
         if not {"policy", "anchor"} <= by_name.keys():
             raise ValueError(
                 f"{source} holds responses of {', '.join(by_name)}, not of policy and anchor; compare two of them as "
                 f"{source}:NAME {source}:NAME"
             )
-        for name in ("policy", "anchor") if not decoded else ():
-            _validate_is_whole(source, name, by_name[name])
-        return [(name, by_name[name]) for name in ("policy", "anchor")]
+        return [(name, by_name[name] if decoded else _whole(source, name)) for name in ("policy", "anchor")]
     return [(source, decoded[source] if source in decoded else _select(source)) for source in sources]
 
 
 def _select(source: str) -> list[Response]:
     """The responses of the member that a source names, or of the only one in its file."""
-    responses, name = _read(source)
-    by_name = group_by(responses, "name")
+    by_name, name = _read(source)
     if name is None and len(by_name) > 1:
         raise ValueError(
             f"{source} holds responses of {', '.join(by_name)}; choose one, as {source}:{next(iter(by_name))}"
         )
     if name is not None and name not in by_name:
         raise ValueError(f"{source} names {name!r}, but the file holds responses of {', '.join(by_name)}")
-    name = name or next(iter(by_name))
-    _validate_is_whole(source, name, by_name[name])
-    return by_name[name]
+    return _whole(source, name or next(iter(by_name)))
 
 
-def _validate_is_whole(source: str, name: str, responses: Sequence[Response]) -> None:
-    found = find_responses(source)
-    assert found is not None
-    validate_is_whole(found[0], name, responses)
+def _whole(source: str, name: str) -> list[Response]:
+    """The responses of a member. Raises `ValueError` if the evaluation was interrupted before their last."""
+    path, responses = _file(source)[0], _read(source)[0][name]
+    expected = expected_responses(path).get(name, 0)
+    if len(responses) < expected:
+        raise ValueError(
+            f"{path} holds {len(responses)} of {expected} responses of {name!r}: its evaluation was interrupted; "
+            "repeat its command, which continues it"
+        )
+    return responses
 
 
-def _read(source: str) -> tuple[list[Response], str | None]:
-    found = find_responses(source)
-    assert found is not None
-    path, name = found
+def _read(source: str) -> tuple[dict[str, list[Response]], str | None]:
+    """The responses in a source's file by member, also of members that are still to be decoded, and whom it names."""
+    path, name = _file(source)
     responses = read_responses(path)
     if not responses:
         raise ValueError(f"{path} holds no responses; evaluate first, with logitmix eval --output_dir")
-    return responses, name
+    return {expected: [] for expected in expected_responses(path)} | group_by(responses, "name"), name
+
+
+def _file(source: str) -> tuple[Path, str | None]:
+    found = find_responses(source)
+    assert found is not None
+    return found
