@@ -10,7 +10,7 @@ from logitmix.cli.options.described import described
 from logitmix.cli.options.evaluation import EvaluationArguments
 from logitmix.cli.options.lora import AdapterArguments
 from logitmix.cli.options.model import ModelArguments, find_model
-from logitmix.cli.options.parser import flatten, parse
+from logitmix.cli.options.parser import Validated, flatten, parse
 from logitmix.cli.options.recipe import RecipeArguments
 from logitmix.paper.recipes import SFT, load_recipe
 from logitmix.runs.console import console
@@ -25,7 +25,7 @@ else:  # the flags of the configuration, which takes seconds to import; the opti
 
 
 @dataclass
-class TrainOptions:
+class TrainOptions(Validated):
     recipe: RecipeArguments
     task: TaskArguments
     model: ModelArguments

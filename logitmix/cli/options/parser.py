@@ -6,7 +6,7 @@ The options of a command are a dataclass: its fields are flags, or are dataclass
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
-from typing import Any, NoReturn, Protocol, TypeVar, cast, get_type_hints, runtime_checkable
+from typing import Any, NoReturn, TypeVar, cast, get_type_hints
 
 import yaml
 from trl import TrlParser
@@ -20,9 +20,8 @@ from logitmix.training.option_types import typed
 Options = TypeVar("Options")
 
 
-@runtime_checkable
-class Validated(Protocol):
-    """Options that are checked before what they configure is imported."""
+class Validated:
+    """A base class of options that are checked before what they configure is imported."""
 
     def validate(self) -> None:
         """Raise `ValueError` for options that contradict each other."""
