@@ -18,7 +18,7 @@ def test_every_data_file_of_the_package_is_in_the_wheel():
     package = ROOT / "logitmix"
     files = [p.relative_to(package) for p in package.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")]
     files = [path for path in files if "__pycache__" not in path.parts]
-    assert {path.suffix for path in files} == {".html", ".typed", ".yaml"}
+    assert {path.suffix for path in files} == {".html", ".json", ".typed", ".yaml"}
     missing = [str(path) for path in files if not any(_matches(str(path), pattern) for pattern in patterns)]
     assert missing == []
 

@@ -131,24 +131,24 @@ class Decoder:
 
         def ended(i: int, ids: list[int]) -> None:
             responses[i] = self._respond(batch[i], ids)
-            if on_response is not None:
-                on_response(i, responses[i])
+            assert on_response is not None
+            on_response(i, responses[i])
 
         was_training = self.model.training
         self.model.eval()
         with _seeded(f"{self.seed}/{batch[0]}") if self.settings["do_sample"] else nullcontext():
-            generate_completions(
+            completions = generate_completions(
                 self.model,
                 self.tokenizer,
                 [self.prompt_ids[request.problem] for request in batch],
                 dict(self.settings),
                 self.task.template.stop,
                 self.decoding,
-                on_completion=ended,
+                on_completion=None if on_response is None else ended,
                 **(_alphas(batch) if self.takes_alpha else {}),
             )
         self.model.train(was_training)
-        return [responses[i] for i in range(len(batch))]
+        return [responses.get(i) or self._respond(batch[i], ids) for i, ids in enumerate(completions)]
 
     def _respond(self, request: Request, ids: list[int]) -> Response:
         problem = self.problems[request.problem]
