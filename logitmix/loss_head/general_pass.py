@@ -76,11 +76,11 @@ def _add_gradients(
 ) -> None:
     """Add the chunk's part to the gradients of member k, from the gradient `grad_nV` by its logits."""
     grad_hidden, grad_weight, grad_bias = gradients.hidden[k], gradients.weight[k], gradients.bias[k]
-    weighted_nD = hidden_ND[tokens].to(grad_nV) * coefficients_n.unsqueeze(-1)
+    weighted_nD, half = hidden_ND[tokens].to(grad_nV) * coefficients_n.unsqueeze(-1), inputs.half_dtype
     for tile in inputs.tiles:
         if grad_hidden is not None:
-            add_product(grad_hidden[tokens], grad_nV[:, tile], inputs.heads[k].weight[tile], inputs.half_dtype)
+            add_product(grad_hidden[tokens], grad_nV[:, tile], inputs.heads[k].weight[tile], half, "hidden_gradient")
         if grad_weight is not None:
-            add_product(grad_weight[tile], grad_nV[:, tile].T, weighted_nD, inputs.half_dtype)
+            add_product(grad_weight[tile], grad_nV[:, tile].T, weighted_nD, half, "weight_gradient")
     if grad_bias is not None:
         grad_bias[: inputs.vocab_size].addmv_(grad_nV.T, coefficients_n)

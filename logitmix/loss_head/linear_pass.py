@@ -48,7 +48,7 @@ class _HeadGroup:
 
     def add_logits(self, z_nv: Tensor, tile: slice) -> None:
         """`z_nv += logits(tile)`."""
-        add_product(z_nv, self.hidden_nD, self.head.weight[tile].T, self.half_dtype)
+        add_product(z_nv, self.hidden_nD, self.head.weight[tile].T, self.half_dtype, "logits")
         self._add_bias(z_nv, tile)
 
     def _add_bias(self, z_nv: Tensor, tile: slice) -> Tensor:
@@ -102,7 +102,7 @@ def _scan_vocabulary(
         for group in chunk:
             if group.row_sum_nD is not None:
                 group.row_sum_nD.mul_(shrink_n.unsqueeze(-1))
-                add_product(group.row_sum_nD, e_nv, group.head.weight[tile], inputs.half_dtype)
+                add_product(group.row_sum_nD, e_nv, group.head.weight[tile], inputs.half_dtype, "hidden_gradient")
         peaks.append(peak_n)
     target_z_n = target_z_n1.squeeze(-1)
     target_mass_n = torch.exp(target_z_n - peak_n)
@@ -165,7 +165,7 @@ def _add_head_gradients(
             factor_n = -coefficients_n * peak_n.exp()
             if grad_weight is not None:
                 scaled_nD = factor_n.unsqueeze(-1) * group.hidden_nD
-                add_product(grad_weight[tile], masses_nV[:, tile].T, scaled_nD, inputs.half_dtype)
+                add_product(grad_weight[tile], masses_nV[:, tile].T, scaled_nD, inputs.half_dtype, "weight_gradient")
             if grad_bias is not None:
                 grad_bias[tile].addmv_(masses_nV[:, tile].T, factor_n * group.factor_n)
         factor_n = coefficients_n * miss_n

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from logitmix.loss_head import Coefficients, fused_log_probs
+from logitmix.loss_head.libraries import Library, ShapeClass, choose_libraries, read_choices
 from logitmix.mixture.configuration import resolve_weights
 from logitmix.mixture.diagnostics import MixtureDiagnostics
 from logitmix.mixture.head import (
@@ -122,6 +123,19 @@ class FusedScorer:
             diagnostics = MixtureDiagnostics(*fields)
         log_probs_BT, entropy_BT = _scatter(log_probs_N, scored_BT), _scatter(entropy_N, scored_BT)
         return Scores(log_probs_BT, entropy_BT, diagnostics, kept, aux_losses[0] if aux_losses else None)
+
+    def read_libraries(self) -> dict[ShapeClass, Library]:
+        """The library of each class of matrix products, for a checkpoint; see `libraries.restore_choices`.
+
+        Those of members that have not run yet, because their weight was 0 so far, are chosen now: a run that resumes
+        from the checkpoint would otherwise choose on its own.
+        """
+        for name in self.model.config.model_names:
+            head = getattr(self.model, name).get_output_embeddings()
+            if head.weight.device.type == "cpu":
+                width = getattr(head, "in_features", head.weight.shape[-1])  # ZeRO-3 partitions the weight
+                choose_libraries(self.model.config.vocab_size, width)
+        return read_choices()
 
     def _hidden_states(
         self,

@@ -130,7 +130,8 @@ class LogitMixGRPOTrainer(PatchedGRPOTrainer):
 
         prepare_fsdp(self)
         self.monitor = Monitor(self)
-        self.checkpointing = Checkpointing(self, self.rollout_states() | self._refill_states())
+        scoring_states = {} if self.scorer is None else self.scorer.states()
+        self.checkpointing = Checkpointing(self, self.rollout_states() | self._refill_states() | scoring_states)
         if args.alpha_controller != "fixed":
             self.add_callback(AlphaControl(self, self.validation_questions))
 

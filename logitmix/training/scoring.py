@@ -11,12 +11,14 @@ from torch import Tensor
 from trl.trainer.utils import FusedCausalLMOutput
 
 from logitmix.loss_head import Coefficients, clipped_coefficients
+from logitmix.loss_head.libraries import restore_choices
 from logitmix.loss_head.scorer import AnchorStates, FusedScorer
 from logitmix.mixture.configuration import resolve_weights
 from logitmix.mixture.diagnostics import MixtureDiagnostics
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.mixture.scoring import score_and_diagnose_labels, score_labels
 from logitmix.training.batch import Batch, own_tokens
+from logitmix.training.checkpointing.resume import State
 from logitmix.training.config import LogitMixGRPOConfig
 from logitmix.training.trl_patches import PatchedGRPOTrainer, install_scoring_forward
 
@@ -48,6 +50,15 @@ class MixtureScorer:
         self.model, self.args = model, args
         self._fused = FusedScorer(model) if args.loss_head == "fused" else None
         install_scoring_forward(model, self.score)
+
+    def states(self) -> dict[str, State]:
+        """What a checkpoint holds of the scoring: the matrix libraries, which round differently.
+
+        Each process saves its own; nothing requires that they agree.
+        """
+        if self._fused is None:
+            return {}
+        return {"matrix_libraries": State(self._fused.read_libraries, restore_choices)}
 
     def score(
         self,
