@@ -13,6 +13,7 @@ from logitmix.loss_head.coefficients import Coefficients
 from logitmix.mixture.diagnostics import MixtureDiagnostics
 from logitmix.mixture.head import Head
 from logitmix.mixture.mixing import Scheme
+from logitmix.mixture.support import Support
 
 # Bytes of a chunk's logits, enough that reading the heads again for each chunk costs little
 CHUNK_BYTES = {"cpu": 32_000_000, "cuda": 1_000_000_000}
@@ -37,6 +38,7 @@ class LossHeadInputs:
     diagnostics: list[MixtureDiagnostics] | None = None  # each chunk appends one
     share_products: bool = True  # one product for members that share a head
     half_dtype: torch.dtype | None = None  # the dtype of a CUDA device's matrix products
+    support: Support | None = None  # the tokens that count as possible; all of the vocabulary without it
 
     def chunks(self, columns: int, least: int) -> Iterator[slice]:
         """Slices of the tokens such that `columns` float32 values a token fit the memory budget.

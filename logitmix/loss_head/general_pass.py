@@ -1,4 +1,4 @@
-"""The general pass of the fused loss head: any scheme, soft caps, and gradients through the entropy.
+"""The general pass of the fused loss head: any scheme, soft caps, kept supports, and gradients through the entropy.
 
 Shape legend: K members, N tokens, n tokens of a chunk, V vocabulary, D hidden width of a member.
 """
@@ -30,17 +30,21 @@ def run_general(
         for k in range(len(hidden))
     ]
     # rows of logits that a member takes with autograd's intermediate results: about 6 with a gradient, 3 without
-    for tokens in inputs.chunks(inputs.vocab_size * (3 * len(hidden) + 3 * sum(needs_grad)), least=32):
+    rows = 3 * len(hidden) + 3 * sum(needs_grad) + (0 if inputs.support is None else 2)
+    for tokens in inputs.chunks(inputs.vocab_size * rows, least=32):
         products = [_project(inputs, head, h[tokens], scores) for head, h in zip(inputs.heads, hidden, strict=True)]
         leaves = [z.requires_grad_() for z, needed in zip(products, needs_grad, strict=True) if needed]
         weights = inputs.weights if inputs.weights.dim() == 1 else inputs.weights[tokens]
         with torch.set_grad_enabled(any(needs_grad)):
             logits = [head.transform(z) for head, z in zip(inputs.heads, products, strict=True)]
             mixed = mix_logits(logits, weights, inputs.scheme)
-            chunk_scores = log_probs_and_entropy(mixed, inputs.targets_N[tokens], inputs.temperature)
+            possible = mixed
+            if inputs.support is not None:
+                possible = mixed.masked_fill(~inputs.support.mask(tokens, inputs.vocab_size), -torch.inf)
+            chunk_scores = log_probs_and_entropy(possible, inputs.targets_N[tokens], inputs.temperature)
         if inputs.diagnostics is not None:
             inputs.diagnostics.append(mixture_diagnostics(logits, mixed, inputs.temperature))
-        del logits, mixed
+        del logits, mixed, possible
         for out, score in zip(scores, chunk_scores, strict=True):
             out[tokens] = score.detach()
         if not leaves:

@@ -23,6 +23,7 @@ from logitmix.loss_head.linear_pass import run_linear
 from logitmix.mixture.diagnostics import MixtureDiagnostics
 from logitmix.mixture.head import Head
 from logitmix.mixture.mixing import Scheme, Weights, validate_weights
+from logitmix.mixture.support import Support
 
 # Largest error of the given coefficients against the loss's own, relative to the largest coefficient
 _TOLERANCE = 1e-5
@@ -42,6 +43,7 @@ def fused_log_probs(
     check: bool = True,
     chunk: int | None = None,
     tile: int | None = None,
+    support: Support | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target under the mixture, and the entropy of its distribution, both `[N]`.
 
@@ -68,6 +70,8 @@ def fused_log_probs(
         check: validate the values of targets and hidden states, which synchronises with the device.
         chunk: tokens per chunk. Default: as many as fit a fixed memory budget.
         tile: vocabulary rows per matrix product.
+        support: the tokens that could have been sampled at each position. The mixed logits of the others count as
+            -inf, so that the distribution is the one over the support, renormalised.
 
     Raises `ValueError` for weights or shapes that do not fit, targets outside the vocabulary, or hidden states that
     are not finite.
@@ -96,7 +100,7 @@ def fused_log_probs(
     heads = [heads[k] for k in active]
     inputs = LossHeadInputs(
         heads, weights[..., active], targets_N, scheme, temperature, vocab_size, coefficients, chunk, tile,
-        diagnostics, share_products and diagnostics is None, _half_dtype(hidden[active[0]]),
+        diagnostics, share_products and diagnostics is None, _half_dtype(hidden[active[0]]), support,
     )  # fmt: skip
     tensors = [*(hidden[k] for k in active), *(head.weight for head in heads), *(head.bias for head in heads)]
     if not torch.is_grad_enabled():  # the autograd function could not tell
@@ -240,6 +244,7 @@ def run_passes(
     gradients = Gradients(zeros[:K], zeros[K : 2 * K], zeros[2 * K :])
     scores = torch.empty(2, N, dtype=dtype, device=inputs.targets_N.device)
     is_linear = inputs.scheme == "logit" and all(head.softcap is None for head in inputs.heads)
+    is_linear = is_linear and inputs.support is None
     with torch.no_grad(), torch.autocast(scores.device.type, enabled=False):
         if is_linear and grad_scores is None:
             run_linear(inputs, hidden, scores, gradients)

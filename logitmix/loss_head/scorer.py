@@ -3,6 +3,7 @@
 Shape legend: K members, B batch, T time, N scored tokens, V vocabulary, D hidden width of a member.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from logitmix.mixture.mixing import Weights
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.mixture.padding import position_ids_from_mask
 from logitmix.mixture.router import WITH_ROUTER_LOGITS, load_balancing_loss
+from logitmix.mixture.support import SequenceSupport, Support
 
 AnchorStates = list[dict[str, Tensor]]
 """For each sequence, the last hidden states `[tokens, D]` at its scored tokens of each anchor that ran."""
@@ -62,6 +64,7 @@ class FusedScorer:
         anchor_states: AnchorStates | None = None,
         keep_anchor_states: bool = False,
         compute_aux_loss: bool = False,
+        supports: Sequence[SequenceSupport] | None = None,
     ) -> Scores:
         """Scores of the labels other than -100, equal to those of `LogitMixForCausalLM.score` up to rounding.
 
@@ -72,6 +75,7 @@ class FusedScorer:
                 run again.
             keep_anchor_states: return the anchors' states.
             compute_aux_loss: return the load-balancing loss of the policy, a mixture of experts.
+            supports: of the completions that the labels are; probabilities are then those among the kept tokens.
         """
         config = self.model.config
         resolved = resolve_weights(None, weights, len(config.members), config.scheme, config.weights)
@@ -93,6 +97,7 @@ class FusedScorer:
         if weights_K.dim() == 2:  # from one row a sequence to one row a token
             weights_K = weights_K.repeat_interleave(scored_BT.sum(1).cpu(), dim=0)
         chunks: list[MixtureDiagnostics] = []
+        support = None if supports is None else Support.of_scored(supports, scored_BT)
 
         def score(hidden: list[Tensor]) -> tuple[Tensor, Tensor]:
             return fused_log_probs(
@@ -109,6 +114,7 @@ class FusedScorer:
                 coefficients,
                 diagnostics=chunks if diagnose else None,
                 share_products=False,  # rounds as with diagnostics, so that the ratio before an update is 1
+                support=support,
                 check=False,  # the trainer checks the loss, without another synchronisation
             )
 

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.generation import StoppingCriteriaList, StopStringCriteria
+from transformers.generation import LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
 
 from logitmix.mixture.alternating import DecodingStatistics
 from logitmix.mixture.base import MixtureBase
 from logitmix.mixture.decoding import Decoding, MixtureGenerateOutput, validate_decoding
 from logitmix.mixture.ends import CompletionEnds
 from logitmix.mixture.padding import left_pad
+from logitmix.mixture.support import SequenceSupport, SupportRecorder
 from logitmix.mixture.tokenizers import (
     chat_template_errors,
     declared_ends,
@@ -41,6 +42,7 @@ def generate_completions(
     decoding: Decoding = "joint",
     statistics: DecodingStatistics | None = None,
     on_completion: Callable[[int, list[int]], None] | None = None,
+    supports: list[SequenceSupport] | None = None,
     **model_kwargs: Any,
 ) -> list[list[int]]:
     """The completion of each prompt as token ids, up to and including EOS or the token that completes a stop string.
@@ -53,6 +55,8 @@ def generate_completions(
         statistics: the passes and drafts are added to it, unless all of the decoding was left to transformers.
         on_completion: called once for each completion, with the index of its prompt and its ids: when it has ended
             with EOS or a stop string, while others continue, else at the end.
+        supports: a list to which is appended, for each completion, which tokens could have been drawn at each of its
+            tokens. For joint decoding that samples.
         model_kwargs: arguments of the model's forward, for example `alpha=` of a mixture.
 
     Completions contain no padding, even if the padding token is also the EOS token. Raises `ValueError` for another
@@ -66,6 +70,8 @@ def generate_completions(
     if eos_token_ids is None:
         eos_token_ids = get_eos_token_ids(model, tokenizer)
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    recorder = None if supports is None else SupportRecorder(settings)
+    settings = settings if recorder is None else recorder.settings
     config = GenerationConfig(
         **({"pad_token_id": pad_token_id} | settings | {"eos_token_id": eos_token_ids}), disable_compile=True
     )
@@ -85,6 +91,7 @@ def generate_completions(
             attention_mask=attention_mask,
             generation_config=config,
             stopping_criteria=StoppingCriteriaList([CompletionEnds(P, eos, stop, report)]),
+            logits_processor=LogitsProcessorList([] if recorder is None else [recorder]),
             return_dict_in_generate=decoding != "joint",
             **model_kwargs,
         )
@@ -94,6 +101,8 @@ def generate_completions(
     for i, ids in enumerate(sequences[:, P:].tolist()):
         if i not in completions:
             report(i, ids)
+    if supports is not None and recorder is not None:
+        supports += recorder.supports([len(completions[i]) for i in range(len(input_ids))])
     return [completions[i] for i in range(len(input_ids))]
 
 

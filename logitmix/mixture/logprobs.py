@@ -4,6 +4,7 @@ Shape legend: K members, B batch, T time, V vocabulary.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ def mixture_log_probs(
     scheme: Scheme = "logit",
     temperature: float = 1.0,
     diagnostics: list[MixtureDiagnostics] | None = None,
+    kept_BTV: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy of the mixture at the targets, both `[B, T]` in float32 (or float64).
 
@@ -43,21 +45,28 @@ def mixture_log_probs(
     `[B, T, V]`. The backward pass recomputes the mixture of each chunk of sequences, so the members' own logits are
     the only vocabulary-sized tensors that outlive the call.
 
+    With `kept_BTV`, the distribution is the one over these tokens, renormalised: the others' logits become -inf.
+
     Each chunk appends the mixture's diagnostics to the list `diagnostics`, if given, without gradients.
     """
     B, T, V = logits[0].shape
     weights = validate_weights(weights, len(logits), scheme, batch=B)
     rows = max(1, _CHUNK_ELEMENTS // max(1, T * V))
 
-    def chunk(weights_BK: Tensor, targets: Tensor, *chunk_logits: Tensor) -> tuple[Tensor, Tensor]:
-        return log_probs_and_entropy(mix_logits(chunk_logits, weights_BK, scheme), targets, temperature)
+    def chunk(
+        weights_BK: Tensor, targets: Tensor, kept: Tensor | None, *chunk_logits: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        mixed = mix_logits(chunk_logits, weights_BK, scheme)
+        mixed = mixed if kept is None else mixed.masked_fill(~kept, -torch.inf)
+        return log_probs_and_entropy(mixed, targets, temperature)
 
     results = []
     for start in range(0, B, rows):
         stop = start + rows
         chunk_weights = weights if weights.dim() == 1 else weights[start:stop]
         chunk_logits = [z[start:stop] for z in logits]
-        arguments = (chunk_weights, targets_BT[start:stop], *chunk_logits)
+        kept = None if kept_BTV is None else kept_BTV[start:stop]
+        arguments: tuple[Any, ...] = (chunk_weights, targets_BT[start:stop], kept, *chunk_logits)
         needs_grad = torch.is_grad_enabled() and any(z.requires_grad for z in chunk_logits)
         results.append(
             checkpoint(chunk, *arguments, use_reentrant=False, preserve_rng_state=False)

@@ -3,6 +3,8 @@
 Shape legend: K members, B batch, T time.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +13,7 @@ from logitmix.mixture.diagnostics import MixtureDiagnostics
 from logitmix.mixture.logprobs import mixture_log_probs
 from logitmix.mixture.padding import position_ids_from_mask
 from logitmix.mixture.router import WITH_ROUTER_LOGITS, load_balancing_loss
+from logitmix.mixture.support import SequenceSupport, Support
 
 
 def score_labels(
@@ -22,12 +25,13 @@ def score_labels(
     temperature: float = 1.0,
     diagnostics: list[MixtureDiagnostics] | None = None,
     aux_losses: list[Tensor] | None = None,
+    supports: Sequence[SequenceSupport] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each label under the mixture, and the mixture's entropy at it, both `[B, T - 1]`.
 
     Both are 0 where the label is -100. Each chunk of sequences appends its diagnostics to `diagnostics`, if given, for
     the positions from the first label of the batch on. The policy's load-balancing loss is appended to `aux_losses`,
-    if given.
+    if given. With the `supports` of the completions that the labels are, probabilities are those of the kept tokens.
     """
     targets = labels[:, 1:]
     T, scored = targets.shape[1], (targets != -100).any(0).nonzero()
@@ -47,8 +51,13 @@ def score_labels(
     if aux_losses is not None:
         aux_losses.append(load_balancing_loss(model.policy.config, outputs[0], attention_mask))
     targets = targets[:, T - keep :]
+    logits = [z[:, :-1] for z in logits]
+    kept_BTV = None
+    if supports is not None:
+        is_scored = targets != -100
+        kept_BTV = Support.of_scored(supports, is_scored).mask_BTV(is_scored, logits[0].shape[-1])
     scores = mixture_log_probs(
-        [z[:, :-1] for z in logits], weights, targets.clamp(min=0), model.config.scheme, temperature, diagnostics
+        logits, weights, targets.clamp(min=0), model.config.scheme, temperature, diagnostics, kept_BTV
     )
     log_probs, entropy = (nn.functional.pad(x.masked_fill(targets == -100, 0.0), (T - keep, 0)) for x in scores)
     return log_probs, entropy
@@ -62,6 +71,7 @@ def score_and_diagnose_labels(
     weights: Tensor,
     temperature: float = 1.0,
     aux_losses: list[Tensor] | None = None,
+    supports: Sequence[SequenceSupport] | None = None,
 ) -> tuple[Tensor, Tensor, MixtureDiagnostics]:
     """As `score_labels`, with the diagnostics of the same tokens: `[B, T - 1]`, and `kl_K` `[B, T - 1, K]`.
 
@@ -72,7 +82,7 @@ def score_and_diagnose_labels(
             f"weights are {weights.tolist()}; diagnostics need the logits of every member, so no weight may be 0"
         )
     chunks: list[MixtureDiagnostics] = []
-    scores = score_labels(model, input_ids, attention_mask, labels, weights, temperature, chunks, aux_losses)
+    scores = score_labels(model, input_ids, attention_mask, labels, weights, temperature, chunks, aux_losses, supports)
     ignored = labels[:, 1:] == -100
     fields = []
     for parts in zip(*chunks, strict=True):

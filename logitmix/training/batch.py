@@ -23,6 +23,7 @@ Batch = dict[str, Any]
 | `question_weights` | `[B]` | eq. 6's normaliser; with `loss_type="group"` |
 | `rewards` | `[B, F]` | of each reward function |
 | `anchor_states` | B | the anchors' last hidden states, one entry a sequence; where they are kept |
+| `supports` | B | the tokens that could have been drawn, one entry a sequence; with `score_truncated` |
 | `num_items_in_batch` | | completion tokens of all processes |
 """
 

@@ -58,6 +58,9 @@ class LogitMixGRPOConfig(ResumableConfig, GRPOConfig):
             members whose output head the fused one does not support.
         anchor_states: the anchors' last hidden states, once scoring has computed them: `"keep"` them for the updates,
             `"offload"` them to host memory until then, or `"recompute"` them. With `loss_head="fused"`.
+        score_truncated: allow `top_k`, `top_p` and `min_p`, and score rollouts under the distribution that they leave:
+            the mixture on the kept tokens, renormalised. All updates score a rollout on the tokens that were kept when
+            it was sampled, so that the mean of the ratio is 1. For mixtures, with rollouts by `generate`.
         resume_without_optimizer: see `ResumableConfig`.
 
     A list-valued option may be given as its one element. Raises `ValueError` for a value of another type.
@@ -122,6 +125,10 @@ class LogitMixGRPOConfig(ResumableConfig, GRPOConfig):
     anchor_states: AnchorStatesOption = field(
         default="keep",
         metadata={"help": "The anchors' hidden states: 'keep' from scoring, 'offload' to the host, or 'recompute'."},
+    )
+    score_truncated: bool = field(
+        default=False,
+        metadata={"help": "Sample with top_k, top_p or min_p, and score the distribution that they leave."},
     )
 
 

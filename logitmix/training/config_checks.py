@@ -23,7 +23,11 @@ from logitmix.training.config import (
 )
 from logitmix.training.option_readers import validate_options_are_read
 from logitmix.training.option_types import set_types
-from logitmix.training.sampling_checks import set_all_tokens, validate_sampling_is_scored
+from logitmix.training.sampling_checks import (
+    set_all_tokens,
+    validate_sampling_is_scored,
+    validate_score_truncated,
+)
 
 LOSS_TYPES_OF_TRL = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
 
@@ -51,6 +55,7 @@ def validate_config(args: LogitMixGRPOConfig, model: PreTrainedModel, given: Map
         )
     validate_tools_are_given(args, given)
     validate_decoding(model, args.decoding)
+    validate_score_truncated(args, isinstance(model, LogitMixForCausalLM), given)
     if not isinstance(model, LogitMixForCausalLM):
         return
     for option, reason in {

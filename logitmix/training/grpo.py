@@ -53,7 +53,7 @@ from logitmix.training.monitoring.monitor import Monitor
 from logitmix.training.rollouts.dynamic_sampling import QuestionStream, has_spread, refill
 from logitmix.training.rollouts.vllm import mixture_for_vllm, sampling_parameters
 from logitmix.training.sampling_checks import validate_suppressed_tokens
-from logitmix.training.scoring import MixtureScorer, loss_coefficients
+from logitmix.training.scoring import MixtureScorer, loss_coefficients, on_supports
 from logitmix.training.tokenizer import prepare_tokenizer
 from logitmix.training.trl_patches import PatchedGRPOTrainer, reference_is_a_copy, without_reference_model
 
@@ -111,6 +111,7 @@ class LogitMixGRPOTrainer(PatchedGRPOTrainer):
 
         self.scorer = MixtureScorer(model, args) if is_mixture else None
         self.anchor_states: list | None = None  # of the outer step being sampled, if they are kept
+        self.supports: list | None = None  # of its completions, with `score_truncated`
         if args.dynamic_sampling == "refill":
             self.refill_questions = QuestionStream(len(self.train_dataset), args.seed)
         self.validation_questions = validation_questions(self, validation_dataset)
@@ -144,10 +145,15 @@ class LogitMixGRPOTrainer(PatchedGRPOTrainer):
         """Rollouts from the mixture, with the trainer's sampling settings, not the checkpoint's."""
         if self.use_vllm or self.use_transformers_continuous_batching:
             return super().sample(prompt_ids, *args, **kwargs)
-        return self.decode(prompt_ids, self.generation_kwargs), None
+        self.supports = [] if self.args.score_truncated else None
+        return self.decode(prompt_ids, self.generation_kwargs, supports=self.supports), None
 
     def decode(
-        self, prompt_ids: Sequence[Sequence[int]], settings: dict[str, Any], alphas: Sequence[float] | None = None
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        settings: dict[str, Any],
+        alphas: Sequence[float] | None = None,
+        supports: list | None = None,
     ) -> list[list[int]]:
         """Completions of the model in training, `rollout_batch_size` at a time; `alphas` has one value per prompt."""
         completion_ids = []
@@ -158,7 +164,7 @@ class LogitMixGRPOTrainer(PatchedGRPOTrainer):
                 alpha: dict[str, Any] = {} if alphas is None else {"alpha": alphas[start : start + size]}
                 completion_ids += generate_completions(
                     model, self.text_tokenizer, batch, settings, self.stop_strings, self.args.decoding,
-                    self.monitor.decoding, **alpha,
+                    self.monitor.decoding, supports=supports, **alpha,
                 )  # fmt: skip
         return completion_ids
 
@@ -203,7 +209,9 @@ class LogitMixGRPOTrainer(PatchedGRPOTrainer):
         batch, rewards_NF = self.trl_batch(rows)
         if self.anchor_states:
             batch["anchor_states"] = self.anchor_states
-        self.anchor_states = None
+        if self.supports is not None:
+            batch["supports"] = self.supports
+        self.anchor_states = self.supports = None
         return batch, rewards_NF
 
     def _keeps_anchor_states(self) -> bool:
@@ -234,6 +242,8 @@ class LogitMixGRPOTrainer(PatchedGRPOTrainer):
             return super().score_tokens(model, *args, **kwargs)
         if model is self.model and self.anchor_states is not None:
             model = self._score_and_keep
+        if self.supports is not None:
+            model = on_supports(model, self.supports)
         with self.monitor.timed("scoring"):
             return super().score_tokens(model, *args, **kwargs)
 
@@ -259,7 +269,7 @@ class LogitMixGRPOTrainer(PatchedGRPOTrainer):
         T = batch["completion_ids"].shape[1]
         labels = input_ids.masked_fill(attention_mask == 0, -100)
         labels[:, :-T] = -100
-        options: dict[str, Any] = {"compute_aux_loss": self.aux_loss_enabled}
+        options: dict[str, Any] = {"compute_aux_loss": self.aux_loss_enabled, "supports": batch.get("supports")}
         if torch.is_grad_enabled():
             options["diagnose"] = all(self.model.config.weights)
             if self.args.loss_head == "fused":

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from logitmix.training.alpha.controllers import VALIDATING
 from logitmix.training.config import GROUP_LOSS, LogitMixGRPOConfig
+from logitmix.training.sampling_checks import truncates
 
 _CLIPPED = (GROUP_LOSS, "grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 
@@ -25,6 +26,7 @@ READERS = (
         "alpha_controller 'adaptive'",
     ),
     Reader(("max_refills",), lambda args: args.dynamic_sampling == "refill", "dynamic_sampling 'refill'"),
+    Reader(("score_truncated",), lambda args: truncates(args), "top_k, top_p or min_p"),
     Reader(("anchor_states",), lambda args: args.loss_head == "fused", "loss_head 'fused'"),
     Reader(
         ("rollout_batch_size", "cache_implementation", "decoding"),

@@ -1,6 +1,7 @@
 """Checks that rollouts are sampled from the distribution that is scored: `softmax(logits / temperature)`.
 
-A value that would sample from another one is refused. What remains are limits on when a rollout may end.
+With `score_truncated` it is that of the kept tokens. A value that would sample from another one is refused. What
+remains are limits on when a rollout may end.
 """
 
 from collections.abc import Collection, Mapping
@@ -17,6 +18,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "vllm_structured_outputs_regex": (None,),
     "neftune_noise_alpha": (None, 0.0),
 }
+TRUNCATING = ("top_k", "top_p", "min_p")
 _NEUTRAL_IN_GENERATE: dict[str, tuple[Any, ...]] = {
     **{name: NEUTRAL[name] for name in ("top_k", "top_p", "min_p", "repetition_penalty")},
     **dict.fromkeys(("typical_p", "encoder_repetition_penalty", "guidance_scale", "length_penalty"), (1.0, None)),
@@ -55,11 +57,54 @@ def validate_sampling_is_scored(args: LogitMixGRPOConfig) -> None:
             f"temperature is {args.temperature}; it must be above 0, since rollouts of a group have to differ"
         )
     for name, neutral in NEUTRAL.items():
-        if getattr(args, name) not in neutral:
-            raise _moved(name, getattr(args, name), f"leave {name} at {neutral[0]!r}")
+        value = getattr(args, name)
+        if value in neutral:
+            continue
+        if name not in TRUNCATING:
+            raise _moved(name, value, f"leave {name} at {neutral[0]!r}")
+        if not args.score_truncated:
+            raise _moved(name, value, f"leave {name} at {neutral[0]!r}, or set score_truncated")
+        _validate_truncation(name, value)
     if args.cache_implementation == _ROUNDED_CACHE:
         raise _moved("cache_implementation", _ROUNDED_CACHE, "use another cache")
     _validate_generation_kwargs(args, args.generation_kwargs or {})
+
+
+def truncates(args: LogitMixGRPOConfig) -> bool:
+    """Whether sampling keeps only some tokens."""
+    return any(getattr(args, name) not in NEUTRAL[name] for name in TRUNCATING)
+
+
+def validate_score_truncated(args: LogitMixGRPOConfig, is_mixture: bool, given: Mapping[str, Any]) -> None:
+    """Raise `ValueError` where `score_truncated` is set and the kept tokens of a rollout would not be known.
+
+    `given` are the trainer's other arguments.
+    """
+    if not args.score_truncated:
+        return
+    obstacles = {
+        "the model has no anchor, and TRL scores the whole distribution; set anchor": not is_mixture,
+        "use_vllm is set, and vLLM does not tell which tokens it kept; sample without use_vllm": args.use_vllm,
+        "decoding is 'alternating', which does not record the kept tokens; use 'auto' or 'joint'": (
+            args.decoding == "alternating"
+        ),
+        "dynamic_sampling is 'refill', which cannot exchange the kept tokens of rollouts; use 'filter'": (
+            args.dynamic_sampling == "refill"
+        ),
+    }
+    for name in ("tools", "environment_factory", "rollout_func"):
+        obstacle = f"{name} is given, and a rollout of several turns does not record its kept tokens; train without"
+        obstacles[obstacle] = bool(given.get(name))
+    for obstacle, is_met in obstacles.items():
+        if is_met:
+            raise ValueError(f"score_truncated is set, but {obstacle}, or leave out score_truncated")
+
+
+def _validate_truncation(name: str, value: Any) -> None:
+    if name == "top_k" and value < 2:
+        raise ValueError(f"top_k is {value}; it must be at least 2, since rollouts of a group have to differ, or 0")
+    if name != "top_k" and not 0 < value < 1:
+        raise ValueError(f"{name} is {value}; it must be between 0 and 1")
 
 
 def _validate_generation_kwargs(args: LogitMixGRPOConfig, given: Mapping[str, Any]) -> None:
@@ -71,6 +116,9 @@ def _validate_generation_kwargs(args: LogitMixGRPOConfig, given: Mapping[str, An
         if key == "temperature":
             if value != args.temperature:
                 raise _moved(name, value, f"set temperature, which is {args.temperature}, and is scored too")
+        elif key in TRUNCATING and truncates(args):
+            if value != getattr(args, key):
+                raise _moved(name, value, f"leave it out, and set {key}, which is {getattr(args, key)}")
         elif _LENGTHS.get(key) == in_vllm:
             if value > args.max_completion_length:
                 raise ValueError(

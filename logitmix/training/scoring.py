@@ -3,7 +3,9 @@
 Shape legend: B sequences, T tokens, N scored tokens of all sequences, one sequence after another.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from logitmix.mixture.configuration import resolve_weights
 from logitmix.mixture.diagnostics import MixtureDiagnostics
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.mixture.scoring import score_and_diagnose_labels, score_labels
+from logitmix.mixture.support import SequenceSupport
 from logitmix.training.batch import Batch, own_tokens
 from logitmix.training.checkpointing.resume import State
 from logitmix.training.config import LogitMixGRPOConfig
@@ -71,6 +74,7 @@ class MixtureScorer:
         anchor_states: AnchorStates | None = None,
         keep_anchor_states: bool = False,
         compute_aux_loss: bool = False,
+        supports: Sequence[SequenceSupport] | None = None,
     ) -> MixtureScores:
         """Log-probabilities and entropies of the labels other than -100, `[B, T - 1]`; see `FusedScorer`."""
         if self._fused is not None:
@@ -85,6 +89,7 @@ class MixtureScorer:
                 anchor_states,
                 keep_anchor_states=keep_anchor_states,
                 compute_aux_loss=compute_aux_loss,
+                supports=supports,
             )
             kept = None if scores.anchor_states is None else KeptStates(self._stored(scores.anchor_states))
             return MixtureScores(
@@ -100,9 +105,9 @@ class MixtureScorer:
         aux_losses: list[Tensor] | None = [] if compute_aux_loss else None
         diagnostics = None
         if diagnose:
-            log_probs, entropy, diagnostics = score_and_diagnose_labels(*arguments, aux_losses=aux_losses)
+            log_probs, entropy, diagnostics = score_and_diagnose_labels(*arguments, aux_losses, supports)
         else:
-            log_probs, entropy = score_labels(*arguments, aux_losses=aux_losses)
+            log_probs, entropy = score_labels(*arguments, aux_losses=aux_losses, supports=supports)
         return MixtureScores(
             log_probs=log_probs,
             entropy=entropy,
@@ -114,6 +119,16 @@ class MixtureScorer:
         if self.args.anchor_states != "offload":
             return states
         return [{name: hidden.to("cpu") for name, hidden in of_sequence.items()} for of_sequence in states]
+
+
+def on_supports(model: Callable[..., Any], supports: Sequence[SequenceSupport]) -> Callable[..., Any]:
+    """`model`, called with one part of a batch after another, scoring each on its part of the `supports`."""
+    remaining = iter(supports)
+
+    def score(input_ids: Tensor, **inputs: Any) -> Any:
+        return model(input_ids=input_ids, supports=list(islice(remaining, len(input_ids))), **inputs)
+
+    return score
 
 
 def loss_coefficients(
