@@ -112,8 +112,10 @@ class LogitMixGRPOTrainer(PatchedGRPOTrainer):
         self.scorer = MixtureScorer(model, args) if is_mixture else None
         self.anchor_states: list | None = None  # of the outer step being sampled, if they are kept
         self.supports: list | None = None  # of its completions, with `score_truncated`
+        states = self.rollout_states() | ({} if self.scorer is None else self.scorer.states())
         if args.dynamic_sampling == "refill":
             self.refill_questions = QuestionStream(len(self.train_dataset), args.seed)
+            states["refills"] = State(self.refill_questions.state_dict, self.refill_questions.load_state_dict)
         self.validation_questions = validation_questions(self, validation_dataset)
         self.stop_strings = list(args.stop_strings or [])
         self.eos_token_ids = get_eos_token_ids(self.model, self.text_tokenizer)
@@ -131,8 +133,7 @@ class LogitMixGRPOTrainer(PatchedGRPOTrainer):
 
         prepare_fsdp(self)
         self.monitor = Monitor(self)
-        scoring_states = {} if self.scorer is None else self.scorer.states()
-        self.checkpointing = Checkpointing(self, self.rollout_states() | self._refill_states() | scoring_states)
+        self.checkpointing = Checkpointing(self, states)
         if args.alpha_controller != "fixed":
             self.add_callback(AlphaControl(self, self.validation_questions))
 
@@ -205,7 +206,8 @@ class LogitMixGRPOTrainer(PatchedGRPOTrainer):
 
     def _sample_batch(self, rows: list[dict[str, Any]]) -> tuple[Batch, Tensor]:
         """TRL's batch and rewards, with the anchors' states where scoring the old policy has computed them."""
-        self.anchor_states = [] if self._keeps_anchor_states() else None
+        keeps_states = self.scorer is not None and self.scorer.keeps_anchor_states and self.model.training
+        self.anchor_states = [] if keeps_states else None
         batch, rewards_NF = self.trl_batch(rows)
         if self.anchor_states:
             batch["anchor_states"] = self.anchor_states
@@ -213,12 +215,6 @@ class LogitMixGRPOTrainer(PatchedGRPOTrainer):
             batch["supports"] = self.supports
         self.anchor_states = self.supports = None
         return batch, rewards_NF
-
-    def _keeps_anchor_states(self) -> bool:
-        """Whether updates reuse the anchors' states. A refill exchanges rows after scoring, and states with them."""
-        args = self.args
-        keeps = args.loss_head == "fused" and args.anchor_states != "recompute" and args.dynamic_sampling != "refill"
-        return self.scorer is not None and keeps and self.model.training
 
     def _choose_questions(self, batch: Batch, rewards_NF: Tensor) -> tuple[Batch, Tensor | None]:
         """Dynamic sampling: the batch, refilled if asked for, and which of its questions count (None: all)."""
@@ -310,11 +306,6 @@ class LogitMixGRPOTrainer(PatchedGRPOTrainer):
         if isinstance(self.validation_questions, FreshQuestions):
             return self.validation_questions
         return super().train_sampler(dataset)
-
-    def _refill_states(self) -> dict[str, State]:
-        if self.args.dynamic_sampling != "refill":
-            return {}
-        return {"refills": State(self.refill_questions.state_dict, self.refill_questions.load_state_dict)}
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         if not isinstance(self.model, LogitMixForCausalLM):

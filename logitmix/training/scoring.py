@@ -54,10 +54,16 @@ class MixtureScorer:
         self._fused = FusedScorer(model) if args.loss_head == "fused" else None
         install_scoring_forward(model, self.score)
 
+    @property
+    def keeps_anchor_states(self) -> bool:
+        """Whether updates reuse the anchors' states. A refill exchanges rows after scoring, and states with them."""
+        args = self.args
+        return self._fused is not None and args.anchor_states != "recompute" and args.dynamic_sampling != "refill"
+
     def states(self) -> dict[str, State]:
         """What a checkpoint holds of the scoring: the matrix libraries, which round differently.
 
-        Each process saves its own; nothing requires that they agree.
+        Each process saves its own. They need not agree: each computes the gradient of its own tokens.
         """
         if self._fused is None:
             return {}
