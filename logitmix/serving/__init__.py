@@ -5,7 +5,8 @@ A request's alpha passes through these files:
 1. `http.py` (vLLM) or `without_vllm.py` reads `alpha`, `weights` or `member` from the HTTP request; with
    vLLM's `LLM` they are in `SamplingParams.extra_args`.
 2. `requests.py` validates them and returns one weight per member.
-3. `weights.py` keeps the weights of each request in vLLM's running batch.
+3. `engine_v1.py` or `engine_v2.py`, for vLLM's first or second model runner, keeps the weights of each request while
+   it runs. `engine.py` is their interface, and `model_state.py` the second runner's state.
 4. `model.py` mixes the members' logits at these weights.
 
 `config.py` sets up vLLM for a mixture, `adapters.py` runs members that are adapters of one model, and the two

@@ -6,10 +6,9 @@ from vllm.config import ModelConfig, VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from logitmix.mixture.configuration import LogitMixConfig
-from logitmix.serving.vllm_patches import choose_first_model_runner, declare_experts
-from logitmix.serving.weights import BatchWeights
+from logitmix.serving.engine import Engine
+from logitmix.serving.vllm_patches import declare_experts, uses_second_model_runner
 
-LOGITS_PROCESSOR = "logitmix.serving.weights:BatchWeights"
 ATTENTION_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
@@ -21,22 +20,48 @@ class MixtureConfigHooks(VerifyAndUpdateConfig):
         config = model_config.hf_config
         validate_members(config)
         declare_experts(model_config, [getattr(config, name) for name in config.model_names])
-        choose_first_model_runner()
-        processors = list(model_config.logits_processors or [])
-        if LOGITS_PROCESSOR not in processors:
-            model_config.logits_processors = [*processors, LOGITS_PROCESSOR]
-        BatchWeights.served_config = config
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
         if vllm_config.speculative_config is not None:
             raise ValueError("speculative decoding is not supported for a mixture; leave out speculative_config")
-        pipeline_parallel_size = vllm_config.parallel_config.pipeline_parallel_size
-        if pipeline_parallel_size > 1:
-            raise ValueError(
-                f"pipeline_parallel_size is {pipeline_parallel_size}, but must be 1 for a mixture; use "
-                "tensor_parallel_size"
-            )
+        validate_parallelism(vllm_config)
+        model_config = vllm_config.model_config
+        validator = engine_class(vllm_config).request_validator.of(model_config.hf_config)
+        model_config.logits_processors = [*(model_config.logits_processors or []), validator]
+
+
+def validate_parallelism(vllm_config: VllmConfig) -> None:
+    """Raise `ValueError` for a way to split the model or its batches in which the mixture does not run."""
+    parallel_config = vllm_config.parallel_config
+    pipeline_parallel_size = parallel_config.pipeline_parallel_size
+    if pipeline_parallel_size > 1:
+        raise ValueError(
+            f"pipeline_parallel_size is {pipeline_parallel_size}, but must be 1 for a mixture; use "
+            "tensor_parallel_size"
+        )
+    if not uses_second_model_runner(vllm_config):
+        return
+    # this runner would not split the requests' weights together with their tokens
+    prefill_context_parallel_size = getattr(parallel_config, "prefill_context_parallel_size", 1)
+    if prefill_context_parallel_size > 1:
+        raise ValueError(
+            f"prefill_context_parallel_size is {prefill_context_parallel_size}, but must be 1 for a mixture; use "
+            "tensor_parallel_size"
+        )
+    if parallel_config.use_ubatching:
+        raise ValueError("enable_dbo is set, but a mixture cannot run two batches at once; leave it out")
+
+
+def engine_class(vllm_config: VllmConfig) -> type[Engine]:
+    """The implementation for the model runner that vLLM uses with this configuration."""
+    if uses_second_model_runner(vllm_config):
+        from logitmix.serving.engine_v2 import SecondRunnerEngine
+
+        return SecondRunnerEngine
+    from logitmix.serving.engine_v1 import FirstRunnerEngine
+
+    return FirstRunnerEngine
 
 
 def validate_members(config: LogitMixConfig) -> None:

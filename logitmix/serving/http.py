@@ -16,7 +16,6 @@ from vllm import SamplingParams
 
 from logitmix.mixture.configuration import LogitMixConfig
 from logitmix.serving.requests import REQUEST_FIELDS, parse_request_weights
-from logitmix.serving.weights import BatchWeights
 
 COMPLETIONS = ("/v1/completions", "/v1/chat/completions")
 PATHS = (*COMPLETIONS, "/v1/responses")
@@ -41,8 +40,11 @@ class MixtureFields:
         self.app = app
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        config = BatchWeights.served_config
-        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in PATHS or config is None:
+        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in PATHS:
+            await self.app(scope, receive, send)
+            return
+        config = scope["app"].state.engine_client.model_config.hf_config
+        if not isinstance(config, LogitMixConfig):
             await self.app(scope, receive, send)
             return
         body = await _read_body(receive)

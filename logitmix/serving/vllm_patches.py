@@ -4,7 +4,6 @@ Written against vLLM 0.32; tests/serving/test_vllm_patches.py is the contract.
 """
 
 import copy
-import os
 from collections.abc import Callable, Sequence
 from types import MethodType
 from typing import Any
@@ -19,9 +18,6 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 
-RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
-
-
 # --- configuration --------------------------------------------------------------------------------------------------
 
 
@@ -30,17 +26,9 @@ def register_config_hooks(architecture: str, hooks: type[VerifyAndUpdateConfig])
     MODELS_CONFIG_MAP[architecture] = hooks
 
 
-def choose_first_model_runner() -> None:
-    """Choose vLLM's first model runner, since the second does not support the interface of `BatchWeights`.
-
-    vLLM reads the variable after this call. Raises `ValueError` if the environment chooses the second runner.
-    """
-    if os.environ.get(RUNNER, "0") != "0":
-        raise ValueError(
-            f"{RUNNER} is {os.environ[RUNNER]!r}, but a mixture needs vLLM's first model runner; set it to 0, or "
-            "unset it"
-        )
-    os.environ[RUNNER] = "0"
+def uses_second_model_runner(vllm_config: VllmConfig) -> bool:
+    """Whether vLLM runs the model in its second model runner; versions with one runner do not say."""
+    return getattr(vllm_config, "use_v2_model_runner", False)
 
 
 def declare_experts(model_config: ModelConfig, member_configs: Sequence[PreTrainedConfig]) -> None:

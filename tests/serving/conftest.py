@@ -1,8 +1,13 @@
-"""vLLM's environment, and what the tests of both servers share: a saved mixture and the official client."""
+"""vLLM's environment, and what the tests of both servers share: a saved mixture and the official client.
+
+`VLLM_USE_V2_MODEL_RUNNER=1` runs the tests on vLLM's second model runner; without it vLLM chooses the runner.
+"""
 
 import os
+from importlib.util import find_spec
 
 import pytest
+import torch
 
 os.environ |= {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # run the engine in this process
@@ -11,6 +16,10 @@ os.environ |= {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
 }
+if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1" and find_spec("triton") and not torch.cuda.is_available():
+    from tests.helpers import triton_cpu
+
+    triton_cpu.install()
 
 
 @pytest.fixture(scope="module")
