@@ -51,16 +51,33 @@ class ServerArguments:
     decoding: Decoding = field(default="auto", metadata={"help": f"Without vLLM. {DECODING_HELP}"})
 
 
+@dataclass
+class VllmArguments:
+    """Server, with vLLM: the flags that most servers set"""
+
+    tensor_parallel_size: int = field(default=1, metadata={"help": "GPUs to split each layer over."})
+    dtype: str = field(default="auto", metadata={"help": "Precision of the weights: bfloat16, float16, float32."})
+    max_model_len: int | None = field(
+        default=None, metadata={"help": "Longest context, in tokens; default: the members' own."}
+    )
+    max_num_seqs: int | None = field(default=None, metadata={"help": "Requests that run at the same time."})
+    gpu_memory_utilization: float | None = field(
+        default=None, metadata={"help": "Part of the GPU's memory for the weights and the KV cache of all members."}
+    )
+    api_key: str | None = field(default=None, metadata={"help": "Key that requests must present."})
+
+
 def main(argv: Sequence[str]) -> None:
     """Replace this process by vLLM's server, or run the one of transformers."""
     if asks_for_help(argv):
         print_help(
             "serve",
             "Serve a mixture over an OpenAI-compatible API; each request may set its own alpha.",
-            [ServeArguments, ServerArguments],
+            [ServeArguments, ServerArguments, VllmArguments],
             ("model_name_or_path", "MODEL"),
-            footer="With vLLM installed, every other flag goes to its server, which lists them: python -m "
-            "vllm.entrypoints.openai.api_server --help. Without vLLM there are no others.",
+            footer="A request sets alpha, weights or member in its JSON body, and with vLLM member_logprobs. With vLLM "
+            "installed, every other flag goes to its server, which lists them: python -m "
+            "vllm.entrypoints.openai.api_server --help=all. Without vLLM there are no others, nor those of vLLM.",
         )
         return
     argv = list(argv)

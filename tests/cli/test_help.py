@@ -10,6 +10,7 @@ from trl import GRPOConfig, SFTConfig
 from logitmix.cli.__main__ import VERBS, main
 from logitmix.cli.options.help import COMMON
 from logitmix.cli.train import TrainOptions
+from logitmix.serving.requests import REQUEST_FIELDS
 from logitmix.training.config import LogitMixGRPOConfig
 
 
@@ -66,3 +67,10 @@ assert "torch" not in sys.modules
 def test_help_of_commands_with_a_parser_of_their_own(verb, capsys):
     assert main([verb, "--help"]) == 0
     assert "logitmix" in capsys.readouterr().out
+
+
+def test_help_of_serve_lists_the_fields_of_a_request_and_the_main_flags_of_vllm(capsys):
+    main(["serve", "--help"])
+    out = capsys.readouterr().out
+    for word in (*REQUEST_FIELDS, "member_logprobs", "--tensor_parallel_size", "--max_model_len", "--alpha_range"):
+        assert word in out

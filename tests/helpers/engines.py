@@ -34,6 +34,11 @@ def engine(folder, **kwargs) -> Iterator:
         cleanup_dist_env_and_memory()
 
 
+def model_runner(llm):
+    """The model runner of an engine in this process."""
+    return llm.llm_engine.model_executor.driver_worker.model_runner
+
+
 def greedy_params(fields=None, **kwargs):
     """Greedy sampling parameters with log-probabilities; `fields` are the request's `alpha`, `weights` or `member`."""
     from vllm import SamplingParams

@@ -1,0 +1,174 @@
+"""Every name and signature of vLLM that the package uses, in the installed version and in the newest wheel.
+
+The source is read and not imported, so the newest wheel needs neither its CUDA libraries nor its version of torch.
+"""
+
+import ast
+
+import pytest
+
+from tests.helpers.paths import ROOT
+from tests.helpers.vllm_sources import installed, newest
+
+SOURCES = {"installed": installed(), "newest": newest()}
+REASONS = {
+    "installed": "vLLM is not installed; `make test-serving` has an environment with it",
+    "newest": "the newest wheel is not in build/vllm; `make build/vllm` downloads it",
+}
+
+
+@pytest.fixture(params=SOURCES)
+def vllm(request):
+    if SOURCES[request.param] is None:
+        pytest.skip(REASONS[request.param])
+    return SOURCES[request.param]
+
+
+def imported_names() -> list[tuple[str, str]]:
+    """Each module of vLLM that the package imports, with the name that it imports from it."""
+    found = set()
+    for path in (ROOT / "logitmix").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vllm":
+                found |= {(node.module, alias.name) for alias in node.names}
+            elif isinstance(node, ast.Import):
+                found |= {(alias.name, "") for alias in node.names if alias.name.split(".")[0] == "vllm"}
+    return sorted(found)
+
+
+def test_every_imported_name_exists(vllm):
+    imported = imported_names()
+    assert len(imported) > 30
+    missing = [
+        f"{module}:{name}"
+        for module, name in imported
+        if not vllm.has(module) or (name and name not in vllm.exports(module) and not vllm.has(f"{module}.{name}"))
+    ]
+    assert missing == [], vllm
+
+
+V2 = "vllm.v1.worker.gpu"
+DEFAULT_STATE = (f"{V2}.model_states.default", "DefaultModelState")
+
+# functions that the package calls or overrides, with the parameters that it relies on, in this order
+PARAMETERS = [
+    # the second model runner
+    (*DEFAULT_STATE, ["self", "vllm_config", "model", "encoder_cache", "device"]),
+    (DEFAULT_STATE[0], "DefaultModelState.add_request", ["self", "req_index", "new_req_data"]),
+    (DEFAULT_STATE[0], "DefaultModelState.remove_request", ["self", "req_id"]),
+    (DEFAULT_STATE[0], "DefaultModelState.apply_staged_writes", ["self"]),
+    (DEFAULT_STATE[0], "DefaultModelState.prepare_inputs", ["self", "input_batch", "req_states"]),
+    (DEFAULT_STATE[0], "DefaultModelState.prepare_dummy_inputs", ["self", "num_reqs", "num_tokens"]),
+    (f"{V2}.buffer_utils", "StagedWriteTensor", ["self", "size", "dtype", "device"]),
+    (f"{V2}.buffer_utils", "StagedWriteTensor.stage_write", ["self", "index", "start", "x"]),
+    (f"{V2}.buffer_utils", "StagedWriteTensor.apply_write", ["self"]),
+    (f"{V2}.sample.logits_processor.interface", "LogitsProcessor.validate_params", ["cls", "sampling_params"]),
+    (f"{V2}.sample.logits_processor.interface", "LogitsProcessor.add_request", ["self", "req_idx", "sampling_params"]),
+    (f"{V2}.sample.logits_processor.interface", "LogitsProcessor.apply", ["self", "logits", "ctx"]),
+    # the first model runner
+    ("vllm.v1.sample.logits_processor.interface", "LogitsProcessor.validate_params", ["cls", "sampling_params"]),
+    ("vllm.v1.sample.logits_processor.interface", "LogitsProcessor.update_state", ["self", "batch_update"]),
+    ("vllm.v1.sample.logits_processor.interface", "LogitsProcessor.apply", ["self", "logits"]),
+    (
+        "vllm.v1.sample.logits_processor.interface",
+        "LogitsProcessor.__init__",
+        ["self", "vllm_config", "device", "is_pin_memory"],
+    ),
+    (
+        "vllm.v1.sample.logits_processor.builtin",
+        "process_dict_updates",
+        ["req_entries", "batch_update", "new_state"],
+    ),
+    # configuration
+    ("vllm.config.vllm", "VllmConfig.use_v2_model_runner", ["self"]),
+    ("vllm.config.vllm", "VllmConfig.with_hf_config", ["self", "hf_config", "architectures"]),
+    ("vllm.config.model", "ModelConfig.get_model_arch_config", ["self"]),
+    ("vllm.config.model", "ModelConfig.get_sliding_window", ["self"]),
+    ("vllm.config.parallel", "ParallelConfig.use_ubatching", ["self"]),
+    ("vllm.model_executor.models.config", "VerifyAndUpdateConfig.verify_and_update_config", ["vllm_config"]),
+    ("vllm.model_executor.models.config", "VerifyAndUpdateConfig.verify_and_update_model_config", ["model_config"]),
+    # the model
+    ("vllm.model_executor.model_loader.utils", "initialize_model", ["vllm_config", "prefix"]),
+    ("vllm.model_executor.models.utils", "maybe_prefix", ["prefix", "name"]),
+    ("vllm.model_executor.models.utils", "AutoWeightsLoader.load_weights", ["self", "weights"]),
+    ("vllm.compilation.backends", "set_model_tag", ["tag"]),
+    ("vllm.model_executor.layers.attention.attention", "Attention.get_kv_cache_spec", ["self", "vllm_config"]),
+    (
+        "vllm.model_executor.layers.attention.attention",
+        "Attention.forward",
+        ["self", "query", "key", "value", "output_shape", "output_dtype"],
+    ),
+    (
+        "vllm.model_executor.model_loader.reload.inplace",
+        "reload_weights",
+        ["vllm_config", "model", "weights_iterator", "weights_path", "is_checkpoint_format"],
+    ),
+    # the server and the engine
+    ("vllm.engine.protocol", "EngineClient.generate", ["self", "prompt", "sampling_params", "request_id"]),
+    ("vllm.entrypoints.llm", "LLM.generate", ["self", "prompts", "sampling_params"]),
+]
+
+
+@pytest.mark.parametrize(("module", "path", "names"), PARAMETERS, ids=[path for _, path, _ in PARAMETERS])
+def test_a_function_takes_the_parameters_that_the_package_passes(vllm, module, path, names):
+    found = vllm.parameters(module, path)
+    assert [name for name in found if name in names] == names, f"{vllm}: {path} takes {found}"
+
+
+# fields of classes
+FIELDS = [
+    (f"{V2}.input_batch", "InputBatch", ["num_reqs", "idx_mapping", "query_start_loc", "num_tokens_after_padding"]),
+    ("vllm.v1.core.sched.output", "NewRequestData", ["req_id", "sampling_params"]),
+    ("vllm.config.vllm", "VllmConfig", ["model_config", "parallel_config", "cache_config", "instance_id"]),
+    ("vllm.config.parallel", "ParallelConfig", ["pipeline_parallel_size", "prefill_context_parallel_size"]),
+    ("vllm.config.model", "ModelConfig", ["logits_processors", "logprobs_mode"]),
+    ("vllm.config.compilation", "CompilationConfig", ["static_forward_context"]),
+    ("vllm.forward_context", "ForwardContext", ["attn_metadata"]),
+    ("vllm.v1.kv_cache_interface", "AttentionSpec", ["num_kv_heads"]),
+    ("vllm.sampling_params", "SamplingParams", ["extra_args", "prompt_logprobs", "min_tokens", "stop_token_ids"]),
+    ("vllm.engine.protocol", "EngineClient", ["model_config"]),
+]
+
+
+@pytest.mark.parametrize(("module", "path", "names"), FIELDS, ids=[path for _, path, _ in FIELDS])
+def test_a_class_has_the_fields_that_the_package_reads(vllm, module, path, names):
+    node = vllm.find(module, path)
+    assert node is not None, f"{vllm}: {module} has no {path}"
+    found = {s.target.id for s in node.body if isinstance(s, ast.AnnAssign) and isinstance(s.target, ast.Name)}
+    assert set(names) <= found, f"{vllm}: {path} has the fields {sorted(found)}"
+
+
+# what vLLM does at a place that no signature shows
+BEHAVIOUR = [
+    (f"{V2}.model_states", "resolve_model_state_cls", "return model.get_model_state_cls()"),
+    (f"{V2}.model_states.interface", "ModelState.__init__", "self.max_num_reqs = "),
+    (f"{V2}.model_states.interface", "ModelState.__init__", "self.max_num_tokens = "),
+    (f"{V2}.buffer_utils", "StagedWriteTensor.__init__", "self.gpu = torch.zeros(size"),
+    # the requests' weights are written before the forward pass, and forgotten when a request ends or is preempted
+    (f"{V2}.model_runner", "GPUModelRunner.add_requests", "self.model_state.add_request(req_index, new_req_data)"),
+    (f"{V2}.model_runner", "GPUModelRunner.add_requests", "self.model_state.apply_staged_writes()"),
+    (f"{V2}.model_runner", "GPUModelRunner._remove_request", "self.model_state.remove_request(req_id)"),
+    # `prepare_inputs` runs before each forward pass, and `prepare_dummy_inputs` before each capture of a graph
+    (f"{V2}.model_runner", "GPUModelRunner.execute_model", "**self.model_state.prepare_inputs(input_batch, self.req"),
+    (f"{V2}.cudagraph_utils", "ModelCudaGraphManager.capture", "**model_state.prepare_dummy_inputs(num_reqs, num_"),
+    # rows of the result of `forward` reach `compute_logits` unchanged
+    (
+        f"{V2}.model_runner",
+        "GPUModelRunner.sample",
+        "sample_hidden_states = hidden_states[input_batch.logits_indices]",
+    ),
+    (f"{V2}.model_runner", "GPUModelRunner.sample", "logits = self.model.compute_logits(sample_hidden_states)"),
+    (f"{V2}.sample.prompt_logprob", "compute_prompt_logprobs_with_chunking", "logits_fn(prompt_hidden_states[start_"),
+    # a batch that is split in two would not split the requests' weights, so it is refused
+    (f"{V2}.ubatch_utils", "slice_model_inputs", "('input_ids', 'inputs_embeds')"),
+    ("vllm.v1.engine.input_processor", "InputProcessor", "build_custom_logits_processors_params_validator(custom_"),
+    ("vllm.v1.engine.input_processor", "InputProcessor", "validate_logits_processors_parameters"),
+    ("vllm.config.vllm", "VllmConfig.__post_init__", "self.try_verify_and_update_config()"),
+    ("vllm.config.vllm", "VllmConfig.try_verify_and_update_config", "cls.verify_and_update_config(self)"),
+    ("vllm.entrypoints.launchers.api_server.app_state", "init_app_state", "state.engine_client = engine_client"),
+]
+
+
+@pytest.mark.parametrize(("module", "path", "fragment"), BEHAVIOUR, ids=[f"{p}: {f}" for _, p, f in BEHAVIOUR])
+def test_vllm_does_what_the_package_relies_on(vllm, module, path, fragment):
+    assert fragment in vllm.text(module, path), vllm
