@@ -38,8 +38,14 @@ test-wheel:
 	PYTHON=$(PYTHON) .ci/wheel
 
 # In an environment of its own, since vLLM pins other versions of what the other tests use.
-test-serving: .venv-serving/installed
+# The second run is on vLLM's second model runner, interpreted: tests/helpers/triton_cpu.py.
+test-serving: .venv-serving/installed build/vllm
 	OMP_NUM_THREADS=1 .venv-serving/bin/python -m pytest tests/serving
+	VLLM_USE_V2_MODEL_RUNNER=1 OMP_NUM_THREADS=1 .venv-serving/bin/python -m pytest tests/serving -m runners
+
+# The source of vLLM's newest wheel, for tests/serving/test_vllm_contract.py; nothing of it is installed or run
+build/vllm: .venv-serving/installed
+	.venv-serving/bin/python -m tests.helpers.vllm_sources
 
 .venv-serving/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-serving

@@ -75,8 +75,8 @@ def main(argv: Sequence[str]) -> None:
             "Serve a mixture over an OpenAI-compatible API; each request may set its own alpha.",
             [ServeArguments, ServerArguments, VllmArguments],
             ("model_name_or_path", "MODEL"),
-            footer="A request sets alpha, weights or member in its JSON body, and with vLLM member_logprobs. With vLLM "
-            "installed, every other flag goes to its server, which lists them: python -m "
+            footer="A request sets alpha, weights or member in its JSON body, and with vLLM member_logprobs. With "
+            "vLLM installed, every other flag goes to its server, which lists them: python -m "
             "vllm.entrypoints.openai.api_server --help=all. Without vLLM there are no others, nor those of vLLM.",
         )
         return

@@ -22,6 +22,17 @@ def install() -> None:
     from triton.backends.compiler import GPUTarget
     from triton.backends.driver import DriverBase
 
+    class CpuCompiler:
+        @staticmethod
+        def supports_target(target):
+            return target.backend == "cpu"
+
+        def __init__(self, target):
+            pass
+
+        def hash(self):
+            return "interpreter"
+
     class CpuDriver(DriverBase):
         @classmethod
         def is_active(cls):
@@ -48,4 +59,4 @@ def install() -> None:
             raise NotImplementedError("interpreted kernels are not tuned")
 
     backends.clear()  # each of the others asks for a GPU
-    backends["cpu"] = Backend(compiler=None, driver=CpuDriver)
+    backends["cpu"] = Backend(compiler=CpuCompiler, driver=CpuDriver)

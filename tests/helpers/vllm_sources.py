@@ -70,13 +70,17 @@ class Sources:
         if isinstance(node, ast.ClassDef):
             init = self.find(module, f"{path}.__init__")
             if init is None:
-                return [
-                    s.target.id for s in node.body if isinstance(s, ast.AnnAssign) and isinstance(s.target, ast.Name)
-                ]
+                return self.fields(module, path)
             node = init
         assert isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef), f"{self}: {module} has no function {path}"
         arguments = node.args
         return [a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
+
+    def fields(self, module: str, path: str) -> list[str]:
+        """The annotated names in the body of a class."""
+        node = self.find(module, path)
+        assert isinstance(node, ast.ClassDef), f"{self}: {module} has no class {path}"
+        return [s.target.id for s in node.body if isinstance(s, ast.AnnAssign) and isinstance(s.target, ast.Name)]
 
     def text(self, module: str, path: str) -> str:
         """The source of a definition, in one spelling."""

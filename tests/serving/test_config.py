@@ -1,6 +1,7 @@
 """Mixtures that the plug-in rejects before vLLM loads any weights."""
 
 import json
+import os
 
 import pytest
 
@@ -11,7 +12,7 @@ from vllm import EngineArgs
 
 from logitmix.mixture.configuration import FORMAT_VERSION, LogitMixConfig
 from logitmix.serving import model
-from logitmix.serving.config import validate_members
+from logitmix.serving.config import engine_class, validate_members
 from tests.helpers.engines import engine
 from tests.helpers.vllm_members import build_mixture
 
@@ -46,10 +47,27 @@ def test_speculative_decoding_is_rejected(folder):
         EngineArgs(model=str(folder), speculative_config=speculative).create_engine_config()
 
 
-def test_vllms_second_model_runner_is_rejected(folder, monkeypatch):
+@pytest.mark.runners
+def test_the_mixture_follows_the_runner_that_vllm_chooses(folder):
+    before = os.environ.get("VLLM_USE_V2_MODEL_RUNNER")
+    vllm_config = EngineArgs(model=str(folder)).create_engine_config()
+    chosen = engine_class(vllm_config)
+    assert chosen.__name__ == ("SecondRunnerEngine" if vllm_config.use_v2_model_runner else "FirstRunnerEngine")
+    assert issubclass(vllm_config.model_config.logits_processors[-1], chosen.request_validator)
+    assert os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prefill_context_parallel_size": 2}, "prefill_context_parallel_size is 2, but must be 1 for a mixture"),
+        ({"enable_dbo": True}, "enable_dbo is set, but a mixture cannot run two batches at once"),
+    ],
+)
+def test_splits_of_a_batch_are_rejected_on_the_second_runner(folder, monkeypatch, arguments, message):
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-    with pytest.raises(ValueError, match=r"VLLM_USE_V2_MODEL_RUNNER is '1'.*set it to 0"):
-        EngineArgs(model=str(folder)).create_engine_config()
+    with pytest.raises(ValueError, match=message):
+        EngineArgs(model=str(folder), **arguments).create_engine_config()
 
 
 def test_members_without_attention_are_rejected():

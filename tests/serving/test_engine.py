@@ -32,6 +32,7 @@ PAIRS = [
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids="+".join)
+@pytest.mark.runners
 def test_pairs_match_transformers(tmp_path, pair):
     """Prefills are split into chunks of 16 tokens, and requests with different alpha share batches."""
     mixture = build_mixture(*pair, alpha=0.4)
@@ -61,6 +62,7 @@ def test_members_of_vllms_transformers_backend_match_transformers(tmp_path, pair
         assert (log_probs - in_vllm).abs().max() < TOLERANCE
 
 
+@pytest.mark.runners
 def test_three_members_with_scheme_prob_match_transformers(tmp_path):
     mixture = build_mixture("qwen2", "llama", "qwen2", weights=[0.5, 0.2, 0.3], scheme="prob")
     mixture.save_pretrained(tmp_path)
@@ -74,6 +76,7 @@ def test_three_members_with_scheme_prob_match_transformers(tmp_path):
             generate(llm, PROMPTS[:1], greedy_params({"weights": [0.5, 0.5]}))
 
 
+@pytest.mark.runners
 def test_a_cached_prefix_serves_every_alpha(tmp_path):
     mixture = build_mixture("qwen2", "llama", alpha=0.4)
     mixture.save_pretrained(tmp_path)
@@ -85,6 +88,7 @@ def test_a_cached_prefix_serves_every_alpha(tmp_path):
         assert output.num_cached_tokens == 32
 
 
+@pytest.mark.runners
 def test_samples_and_their_log_probs_have_the_requests_weights_and_temperature(tmp_path):
     mixture = build_mixture("qwen2", "llama", alpha=0.4)
     mixture.save_pretrained(tmp_path)
@@ -101,6 +105,7 @@ def test_samples_and_their_log_probs_have_the_requests_weights_and_temperature(t
             assert abs(row[token].item() - log_probs[token].logprob) < TOLERANCE
 
 
+@pytest.mark.runners
 def test_a_request_can_choose_one_member(tmp_path):
     mixture = build_mixture("qwen2", "llama", alpha=0.4)
     mixture.save_pretrained(tmp_path)
@@ -113,6 +118,7 @@ def test_a_request_can_choose_one_member(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["full anchor", "two adapters", "base anchor"])
+@pytest.mark.runners
 def test_adapters_match_transformers(tmp_path, kind):
     """Members on one base run in one pass over its weights."""
     base = save_member(tmp_path / "base")
@@ -129,6 +135,7 @@ def test_adapters_match_transformers(tmp_path, kind):
         assert_matches_transformers(mixture, llm, prompt_logprobs=0)
 
 
+@pytest.mark.runners
 def test_members_that_share_a_head_with_a_bias_match_transformers(tmp_path):
     """Mixing their hidden states would be wrong: for weights that do not sum to 1, it would not scale the bias."""
     base = save_member(tmp_path / "base", "gptj")
@@ -141,6 +148,7 @@ def test_members_that_share_a_head_with_a_bias_match_transformers(tmp_path):
         assert_matches_transformers(mixture, llm, requests=requests)
 
 
+@pytest.mark.runners
 def test_compiled_members_match_transformers(tmp_path, monkeypatch):
     """Two members share a configuration and the third does not; each needs its own compiled graph."""
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))

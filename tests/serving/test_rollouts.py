@@ -79,6 +79,7 @@ def largest_difference(trainer, alpha=None):
 
 
 @pytest.mark.parametrize("kind", ["two models", "two adapters", "base anchor"])
+@pytest.mark.runners
 def test_the_trainers_log_probs_match_those_of_vllms_samples(tmp_path, kind, monkeypatch):
     model = build_kind(tmp_path, kind)
     frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
@@ -114,6 +115,7 @@ def test_the_trainers_log_probs_match_those_of_vllms_samples(tmp_path, kind, mon
     assert largest_difference(trainer) < 1e-4
 
 
+@pytest.mark.runners
 def test_validation_decodes_several_alphas_in_one_batch(tmp_path):
     model = build_mixture("qwen2", "llama", alpha=0.4)
     trainer = trainer_in_vllm(tmp_path, model, stop_strings=["e"])
@@ -189,6 +191,7 @@ def test_a_stop_string_that_is_a_special_token_ends_a_rollout(tmp_path, monkeypa
     assert [list(completion) for completion in completions] == [[end]] * len(PROMPTS)
 
 
+@pytest.mark.runners
 def test_all_weights_are_pushed_after_sleep_level_2(tmp_path):
     """Level 2 discards all weights. vLLM's CPU build cannot sleep, so the test overwrites them."""
     trainer = trainer_in_vllm(tmp_path, build_mixture("qwen2", "llama", alpha=0.4))

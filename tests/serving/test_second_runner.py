@@ -18,6 +18,7 @@ from logitmix.serving.engine_v2 import RequestFields, from_columns, mix_rows, to
 from tests.helpers.engines import engine, model_runner
 from tests.helpers.vllm_members import build_mixture
 
+pytestmark = pytest.mark.runners
 INF = float("inf")
 WEIGHTS = {
     "logit": [[0.6, 0.4, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0], [1.5, -0.5, 0.0], [-0.2, 0.7, 0.5], [0.3, 0.3, 0.4]],
@@ -88,10 +89,11 @@ def test_requests_to_two_mixtures_in_one_process_are_validated_by_their_own(proc
 
 @pytest.mark.parametrize("processor", [RequestFields, BatchWeights])
 def test_a_validator_reaches_other_processes(processor):
-    copy = pickle.loads(pickle.dumps(processor.of(config_of())))
+    config = config_of()
+    config.alpha_range = [0.0, 1.0]
+    copy = pickle.loads(pickle.dumps(processor.of(config)))
     assert issubclass(copy, processor)
     with pytest.raises(ValueError, match=r"alpha is 2\.0, but this server takes"):
-        copy.config.alpha_range = [0.0, 1.0]
         copy.validate_params(SamplingParams(extra_args={"alpha": 2.0}))
     assert pickle.loads(pickle.dumps(processor)) is processor
 

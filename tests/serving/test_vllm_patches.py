@@ -21,6 +21,7 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata
 from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.sample.logits_processor import LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
+from vllm.v1.worker.gpu_worker import Worker
 
 from logitmix.serving import vllm_patches as serving_patches
 from logitmix.training import vllm_patches as training_patches
@@ -36,9 +37,9 @@ def test_register_config_hooks_adds_to_a_table_of_hooks():
     assert all(issubclass(hook, VerifyAndUpdateConfig) for hook in hooks), INSTALLED
 
 
-def test_choose_first_model_runner_sets_the_variable_that_vllm_reads():
-    assert serving_patches.RUNNER in vllm.envs.environment_variables, INSTALLED
-    assert_source_has(PACKAGE, VllmConfig.use_v2_model_runner.fget, f"envs.{serving_patches.RUNNER}")
+def test_uses_second_model_runner_reads_what_the_worker_reads():
+    assert isinstance(VllmConfig.use_v2_model_runner, property), INSTALLED
+    assert_source_has(PACKAGE, Worker.__init__, "vllm_config.use_v2_model_runner")
 
 
 def test_declare_experts_reads_the_experts_of_a_member():
