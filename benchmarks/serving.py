@@ -2,6 +2,7 @@
 
     python benchmarks/serving.py [--rounds 4] [--output benchmarks/results/serving.md]
     python benchmarks/serving.py --device cuda --output benchmarks/results/serving_cuda.md
+    python benchmarks/serving.py --rounds 1 --tokens 16 --rollouts 8 --only one two alphas
 
 Three engines share this process: one model, two full members, and two adapters on one base. Each full member is the
 base with one of the adapters merged, and the model is the first of them, so all have the same size and both mixtures
@@ -33,7 +34,6 @@ os.environ |= {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # run the engines in this process
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_USE_V2_MODEL_RUNNER": "0",  # the mixtures need the first runner, so all engines use it
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
 }
@@ -50,9 +50,13 @@ from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.training.rollouts.vllm import MixtureVLLMGeneration
 
 ALPHA = 0.4
-PROMPT_TOKENS, NEW_TOKENS = 32, 128
-ROLLOUTS, GROUP, LOOP_BATCH = 64, 8, 8
+PROMPT_TOKENS = 32
+GROUP, LOOP_BATCH = 8, 8
 SHORT_TURNS = 3
+# the defaults of --tokens, --requests and --rollouts
+TOKENS = {"cpu": 64, "cuda": 128}
+REQUESTS = {"cpu": 32, "cuda": 64}
+ROLLOUTS = {"cpu": 32, "cuda": 64}
 SIZES = {
     "cpu": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8,
             "num_key_value_heads": 4, "vocab_size": 8192},
@@ -64,7 +68,6 @@ ENGINE = {
     "cpu": {"dtype": "float32", "enforce_eager": True},
     "cuda": {"dtype": "bfloat16", "gpu_memory_utilization": 0.25},
 }
-BATCHES = {"cpu": (1, 32), "cuda": (1, 64)}
 
 NAMES = {
     "one": "one model",
@@ -76,29 +79,29 @@ NAMES = {
     "sync": "weight sync, the policy alone",
     "sync_all": "weight sync, everything",
 }
-# run, baseline, requests, bar: smallest ratio of tokens per second, or largest of the time of a weight sync
+# run, baseline, load, bar: smallest ratio of tokens per second, or largest of the time of a weight sync
 BARS = {
     "cpu": [
-        ("two", "one", 1, 0.50),
-        ("two", "one", 32, 0.50),
-        ("adapters", "one", 1, 0.68),
-        ("adapters", "one", 32, 0.54),
-        ("adapters", "two", 1, None),
-        ("adapters", "two", 32, None),
-        ("alphas", "two", 32, 0.97),
-        ("rollouts", "loop", ROLLOUTS, 2.5),
-        ("sync", "sync_all", 0, 0.55),
+        ("two", "one", "one", 0.50),
+        ("two", "one", "many", 0.50),
+        ("adapters", "one", "one", 0.68),
+        ("adapters", "one", "many", 0.54),
+        ("adapters", "two", "one", None),
+        ("adapters", "two", "many", None),
+        ("alphas", "two", "many", 0.97),
+        ("rollouts", "loop", "rollouts", 2.5),
+        ("sync", "sync_all", "none", 0.55),
     ],
     "cuda": [
-        ("two", "one", 1, None),
-        ("two", "one", 64, 0.48),
-        ("adapters", "one", 1, None),
-        ("adapters", "one", 64, 0.75),
-        ("adapters", "two", 1, None),
-        ("adapters", "two", 64, None),
-        ("alphas", "two", 64, 0.97),
-        ("rollouts", "loop", ROLLOUTS, 20.0),
-        ("sync", "sync_all", 0, 0.55),
+        ("two", "one", "one", None),
+        ("two", "one", "many", 0.48),
+        ("adapters", "one", "one", None),
+        ("adapters", "one", "many", 0.75),
+        ("adapters", "two", "one", None),
+        ("adapters", "two", "many", None),
+        ("alphas", "two", "many", 0.97),
+        ("rollouts", "loop", "rollouts", 20.0),
+        ("sync", "sync_all", "none", 0.55),
     ],
 }
 
@@ -138,33 +141,36 @@ class Rollouts(MixtureVLLMGeneration):
 
     weights_are_discarded = False  # if true, a sync pushes all weights
 
-    def __init__(self, model: LogitMixForCausalLM, accelerator: Accelerator, llm: LLM) -> None:
-        settings = {"max_completion_length": NEW_TOKENS, "generation_kwargs": {"ignore_eos": True}}
+    def __init__(self, model: LogitMixForCausalLM, accelerator: Accelerator, llm: LLM, tokens: int) -> None:
+        settings = {"max_completion_length": tokens, "generation_kwargs": {"ignore_eos": True}}
         with mock.patch.object(vllm_generation, "LLM", return_value=llm):
             super().__init__(model, accelerator, None, **settings)
 
 
 class Benchmark:
-    def __init__(self, folder: Path, device: str) -> None:
-        self.device = device
+    def __init__(self, folder: Path, args: argparse.Namespace) -> None:
+        self.device = device = args.device
+        self.tokens = args.tokens
+        self.loads = {"none": 0, "one": 1, "many": args.requests, "rollouts": args.rollouts}
         self.models = Models(folder, device)
         accelerator = Accelerator(cpu=device == "cpu")  # before vLLM, as in the trainer
-        settings = {"max_model_len": 512, "max_num_seqs": ROLLOUTS, "skip_tokenizer_init": True} | ENGINE[device]
+        most, length = max(self.loads.values()), PROMPT_TOKENS + args.tokens
+        settings = {"max_model_len": length, "max_num_seqs": most, "skip_tokenizer_init": True} | ENGINE[device]
         engine = partial(LLM, enable_prefix_caching=False, disable_log_stats=True, **settings)
         self.engines = {
             "one": engine(str(self.models.one)),
             "two": engine(str(self.models.two), logprobs_mode="processed_logprobs"),
             "adapters": engine(str(self.models.adapters)),
         }
-        self.rollouts = Rollouts(self.models.mixture, accelerator, self.engines["two"])
+        self.rollouts = Rollouts(self.models.mixture, accelerator, self.engines["two"], args.tokens)
         generator = torch.Generator().manual_seed(1)
         vocab_size = SIZES[device]["vocab_size"]
-        self.prompts = torch.randint(3, vocab_size, (ROLLOUTS, PROMPT_TOKENS), generator=generator).tolist()
+        self.prompts = torch.randint(3, vocab_size, (most, PROMPT_TOKENS), generator=generator).tolist()
 
-    def generate(self, name: str, requests: int, alphas: bool = False, length: int = NEW_TOKENS) -> list[list[int]]:
+    def generate(self, name: str, requests: int, alphas: bool = False, length: int | None = None) -> list[list[int]]:
         params = [
             SamplingParams(
-                temperature=0.0, max_tokens=length, ignore_eos=True, detokenize=False,
+                temperature=0.0, max_tokens=length or self.tokens, ignore_eos=True, detokenize=False,
                 extra_args={"alpha": i / requests} if alphas else None,
             )
             for i in range(requests)
@@ -173,18 +179,18 @@ class Benchmark:
         return [list(o.outputs[0].token_ids) for o in self.engines[name].generate(prompts, params, use_tqdm=False)]
 
     def groups(self) -> list[list[int]]:
-        return [ids for ids in self.prompts[: ROLLOUTS // GROUP] for _ in range(GROUP)]
+        return [ids for ids in self.prompts[: self.loads["rollouts"] // GROUP] for _ in range(GROUP)]
 
     def runs(self) -> dict[Run, Callable[[], Any]]:
-        few, many = BATCHES[self.device]
+        few, many, rollouts = (self.loads[load] for load in ("one", "many", "rollouts"))
         runs: dict[Run, Callable[[], Any]] = {
             (name, requests): partial(self.generate, name, requests)
             for requests in (few, many)
             for name in ("one", "two", "adapters")
         }
         runs["alphas", many] = partial(self.generate, "two", many, alphas=True)
-        runs["rollouts", ROLLOUTS] = lambda: self.rollouts.generate(self.groups(), None, GROUP)
-        runs["loop", ROLLOUTS] = lambda: sample_in_a_loop(self.models.mixture, self.groups(), NEW_TOKENS)
+        runs["rollouts", rollouts] = lambda: self.rollouts.generate(self.groups(), None, GROUP)
+        runs["loop", rollouts] = lambda: sample_in_a_loop(self.models.mixture, self.groups(), self.tokens)
         runs["sync", 0] = self.sync
         runs["sync_all", 0] = partial(self.sync, everything=True)
         return runs
@@ -261,23 +267,25 @@ def ratio(rounds: list[dict[Run, float]], run: Run, baseline: Run) -> float:
     return statistics.median(s[run] / s[baseline] if run[1] == 0 else s[baseline] / s[run] for s in rounds)
 
 
-def report(rounds: list[dict[Run, float]], parameters: int, args: argparse.Namespace) -> str:
+def report(rounds: list[dict[Run, float]], benchmark: Benchmark, args: argparse.Namespace) -> str:
+    parameters = benchmark.models.mixture.policy.num_parameters()
+    runner = "second" if benchmark.engines["two"].llm_engine.vllm_config.use_v2_model_runner else "first"
     device = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     lines = [
         "# The mixture in vLLM: serving and rollouts",
         "",
         f"`{' '.join(['python', 'benchmarks/serving.py', *args.flags])}`, {date.today()}, {device} "
         f"({platform.machine()}), {ENGINE[args.device]['dtype']}, "
-        f"{'eager' if args.device == 'cpu' else 'CUDA graphs'}; {', '.join(versions())}.",
+        f"{'eager' if args.device == 'cpu' else 'CUDA graphs'}, {runner} model runner; {', '.join(versions())}.",
         f"Medians of {len(rounds)} rounds of alternating runs. A member has {parameters / 1e6:.0f}M parameters, the "
-        f"adapters rank 16 on all linear layers; prompts of {PROMPT_TOKENS} tokens, {NEW_TOKENS} generated.",
+        f"adapters rank 16 on all linear layers; prompts of {PROMPT_TOKENS} tokens, {args.tokens} generated.",
         "",
         "| | requests | seconds | tokens per second |",
         "|---|---|---|---|",
     ]
     for name, requests in rounds[0]:
         seconds = statistics.median(s[name, requests] for s in rounds)
-        speed = f"{requests * NEW_TOKENS / seconds:.0f}" if requests else "-"
+        speed = f"{requests * args.tokens / seconds:.0f}" if requests else "-"
         lines.append(f"| {NAMES[name]} | {requests or '-'} | {seconds:.3g} | {speed} |")
     lines += [
         "",
@@ -286,7 +294,8 @@ def report(rounds: list[dict[Run, float]], parameters: int, args: argparse.Names
         "| tokens per second (weight sync: seconds) | requests | ratio | range | target | |",
         "|---|---|---|---|---|---|",
     ]
-    for run, baseline, requests, bar in BARS[args.device]:
+    for run, baseline, load, bar in BARS[args.device]:
+        requests = benchmark.loads[load]
         pair = (run, requests), (baseline, requests)
         if not set(pair) <= set(rounds[0]):
             continue
@@ -314,13 +323,21 @@ def versions() -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=SIZES, default="cpu")
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=4, help="rounds to measure, after one to warm up")
+    parser.add_argument("--tokens", type=int, help="tokens of each completion; default: 64, with --device cuda 128")
+    parser.add_argument("--requests", type=int, help="requests of a large batch; default: 32, with --device cuda 64")
+    parser.add_argument("--rollouts", type=int, help="rollouts, in groups of 8; default: 32, with --device cuda 64")
     parser.add_argument("--only", nargs="+", choices=NAMES, help="default: all; a target needs both runs of its pair")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     args.flags = sys.argv[1:]
+    args.tokens = args.tokens or TOKENS[args.device]
+    args.requests = args.requests or REQUESTS[args.device]
+    args.rollouts = args.rollouts or ROLLOUTS[args.device]
+    if args.rollouts % GROUP or args.requests < 2:
+        parser.error(f"--rollouts must be a multiple of {GROUP}, and --requests at least 2")
     with tempfile.TemporaryDirectory() as folder:
-        benchmark = Benchmark(Path(folder), args.device)
+        benchmark = Benchmark(Path(folder), args)
         benchmark.check()
         runs = {run: work for run, work in benchmark.runs().items() if args.only is None or run[0] in args.only}
         rounds = []
@@ -330,7 +347,7 @@ def main() -> None:
             print(f"round {i}: {shown}", file=sys.stderr, flush=True)
             if i:  # the first warms up
                 rounds.append(seconds)
-        text = report(rounds, benchmark.models.mixture.policy.num_parameters(), args)
+        text = report(rounds, benchmark, args)
     print(text)
     if args.output is not None:
         args.output.write_text(text)

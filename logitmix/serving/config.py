@@ -7,7 +7,11 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from logitmix.mixture.configuration import LogitMixConfig
 from logitmix.serving.engine import Engine
-from logitmix.serving.vllm_patches import declare_experts, uses_second_model_runner
+from logitmix.serving.vllm_patches import (
+    declare_experts,
+    second_model_runner_validates_requests,
+    uses_second_model_runner,
+)
 
 ATTENTION_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 
@@ -25,10 +29,15 @@ class MixtureConfigHooks(VerifyAndUpdateConfig):
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
         if vllm_config.speculative_config is not None:
             raise ValueError("speculative decoding is not supported for a mixture; leave out speculative_config")
-        validate_parallelism(vllm_config)
         model_config = vllm_config.model_config
         validator = engine_class(vllm_config).request_validator.of(model_config.hf_config)
         model_config.logits_processors = [*(model_config.logits_processors or []), validator]
+        if uses_second_model_runner(vllm_config) and not second_model_runner_validates_requests():
+            raise ValueError(
+                "VLLM_USE_V2_MODEL_RUNNER chooses vLLM's second model runner, but a mixture runs there only in vLLM "
+                "0.31 or later; unset it, or install a later vLLM"
+            )
+        validate_parallelism(vllm_config)
 
 
 def validate_parallelism(vllm_config: VllmConfig) -> None:
@@ -55,7 +64,7 @@ def validate_parallelism(vllm_config: VllmConfig) -> None:
 
 def engine_class(vllm_config: VllmConfig) -> type[Engine]:
     """The implementation for the model runner that vLLM uses with this configuration."""
-    if uses_second_model_runner(vllm_config):
+    if uses_second_model_runner(vllm_config) and second_model_runner_validates_requests():
         from logitmix.serving.engine_v2 import SecondRunnerEngine
 
         return SecondRunnerEngine

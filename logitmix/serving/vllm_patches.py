@@ -5,6 +5,7 @@ Written against vLLM 0.32; tests/serving/test_vllm_patches.py is the contract.
 
 import copy
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from types import MethodType
 from typing import Any
 
@@ -29,6 +30,14 @@ def register_config_hooks(architecture: str, hooks: type[VerifyAndUpdateConfig])
 def uses_second_model_runner(vllm_config: VllmConfig) -> bool:
     """Whether vLLM runs the model in its second model runner; versions with one runner do not say."""
     return getattr(vllm_config, "use_v2_model_runner", False)
+
+
+def second_model_runner_validates_requests() -> bool:
+    """Whether custom logits processors exist there, which they do since vLLM 0.31.
+
+    Before, vLLM chooses its first runner for a model with such a processor, unless the environment demands the second.
+    """
+    return find_spec("vllm.v1.worker.gpu.sample.logits_processor") is not None
 
 
 def declare_experts(model_config: ModelConfig, member_configs: Sequence[PreTrainedConfig]) -> None:

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, MambaConfig, Qwen2Config
 from vllm import EngineArgs
 
 from logitmix.mixture.configuration import FORMAT_VERSION, LogitMixConfig
-from logitmix.serving import model
+from logitmix.serving import config, model
 from logitmix.serving.config import engine_class, validate_members
 from tests.helpers.engines import engine
 from tests.helpers.vllm_members import build_mixture
@@ -28,9 +28,9 @@ def copy_with_config(folder, path, **values):
     """Copy a checkpoint with changes to its configuration; return the copy's folder."""
     for file in folder.iterdir():
         (path / file.name).symlink_to(file)
-    config = json.loads((folder / "config.json").read_text()) | values
+    changed = json.loads((folder / "config.json").read_text()) | values
     (path / "config.json").unlink()
-    (path / "config.json").write_text(json.dumps(config))
+    (path / "config.json").write_text(json.dumps(changed))
     return str(path)
 
 
@@ -70,18 +70,26 @@ def test_splits_of_a_batch_are_rejected_on_the_second_runner(folder, monkeypatch
         EngineArgs(model=str(folder), **arguments).create_engine_config()
 
 
+def test_a_second_runner_that_cannot_validate_requests_is_rejected(folder, monkeypatch):
+    """As in vLLM before 0.31, which takes its first runner unless the environment demands the second."""
+    monkeypatch.setattr(config, "second_model_runner_validates_requests", lambda: False)
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    with pytest.raises(ValueError, match=r"only in vLLM 0\.31 or later; unset it, or install a later vLLM"):
+        EngineArgs(model=str(folder)).create_engine_config()
+
+
 def test_members_without_attention_are_rejected():
-    config = LogitMixConfig.from_member_configs([MambaConfig(num_hidden_layers=1), MambaConfig(num_hidden_layers=1)])
+    mambas = LogitMixConfig.from_member_configs([MambaConfig(num_hidden_layers=1), MambaConfig(num_hidden_layers=1)])
     with pytest.raises(ValueError, match="the member policy is a mamba with layers other than attention"):
-        validate_members(config)
+        validate_members(mambas)
 
 
 def test_an_architecture_that_vllm_does_not_support_is_rejected():
-    config = LogitMixConfig.from_member_configs([Qwen2Config(), LlamaConfig(architectures=["LlamaForNobody"])])
+    unknown = LogitMixConfig.from_member_configs([Qwen2Config(), LlamaConfig(architectures=["LlamaForNobody"])])
     with pytest.raises(
         ValueError, match="the member anchor_0 is a LlamaForNobody, which this version of vLLM does not support"
     ):
-        validate_members(config)
+        validate_members(unknown)
 
 
 def test_a_checkpoint_with_a_later_format_version_is_rejected(folder, tmp_path):

@@ -115,7 +115,6 @@ def test_the_trainers_log_probs_match_those_of_vllms_samples(tmp_path, kind, mon
     assert largest_difference(trainer) < 1e-4
 
 
-@pytest.mark.runners
 def test_validation_decodes_several_alphas_in_one_batch(tmp_path):
     model = build_mixture("qwen2", "llama", alpha=0.4)
     trainer = trainer_in_vllm(tmp_path, model, stop_strings=["e"])
