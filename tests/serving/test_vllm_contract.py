@@ -4,6 +4,8 @@ The source is read and not imported, so the newest wheel needs neither its CUDA 
 """
 
 import ast
+import re
+from pathlib import Path
 
 import pytest
 
@@ -138,6 +140,9 @@ def test_a_class_has_the_fields_that_the_package_reads(vllm, module, path, names
 
 # what vLLM does at a place that no signature shows
 BEHAVIOUR = [
+    # the second runner is the default where there is Triton
+    ("vllm.config.vllm", "VllmConfig.use_v2_model_runner", "if not HAS_TRITON"),
+    ("vllm.config.vllm", "VllmConfig.use_v2_model_runner", "unsupported = self._get_v2_model_runner_unsupported"),
     (f"{V2}.model_states", "resolve_model_state_cls", "return model.get_model_state_cls()"),
     (f"{V2}.model_states.interface", "ModelState.__init__", "self.max_num_reqs = "),
     (f"{V2}.model_states.interface", "ModelState.__init__", "self.max_num_tokens = "),
@@ -170,3 +175,51 @@ BEHAVIOUR = [
 @pytest.mark.parametrize(("module", "path", "fragment"), BEHAVIOUR, ids=[f"{p}: {f}" for _, p, f in BEHAVIOUR])
 def test_vllm_does_what_the_package_relies_on(vllm, module, path, fragment):
     assert fragment in vllm.text(module, path), vllm
+
+
+def test_the_second_runner_is_the_default(vllm):
+    assert vllm.text("vllm.config.vllm", "VllmConfig.use_v2_model_runner").endswith("return True"), vllm
+
+
+TABLE = re.compile(
+    r"\| [^|]+ \| (?P<first>[^|]+) \| (?P<second>[^|]+) \| (?P<newest>[^|]+) \| `(?P<test>test_\w+)` \|"
+)
+STATES = {"tested", "contract", "refused", "GPU", "-"}
+
+
+def documented() -> list[dict[str, str]]:
+    """The rows of the table of features in docs/serving.md."""
+    lines = (ROOT / "docs/serving.md").read_text().splitlines()
+    return [row.groupdict() for row in map(TABLE.match, lines) if row]
+
+
+def marks_of_tests() -> dict[str, set[str]]:
+    """The marks of each test in this folder."""
+    found = {}
+    for path in Path(__file__).parent.glob("test_*.py"):
+        tree = ast.parse(path.read_text())
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef):
+                text = " ".join(ast.unparse(decorator) for decorator in node.decorator_list)
+                found[node.name] = set(re.findall(r"pytest\.mark\.(\w+)", text))
+                found[node.name] |= {"gpu"} if path.name == "test_gpu.py" else set()
+    return found
+
+
+def test_each_row_of_the_documented_table_names_a_test_that_runs_on_the_runners_it_claims():
+    rows, marks = documented(), marks_of_tests()
+    assert len(rows) > 15
+    for row in rows:
+        states = [row["first"], row["second"], row["newest"]]
+        assert set(states) <= STATES, row
+        assert row["test"] in marks, row
+        assert (row["second"] == "tested") == ("runners" in marks[row["test"]]), row
+        assert ("GPU" in states) == ("gpu" in marks[row["test"]]), row
+
+
+def test_the_documented_versions_are_those_that_are_tested(vllm):
+    heading = next(line for line in (ROOT / "docs/serving.md").read_text().splitlines() if "| first runner, " in line)
+    first, second, newest = re.findall(r"\d+\.\d+", heading)
+    assert first == second
+    column = first if vllm is SOURCES["installed"] else newest
+    assert ".".join(vllm.version.split(".")[:2]) == column, vllm
