@@ -161,10 +161,9 @@ class LogitMixGRPOTrainer(PatchedGRPOTrainer):
         with self.generation_model() as model:
             size = self.args.rollout_batch_size or len(prompt_ids)
             for start in range(0, len(prompt_ids), size):
-                batch = prompt_ids[start : start + size]
                 alpha: dict[str, Any] = {} if alphas is None else {"alpha": alphas[start : start + size]}
                 completion_ids += generate_completions(
-                    model, self.text_tokenizer, batch, settings, self.stop_strings, self.args.decoding,
+                    model, self.text_tokenizer, prompt_ids[start : start + size], settings, self.stop_strings, self.args.decoding,
                     self.monitor.decoding, supports=supports, **alpha,
                 )  # fmt: skip
         return completion_ids
