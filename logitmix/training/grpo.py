@@ -163,8 +163,8 @@ class LogitMixGRPOTrainer(PatchedGRPOTrainer):
             for start in range(0, len(prompt_ids), size):
                 alpha: dict[str, Any] = {} if alphas is None else {"alpha": alphas[start : start + size]}
                 completion_ids += generate_completions(
-                    model, self.text_tokenizer, prompt_ids[start : start + size], settings, self.stop_strings, self.args.decoding,
-                    self.monitor.decoding, supports=supports, **alpha,
+                    model, self.text_tokenizer, prompt_ids[start : start + size], settings, self.stop_strings,
+                    self.args.decoding, self.monitor.decoding, supports=supports, **alpha,
                 )  # fmt: skip
         return completion_ids
 

@@ -73,7 +73,7 @@ def test_the_file_grows_within_a_batch_and_is_always_a_beginning_of_the_whole(mi
     decode, batches = sampled
     path = tmp_path / "responses.jsonl"
     seen: list[bytes] = []
-    hook = mixture.register_forward_hook(lambda *_: seen.append(path.read_bytes() if path.exists() else b""))
+    hook = mixture.policy.register_forward_hook(lambda *_: seen.append(path.read_bytes() if path.exists() else b""))
     Responses(path).add("samples", batches, decode)
     hook.remove()
     whole = path.read_bytes()

@@ -82,6 +82,8 @@ class PatchedRollouts(GRPOTrainer):
                 gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
             ) as model,
             self._dist.summon_full_params(self.model_wrapped, recurse=False),
+            # accelerate's own is around the forward of the mixture, which alternating decoding passes by
+            self.accelerator.autocast(),
         ):
             plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
             if plugin is None or not gather:
