@@ -21,7 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from logitmix import LogitMixForCausalLM
-from logitmix.mixture.alternating import DecodingStatistics
+from logitmix.mixture.decoding.alternating import DecodingStatistics
 
 # of a mixture at a = 0.8, and of identical members
 BARS = {"alternating / joint": {1: 0.72, 4: 0.86}, "auto / better": dict.fromkeys((1, 4, 16, 64), 1.03)}

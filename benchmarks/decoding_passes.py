@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from logitmix import LogitMixForCausalLM
-from logitmix.mixture.alternating import DecodingStatistics
+from logitmix.mixture.decoding.alternating import DecodingStatistics
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from logitmix.mixture.context import context_length, validate_fits_context
-from logitmix.mixture.decoding import Decoding, validate_decoding
+from logitmix.mixture.decoding.loop import Decoding, validate_decoding
 from logitmix.mixture.generation import GREEDY, generate_completions, get_eos_token_ids, tokenize_prompts
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.mixture.tokenizers import prepare_for_task

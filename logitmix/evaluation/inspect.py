@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from logitmix.mixture.context import context_length, validate_fits_context
-from logitmix.mixture.decoding import Decoding, validate_decoding
+from logitmix.mixture.decoding.loop import Decoding, validate_decoding
 from logitmix.mixture.generation import GREEDY, generate_completions, tokenize_prompts
 from logitmix.mixture.mixing import mix_logits
 from logitmix.mixture.modeling import LogitMixForCausalLM

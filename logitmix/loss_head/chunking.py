@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from logitmix.loss_head.coefficients import Coefficients
+from logitmix.mixture.decoding.support import Support
 from logitmix.mixture.diagnostics import MixtureDiagnostics
 from logitmix.mixture.head import Head
 from logitmix.mixture.mixing import Scheme
-from logitmix.mixture.support import Support
 
 # Bytes of a chunk's logits, enough that reading the heads again for each chunk costs little
 CHUNK_BYTES = {"cpu": 32_000_000, "cuda": 1_000_000_000}

@@ -20,10 +20,10 @@ from logitmix.loss_head.chunking import Gradients, LossHeadInputs
 from logitmix.loss_head.coefficients import Coefficients
 from logitmix.loss_head.general_pass import run_general
 from logitmix.loss_head.linear_pass import run_linear
+from logitmix.mixture.decoding.support import Support
 from logitmix.mixture.diagnostics import MixtureDiagnostics
 from logitmix.mixture.head import Head
 from logitmix.mixture.mixing import Scheme, Weights, validate_weights
-from logitmix.mixture.support import Support
 
 # Largest error of the given coefficients against the loss's own, relative to the largest coefficient
 _TOLERANCE = 1e-5

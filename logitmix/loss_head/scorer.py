@@ -12,6 +12,7 @@ from torch import Tensor
 from logitmix.loss_head import Coefficients, fused_log_probs
 from logitmix.loss_head.libraries import Library, ShapeClass, choose_libraries, read_choices
 from logitmix.mixture.configuration import resolve_weights
+from logitmix.mixture.decoding.support import SequenceSupport, Support
 from logitmix.mixture.diagnostics import MixtureDiagnostics
 from logitmix.mixture.head import (
     HeadTransform,
@@ -24,7 +25,6 @@ from logitmix.mixture.mixing import Weights
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.mixture.padding import position_ids_from_mask
 from logitmix.mixture.router import WITH_ROUTER_LOGITS, load_balancing_loss
-from logitmix.mixture.support import SequenceSupport, Support
 
 AnchorStates = list[dict[str, Tensor]]
 """For each sequence, the last hidden states `[tokens, D]` at its scored tokens of each anchor that ran."""

@@ -14,12 +14,12 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
 
-from logitmix.mixture.alternating import DecodingStatistics
 from logitmix.mixture.base import MixtureBase
-from logitmix.mixture.decoding import Decoding, MixtureGenerateOutput, validate_decoding
-from logitmix.mixture.ends import CompletionEnds
+from logitmix.mixture.decoding.alternating import DecodingStatistics
+from logitmix.mixture.decoding.ends import CompletionEnds
+from logitmix.mixture.decoding.loop import Decoding, MixtureGenerateOutput, validate_decoding
+from logitmix.mixture.decoding.support import SequenceSupport, SupportRecorder
 from logitmix.mixture.padding import left_pad
-from logitmix.mixture.support import SequenceSupport, SupportRecorder
 from logitmix.mixture.tokenizers import (
     chat_template_errors,
     declared_ends,

@@ -27,7 +27,7 @@ from transformers.utils import can_return_tuple
 from logitmix.mixture.adapters import ADAPTER_WEIGHTS, NO_ADAPTER, Adapters, adapter_config_from_dict, add_adapter
 from logitmix.mixture.base import MixtureBase, concatenate_outputs
 from logitmix.mixture.configuration import Alpha, LogitMixConfig, resolve_weights, validate_can_be_loaded
-from logitmix.mixture.decoding import Decoding, DecodingRequest, current_request, decode, requested_decoding
+from logitmix.mixture.decoding.loop import Decoding, DecodingRequest, current_request, decode, requested_decoding
 from logitmix.mixture.diagnostics import MixtureDiagnostics
 from logitmix.mixture.export import export_member
 from logitmix.mixture.loading import Member, load_members, load_tokenizer
@@ -267,9 +267,9 @@ class LogitMixForCausalLM(MixtureBase, MixtureGenerationMixin):
 
         Args:
             decoding: `"joint"` runs all members for each token; `"alternating"` draws from the same distribution in
-                fewer passes (`logitmix.mixture.alternating`), for two members with a model each; `"auto"` chooses the
-                cheaper at every step (`logitmix.mixture.pass_costs`), and joint decoding where the other is not
-                possible. Greedy completions are equal but for ties of rounding; samples differ at the same seed.
+                fewer passes (`mixture/decoding/alternating.py`), for two members with a model each; `"auto"` chooses
+                the cheaper at every step (`pass_costs.py`), and joint decoding where the other is not possible.
+                Greedy completions are equal but for ties of rounding; samples differ at the same seed.
             output_member_logprobs: with `return_dict_in_generate`, also return each member's log-probability of every
                 token (`MixtureGenerateOutput`).
 

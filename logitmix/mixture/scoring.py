@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from logitmix.mixture.base import MixtureBase
+from logitmix.mixture.decoding.support import SequenceSupport, Support
 from logitmix.mixture.diagnostics import MixtureDiagnostics
 from logitmix.mixture.logprobs import mixture_log_probs
 from logitmix.mixture.padding import position_ids_from_mask
 from logitmix.mixture.router import WITH_ROUTER_LOGITS, load_balancing_loss
-from logitmix.mixture.support import SequenceSupport, Support
 
 
 def score_labels(

@@ -22,7 +22,7 @@ from transformers.cli.serving.transcription import TranscriptionHandler
 from transformers.cli.serving.utils import GenerateManager
 
 from logitmix.mixture.context import context_length, validate_fits_context
-from logitmix.mixture.decoding import Decoding, validate_decoding
+from logitmix.mixture.decoding.loop import Decoding, validate_decoding
 from logitmix.mixture.generation import get_eos_token_ids
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.mixture.tokenizers import leave_texts_open, validate_renders_texts

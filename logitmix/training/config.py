@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from trl import GRPOConfig
 
 from logitmix.mixture.adapters import read_adapter_config, validate_adapter_targets
-from logitmix.mixture.decoding import Decoding
+from logitmix.mixture.decoding.loop import Decoding
 from logitmix.mixture.loading import load_base, load_member
 from logitmix.mixture.mixing import Scheme
 from logitmix.mixture.modeling import LogitMixForCausalLM

@@ -11,7 +11,7 @@ from trl.import_utils import is_vllm_available
 
 from logitmix.mixture.adapters import CHANGES_BASE
 from logitmix.mixture.context import context_length, validate_fits_context
-from logitmix.mixture.decoding import Decoding, validate_decoding
+from logitmix.mixture.decoding.loop import Decoding, validate_decoding
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.training.alpha.controllers import CONTROLLERS
 from logitmix.training.config import (

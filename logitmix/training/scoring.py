@@ -16,10 +16,10 @@ from logitmix.loss_head import Coefficients, clipped_coefficients
 from logitmix.loss_head.libraries import restore_choices
 from logitmix.loss_head.scorer import AnchorStates, FusedScorer
 from logitmix.mixture.configuration import resolve_weights
+from logitmix.mixture.decoding.support import SequenceSupport
 from logitmix.mixture.diagnostics import MixtureDiagnostics
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.mixture.scoring import score_and_diagnose_labels, score_labels
-from logitmix.mixture.support import SequenceSupport
 from logitmix.training.batch import Batch, own_tokens
 from logitmix.training.checkpointing.resume import State
 from logitmix.training.config import LogitMixGRPOConfig

@@ -5,7 +5,7 @@ from typing import Literal
 
 from logitmix.cli.options.validation import validate_at_least
 
-Decoding = Literal["auto", "joint", "alternating"]  # of logitmix.mixture.decoding, which needs torch
+Decoding = Literal["auto", "joint", "alternating"]  # of logitmix.mixture.decoding.loop, which needs torch
 DECODING_HELP = (
     "Of a mixture: joint runs all members for each token, alternating draws from the same distribution in fewer "
     "passes, auto chooses the cheaper at every step."

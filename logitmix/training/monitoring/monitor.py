@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from trl import GRPOTrainer
 
-from logitmix.mixture.alternating import DecodingStatistics
+from logitmix.mixture.decoding.alternating import DecodingStatistics
 from logitmix.mixture.diagnostics import MixtureDiagnostics
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.training.batch import Batch, TokenScores, own_tokens

@@ -18,7 +18,7 @@ class CompletionEnds(StoppingCriteria):
         eos_token_ids: at which other criteria of `generate` end a sequence.
         stop: the stop strings, if there are any.
         report: called with the index of a sequence and the ids of its completion. One that reaches the limit of new
-            tokens is reported only by decoding with a cache for each member (`logitmix.mixture.decoding`).
+            tokens is reported only by decoding with a cache for each member (`logitmix.mixture.decoding.loop`).
     """
 
     def __init__(

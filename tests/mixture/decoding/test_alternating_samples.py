@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy.stats import chi2
 
-from logitmix.mixture.alternating import DecodingStatistics
+from logitmix.mixture.decoding.alternating import DecodingStatistics
 from logitmix.mixture.generation import generate_completions
 from logitmix.mixture.mixing import mix_logits
 from logitmix.mixture.modeling import LogitMixForCausalLM
@@ -130,7 +130,7 @@ def test_samples_are_exact_where_the_rule_changes_between_the_ways(monkeypatch):
     def take_turns(costs, num_open, acceptance, may_be_joint=True):
         return None if next(steps) % 3 == 1 else (1 + next(steps) % 2, 1)
 
-    monkeypatch.setattr("logitmix.mixture.pass_costs.PassCosts.choose_num_drafts", take_turns)
+    monkeypatch.setattr("logitmix.mixture.decoding.pass_costs.PassCosts.choose_num_drafts", take_turns)
     samples = [ids for seed in range(40) for ids in sample(model, 100, 0.4, "auto", seed)[0]]
     assert_distributed(samples, enumerate_completions(members, 0.4, "logit"))
 

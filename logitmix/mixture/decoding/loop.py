@@ -1,7 +1,7 @@
 """How `generate` draws the tokens of a mixture: jointly, alternating, or by a rule that chooses at every step.
 
-Joint decoding runs all members for each token. Alternating decoding (`mixture/alternating.py`) draws from the same
-distribution in fewer passes, which are longer.
+Joint decoding runs all members for each token. Alternating decoding (`alternating.py`) draws from the same distribution
+in fewer passes, which are longer.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,16 +16,16 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from transformers.cache_utils import DynamicCache
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from logitmix.mixture.alternating import AlternatingDecoder, DecodingStatistics
 from logitmix.mixture.base import MixtureBase
-from logitmix.mixture.ends import CompletionEnds
+from logitmix.mixture.decoding.alternating import AlternatingDecoder, DecodingStatistics
+from logitmix.mixture.decoding.ends import CompletionEnds
+from logitmix.mixture.decoding.pass_costs import PassCosts
+from logitmix.mixture.decoding.ragged import unsupported_processor
+from logitmix.mixture.decoding.rewinding import unsupported_cache
+from logitmix.mixture.decoding.sequences import OpenSequences
+from logitmix.mixture.decoding.speculation import SpeculativeSampler
 from logitmix.mixture.mixing import validate_weights
 from logitmix.mixture.padding import position_ids_from_mask
-from logitmix.mixture.pass_costs import PassCosts
-from logitmix.mixture.ragged import unsupported_processor
-from logitmix.mixture.rewinding import unsupported_cache
-from logitmix.mixture.sequences import OpenSequences
-from logitmix.mixture.speculation import SpeculativeSampler
 
 Decoding = Literal["auto", "joint", "alternating"]
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
 
-from logitmix.mixture.ragged import process_logits
+from logitmix.mixture.decoding.ragged import process_logits
 
 
 class SpeculativeSampler:

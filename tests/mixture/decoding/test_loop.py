@@ -5,8 +5,8 @@ import torch
 from peft import LoraConfig
 from transformers import DynamicCache, TextIteratorStreamer
 
-from logitmix.mixture.alternating import DecodingStatistics
-from logitmix.mixture.decoding import validate_decoding
+from logitmix.mixture.decoding.alternating import DecodingStatistics
+from logitmix.mixture.decoding.loop import validate_decoding
 from logitmix.mixture.generation import GREEDY, generate_completions
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from tests.helpers.architectures import tiny_causal_model
@@ -108,14 +108,14 @@ def statistics_of(model, rows, **arguments):
 
 
 def test_auto_alternates_for_few_sequences_and_decodes_many_jointly(model, monkeypatch):
-    monkeypatch.setattr("logitmix.mixture.pass_costs._CPU", (2.0, 0.0))
+    monkeypatch.setattr("logitmix.mixture.decoding.pass_costs._CPU", (2.0, 0.0))
     assert sum(statistics_of(model, 1, decoding="auto").drafted) > 0
     assert sum(statistics_of(model, 32, decoding="auto").drafted) == 0
     assert statistics_of(model, 32, decoding="auto").passes_per_token == 2
 
 
 def test_auto_alternates_once_few_sequences_are_left(model, monkeypatch):
-    monkeypatch.setattr("logitmix.mixture.pass_costs._CPU", (2.0, 0.0))
+    monkeypatch.setattr("logitmix.mixture.decoding.pass_costs._CPU", (2.0, 0.0))
     prompts = [[5, 17, 9], *[[i % 50, 3, i % 7] for i in range(40)]]
     settings = GREEDY | {"max_new_tokens": 30}
     unended = generate_completions(model, character_tokenizer(), prompts, settings)

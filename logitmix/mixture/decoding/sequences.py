@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.generation import BaseStreamer
 
-from logitmix.mixture.pass_costs import MAX_DRAFTS
+from logitmix.mixture.decoding.pass_costs import MAX_DRAFTS
 
 
 @dataclass

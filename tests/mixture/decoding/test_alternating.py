@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from logitmix.mixture.alternating import DecodingStatistics
+from logitmix.mixture.decoding.alternating import DecodingStatistics
 from logitmix.mixture.generation import GREEDY, generate_completions
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from tests.helpers.members import character_tokenizer, edit_logits, tiny_member

@@ -15,11 +15,11 @@ from torch import Tensor
 from transformers import StoppingCriteriaList
 
 from logitmix.mixture.base import MixtureBase
+from logitmix.mixture.decoding.ragged import has_ended
+from logitmix.mixture.decoding.rewinding import RewindableMember
+from logitmix.mixture.decoding.sequences import OpenSequences
+from logitmix.mixture.decoding.speculation import SpeculativeSampler
 from logitmix.mixture.mixing import mix_logits
-from logitmix.mixture.ragged import has_ended
-from logitmix.mixture.rewinding import RewindableMember
-from logitmix.mixture.sequences import OpenSequences
-from logitmix.mixture.speculation import SpeculativeSampler
 
 
 @dataclass

@@ -4,8 +4,8 @@ import random
 
 import pytest
 
+from logitmix.mixture.decoding.pass_costs import MAX_DRAFTS, PassCosts, tokens_of_a_cycle
 from logitmix.mixture.modeling import LogitMixForCausalLM
-from logitmix.mixture.pass_costs import MAX_DRAFTS, PassCosts, tokens_of_a_cycle
 from tests.helpers.members import tiny_member
 
 
