@@ -1,7 +1,7 @@
 """How `generate` draws the tokens of a mixture: jointly, alternating, or by a rule that chooses at every step.
 
-Joint decoding runs all members for each token. Alternating decoding (`alternating.py`) draws from the same distribution
-in fewer passes, which are longer.
+Joint decoding runs all members for each token. Alternating decoding (`alternating.py`) draws from the same
+distribution in fewer passes, which are longer.
 """
 
 from collections.abc import Iterator, Sequence
@@ -140,6 +140,8 @@ def decode(
     if reason is not None:
         request.refuse(reason)
         return None
+    if request.output_member_logprobs and not generation_config.return_dict_in_generate:
+        raise ValueError("output_member_logprobs is set, but return_dict_in_generate is not; set it, or leave both out")
     mask_BP = model_kwargs.get("attention_mask")
     sequences = OpenSequences(
         input_ids,
@@ -188,11 +190,12 @@ def _reason_against(
     unknown = sorted(k for k in set(arguments) - _READ_ARGUMENTS if arguments[k] is not None)
     if unknown:
         return f"the argument {unknown[0]!r}"
-    cache, mask_BP, positions_BP = (arguments.get(k) for k in ("past_key_values", "attention_mask", "position_ids"))
-    if not isinstance(cache, DynamicCache) or type(cache) is not DynamicCache or not arguments.get("use_cache"):
+    cache: Any = arguments.get("past_key_values")
+    if type(cache) is not DynamicCache or not arguments.get("use_cache"):
         return f"a cache of the class {type(cache).__name__}: it takes the default one"
     if cache.get_seq_length() > 0:
         return "a cache that holds tokens"
+    mask_BP, positions_BP = arguments.get("attention_mask"), arguments.get("position_ids")
     expected_BP = position_ids_from_mask(torch.ones_like(input_ids) if mask_BP is None else mask_BP)
     if positions_BP is not None and not torch.equal(positions_BP.expand_as(expected_BP), expected_BP):
         return "position_ids of one's own"

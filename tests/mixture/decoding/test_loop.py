@@ -220,6 +220,11 @@ def test_models_that_it_cannot_decode_are_refused_and_auto_decodes_them_jointly(
     assert generate_completions(model, tokenizer, prompts, settings, decoding="auto") == expected
 
 
+def test_log_probs_need_an_output_that_holds_them(model):
+    with pytest.raises(ValueError, match="output_member_logprobs is set, but return_dict_in_generate is not; set it"):
+        model.generate(**INPUT, **SETTINGS, output_member_logprobs=True)
+
+
 def test_a_decoding_that_does_not_exist_is_refused(model):
     with pytest.raises(ValueError, match="decoding is 'alternate'; it must be one of 'auto', 'joint', 'alternating'"):
         model.generate(**INPUT, **SETTINGS, decoding="alternate")
