@@ -141,7 +141,7 @@ def decode(
         request.refuse(reason)
         return None
     if request.output_member_logprobs and not generation_config.return_dict_in_generate:
-        raise ValueError("output_member_logprobs is set, but return_dict_in_generate is not; set it, or leave both out")
+        raise ValueError("output_member_logprobs is set, but return_dict_in_generate is not; set both, or neither")
     mask_BP = model_kwargs.get("attention_mask")
     sequences = OpenSequences(
         input_ids,
