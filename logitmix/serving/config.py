@@ -1,18 +1,21 @@
 """vLLM's configuration of a mixture: what it sets up, and what it rejects."""
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from vllm import ModelRegistry
+from vllm import ModelRegistry, SamplingParams
 from vllm.config import ModelConfig, VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from logitmix.mixture.configuration import LogitMixConfig
 from logitmix.serving.engine import Engine
+from logitmix.serving.requests import parse_request_weights
 from logitmix.serving.vllm_patches import (
     declare_experts,
     second_model_runner_validates_requests,
     uses_second_model_runner,
+    validate_sampling_parameters,
 )
 
+SPECULATIVE_METHODS = ("draft_model", "ngram")
 ATTENTION_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
@@ -27,17 +30,36 @@ class MixtureConfigHooks(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
-        if vllm_config.speculative_config is not None:
-            raise ValueError("speculative decoding is not supported for a mixture; leave out speculative_config")
+        validate_speculation(vllm_config)
         model_config = vllm_config.model_config
-        validator = engine_class(vllm_config).request_validator.of(model_config.hf_config)
-        model_config.logits_processors = [*(model_config.logits_processors or []), validator]
+        engine = engine_class(vllm_config)
+        if engine.validates_beside_speculation or vllm_config.speculative_config is None:
+            validator = engine.request_validator.of(model_config.hf_config)
+            model_config.logits_processors = [*(model_config.logits_processors or []), validator]
+        else:
+            validate_sampling_parameters(validate_request)
         if uses_second_model_runner(vllm_config) and not second_model_runner_validates_requests():
             raise ValueError(
                 "VLLM_USE_V2_MODEL_RUNNER chooses vLLM's second model runner, but a mixture runs there only in vLLM "
                 "0.31 or later; unset it, or install a later vLLM"
             )
         validate_parallelism(vllm_config)
+
+
+def validate_speculation(vllm_config: VllmConfig) -> None:
+    """Raise `ValueError` for a method of speculative decoding whose drafts need the target's own hidden states."""
+    speculative_config = vllm_config.speculative_config
+    if speculative_config is not None and speculative_config.method not in SPECULATIVE_METHODS:
+        raise ValueError(
+            f"the speculative method {speculative_config.method!r} is not supported for a mixture; use one of "
+            f"{', '.join(SPECULATIVE_METHODS)}, or leave out speculative_config"
+        )
+
+
+def validate_request(model_config: ModelConfig, params: SamplingParams) -> None:
+    """Raise `ValueError` for a request to a mixture whose weights are invalid."""
+    if isinstance(model_config.hf_config, LogitMixConfig):
+        parse_request_weights(model_config.hf_config, params.extra_args)
 
 
 def validate_parallelism(vllm_config: VllmConfig) -> None:

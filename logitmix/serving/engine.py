@@ -43,8 +43,9 @@ class Engine(ABC):
     `widths` are the widths D of the members' hidden states.
     """
 
-    # a logits processor that vLLM validates requests with
+    # a logits processor that vLLM validates requests with, and whether it takes one beside speculative decoding
     request_validator: ClassVar[OfMixture]
+    validates_beside_speculation: ClassVar[bool]
 
     def __init__(self, vllm_config: VllmConfig, widths: Sequence[int]) -> None:
         self.config: LogitMixConfig = vllm_config.model_config.hf_config

@@ -43,6 +43,7 @@ class SecondRunnerEngine(Engine):
     """Hands the weights of each token's request to `compute_logits` beside its hidden states."""
 
     request_validator = RequestFields
+    validates_beside_speculation = True
 
     def __init__(self, vllm_config: VllmConfig, widths: Sequence[int]) -> None:
         super().__init__(vllm_config, widths)

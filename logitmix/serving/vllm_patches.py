@@ -5,6 +5,7 @@ Written against vLLM 0.32; tests/serving/test_vllm_patches.py is the contract.
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import wraps
 from importlib.util import find_spec
 from types import MethodType
 from typing import Any
@@ -12,12 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
+from vllm import SamplingParams
 from vllm.config import ModelConfig, VllmConfig, replace
+from vllm.exceptions import VLLMValidationError
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
+from vllm.v1.core.sched.output import SchedulerOutput
 
 # --- configuration --------------------------------------------------------------------------------------------------
 
@@ -75,6 +79,79 @@ def kv_bytes_per_token(vllm_config: VllmConfig) -> int:
     layers = vllm_config.compilation_config.static_forward_context.values()
     specs = [layer.get_kv_cache_spec(vllm_config) for layer in layers if isinstance(layer, Attention)]
     return sum(spec.page_size_bytes // spec.block_size for spec in specs)
+
+
+# --- requests -------------------------------------------------------------------------------------------------------
+
+BatchListener = Callable[[Any, Any, SchedulerOutput], None]
+_listeners: list[BatchListener] = []
+
+
+def after_batch_update(listener: BatchListener) -> None:
+    """Call `listener(model, runner, step)` whenever the first model runner has updated its batch for a step.
+
+    This runner tells only its logits processors which requests are in the batch, and refuses them under speculation.
+    """
+    if listener in _listeners:
+        return
+    if not _listeners:
+        from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+        base_update = GPUModelRunner._update_states
+
+        @wraps(base_update)
+        def update(runner: Any, scheduler_output: SchedulerOutput) -> Any:
+            result = base_update(runner, scheduler_output)
+            for listener in _listeners:
+                listener(runner.get_model(), runner, scheduler_output)
+            return result
+
+        GPUModelRunner._update_states = update
+    _listeners.append(listener)
+
+
+def requests_in_batch(runner: Any) -> dict[str, SamplingParams]:
+    """The sampling parameters of the requests in the first model runner's batch, in the order of its rows."""
+    return {name: runner.requests[name].sampling_params for name in runner.input_batch.req_ids}
+
+
+def validate_sampling_parameters(validate: Callable[[ModelConfig, SamplingParams], None]) -> None:
+    """Also call `validate` where vLLM verifies a request, since it refuses logits processors beside speculation."""
+    base_verify = SamplingParams.verify
+    if getattr(base_verify, "validates_mixtures", False):
+        return
+
+    @wraps(base_verify)
+    def verify(params: SamplingParams, model_config: ModelConfig, *args: Any, **kwargs: Any) -> None:
+        base_verify(params, model_config, *args, **kwargs)
+        try:
+            validate(model_config, params)
+        except ValueError as error:
+            raise VLLMValidationError(str(error)) from error
+
+    verify.validates_mixtures = True  # type: ignore[attr-defined]
+    SamplingParams.verify = verify
+
+
+def repair_expand_kernel() -> None:
+    """Replace a kernel of vLLM's CPU build that drops its result, unless that is int64.
+
+    With it, the temperature, top-k and top-p of speculative decoding are uninitialised memory (vLLM #55005).
+    """
+    from vllm.triton_utils.dispatcher import KernelOverride
+    from vllm.v1.sample.rejection_sampler import expand_kernel
+
+    if isinstance(expand_kernel, KernelOverride):  # otherwise it is Triton's
+        expand_kernel._impl, expand_kernel._forward_by_name = _expand, False
+
+
+def _expand(
+    output: Tensor, values: Tensor, ends: Tensor, replace_from: float, replace_to: float, max_num_tokens: int = 0
+) -> None:
+    """Repeat each value up to its end in the output, with one value replaced by another."""
+    counts = ends.diff(prepend=ends.new_zeros(1))
+    replaced = torch.where(values == replace_from, torch.as_tensor(replace_to, dtype=values.dtype), values)
+    output[: int(ends[-1])] = replaced.repeat_interleave(counts).to(output.dtype)
 
 
 # --- forward pass ---------------------------------------------------------------------------------------------------

@@ -60,3 +60,19 @@ def install() -> None:
 
     backends.clear()  # each of the others asks for a GPU
     backends["cpu"] = Backend(compiler=CpuCompiler, driver=CpuDriver)
+    _take_masks_of_integers()
+
+
+def _take_masks_of_integers() -> None:
+    """The interpreter takes masks of booleans only, compiled kernels also of integers, as in vLLM's ngram kernel."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    def boolean(mask):
+        mask.data = mask.data.astype(bool)
+        return mask
+
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+    InterpreterBuilder.create_masked_load = lambda self, ptrs, mask, *rest: load(self, ptrs, boolean(mask), *rest)
+    InterpreterBuilder.create_masked_store = lambda self, ptrs, value, mask, *rest: store(
+        self, ptrs, value, boolean(mask), *rest
+    )

@@ -13,8 +13,8 @@ from vllm import SamplingParams
 
 from logitmix.mixture.configuration import LogitMixConfig
 from logitmix.mixture.mixing import mix_logits
-from logitmix.serving.engine_v1 import BatchWeights
-from logitmix.serving.engine_v2 import RequestFields, from_columns, mix_rows, to_columns
+from logitmix.serving import engine_v1, engine_v2
+from logitmix.serving.engine_v2 import from_columns, mix_rows, to_columns
 from tests.helpers.engines import engine, model_runner
 from tests.helpers.vllm_members import build_mixture
 
@@ -77,7 +77,7 @@ def config_of(num_members=2):
     return LogitMixConfig.from_member_configs(members, weights=[1 / num_members] * num_members)
 
 
-@pytest.mark.parametrize("processor", [RequestFields, BatchWeights])
+@pytest.mark.parametrize("processor", [engine_v1.RequestFields, engine_v2.RequestFields], ids=["first", "second"])
 def test_requests_to_two_mixtures_in_one_process_are_validated_by_their_own(processor):
     two, three = processor.of(config_of(2)), processor.of(config_of(3))
     request = SamplingParams(extra_args={"weights": [0.2, 0.3, 0.5]})
@@ -87,7 +87,7 @@ def test_requests_to_two_mixtures_in_one_process_are_validated_by_their_own(proc
     assert issubclass(two, processor)
 
 
-@pytest.mark.parametrize("processor", [RequestFields, BatchWeights])
+@pytest.mark.parametrize("processor", [engine_v1.RequestFields, engine_v2.RequestFields], ids=["first", "second"])
 def test_a_validator_reaches_other_processes(processor):
     config = config_of()
     config.alpha_range = [0.0, 1.0]

@@ -76,11 +76,8 @@ PARAMETERS = [
         "LogitsProcessor.__init__",
         ["self", "vllm_config", "device", "is_pin_memory"],
     ),
-    (
-        "vllm.v1.sample.logits_processor.builtin",
-        "process_dict_updates",
-        ["req_entries", "batch_update", "new_state"],
-    ),
+    ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner._update_states", ["self", "scheduler_output"]),
+    ("vllm.sampling_params", "SamplingParams.verify", ["self", "model_config"]),
     # configuration
     ("vllm.config.vllm", "VllmConfig.use_v2_model_runner", ["self"]),
     ("vllm.config.vllm", "VllmConfig.with_hf_config", ["self", "hf_config", "architectures"]),
@@ -119,6 +116,8 @@ def test_a_function_takes_the_parameters_that_the_package_passes(vllm, module, p
 
 # fields of classes
 FIELDS = [
+    ("vllm.v1.core.sched.output", "SchedulerOutput", ["scheduled_spec_decode_tokens"]),
+    ("vllm.v1.worker.gpu_input_batch", "CachedRequestState", ["sampling_params"]),
     (f"{V2}.input_batch", "InputBatch", ["num_reqs", "idx_mapping", "query_start_loc", "num_tokens_after_padding"]),
     ("vllm.v1.core.sched.output", "NewRequestData", ["req_id", "sampling_params"]),
     ("vllm.config.vllm", "VllmConfig", ["model_config", "parallel_config", "cache_config", "instance_id"]),
@@ -162,6 +161,9 @@ BEHAVIOUR = [
     ),
     (f"{V2}.model_runner", "GPUModelRunner.sample", "logits = self.model.compute_logits(sample_hidden_states)"),
     (f"{V2}.sample.prompt_logprob", "compute_prompt_logprobs_with_chunking", "logits_fn(prompt_hidden_states[start_"),
+    # the first runner's batch is final once `_update_states` has run, before the forward pass
+    ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner.execute_model", "self._update_states(scheduler_output)"),
+    ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner._update_states", "self._may_reorder_batch(scheduler_output)"),
     # a batch that is split in two would not split the requests' weights, so it is refused
     (f"{V2}.ubatch_utils", "slice_model_inputs", "('input_ids', 'inputs_embeds')"),
     ("vllm.v1.engine.input_processor", "InputProcessor", "build_custom_logits_processors_params_validator(custom_"),

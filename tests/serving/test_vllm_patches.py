@@ -8,8 +8,10 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed; `make test-serving` has an environment with it")
 
+import torch
 import vllm
 from transformers import Qwen3MoeConfig
+from vllm import SamplingParams
 from vllm.config import CompilationConfig, ModelConfig, VllmConfig
 from vllm.forward_context import ForwardContext
 from vllm.model_executor.layers.attention import Attention
@@ -17,10 +19,17 @@ from vllm.model_executor.layers.linear import ColumnParallelLinear, LinearBase, 
 from vllm.model_executor.model_loader.reload.inplace import reload_weights
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
+from vllm.triton_utils.dispatcher import KernelOverride
+from vllm.utils import cpu_triton_utils
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.kv_cache_interface import AttentionSpec
+from vllm.v1.sample import rejection_sampler
 from vllm.v1.sample.logits_processor import LogitsProcessor
-from vllm.v1.sample.logits_processor.builtin import process_dict_updates
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+from vllm.v1.worker.gpu_input_batch import CachedRequestState
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
 from logitmix.serving import vllm_patches as serving_patches
@@ -78,9 +87,39 @@ def test_split_attention_splits_every_argument_of_an_attention_layer():
     assert_has(PACKAGE, CompilationConfig(), "static_forward_context")
 
 
-def test_batch_weights_follows_the_requests_of_a_batch():
-    assert_parameters(PACKAGE, process_dict_updates, "req_entries", "batch_update", "new_state")
+def test_request_fields_implement_a_logits_processor():
     assert_has(PACKAGE, LogitsProcessor, "validate_params", "update_state", "is_argmax_invariant", "apply")
+
+
+def test_after_batch_update_wraps_what_every_first_runner_calls_before_its_forward_pass():
+    assert_parameters(PACKAGE, GPUModelRunner._update_states, "self", "scheduler_output")
+    assert "_update_states" not in vars(CPUModelRunner), INSTALLED
+    # afterwards the order of the rows is final
+    assert_source_has(PACKAGE, GPUModelRunner._update_states, "self._may_reorder_batch(scheduler_output)")
+    assert_source_has(PACKAGE, GPUModelRunner.execute_model, "self._update_states(scheduler_output)")
+    assert_source_has(PACKAGE, CachedRequestState, "sampling_params")
+    assert "scheduled_spec_decode_tokens" in {f.name for f in fields(SchedulerOutput)}, INSTALLED
+
+
+def test_validate_sampling_parameters_wraps_what_vllm_calls_for_each_request():
+    assert_parameters(PACKAGE, SamplingParams.verify, "self", "model_config")
+    assert_source_has(PACKAGE, InputProcessor._validate_params, "params.verify(")
+
+
+def test_repair_expand_kernel_replaces_a_kernel_that_drops_its_result():
+    """The test fails when vLLM has repaired it; remove the repair then."""
+    values, ends = torch.tensor([0.5, 2.0, 0.0]), torch.tensor([2, 2, 5], dtype=torch.int32)
+    if isinstance(rejection_sampler.expand_kernel, KernelOverride):
+        output = torch.full((5,), 7.0)
+        cpu_triton_utils._expand_kernel_impl(output, values, ends, 0, 1)
+        assert output.tolist() == [7.0] * 5
+    output = torch.full((5,), 7.0)
+    serving_patches._expand(output, values, ends, 0, 1)
+    assert output.tolist() == [0.5, 0.5, 1.0, 1.0, 1.0]
+    assert_has(PACKAGE, KernelOverride(serving_patches._expand, serving_patches._expand), "_impl", "_forward_by_name")
+    names = ("output_ptr", "input_ptr", "cu_num_tokens_ptr", "replace_from", "replace_to", "MAX_NUM_TOKENS")
+    kernel = rejection_sampler.expand_kernel
+    assert tuple(getattr(kernel, "arg_names", None) or inspect.signature(kernel).parameters) == names, INSTALLED
 
 
 def test_reload_weights_in_place_passes_arguments_that_vllm_takes():

@@ -1,0 +1,167 @@
+"""Speculative decoding with a mixture as the target changes nothing but the speed.
+
+A mixture's target distribution is exact whatever the draft proposes: greedy tokens are those of transformers, and
+samples have the mixture's distribution.
+"""
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed; `make test-serving` has an environment with it")
+
+import torch
+from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
+
+from logitmix.mixture.modeling import LogitMixForCausalLM
+from tests.helpers.adapters import save_adapter
+from tests.helpers.engines import (
+    ALPHAS,
+    PROMPTS,
+    assert_matches_transformers,
+    engine,
+    generate,
+    greedy_params,
+    greedy_tokens,
+)
+from tests.helpers.members import VOCAB_SIZE
+from tests.helpers.vllm_members import build_mixture, save_member
+
+pytestmark = pytest.mark.runners
+
+NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
+
+
+@pytest.fixture(scope="module")
+def mixture():
+    return build_mixture("qwen2", "llama", alpha=0.4)
+
+
+@pytest.fixture(scope="module")
+def folder(mixture, tmp_path_factory):
+    """A folder with the mixture, its policy, and a stale draft of other weights."""
+    path = tmp_path_factory.mktemp("speculation")
+    mixture.save_pretrained(path / "mixture")
+    save_member(path / "policy", "qwen2", 0)
+    save_member(path / "stale", "qwen2", 7)
+    return path
+
+
+def drafts_of(folder, draft, **kwargs):
+    """The speculative configuration of a draft model."""
+    return {"method": "draft_model", "model": str(folder / draft), "num_speculative_tokens": 2} | kwargs
+
+
+def accepted(llm):
+    return sum(m.value for m in llm.get_metrics() if m.name == "vllm:spec_decode_num_accepted_tokens")
+
+
+def random_prompts(count):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(3, VOCAB_SIZE, (2 + i % 20,), generator=generator).tolist() for i in range(count)]
+
+
+def test_greedy_tokens_of_50_prompts_at_their_own_alpha_match_transformers(mixture, folder):
+    """Prefills are split into chunks, and prompts share cached prefixes."""
+    prompts = random_prompts(50)
+    requests = [{"alpha": i / 49} if i % 5 else {} for i in range(50)]
+    settings = {"max_num_batched_tokens": 48, "disable_log_stats": False}
+    with engine(folder / "mixture", speculative_config=drafts_of(folder, "policy"), **settings) as llm:
+        assert_matches_transformers(mixture, llm, prompts, requests)
+        assert_matches_transformers(mixture, llm, prompt_logprobs=0)
+        assert_matches_transformers(mixture, llm, [PROMPTS[2]] * 4, [{"alpha": a or 0.2} for a in ALPHAS])
+        assert accepted(llm) > 50
+
+
+def test_a_stale_draft_changes_no_greedy_token_and_a_preempted_request_keeps_its_weights(mixture, folder):
+    small = {"block_size": 32, "num_gpu_blocks_override": 8, "disable_log_stats": False}
+    with engine(folder / "mixture", speculative_config=drafts_of(folder, "stale"), **small) as llm:
+        assert_matches_transformers(mixture, llm, max_tokens=30)
+        (preemptions,) = [metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions"]
+    assert preemptions > 0
+
+
+def test_requests_are_validated_and_aborted_beside_speculation(mixture, folder):
+    with engine(folder / "mixture", speculative_config=drafts_of(folder, "policy")) as llm:
+        with pytest.raises(VLLMValidationError, match="'teacher'"):
+            generate(llm, PROMPTS[:1], greedy_params({"member": "teacher"}))
+        for name, alpha in (("a", 0.9), ("b", 0.1)):
+            llm.llm_engine.add_request(name, {"prompt_token_ids": PROMPTS[2]}, greedy_params({"alpha": alpha}))
+        for _ in range(3):
+            llm.llm_engine.step()
+        llm.llm_engine.abort_request(["a"])
+        finished = []
+        while llm.llm_engine.has_unfinished_requests():
+            finished += [output for output in llm.llm_engine.step() if output.finished]
+        (output,) = finished
+        assert list(output.outputs[0].token_ids) == greedy_tokens(mixture, PROMPTS[2], 12, alpha=0.1)
+        assert_matches_transformers(mixture, llm)
+
+
+def exact_marginals(mixture, prompt, alpha, temperature):
+    """The distribution of the first three tokens after a prompt, each over the tokens before it."""
+
+    def next_probabilities(sequences):
+        with torch.no_grad():
+            logits = mixture(input_ids=torch.tensor(sequences), alpha=alpha).logits[:, -1]
+        return (logits.double() / temperature).softmax(-1)
+
+    tokens = range(VOCAB_SIZE)
+    first = next_probabilities([prompt])[0]
+    second = next_probabilities([[*prompt, a] for a in tokens])
+    third = next_probabilities([[*prompt, a, b] for a in tokens for b in tokens])
+    pairs = (first[:, None] * second).flatten()
+    return [first, first @ second, pairs @ third]
+
+
+def chi_square(tokens, probabilities):
+    """Pearson's statistic and its degrees of freedom; cells with fewer than 5 expected are pooled."""
+    counts = torch.bincount(torch.tensor(tokens), minlength=VOCAB_SIZE).double()
+    expected = probabilities * len(tokens)
+    large = expected >= 5
+    counts = torch.cat([counts[large], counts[~large].sum()[None]])
+    expected = torch.cat([expected[large], expected[~large].sum()[None]])
+    return ((counts - expected) ** 2 / expected.clamp(min=1e-9)).sum().item(), len(counts) - 1
+
+
+@pytest.mark.parametrize(("draft", "how"), [("policy", "probabilistic"), ("stale", "greedy")])
+def test_samples_have_the_mixtures_distribution(mixture, folder, draft, how):
+    """The first token follows a prefill; the others are drafted and verified, at the request's own alpha."""
+    alpha, temperature, prompt = 0.7, 0.8, PROMPTS[0]
+    expected = exact_marginals(mixture, prompt, alpha, temperature)
+    speculative = drafts_of(folder, draft, draft_sample_method=how)
+    params = [
+        SamplingParams(temperature=temperature, max_tokens=3, ignore_eos=True, seed=i, extra_args={"alpha": alpha})
+        for i in range(1024)
+    ]
+    settings = {"speculative_config": speculative, "max_num_seqs": 128, "disable_log_stats": False}
+    with engine(folder / "mixture", **settings) as llm:
+        outputs = generate(llm, [prompt] * len(params), params)
+        assert accepted(llm) > 0
+    for position, probabilities in enumerate(expected):
+        statistic, freedom = chi_square([o.outputs[0].token_ids[position] for o in outputs], probabilities)
+        # the normal approximation's 4.5 standard deviations: about 1 of 300,000 samples of the right distribution
+        assert statistic < freedom + 4.5 * (2 * freedom) ** 0.5, (position, statistic, freedom)
+
+
+def test_seeds_reproduce_samples_of_n_completions(folder):
+    """With greedy drafts, all randomness is the request's own."""
+    speculative = drafts_of(folder, "policy", draft_sample_method="greedy")
+    params = SamplingParams(n=4, temperature=1.0, max_tokens=8, ignore_eos=True, seed=3, extra_args={"alpha": 0.7})
+    with engine(folder / "mixture", speculative_config=speculative) as llm:
+        first, second = (
+            [choice.token_ids for choice in generate(llm, PROMPTS[:1], params)[0].outputs] for _ in range(2)
+        )
+    assert first == second
+    assert len(set(map(tuple, first))) > 1
+
+
+def test_adapters_with_ngram_drafts_match_transformers(tmp_path):
+    base = save_member(tmp_path / "base")
+    policy, anchor = save_adapter(tmp_path / "policy", base, 1), save_adapter(tmp_path / "anchor", base, 2, r=6)
+    mixture = LogitMixForCausalLM.from_members(policy, anchor, alpha=0.4, dtype="float32")
+    mixture.save_pretrained(tmp_path / "mixture")
+    repeating = [ids * 4 for ids in ([5, 6, 7], [9, 10], [11, 12, 13, 14], [8])]
+    with engine(tmp_path / "mixture", speculative_config=NGRAM, disable_log_stats=False) as llm:
+        assert_matches_transformers(mixture, llm, repeating, max_tokens=24)
+        drafted = sum(m.value for m in llm.get_metrics() if m.name == "vllm:spec_decode_num_draft_tokens")
+    assert drafted > 0
