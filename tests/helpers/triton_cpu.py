@@ -61,6 +61,7 @@ def install() -> None:
     backends.clear()  # each of the others asks for a GPU
     backends["cpu"] = Backend(compiler=CpuCompiler, driver=CpuDriver)
     _take_masks_of_integers()
+    _define_log1p()
 
 
 def _take_masks_of_integers() -> None:
@@ -76,3 +77,11 @@ def _take_masks_of_integers() -> None:
     InterpreterBuilder.create_masked_store = lambda self, ptrs, value, mask, *rest: store(
         self, ptrs, value, boolean(mask), *rest
     )
+
+
+def _define_log1p() -> None:
+    """The interpreter does not run the GPU's library, whose log1p vLLM's rejection sampler calls."""
+    import triton.language as tl
+    from triton.language.extra import libdevice
+
+    libdevice.log1p = lambda x: tl.log(x + 1.0)

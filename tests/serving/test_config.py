@@ -41,9 +41,10 @@ def test_pipeline_parallelism_is_rejected(folder):
         EngineArgs(model=str(folder), pipeline_parallel_size=2).create_engine_config()
 
 
-def test_speculative_decoding_is_rejected(folder):
-    speculative = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
-    with pytest.raises(ValueError, match="speculative decoding is not supported for a mixture"):
+def test_other_methods_of_speculative_decoding_are_rejected(folder):
+    speculative = {"method": "ngram_gpu", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
+    message = "the speculative method 'ngram_gpu' is not supported for a mixture; use one of draft_model, ngram"
+    with pytest.raises(ValueError, match=message):
         EngineArgs(model=str(folder), speculative_config=speculative).create_engine_config()
 
 
