@@ -196,15 +196,17 @@ def documented() -> list[dict[str, str]]:
 
 
 def marks_of_tests() -> dict[str, set[str]]:
-    """The marks of each test in this folder."""
+    """The marks of each test in this folder, those of its module included."""
     found = {}
     for path in Path(__file__).parent.glob("test_*.py"):
-        tree = ast.parse(path.read_text())
-        for node in tree.body:
+        body = ast.parse(path.read_text()).body
+        shared = [
+            node for node in body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "pytestmark"
+        ]
+        for node in body:
             if isinstance(node, ast.FunctionDef):
-                text = " ".join(ast.unparse(decorator) for decorator in node.decorator_list)
+                text = " ".join(map(ast.unparse, [*shared, *node.decorator_list]))
                 found[node.name] = set(re.findall(r"pytest\.mark\.(\w+)", text))
-                found[node.name] |= {"gpu"} if path.name == "test_gpu.py" else set()
     return found
 
 
