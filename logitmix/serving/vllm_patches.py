@@ -20,6 +20,7 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+from vllm.platforms import current_platform
 from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 from vllm.v1.core.sched.output import SchedulerOutput
 
@@ -137,11 +138,16 @@ def repair_expand_kernel() -> None:
     """Replace a kernel of vLLM's CPU build that drops its result, unless that is int64.
 
     With it, the temperature, top-k and top-p of speculative decoding are uninitialised memory (vLLM #55005).
+    Raises `ValueError` in versions that have no such kernel to replace.
     """
+    if not current_platform.is_cpu():
+        return
+    if find_spec("vllm.triton_utils.dispatcher") is None:
+        raise ValueError("on a CPU, speculative decoding needs vLLM 0.31 or later; leave out speculative_config")
     from vllm.triton_utils.dispatcher import KernelOverride
     from vllm.v1.sample.rejection_sampler import expand_kernel
 
-    if isinstance(expand_kernel, KernelOverride):  # otherwise it is Triton's
+    if isinstance(expand_kernel, KernelOverride):  # otherwise it is Triton's own
         expand_kernel._impl, expand_kernel._forward_by_name = _expand, False
 
 
