@@ -221,7 +221,7 @@ def test_models_that_it_cannot_decode_are_refused_and_auto_decodes_them_jointly(
 
 
 def test_log_probs_need_an_output_that_holds_them(model):
-    with pytest.raises(ValueError, match="output_member_logprobs is set, but return_dict_in_generate is not; set both"):
+    with pytest.raises(ValueError, match="set, but return_dict_in_generate is not; set both"):
         model.generate(**INPUT, **SETTINGS, output_member_logprobs=True)
 
 
