@@ -195,3 +195,22 @@ def test_the_documented_client_prints_the_answer_at_each_alpha(server, mixture, 
     texts = [expected(mixture, prompt, 64, alpha=alpha) for alpha in (0.0, 0.3, 1.0)]
     lines = capsys.readouterr().out.splitlines()
     assert lines == [f"{alpha} {text!r}" for alpha, text in zip((0, 0.3, 1), texts, strict=True)]
+
+
+@pytest.mark.parametrize("decoding", ["joint", "alternating"])
+def test_the_server_decodes_as_it_was_told(mixture, decoding):
+    from fastapi.testclient import TestClient
+
+    from logitmix.serving.without_vllm import build_app
+
+    app = build_app(mixture, mixture.tokenizer, "mixture", decoding)
+    calls = []
+    hook = mixture.register_forward_hook(lambda *_: calls.append(1))
+    with TestClient(app) as http:
+        fields = {"model": "mixture", "prompt": PROMPT, "temperature": 0, "max_tokens": 8, "alpha": 0.4}
+        answers = [http.post("/v1/completions", json=fields | {"stop": stop}) for stop in (None, ["b"])]
+    hook.remove()
+    assert answers[0].json()["choices"][0]["text"] == expected(mixture, alpha=0.4)
+    assert answers[1].status_code == 200
+    # joint decoding calls the mixture's forward, alternating decoding its members'
+    assert bool(calls) is (decoding == "joint")

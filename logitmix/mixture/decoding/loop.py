@@ -30,8 +30,9 @@ from logitmix.mixture.padding import position_ids_from_mask
 Decoding = Literal["auto", "joint", "alternating"]
 
 EXPECTED_ACCEPTANCE = 0.8  # until drafts have been verified
-# of the forward
+# of the forward; and the tokenizer, which `generate` needs for stop strings
 _READ_ARGUMENTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "weights"}
+_READ_ARGUMENTS |= {"tokenizer"}
 
 
 @dataclass

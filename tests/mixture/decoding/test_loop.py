@@ -90,6 +90,15 @@ def test_lengths_tell_completions_from_padding(model):
     assert (output.member_logprobs[0, 3:] == 0).all()
 
 
+def test_stop_strings_of_generate_itself(model):
+    tokenizer, ids = character_tokenizer(), torch.tensor([[5, 17, 9]])
+    text = tokenizer.decode(model.generate(ids, **SETTINGS)[0, 3:])
+    arguments = SETTINGS | {"stop_strings": [text[3:5]], "tokenizer": tokenizer}
+    expected = model.generate(ids, **arguments)
+    assert expected.shape[1] < 3 + SETTINGS["max_new_tokens"]
+    assert torch.equal(model.generate(ids, **arguments, decoding="alternating"), expected)
+
+
 def test_a_streamer_gets_every_token_of_a_sequence(model):
     tokenizer = character_tokenizer()
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
