@@ -10,9 +10,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
+from logitmix.mixture import torch_patches
 from logitmix.mixture.loading import load_member
 from logitmix.mixture.modeling import LogitMixForCausalLM
-from logitmix.mixture.torch_patches import avoid_weight_copies
+from logitmix.mixture.torch_patches import avoid_weight_copies, onednn_linear
 from tests.helpers.adapters import lora
 from tests.helpers.architectures import tiny_causal_model
 from tests.helpers.contracts import assert_has
@@ -97,3 +98,35 @@ def test_a_loaded_model_copies_no_weights_once_it_is_frozen(tmp_path):
     adapted = get_peft_model(load_member(str(tmp_path)), lora())
     assert not adapted.get_output_embeddings().weight.requires_grad
     assert expanded_weights(adapted) == set()
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+@pytest.mark.parametrize("rows", [1, 2, 7])
+@pytest.mark.parametrize("bias", [True, False])
+def test_onednn_multiplies_as_linear_does(rows, bias):
+    torch.manual_seed(0)
+    layer, x = nn.Linear(48, 333, bias=bias), torch.randn(2, rows, 48)
+    with torch.no_grad():
+        found = onednn_linear(x, layer.weight, layer.bias)
+    torch.testing.assert_close(found.double(), layer.double()(x.double()), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+def test_large_layers_multiply_by_onednn_on_amd_and_are_restored(monkeypatch):
+    monkeypatch.setattr(torch_patches, "is_amd", lambda: True)
+    calls = []
+    monkeypatch.setattr(torch_patches, "onednn_linear", lambda *args: calls.append(args) or onednn_linear(*args))
+    model = nn.Sequential(nn.Linear(1024, 512), nn.Linear(512, 4), nn.Linear(4, 1024 * 128, dtype=torch.bfloat16))
+    x = torch.randn(2, 1024)
+    with torch.no_grad():
+        expected = model[:2](x)
+        with torch_patches.fast_products_of_few_rows(model):
+            torch.testing.assert_close(model[:2](x), expected)
+            with torch.autocast("cpu", torch.bfloat16):
+                assert model[0](x).dtype == torch.bfloat16
+            assert len(calls) == 1, "small layers, other dtypes and autocast take F.linear"
+    with torch_patches.fast_products_of_few_rows(model):
+        assert model[0](x).requires_grad
+    model[0](x)
+    assert len(calls) == 1
+    assert not any("forward" in vars(layer) for layer in model)

@@ -217,7 +217,7 @@ def test_vllm_is_refused(tmp_path, monkeypatch):
 
 
 def test_alternating_decoding_records_no_supports():
-    with pytest.raises(ValueError, match="alternating decoding does not record supports"):
+    with pytest.raises(ValueError, match="alternating decoding cannot be used with a SupportRecorder"):
         generate_completions(
             mixture(), character_tokenizer(), [[5]], {"max_new_tokens": 2}, decoding="alternating", supports=[]
         )

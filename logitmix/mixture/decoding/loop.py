@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.cache_utils import DynamicCache
 from transformers.generation import GenerateDecoderOnlyOutput
@@ -26,10 +27,12 @@ from logitmix.mixture.decoding.sequences import OpenSequences
 from logitmix.mixture.decoding.speculation import SpeculativeSampler
 from logitmix.mixture.mixing import validate_weights
 from logitmix.mixture.padding import position_ids_from_mask
+from logitmix.mixture.torch_patches import fast_products_of_few_rows
 
 Decoding = Literal["auto", "joint", "alternating"]
 
-EXPECTED_ACCEPTANCE = 0.8  # until drafts have been verified
+# The acceptance rate that is expected before drafts have been verified, and how many drafts it weighs as much as
+_EXPECTED_ACCEPTANCE, _EXPECTED_DRAFTS = 0.8, 20
 # of the forward; and the tokenizer, which `generate` needs for stop strings
 _READ_ARGUMENTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "weights"}
 _READ_ARGUMENTS |= {"tokenizer"}
@@ -156,8 +159,9 @@ def decode(
     sampler = SpeculativeSampler(logits_processor, is_greedy=not generation_config.do_sample)
     decoder = AlternatingDecoder(model, sequences, sampler, stopping_criteria, ends.report if ends else None)
     costs = None if request.decoding == "joint" else PassCosts.of(model)
-    while len(sequences):
-        decoder.step(None if costs is None else _choose_num_drafts(costs, request, decoder))
+    with fast_products_of_few_rows(model):
+        while len(sequences):
+            decoder.step(None if costs is None else _choose_num_drafts(costs, request, decoder))
     if streamer is not None:
         streamer.end()
     return _output(sequences, decoder.statistics, generation_config)
@@ -166,8 +170,8 @@ def decode(
 def _choose_num_drafts(
     costs: PassCosts, request: DecodingRequest, decoder: AlternatingDecoder
 ) -> tuple[int, int] | None:
-    acceptance = decoder.statistics.acceptance
-    acceptance = EXPECTED_ACCEPTANCE if acceptance is None else acceptance
+    accepted, drafted = sum(decoder.statistics.accepted), sum(decoder.statistics.drafted)
+    acceptance = (accepted + _EXPECTED_ACCEPTANCE * _EXPECTED_DRAFTS) / (drafted + _EXPECTED_DRAFTS)
     return costs.choose_num_drafts(len(decoder.sequences), acceptance, may_be_joint=request.decoding == "auto")
 
 
@@ -206,7 +210,7 @@ def _reason_against(
         return f"{requested[0]}=True"
     if streamer is not None and len(input_ids) > 1:
         return "a streamer of several sequences"
-    if synced_gpus:
+    if synced_gpus or isinstance(model, FSDPModule):  # FSDP2 starts at the mixture's forward, which is not called
         return "weights that are sharded over processes, which must take their passes together"
     unsupported = unsupported_processor(processors)
     if unsupported is not None:

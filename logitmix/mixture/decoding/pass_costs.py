@@ -76,7 +76,7 @@ def tokens_of_a_cycle(num_drafts: int, acceptance: float) -> float:
 
 def _num_read_parameters(model: PreTrainedModel) -> float:
     """Without the input embedding, of which a pass reads a few rows, unless it is the head too."""
-    total = sum(p.numel() for p in model.parameters())
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    is_tied = head is not None and head.weight is embedding.weight
-    return total if is_tied else total - embedding.weight.numel()
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    in_head = set() if head is None else {id(p) for p in head.parameters()}
+    looked_up = {id(p) for p in embedding.parameters()} - in_head
+    return sum(p.numel() for p in model.parameters() if id(p) not in looked_up)
