@@ -57,8 +57,8 @@ def plot(points: list[tuple[float, float, str]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policy", required=True)
-    parser.add_argument("--noise", type=float, nargs="+", default=[0.02, 0.05, 0.1, 0.2, 0.4])
-    parser.add_argument("--alphas", type=float, nargs="+", default=[0.3, 0.5, 0.7])
+    parser.add_argument("--noise", type=float, nargs="+", default=[0.02, 0.1, 0.25, 0.5])
+    parser.add_argument("--alphas", type=float, nargs="+", default=[0.3, 0.5])
     parser.add_argument("--sequences", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--output", type=Path, default=Path("docs/images/decoding_passes.svg"))
