@@ -15,7 +15,7 @@ from logitmix.mixture.base import MixtureBase
 MAX_DRAFTS = 8
 # (tokens, tokens * parameters of a layer) whose computation takes as long as reading the weights, and as starting the
 # operations of a layer
-_CPU = (6.0, 1.2e7)
+_CPU = (8.0, 1.2e7)
 _GPU = (150.0, 6e10)
 
 
