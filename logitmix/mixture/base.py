@@ -10,6 +10,7 @@ states instead.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -22,6 +23,7 @@ from logitmix.mixture.cache import member_caches, validate_cached_tokens
 from logitmix.mixture.configuration import LogitMixConfig
 from logitmix.mixture.head import HeadTransform, infer_head_transform
 from logitmix.mixture.mixing import mix_logits
+from logitmix.mixture.references import REFERENCES
 
 
 class MixtureBase(PreTrainedModel):
@@ -38,6 +40,7 @@ class MixtureBase(PreTrainedModel):
     _head_transform: HeadTransform | None = None  # of the policy's head, if linear; inferred on first use
     _head_transform_is_known = False
     tokenizer: PreTrainedTokenizerBase | None
+    sources: dict[str, str]  # the folders or hub ids of frozen members that `from_members` loaded
 
     @property
     def members(self) -> list[PreTrainedModel]:
@@ -117,8 +120,10 @@ class MixtureBase(PreTrainedModel):
                     "build the mixture with from_members(…, peft_config=…)"
                 )
         super().save_pretrained(save_directory, *args, **kwargs)
-        if self.tokenizer is not None and kwargs.get("is_main_process", True):
-            self.tokenizer.save_pretrained(save_directory)
+        if kwargs.get("is_main_process", True):
+            Path(save_directory, REFERENCES).unlink(missing_ok=True)  # of a checkpoint that was here before
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(save_directory)
 
     def describe_members(self) -> list[str]:
         """A readable name of each member: its model's folder or hub id, and whether it is an adapter on it."""

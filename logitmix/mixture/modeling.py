@@ -30,6 +30,7 @@ from logitmix.mixture.configuration import Alpha, LogitMixConfig, resolve_weight
 from logitmix.mixture.decoding.loop import Decoding, DecodingRequest, current_request, decode, requested_decoding
 from logitmix.mixture.diagnostics import MixtureDiagnostics
 from logitmix.mixture.export import export_member
+from logitmix.mixture.frozen import frozen_sources, load_generation_config, opened
 from logitmix.mixture.loading import Member, load_members, load_tokenizer
 from logitmix.mixture.mixing import Scheme, Weights, mix_logits
 from logitmix.mixture.opening import validate_loaded
@@ -89,6 +90,7 @@ class LogitMixForCausalLM(MixtureBase, MixtureGenerationMixin):
         self.adapters = Adapters(self.policy, config.members) if config.adapters else None
         self._keep_in_fp32_modules_strict = set(ADAPTER_WEIGHTS if config.adapters else [])
         self.tokenizer: PreTrainedTokenizerBase | None = None
+        self.sources: dict[str, str] = {}
         self._cache_layers = config.cache_layers  # read at every decoded token, slow to compute
         self.post_init()
         self._freeze_anchors()
@@ -134,6 +136,7 @@ class LogitMixForCausalLM(MixtureBase, MixtureGenerationMixin):
         validate_can_be_loaded(config)
         model = cls(config, members)
         model.tokenizer = tokenizer
+        model.sources = frozen_sources(config, sources)
         if members[0].generation_config is not None:
             model.generation_config = copy.deepcopy(members[0].generation_config)
             if ends != declared_ends(members[0]):
@@ -145,16 +148,21 @@ class LogitMixForCausalLM(MixtureBase, MixtureGenerationMixin):
         """As in transformers. The anchors are frozen, and the tokenizer of a local checkpoint is kept.
 
         `alpha=` replaces the checkpoint's weights. Raises `ValueError` where the checkpoint lacks weights, unless
-        `output_loading_info=True` asks for the list of them.
+        `output_loading_info=True` asks for the list of them; and where it refers to frozen weights that are missing
+        or have changed.
         """
         alpha, asks_for_info = kwargs.pop("alpha", None), kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        folder = pretrained_model_name_or_path
+        with opened(folder, kwargs) as (source, options):
+            model, info = super().from_pretrained(source, *args, output_loading_info=True, **options)
         if not asks_for_info:
-            validate_loaded(info, str(pretrained_model_name_or_path))
+            validate_loaded(info, str(folder))
+        if source != folder:  # a checkpoint that refers to its frozen weights
+            model.name_or_path = model.config.name_or_path = str(folder)
+            model.generation_config = load_generation_config(str(folder)) or model.generation_config
         model._freeze_anchors()
         if alpha is not None:
             model.alpha = alpha
-        folder = pretrained_model_name_or_path
         if folder is not None and os.path.isdir(folder):
             model.tokenizer = load_tokenizer(str(folder))
         return (model, info) if asks_for_info else model

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from logitmix.training.checkpointing.folders import explained_write_errors, sync
+from logitmix.mixture.references import sync
+from logitmix.training.checkpointing.folders import explained_write_errors
 
 RUN_FILE = "run.jsonl"
 METRICS_FILE = "metrics.jsonl"

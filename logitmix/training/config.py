@@ -21,6 +21,7 @@ GROUP_LOSS = "group"
 LossHead = Literal["fused", "reference"]
 AnchorStatesOption = Literal["keep", "offload", "recompute"]
 DynamicSampling = Literal["off", "filter", "refill"]
+SaveFrozen = Literal["once", "always", "never"]
 
 
 @dataclass
@@ -61,6 +62,10 @@ class LogitMixGRPOConfig(ResumableConfig, GRPOConfig):
         score_truncated: allow `top_k`, `top_p` and `min_p`, and score rollouts under the distribution that they leave:
             the mixture on the kept tokens, renormalised. All updates score a rollout on the tokens that were kept when
             it was sampled, so that the mean of the ratio is 1. For mixtures, with rollouts by `generate`.
+        save_frozen: where the weights that never train are saved: `"once"` in the run's folder, with checkpoints that
+            refer to them and a whole model at the end; `"always"` in every checkpoint; or `"never"`: checkpoints and
+            the model refer to the folders that the members were loaded from. Sharded runs, and those that push
+            checkpoints to the hub, save them always.
         resume_without_optimizer: see `ResumableConfig`.
 
     A list-valued option may be given as its one element. Raises `ValueError` for a value of another type.
@@ -125,6 +130,10 @@ class LogitMixGRPOConfig(ResumableConfig, GRPOConfig):
     anchor_states: AnchorStatesOption = field(
         default="keep",
         metadata={"help": "The anchors' hidden states: 'keep' from scoring, 'offload' to the host, or 'recompute'."},
+    )
+    save_frozen: SaveFrozen = field(
+        default="once",
+        metadata={"help": "Save frozen weights 'once' in a run, 'always' in each checkpoint, or 'never'."},
     )
     score_truncated: bool = field(
         default=False,

@@ -20,6 +20,7 @@ from logitmix.training.config import (
     DynamicSampling,
     LogitMixGRPOConfig,
     LossHead,
+    SaveFrozen,
 )
 from logitmix.training.option_readers import validate_options_are_read
 from logitmix.training.option_types import set_types
@@ -160,6 +161,7 @@ def validate_choices(args: LogitMixGRPOConfig) -> None:
         ("alpha_controller", CONTROLLERS),
         ("loss_head", get_args(LossHead)),
         ("anchor_states", get_args(AnchorStatesOption)),
+        ("save_frozen", get_args(SaveFrozen)),
         ("decoding", get_args(Decoding)),
         ("dynamic_sampling", get_args(DynamicSampling)),
         ("loss_type", (GROUP_LOSS, *LOSS_TYPES_OF_TRL)),

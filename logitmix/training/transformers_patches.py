@@ -6,7 +6,7 @@ Written against transformers 5.19 and accelerate 1.15; tests/training/test_trans
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,13 +51,30 @@ class PatchedTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save a sharded model whole: under SHARDED_STATE_DICT, `Trainer.save_model` writes nothing.
 
-        Checkpoints (`_internal_call`) keep the state-dict type of the FSDP plugin.
+        Checkpoints keep the state-dict type of the FSDP plugin. The run's model takes the place of the frozen weights
+        that its checkpoints refer to.
         """
-        if _internal_call:
+        if self.checkpointing.staging_folder is not None:
             super().save_model(output_dir, _internal_call)
             return
-        with whole_state_dict(self.accelerator):
-            super().save_model(output_dir)
+        frozen, folder = self.checkpointing.frozen, Path(output_dir or str(self.args.output_dir))
+        is_runs = self.args.should_save and folder.resolve() == frozen.run.resolve()
+        if is_runs:
+            frozen.before_model()
+        with nullcontext() if _internal_call else whole_state_dict(self.accelerator):
+            super().save_model(output_dir, _internal_call)
+        if is_runs:
+            frozen.after_model()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Leave out the frozen weights where a reference to them is saved; `save_model` has no argument for it."""
+        staging, frozen = self.checkpointing.staging_folder, self.checkpointing.frozen
+        if not frozen.refers(is_checkpoint=staging is not None):
+            super()._save(output_dir, state_dict)
+            return
+        folder = Path(output_dir or str(self.args.output_dir))
+        super()._save(str(folder), frozen.trained())
+        frozen.write_references(folder, folder if staging is None else frozen.run / folder.name)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         """Let accelerate see the policy's head, so that FSDP puts tied embeddings into one unit."""
@@ -88,8 +105,9 @@ class PatchedTrainer(Trainer):
         self.checkpointing.save_progress(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Load the adapter that trains, which `Trainer` skips if others (a KL's reference) are in subfolders."""
+        """Load what the checkpoint refers to; and the adapter that trains, which `Trainer` skips beside others."""
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.checkpointing.frozen.load(Path(resume_from_checkpoint))
         model = self.model if model is None else model
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if is_peft_model(model) and not sharded and list(Path(resume_from_checkpoint).glob("*/adapter_config.json")):

@@ -17,6 +17,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from logitmix.mixture.references import store_fault, sync
+
 STAGING = ".saving"
 FILE_LIST = "checkpoint_files.json"
 STATE_FILE = "trainer_state.json"
@@ -39,15 +41,6 @@ def publish(staged: Path, checkpoint: Path) -> None:
     shutil.rmtree(staged.parent)
 
 
-def sync(path: Path) -> None:
-    """Flush a file, or the entries of a folder, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def saved_checkpoints(run_folder: Path) -> list[Path]:
     """The run's checkpoints, whole or damaged, in order of their steps."""
     found = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in run_folder.glob("checkpoint-*")}
@@ -63,6 +56,7 @@ def half_written(run_folder: Path) -> list[str]:
 def fault(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, or None if it is whole, judging by the names and sizes of its files.
 
+    The frozen weights that it refers to count as its files.
     A checkpoint of another trainer, without a list of files, counts as whole if its state can be read.
     """
     try:
@@ -79,7 +73,10 @@ def fault(checkpoint: Path) -> str | None:
             return f"its {name} is missing"
         if path.stat().st_size != size:
             return f"its {name} has {path.stat().st_size} of {size} bytes"
-    return None
+    try:
+        return store_fault(checkpoint)
+    except ValueError as error:
+        return str(error)
 
 
 def last_whole_checkpoint(run_folder: Path) -> Path | None:

@@ -35,6 +35,7 @@ from logitmix.training.checkpointing.folders import (
     publish,
     validate_has_optimizer,
 )
+from logitmix.training.checkpointing.frozen import FrozenWeights
 
 logger = logging.get_logger(__name__)
 
@@ -57,6 +58,7 @@ class Checkpointing:
     def __init__(self, trainer: Trainer, states: Mapping[str, State] | None = None) -> None:
         self.trainer = trainer
         self.states = dict(states or {})
+        self.frozen = FrozenWeights(trainer)
         self.staging_folder: str | None = None  # while a checkpoint is being written
         self.resumes_from: str | bool | None = None  # until its progress is restored
         self.seconds_before = 0.0  # of training, in earlier processes
@@ -119,6 +121,7 @@ class Checkpointing:
                 state.save_to_json(str(staged / STATE_FILE))
 
     def _bytes_to_save(self) -> int:
+        """With the frozen weights, which the first checkpoint writes too."""
         tensors = [*self.trainer.model.parameters(), *self.trainer.model.buffers()]
         for state in self.trainer.optimizer.state.values():
             tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
@@ -165,8 +168,10 @@ class Checkpointing:
     def validate_loaded(self, load_result: Any) -> None:
         """Raise `ValueError` where a trained weight is missing from the loaded checkpoint.
 
-        Weights that share memory with loaded ones (tied heads) are taken off `load_result.missing_keys`.
+        Weights that share memory with loaded ones (tied heads), and frozen ones that the checkpoint refers to, are
+        taken off `load_result.missing_keys`.
         """
+        load_result.missing_keys[:] = self.frozen.drop_loaded(load_result.missing_keys)
         weights = dict(self.trainer.model.named_parameters(remove_duplicate=False))
         missing = [name for name in load_result.missing_keys if name in weights]
         loaded = {weight.data_ptr() for name, weight in weights.items() if name not in missing}

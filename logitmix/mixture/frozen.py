@@ -1,0 +1,258 @@
+"""The weights of a mixture that never train: storing them once, and opening a checkpoint that refers to them.
+
+Frozen are the anchors; and where the policy is an adapter, its base and the adapters of the anchors.
+`logitmix.mixture.references` has the format.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+from logitmix.mixture.adapters import (
+    NO_ADAPTER,
+    adapter_config_from_dict,
+    adapter_layers,
+    add_adapter,
+    read_adapter_config,
+)
+from logitmix.mixture.base import MixtureBase
+from logitmix.mixture.configuration import LogitMixConfig
+from logitmix.mixture.loading import load_member
+from logitmix.mixture.references import (
+    INDEX,
+    REFERENCES,
+    STORE,
+    find_store,
+    fingerprints,
+    read_header,
+    read_references,
+    source_fingerprint,
+    sync,
+    validate_fingerprints,
+    validate_source,
+    weight_files,
+)
+
+_BASE = "policy's base"  # what members share that are adapters on it
+
+
+def trained_state_dict(mixture: MixtureBase) -> dict[str, Tensor]:
+    """The weights of the policy, of a policy with an adapter only the adapter's, by their names in the mixture."""
+    frozen = frozen_names(mixture)
+    return {name: weight for name, weight in mixture.state_dict().items() if name not in frozen}
+
+
+def frozen_names(mixture: MixtureBase) -> set[str]:
+    """The names of the other weights in the mixture's state dict."""
+    names = set(mixture.state_dict())
+    if mixture.adapters is None:
+        return {name for name in names if not name.startswith("policy.")}
+    adapters = {
+        f"policy.{path}.{attribute}.policy"
+        for path, layer in adapter_layers(mixture.policy)
+        for attribute in layer.adapter_layer_names
+    }
+    modules = tuple(f"{adapter}." for adapter in adapters)
+    return {name for name in names if name not in adapters and not name.startswith(modules)}
+
+
+def owner_of(name: str, config: LogitMixConfig) -> str:
+    """The frozen member that a weight belongs to, by the weight's name in the mixture."""
+    model = name.partition(".")[0]
+    if model != "policy":
+        return model
+    return next((a for a in config.adapters if f".{a}." in name or name.endswith(f".{a}")), _BASE)
+
+
+def save_store(mixture: MixtureBase, run: Path, staging: Path) -> dict[str, Any]:
+    """Write the frozen weights to `run/frozen`, unless they are there already; return the reference to them.
+
+    They are written to the folder `staging` first: a file in `run/frozen` is whole.
+    """
+    frozen = frozen_names(mixture)
+    state = {name: weight for name, weight in mixture.state_dict().items() if name in frozen}
+    mixture.save_pretrained(staging, state_dict=state)
+    written = weight_files(staging)
+    weights = {name: weight for path in written for name, weight in read_header(path).items()}
+    sha256 = fingerprints(weights, lambda name: owner_of(name, mixture.config))
+    key = fingerprints(weights)[""][:16]
+    folder = run / STORE
+    folder.mkdir(exist_ok=True)
+    files = {}
+    for path in written:
+        target = folder / path.name.replace("model", key, 1)
+        files[target.name] = path.stat().st_size
+        sync(path)
+        os.replace(path, target)
+    sync(folder)
+    return {"files": files, "run": os.path.abspath(run), "sha256": sha256}
+
+
+def describe_sources(mixture: MixtureBase, folder: Path) -> dict[str, Any]:
+    """Where the frozen members were loaded from, with fingerprints, for `frozen.json` in `folder`.
+
+    Members that were passed in memory, and hub ids without files on this machine, are left out.
+    """
+    sources = {}
+    for name, source in mixture.sources.items():
+        fingerprint = fingerprint_of(source)
+        if fingerprint is not None:
+            sources[name] = {
+                "path": source,
+                "relative": os.path.relpath(source, folder) if os.path.isdir(source) else None,
+                "sha256": fingerprint,
+                "dtype": str(getattr(mixture, mixture.config.model_of(name)).dtype).removeprefix("torch."),
+            }
+    return sources
+
+
+def without_source(mixture: MixtureBase) -> list[str]:
+    """The frozen members that `describe_sources` leaves out."""
+    config = mixture.config
+    frozen = [name for name in config.members[1:] if config.adapters.get(name) != NO_ADAPTER]
+    frozen += ["policy"] if config.adapters else []
+    return [name for name in frozen if name not in mixture.sources or fingerprint_of(mixture.sources[name]) is None]
+
+
+def frozen_sources(config: LogitMixConfig, sources: Sequence[Any]) -> dict[str, str]:
+    """The folder or hub id of each frozen member, of those that the mixture was built from.
+
+    A policy with an adapter has its base here; an anchor that is this base has nothing of its own.
+    """
+    found = {}
+    for name, source in zip(config.members, sources, strict=True):
+        adapter = config.adapters.get(name)
+        if isinstance(source, PreTrainedModel) or adapter == NO_ADAPTER or (name == "policy" and adapter is None):
+            continue
+        path = str(source)
+        saved = read_adapter_config(path) if name == "policy" else None
+        path = path if saved is None else str(saved.base_model_name_or_path)
+        found[name] = os.path.abspath(path) if os.path.isdir(path) else path
+    return found
+
+
+def fingerprint_of(source: str) -> str | None:
+    """The fingerprint of the weights at a folder or hub id; of an adapter, with those of its base.
+
+    None for a hub id without files on this machine.
+    """
+    folders = []
+    while True:
+        try:
+            folder = source if os.path.isdir(source) else snapshot_download(source, local_files_only=True)
+        except (LocalEntryNotFoundError, HFValidationError):
+            return None
+        folders.append(Path(folder))
+        adapter = read_adapter_config(source)
+        if adapter is None:
+            return source_fingerprint(folders)
+        source = str(adapter.base_model_name_or_path)
+
+
+def validate_sources(mixture: MixtureBase, sources: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise `ValueError` if a frozen member was loaded from other weights than when the run began."""
+    for name, saved in sources.items():
+        source = mixture.sources.get(name)
+        if source is not None:
+            validate_source(name, source, fingerprint_of(source), saved["sha256"])
+
+
+def read_store(checkpoint: Path, store: Mapping[str, Any], config: LogitMixConfig) -> dict[str, Path]:
+    """The file of each frozen weight that a checkpoint refers to.
+
+    Raises `ValueError` if a file is missing, or a member has changed since it was stored.
+    """
+    own = {name for path in weight_files(checkpoint) for name in read_header(path)}
+    files = find_store(checkpoint, store)
+    weights = {n: weight for path in files for n, weight in read_header(path).items() if n not in own}
+    found = fingerprints(weights, lambda name: owner_of(name, config))
+    validate_fingerprints(found, store["sha256"], str(files[0]))
+    return {name: weight.path for name, weight in weights.items()}
+
+
+@contextmanager
+def opened(checkpoint: str | os.PathLike[str] | None, kwargs: dict[str, Any]) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """What `PreTrainedModel.from_pretrained` takes to load a checkpoint, also one that refers to frozen weights.
+
+    Yields the folder and further arguments. Raises `ValueError` if a frozen member is missing or has changed.
+    """
+    folder = None if checkpoint is None else Path(checkpoint, kwargs.get("subfolder") or "")
+    references = read_references(folder) if folder is not None and folder.is_dir() else None
+    if folder is None or references is None:
+        yield checkpoint, kwargs
+        return
+    kwargs = {key: value for key, value in kwargs.items() if key != "subfolder"}
+    if not isinstance(kwargs.get("config"), LogitMixConfig):
+        config, unused = LogitMixConfig.from_pretrained(folder, return_unused_kwargs=True, **kwargs)
+        kwargs = unused | {"config": config}
+    if references["store"] is None:
+        yield None, kwargs | {"state_dict": _load_from_sources(folder, references["sources"], kwargs["config"])}
+        return
+    with tempfile.TemporaryDirectory() as view:
+        _link_whole(folder, read_store(folder, references["store"], kwargs["config"]), Path(view))
+        yield view, kwargs
+
+
+def _link_whole(checkpoint: Path, stored: Mapping[str, Path], view: Path) -> None:
+    """Make `view` a whole checkpoint: an index that names the files of all weights, wherever they are."""
+    own = {name: path for path in weight_files(checkpoint) for name in read_header(path)}
+    for path in checkpoint.iterdir():
+        if path.suffix == ".json" and path.name not in (INDEX, REFERENCES):
+            (view / path.name).symlink_to(path.resolve())
+    weight_map = {name: str(path.resolve()) for name, path in (own | dict(stored)).items()}
+    (view / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def _load_from_sources(
+    checkpoint: Path, sources: Mapping[str, Mapping[str, Any]], config: LogitMixConfig
+) -> dict[str, Tensor]:
+    """The whole state dict of a checkpoint whose frozen members are only where they were loaded from."""
+    state: dict[str, Tensor] = {}
+    for name in config.model_names:
+        if name == "policy" and not config.adapters:
+            continue
+        with torch.no_grad():
+            model = load_member(_find_source(checkpoint, name, sources[name]), dtype=sources[name]["dtype"])
+        for member, adapter in config.adapters.items() if name == "policy" else ():
+            if adapter != NO_ADAPTER:
+                own = None if member == "policy" else _find_source(checkpoint, member, sources[member])
+                add_adapter(model, member, adapter_config_from_dict(adapter), own)
+        state |= {f"{name}.{key}": weight for key, weight in model.state_dict().items()}
+    for path in weight_files(checkpoint):
+        # copies, since loading a file maps it into memory, and training may write to it
+        state |= {name: weight.clone() for name, weight in load_file(path).items()}
+    return state
+
+
+def _find_source(checkpoint: Path, name: str, saved: Mapping[str, Any]) -> str:
+    """The folder or hub id of a frozen member. Raises `ValueError` if it is not there, or has changed."""
+    path = str(saved["path"])
+    if saved["relative"] is not None:
+        beside = os.path.normpath(checkpoint / saved["relative"])
+        found = next((folder for folder in (beside, path) if os.path.isdir(folder)), None)
+        if found is None:
+            raise ValueError(
+                f"the checkpoint {checkpoint} was saved without its frozen {name}, which is missing: it is neither at "
+                f"{beside}, nor where it was, at {path}; copy it there"
+            )
+        path = found
+    validate_source(name, path, fingerprint_of(path), saved["sha256"])
+    return path
+
+
+def load_generation_config(checkpoint: str) -> GenerationConfig | None:
+    """The generation configuration in a checkpoint's folder; None without one."""
+    if not os.path.exists(os.path.join(checkpoint, "generation_config.json")):
+        return None
+    return GenerationConfig.from_pretrained(checkpoint)

@@ -1,0 +1,203 @@
+"""Checkpoints that refer to frozen weights instead of holding them. No torch here: commands look at folders with it.
+
+A run keeps its frozen weights once, in `frozen/` beside its checkpoints, or within the whole model that it saves at
+its end. A checkpoint then holds what trains, and `frozen.json`:
+
+    {"store": {"files": {"0f3a….safetensors": 1234}, "run": "/where/it/was", "sha256": {"anchor_0": "…"}},
+     "sources": {"anchor_0": {"path": "/models/sft", "sha256": "…", "dtype": "bfloat16"}}}
+
+`store` is where the weights are; without it (`save_frozen="never"`) they are read from `sources`, the folders that the
+members were loaded from. A fingerprint is the SHA-256 of names, types, shapes and bytes, however they are divided into
+files.
+"""
+
+import hashlib
+import json
+import mmap
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+REFERENCES = "frozen.json"
+STORE = "frozen"  # the folder of a run with its frozen weights
+WHOLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_SHOWN = 12  # digits of a fingerprint in a message
+
+
+class Weight(NamedTuple):
+    """A weight in a safetensors file: where it is, and what it is."""
+
+    path: Path
+    start: int
+    end: int
+    kind: str
+
+
+def read_references(checkpoint: Path) -> dict[str, Any] | None:
+    """The references of a checkpoint; None if it is whole. Raises `ValueError` if they cannot be read."""
+    path = checkpoint / REFERENCES
+    if not path.exists():
+        return None
+    try:
+        references: dict[str, Any] = json.loads(path.read_text())
+        references["store"], references["sources"].keys()  # both are there
+    except (ValueError, LookupError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is damaged, so the frozen weights of the checkpoint cannot be found; copy it again, or use "
+            "another checkpoint"
+        ) from error
+    return references
+
+
+def find_store(checkpoint: Path, store: Mapping[str, Any]) -> list[Path]:
+    """The files that hold a checkpoint's frozen weights: those of the run it is in, or of the folder it was saved in.
+
+    Where the run has ended, they are within the model that it saved. Raises `ValueError` if there are none.
+    """
+    parent = checkpoint.parent
+    # a checkpoint that a resumed run set aside is one folder deeper
+    for run in dict.fromkeys([parent, checkpoint.resolve().parent, parent.parent, Path(store["run"])]):
+        files = [run / STORE / name for name in store["files"]]
+        if all(path.is_file() for path in files):
+            return files
+        if is_whole(run):
+            return weight_files(run)
+    missing = next(name for name in store["files"] if not (parent / STORE / name).is_file())
+    raise ValueError(
+        f"the checkpoint {checkpoint} does not hold the frozen weights of {', '.join(store['sha256'])}, but refers to "
+        f"{STORE}/{missing}, which is missing: it is neither in {parent}, nor where it was, in {store['run']}; copy "
+        f"the folder {STORE} of that run into {parent}"
+    )
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a folder holds all weights of a model."""
+    has_weights = (folder / WHOLE).is_file() or (folder / INDEX).is_file()
+    return has_weights and not (folder / REFERENCES).exists()
+
+
+def store_fault(checkpoint: Path) -> str | None:
+    """Why a checkpoint's frozen weights cannot be read, judging by names and sizes; None if they can.
+
+    Raises `ValueError` where they are missing.
+    """
+    references = read_references(checkpoint)
+    store = None if references is None else references["store"]
+    if store is None:
+        return None
+    for path in find_store(checkpoint, store):
+        size = store["files"].get(path.name)
+        if size is not None and path.stat().st_size != size:
+            return f"its {STORE}/{path.name} has {path.stat().st_size} of {size} bytes"
+    return None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint's own weights."""
+    if (folder / WHOLE).is_file() or not (folder / INDEX).is_file():
+        return [folder / WHOLE]
+    return [folder / name for name in sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))]
+
+
+def read_header(path: Path) -> dict[str, Weight]:
+    """The weights in a safetensors file, by their names."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    begin = 8 + length
+    return {
+        name: Weight(
+            path,
+            begin + entry["data_offsets"][0],
+            begin + entry["data_offsets"][1],
+            f"{entry['dtype']} {entry['shape']}",
+        )
+        for name, entry in header.items()
+    }
+
+
+def fingerprints(weights: Mapping[str, Weight], member_of: Callable[[str], str] = lambda name: "") -> dict[str, str]:
+    """The fingerprint of each member's weights."""
+    names = sorted(weights)
+    with ThreadPoolExecutor() as pool:
+        digests = list(pool.map(lambda name: _digest(weights[name]), names))
+    members: dict[str, Any] = {}
+    for name, digest in zip(names, digests, strict=True):
+        lines = members.setdefault(member_of(name), hashlib.sha256())
+        lines.update(f"{name} {weights[name].kind} {digest}\n".encode())
+    return {member: lines.hexdigest() for member, lines in members.items()}
+
+
+def _digest(weight: Weight) -> str:
+    if weight.start == weight.end:
+        return hashlib.sha256().hexdigest()
+    with (
+        weight.path.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+        memoryview(content) as whole,
+        whole[weight.start : weight.end] as view,
+    ):
+        return hashlib.sha256(view).hexdigest()
+
+
+def source_fingerprint(folders: Iterable[Path]) -> str:
+    """One fingerprint of the weights in a model's folder; of an adapter, in its own folder and its base's."""
+    total = hashlib.sha256()
+    for folder in folders:
+        files = list(_model_files(folder))
+        tensors = {
+            name: weight
+            for path in files
+            if path.suffix == ".safetensors"
+            for name, weight in read_header(path).items()
+        }
+        total.update(fingerprints(tensors).get("", "").encode())
+        for path in files:
+            if path.suffix != ".safetensors":
+                with path.open("rb") as file:
+                    total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
+
+
+def _model_files(folder: Path) -> Iterator[Path]:
+    """The files that a model or an adapter is loaded from: safetensors, or else PyTorch's."""
+    for stem in ("adapter_model", "model", "pytorch_model"):
+        for suffix in (".safetensors", ".bin"):
+            found = sorted(folder.glob(f"{stem}{suffix}")) or sorted(folder.glob(f"{stem}-*-of-*{suffix}"))
+            if found:
+                yield from found
+                return
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or the entries of a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def validate_fingerprints(found: Mapping[str, str], saved: Mapping[str, str], where: str) -> None:
+    """Raise `ValueError`, with its name, for a frozen member whose weights are not those that the run saved."""
+    for member, expected in saved.items():
+        now = found.get(member, "missing")
+        if now != expected:
+            raise ValueError(
+                f"the frozen weights of {member} in {where} are not those that the run saved: their SHA-256 is "
+                f"{now[:_SHOWN]}, and was {expected[:_SHOWN]}; put the original back, or use a whole checkpoint"
+            )
+
+
+def validate_source(member: str, path: str, found: str | None, expected: str) -> None:
+    """Raise `ValueError` if the folder that a frozen member is loaded from has changed since the run began."""
+    now = found or "missing"
+    if now != expected:
+        raise ValueError(
+            f"the frozen {member} at {path!r} has changed since the run began: the SHA-256 of its weights is "
+            f"{now[:_SHOWN]}, and was {expected[:_SHOWN]}; put the original back, or start a new run"
+        )

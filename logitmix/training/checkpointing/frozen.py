@@ -1,0 +1,150 @@
+"""What a run's checkpoints hold of the weights that never train: nothing, but a reference to the one copy of them.
+
+`--save_frozen` chooses. `"once"`: the first checkpoint of a process writes the copy to `frozen/` in the run's folder,
+and all refer to it. The model at the end is whole, so that it takes the place of the copy, which is then removed.
+`"never"`: checkpoints and the model refer to the folders that the members were loaded from. `"always"`: all are whole.
+
+The copy is written before the first checkpoint that refers to it, and removed after the whole model is on disk: a
+process that is killed in between leaves two copies, never none.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import Trainer
+from transformers.trainer_utils import HubStrategy
+
+from logitmix.mixture.frozen import (
+    describe_sources,
+    frozen_names,
+    read_store,
+    save_store,
+    trained_state_dict,
+    validate_sources,
+    without_source,
+)
+from logitmix.mixture.modeling import LogitMixForCausalLM
+from logitmix.mixture.references import REFERENCES, STORE, find_store, read_references, sync, weight_files
+from logitmix.training.checkpointing.folders import STAGING, saved_checkpoints
+
+
+class FrozenWeights:
+    """The frozen weights of a trainer's mixture, in the folders that the trainer writes.
+
+    Raises `ValueError` for `save_frozen="never"` where a frozen member has no folder to refer to, and where the
+    weights are sharded, which are saved whole.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        args, model = trainer.args, trainer.model
+        self.trainer = trainer
+        self.mode = getattr(args, "save_frozen", "always") if isinstance(model, LogitMixForCausalLM) else "always"
+        is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        if self.mode == "never":
+            _validate_never(trainer, is_sharded)
+        # what is pushed during training has to load without the run's folder
+        is_pushed = args.push_to_hub and args.hub_strategy != HubStrategy.END
+        if is_sharded or (is_pushed and self.mode == "once"):
+            self.mode = "always"
+        self._store: dict[str, Any] | None = None  # the reference to the copy, once it is written or found
+        self._sources: dict[str, Any] | None = None
+
+    @property
+    def run(self) -> Path:
+        return Path(self.trainer.args.output_dir)
+
+    def refers(self, is_checkpoint: bool) -> bool:
+        """Whether what is saved refers to the frozen weights, instead of holding them."""
+        return self.mode == "never" or (self.mode == "once" and is_checkpoint)
+
+    def trained(self) -> dict[str, Tensor]:
+        """The weights that a checkpoint holds."""
+        return trained_state_dict(self.trainer.model)
+
+    def write_references(self, folder: Path, final: Path) -> None:
+        """Write `frozen.json` to `folder`, which becomes `final`, and before it the copy that it refers to."""
+        if self.mode == "once" and self._store is None:
+            self._store = save_store(self.trainer.model, self.run, self.run / STAGING / STORE)
+        if self._sources is None or self.mode == "never":
+            self._sources = describe_sources(self.trainer.model, final)
+        (folder / REFERENCES).write_text(json.dumps({"store": self._store, "sources": self._sources}, indent=1))
+
+    def load(self, checkpoint: Path) -> None:
+        """Load the frozen weights that a checkpoint refers to, on resume.
+
+        Raises `ValueError` where they are missing, or a member has changed since the run began.
+        """
+        references, model = read_references(checkpoint), self.trainer.model
+        if references is None:
+            return
+        validate_sources(model, references["sources"])
+        store = references["store"]
+        if store is None:
+            missing = [name for name in references["sources"] if name not in model.sources]
+            if missing:
+                raise ValueError(
+                    f"the checkpoint {checkpoint} was saved with save_frozen='never', without {missing[0]}, and the "
+                    "model that resumes was not built from its folder; give that folder, as when the run began"
+                )
+            return
+        stored = read_store(checkpoint, store, model.config)
+        for path in set(stored.values()):
+            model.load_state_dict({n: w for n, w in load_file(path).items() if n in stored}, strict=False)
+        if all(path.parent == self.run / STORE for path in stored.values()):
+            self._store = store
+
+    def drop_loaded(self, missing: list[str]) -> list[str]:
+        """Of the weights that a checkpoint lacks, those that it does not refer to either."""
+        if self.mode == "always":
+            return missing
+        frozen = frozen_names(self.trainer.model)
+        return [name for name in missing if name not in frozen]
+
+    # --- the model at the end -----------------------------------------------------------------------------------
+
+    def before_model(self) -> None:
+        """Keep a copy while the run's model, which checkpoints may refer to, is written again."""
+        if self.mode == "once" and any(_reads_model(path, self.run) for path in saved_checkpoints(self.run)):
+            self._store = save_store(self.trainer.model, self.run, self.run / STAGING / STORE)
+            shutil.rmtree(self.run / STAGING, ignore_errors=True)
+
+    def after_model(self) -> None:
+        """Remove the copy: the model that was just saved holds its weights."""
+        if self.mode != "once" or self._store is None:
+            return
+        for path in weight_files(self.run):
+            sync(path)
+        for name in self._store["files"]:
+            (self.run / STORE / name).unlink(missing_ok=True)
+        if not any((self.run / STORE).iterdir()):
+            (self.run / STORE).rmdir()
+        self._store = None
+
+
+def _validate_never(trainer: Trainer, is_sharded: bool) -> None:
+    if is_sharded:
+        raise ValueError(
+            "save_frozen is 'never', but under FSDP or DeepSpeed checkpoints hold shards of all members; set "
+            "save_frozen='always'"
+        )
+    unknown = without_source(trainer.model)
+    if unknown:
+        raise ValueError(
+            f"save_frozen is 'never', but {unknown[0]} was not loaded from a folder that a checkpoint could refer to; "
+            "give the folders of the members as the model and anchor, or set save_frozen='once'"
+        )
+
+
+def _reads_model(checkpoint: Path, run: Path) -> bool:
+    """Whether a checkpoint's frozen weights are in the model at the end of its run."""
+    references = read_references(checkpoint)
+    if references is None or references["store"] is None:
+        return False
+    try:
+        return find_store(checkpoint, references["store"])[0].parent == run
+    except ValueError:  # they are nowhere
+        return False
