@@ -4,20 +4,16 @@ Frozen are the anchors; and where the policy is an adapter, its base and the ada
 `logitmix.mixture.references` has the format.
 """
 
-import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from logitmix.mixture.adapters import (
     NO_ADAPTER,
@@ -30,8 +26,6 @@ from logitmix.mixture.base import MixtureBase
 from logitmix.mixture.configuration import LogitMixConfig
 from logitmix.mixture.loading import load_member
 from logitmix.mixture.references import (
-    INDEX,
-    REFERENCES,
     STORE,
     find_store,
     fingerprints,
@@ -181,57 +175,57 @@ def read_store(checkpoint: Path, store: Mapping[str, Any], config: LogitMixConfi
     return {name: weight.path for name, weight in weights.items()}
 
 
-@contextmanager
-def opened(checkpoint: str | os.PathLike[str] | None, kwargs: dict[str, Any]) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """What `PreTrainedModel.from_pretrained` takes to load a checkpoint, also one that refers to frozen weights.
+def whole_state_dict(checkpoint: Path, references: Mapping[str, Any], config: LogitMixConfig) -> dict[str, Any]:
+    """All weights of a checkpoint that refers to frozen ones, as `from_pretrained` takes them.
 
-    Yields the folder and further arguments. Raises `ValueError` if a frozen member is missing or has changed.
+    Those in files are not read yet. Raises `ValueError` if a frozen member is missing or has changed.
     """
-    folder = None if checkpoint is None else Path(checkpoint, kwargs.get("subfolder") or "")
-    references = read_references(folder) if folder is not None and folder.is_dir() else None
-    if folder is None or references is None:
-        yield checkpoint, kwargs
-        return
-    kwargs = {key: value for key, value in kwargs.items() if key != "subfolder"}
-    if not isinstance(kwargs.get("config"), LogitMixConfig):
-        config, unused = LogitMixConfig.from_pretrained(folder, return_unused_kwargs=True, **kwargs)
-        kwargs = unused | {"config": config}
+    state: dict[str, Any] = {}
+    files = {name: path for path in weight_files(checkpoint) for name in read_header(path)}
     if references["store"] is None:
-        yield None, kwargs | {"state_dict": _load_from_sources(folder, references["sources"], kwargs["config"])}
+        state |= _load_from_sources(checkpoint, references["sources"], config)
+    else:
+        files |= read_store(checkpoint, references["store"], config)
+    handles: dict[Path, Any] = {path: safe_open(path, "pt") for path in set(files.values())}
+    return state | {name: handles[path].get_slice(name) for name, path in files.items()}
+
+
+def frozen_weights(checkpoint: Path, config: LogitMixConfig) -> Iterator[tuple[str, Tensor]]:
+    """The weights that a checkpoint refers to, one after another, by their names in its files; none if it is whole.
+
+    Raises `ValueError` as `whole_state_dict`, and for a checkpoint that refers to the members' own folders, where the
+    weights have other names.
+    """
+    references = read_references(checkpoint)
+    if references is None:
         return
-    with tempfile.TemporaryDirectory() as view:
-        _link_whole(folder, read_store(folder, references["store"], kwargs["config"]), Path(view))
-        yield view, kwargs
-
-
-def _link_whole(checkpoint: Path, stored: Mapping[str, Path], view: Path) -> None:
-    """Make `view` a whole checkpoint: an index that names the files of all weights, wherever they are."""
-    own = {name: path for path in weight_files(checkpoint) for name in read_header(path)}
-    for path in checkpoint.iterdir():
-        if path.suffix == ".json" and path.name not in (INDEX, REFERENCES):
-            (view / path.name).symlink_to(path.resolve())
-    weight_map = {name: str(path.resolve()) for name, path in (own | dict(stored)).items()}
-    (view / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    if references["store"] is None:
+        raise ValueError(
+            f"the checkpoint {checkpoint} was saved with save_frozen='never', which vLLM cannot load; save it whole, "
+            "with LogitMixForCausalLM.from_pretrained(checkpoint).save_pretrained(folder)"
+        )
+    stored = read_store(checkpoint, references["store"], config)
+    for path in dict.fromkeys(stored.values()):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118  it has no iterator
+                if name in stored:
+                    yield name, file.get_tensor(name)
 
 
 def _load_from_sources(
     checkpoint: Path, sources: Mapping[str, Mapping[str, Any]], config: LogitMixConfig
 ) -> dict[str, Tensor]:
-    """The whole state dict of a checkpoint whose frozen members are only where they were loaded from."""
+    """The frozen weights of a checkpoint, from the folders that its members were loaded from."""
     state: dict[str, Tensor] = {}
     for name in config.model_names:
         if name == "policy" and not config.adapters:
             continue
-        with torch.no_grad():
-            model = load_member(_find_source(checkpoint, name, sources[name]), dtype=sources[name]["dtype"])
+        model = load_member(_find_source(checkpoint, name, sources[name]), dtype=sources[name]["dtype"])
         for member, adapter in config.adapters.items() if name == "policy" else ():
             if adapter != NO_ADAPTER:
                 own = None if member == "policy" else _find_source(checkpoint, member, sources[member])
                 add_adapter(model, member, adapter_config_from_dict(adapter), own)
         state |= {f"{name}.{key}": weight for key, weight in model.state_dict().items()}
-    for path in weight_files(checkpoint):
-        # copies, since loading a file maps it into memory, and training may write to it
-        state |= {name: weight.clone() for name, weight in load_file(path).items()}
     return state
 
 
@@ -249,10 +243,3 @@ def _find_source(checkpoint: Path, name: str, saved: Mapping[str, Any]) -> str:
         path = found
     validate_source(name, path, fingerprint_of(path), saved["sha256"])
     return path
-
-
-def load_generation_config(checkpoint: str) -> GenerationConfig | None:
-    """The generation configuration in a checkpoint's folder; None without one."""
-    if not os.path.exists(os.path.join(checkpoint, "generation_config.json")):
-        return None
-    return GenerationConfig.from_pretrained(checkpoint)

@@ -8,7 +8,8 @@ the same tokens and returns the mixture's logits. Members that are adapters on o
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
@@ -16,6 +17,7 @@ from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -30,10 +32,11 @@ from logitmix.mixture.configuration import Alpha, LogitMixConfig, resolve_weight
 from logitmix.mixture.decoding.loop import Decoding, DecodingRequest, current_request, decode, requested_decoding
 from logitmix.mixture.diagnostics import MixtureDiagnostics
 from logitmix.mixture.export import export_member
-from logitmix.mixture.frozen import frozen_sources, load_generation_config, opened
+from logitmix.mixture.frozen import frozen_sources, whole_state_dict
 from logitmix.mixture.loading import Member, load_members, load_tokenizer
 from logitmix.mixture.mixing import Scheme, Weights, mix_logits
 from logitmix.mixture.opening import validate_loaded
+from logitmix.mixture.references import read_references
 from logitmix.mixture.scoring import score_and_diagnose_labels, score_labels
 from logitmix.mixture.tokenizers import declared_ends
 from logitmix.mixture.torch_patches import avoid_weight_copies
@@ -153,19 +156,37 @@ class LogitMixForCausalLM(MixtureBase, MixtureGenerationMixin):
         """
         alpha, asks_for_info = kwargs.pop("alpha", None), kwargs.pop("output_loading_info", False)
         folder = pretrained_model_name_or_path
-        with opened(folder, kwargs) as (source, options):
-            model, info = super().from_pretrained(source, *args, output_loading_info=True, **options)
+        load = super().from_pretrained
+        local = None if folder is None else Path(folder, kwargs.get("subfolder") or "")
+        references = read_references(local) if local is not None and local.is_dir() else None
+        if local is not None and references is not None:
+            model, info = cls._from_references(load, local, references, *args, **kwargs)
+        else:
+            model, info = load(folder, *args, output_loading_info=True, **kwargs)
         if not asks_for_info:
             validate_loaded(info, str(folder))
-        if source != folder:  # a checkpoint that refers to its frozen weights
-            model.name_or_path = model.config.name_or_path = str(folder)
-            model.generation_config = load_generation_config(str(folder)) or model.generation_config
         model._freeze_anchors()
         if alpha is not None:
             model.alpha = alpha
         if folder is not None and os.path.isdir(folder):
             model.tokenizer = load_tokenizer(str(folder))
         return (model, info) if asks_for_info else model
+
+    @classmethod
+    def _from_references(
+        cls, load: Callable[..., Any], folder: Path, references: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """The model at a folder that holds what trains, and refers to the rest; `load` takes all weights together."""
+        kwargs.pop("subfolder", None)
+        config = kwargs.pop("config", None)
+        if not isinstance(config, LogitMixConfig):
+            config, kwargs = LogitMixConfig.from_pretrained(folder, return_unused_kwargs=True, **kwargs)
+        state = whole_state_dict(folder, references, config)
+        model, info = load(None, *args, config=config, state_dict=state, output_loading_info=True, **kwargs)
+        model.name_or_path = model.config.name_or_path = str(folder)
+        if (folder / "generation_config.json").exists():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        return model, info
 
     # --- the weights ------------------------------------------------------------------------------------------
 

@@ -9,6 +9,8 @@ request, which the `Engine` of vLLM's model runner carries from one to the other
 """
 
 from collections.abc import Iterable, Iterator
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
 
+from logitmix.mixture.frozen import frozen_weights
 from logitmix.serving.adapters import SharedModel
 from logitmix.serving.config import engine_class
 from logitmix.serving.vllm_patches import kv_bytes_per_token, member_vllm_config
@@ -36,6 +39,8 @@ class LogitMixForCausalLM(nn.Module):
         super().__init__()
         self.config = vllm_config.model_config.hf_config
         self.vocab_size = self.config.vocab_size
+        # vLLM reads the files in this folder; later calls of `load_weights` bring weights from training
+        self.unloaded_checkpoint: Path | None = Path(vllm_config.model_config.model)
         self.shared: dict[str, SharedModel] = {}
         for name in self.config.model_names:
             config = member_vllm_config(vllm_config, name, getattr(self.config, name))
@@ -100,7 +105,10 @@ class LogitMixForCausalLM(nn.Module):
         return MixtureModelState
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        return AutoWeightsLoader(self).load_weights(self._without_adapters(weights))
+        """Load weights by their names in the checkpoint; first of all, also the frozen ones that it refers to."""
+        folder, self.unloaded_checkpoint = self.unloaded_checkpoint, None
+        referred = frozen_weights(folder, self.config) if folder is not None and folder.is_dir() else ()
+        return AutoWeightsLoader(self).load_weights(self._without_adapters(chain(weights, referred)))
 
     def _without_adapters(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """The models' own weights, under their names in a model without adapters."""

@@ -1,13 +1,18 @@
 """In vLLM the mixture generates the tokens and log-probabilities that it does in transformers."""
 
+import json
+
 import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed; `make test-serving` has an environment with it")
 
 import torch
+from peft import LoraConfig
 from vllm.exceptions import VLLMValidationError
 
+from logitmix.mixture.frozen import frozen_weights, save_store, trained_state_dict
 from logitmix.mixture.modeling import LogitMixForCausalLM
+from logitmix.mixture.references import REFERENCES
 from tests.helpers.adapters import save_adapter
 from tests.helpers.engines import (
     ALPHAS,
@@ -40,6 +45,31 @@ def test_pairs_match_transformers(tmp_path, pair):
     with engine(tmp_path, max_num_batched_tokens=16) as llm:
         assert_matches_transformers(mixture, llm)
         assert_matches_transformers(mixture, llm, prompt_logprobs=0)
+
+
+@pytest.mark.parametrize("kind", ["models", "adapters"])
+def test_a_checkpoint_that_refers_to_its_frozen_members_matches_transformers(tmp_path, kind):
+    if kind == "adapters":
+        base = save_member(tmp_path / "base", "qwen2")
+        mixture = LogitMixForCausalLM.from_members(
+            base, base, peft_config=LoraConfig(init_lora_weights=False), alpha=0.4
+        )
+    else:
+        mixture = build_mixture("qwen2", "llama", alpha=0.4)
+    folder = tmp_path / "run" / "checkpoint-1"
+    mixture.save_pretrained(folder, state_dict=trained_state_dict(mixture))
+    store = save_store(mixture, tmp_path / "run", tmp_path / "staging")
+    (folder / REFERENCES).write_text(json.dumps({"store": store, "sources": {}}))
+    with engine(folder) as llm:
+        assert_matches_transformers(mixture, llm)
+
+
+def test_a_checkpoint_that_refers_to_its_members_own_folders_is_refused(tmp_path):
+    mixture = build_mixture("qwen2", "llama")
+    mixture.save_pretrained(tmp_path, state_dict=trained_state_dict(mixture))
+    (tmp_path / REFERENCES).write_text(json.dumps({"store": None, "sources": {"anchor_0": {}}}))
+    with pytest.raises(ValueError, match="save_frozen='never', which vLLM cannot load; save it whole"):
+        next(frozen_weights(tmp_path, mixture.config))
 
 
 @pytest.mark.parametrize("pair", [("gpt_neox", "qwen2"), ("qwen2", "phi")], ids="+".join)

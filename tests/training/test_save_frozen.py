@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -14,7 +15,9 @@ from transformers import AutoModelForCausalLM
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.mixture.references import REFERENCES, STORE
 from logitmix.training.checkpointing.folders import fault, last_whole_checkpoint
-from tests.helpers.grpo import mixture, trainer_of
+from logitmix.training.config import LogitMixGRPOConfig
+from logitmix.training.grpo import LogitMixGRPOTrainer
+from tests.helpers.grpo import count_vowels, mixture, trainer_of
 from tests.helpers.members import character_tokenizer, logits, tiny_member
 
 STEPS = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2, "save_only_model": False}
@@ -96,7 +99,8 @@ def test_a_run_may_be_moved_and_a_checkpoint_copied_out_of_it(tmp_path):
     assert torch.equal(logits(LogitMixForCausalLM.from_pretrained(aside)), expected)
 
     (stored,) = (tmp_path / "moved" / STORE).iterdir()
-    with pytest.raises(ValueError, match=rf"does not hold the frozen weights of anchor_0.*{STORE}/{stored.name}.*where it was, in {tmp_path}/run"):  # fmt: skip
+    missing = rf"does not hold the frozen weights of anchor_0.*{STORE}/{stored.name}.*where it was, in {tmp_path}/run"
+    with pytest.raises(ValueError, match=missing):
         LogitMixForCausalLM.from_pretrained(tmp_path / "alone" / "anything")
 
 
@@ -126,16 +130,15 @@ def change(path):
 
 
 def test_a_frozen_member_that_changed_in_the_run_is_refused_by_name(tmp_path):
-    trainer = trained(tmp_path / "run")
+    trained(tmp_path / "run")
     (stored,) = (tmp_path / "run" / STORE).iterdir()
     change(stored)
     assert fault(tmp_path / "run" / "checkpoint-2") is None, "its size is the same"
-    with pytest.raises(ValueError, match="frozen weights of anchor_0 in .* are not those that the run saved"):
+    with pytest.raises(ValueError, match=r"frozen weights of anchor_0 in .* are not those that the run saved"):
         LogitMixForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-2")
     resumed = trainer_of(tmp_path / "run", mixture(), **(STEPS | {"max_steps": 3}))
-    with pytest.raises(ValueError, match="frozen weights of anchor_0 in .* are not those that the run saved"):
+    with pytest.raises(ValueError, match=r"frozen weights of anchor_0 in .* are not those that the run saved"):
         resumed.train(resume_from_checkpoint=True)
-    del trainer
 
 
 @pytest.mark.parametrize("mode", ["once", "never"])
@@ -166,7 +169,9 @@ def test_a_run_that_never_saves_its_frozen_members_refers_to_their_folders(membe
     assert not (run / STORE).exists()
 
     (tmp_path / "all").rename(tmp_path / "moved")  # with the members: their relative place is the same
-    assert torch.equal(logits(LogitMixForCausalLM.from_pretrained(tmp_path / "moved" / "run" / "checkpoint-2")), expected)
+    assert torch.equal(
+        logits(LogitMixForCausalLM.from_pretrained(tmp_path / "moved" / "run" / "checkpoint-2")), expected
+    )
     shutil.rmtree(tmp_path / "moved" / "members")
     with pytest.raises(ValueError, match=rf"saved without its frozen anchor_0.*where it was, at {tmp_path}/all"):
         LogitMixForCausalLM.from_pretrained(tmp_path / "moved" / "run" / "checkpoint-2")
@@ -228,7 +233,12 @@ def test_a_finished_run_that_continues_keeps_its_checkpoints_readable(tmp_path):
     again = trainer_of(tmp_path / "run", mixture(), **(STEPS | {"max_steps": 3}))
     again.train(resume_from_checkpoint=True)
     save = again.model.save_pretrained
-    again.model.save_pretrained = lambda *args, **kwargs: (seen.append((tmp_path / "run" / STORE).exists()), save(*args, **kwargs))  # fmt: skip
+
+    def watched(*args, **kwargs):
+        seen.append((tmp_path / "run" / STORE).exists())
+        save(*args, **kwargs)
+
+    again.model.save_pretrained = watched
     again.save_model()
     assert seen[-1]
     assert torch.equal(logits(LogitMixForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-1")), early)
@@ -253,15 +263,23 @@ def test_a_whole_checkpoint_of_before_resumes(tmp_path):
     assert json.loads((tmp_path / "old" / "checkpoint-3" / REFERENCES).read_text())["store"]
 
 
-def test_the_best_checkpoint_is_loaded_and_old_ones_are_deleted(tmp_path, recwarn):
-    trainer = trained(
-        tmp_path / "run", save_total_limit=1, load_best_model_at_end=True, eval_strategy="steps", eval_steps=1,
-        metric_for_best_model="reward", max_steps=3, per_device_eval_batch_size=4,
+def test_the_best_checkpoint_is_loaded_and_old_ones_are_deleted(tmp_path, caplog):
+    config = LogitMixGRPOConfig(
+        str(tmp_path / "run"), per_device_train_batch_size=4, num_generations=4, max_completion_length=4, max_steps=3,
+        save_steps=1, save_total_limit=1, load_best_model_at_end=True, eval_strategy="steps", eval_steps=1,
+        metric_for_best_model="reward", learning_rate=1e-2, use_cpu=True, bf16=False, gradient_checkpointing=False,
+        report_to=[],
     )  # fmt: skip
+    rows = Dataset.from_dict({"prompt": ["ab=", "x"] * 4})
+    trainer = LogitMixGRPOTrainer(
+        mixture(), count_vowels, config, train_dataset=rows, eval_dataset=rows.select(range(4)),
+        processing_class=character_tokenizer(),
+    )  # fmt: skip
+    trainer.train()
     best = trainer.state.best_model_checkpoint
     assert torch.equal(logits(LogitMixForCausalLM.from_pretrained(best)), logits(trainer.model))
     assert len(list((tmp_path / "run").glob("checkpoint-*"))) <= 2
-    assert not [w for w in recwarn if "missing keys" in str(w.message)]
+    assert "missing keys" not in caplog.text
 
 
 def test_what_is_pushed_during_training_is_whole(tmp_path, monkeypatch):
