@@ -27,8 +27,9 @@ from logitmix.mixture.configuration import LogitMixConfig
 from logitmix.mixture.loading import load_member
 from logitmix.mixture.references import (
     STORE,
-    find_store,
+    find_source,
     fingerprints,
+    frozen_files,
     read_header,
     read_references,
     source_fingerprint,
@@ -37,8 +38,6 @@ from logitmix.mixture.references import (
     validate_source,
     weight_files,
 )
-
-_BASE = "policy's base"  # what members share that are adapters on it
 
 
 def trained_state_dict(mixture: MixtureBase) -> dict[str, Tensor]:
@@ -62,11 +61,11 @@ def frozen_names(mixture: MixtureBase) -> set[str]:
 
 
 def owner_of(name: str, config: LogitMixConfig) -> str:
-    """The frozen member that a weight belongs to, by the weight's name in the mixture."""
+    """The frozen member that a weight belongs to, by the weight's name; `"policy"` for the base of its adapter."""
     model = name.partition(".")[0]
     if model != "policy":
         return model
-    return next((a for a in config.adapters if f".{a}." in name or name.endswith(f".{a}")), _BASE)
+    return next((a for a in config.adapters if f".{a}." in name or name.endswith(f".{a}")), "policy")
 
 
 def save_store(mixture: MixtureBase, run: Path, staging: Path) -> dict[str, Any]:
@@ -162,16 +161,18 @@ def validate_sources(mixture: MixtureBase, sources: Mapping[str, Mapping[str, An
             validate_source(name, source, fingerprint_of(source), saved["sha256"])
 
 
-def read_store(checkpoint: Path, store: Mapping[str, Any], config: LogitMixConfig) -> dict[str, Path]:
-    """The file of each frozen weight that a checkpoint refers to.
+def read_store(checkpoint: Path, references: Mapping[str, Any], config: LogitMixConfig) -> dict[str, Path] | None:
+    """The file of each frozen weight that a checkpoint refers to; None if they are in the members' own folders.
 
-    Raises `ValueError` if a file is missing, or a member has changed since it was stored.
+    Raises `ValueError` if they are missing, or a member has changed since it was stored.
     """
+    files = frozen_files(checkpoint, references)
+    if files is None:
+        return None
     own = {name for path in weight_files(checkpoint) for name in read_header(path)}
-    files = find_store(checkpoint, store)
     weights = {n: weight for path in files for n, weight in read_header(path).items() if n not in own}
     found = fingerprints(weights, lambda name: owner_of(name, config))
-    validate_fingerprints(found, store["sha256"], str(files[0]))
+    validate_fingerprints(found, references["store"]["sha256"], str(files[0]))
     return {name: weight.path for name, weight in weights.items()}
 
 
@@ -182,10 +183,11 @@ def whole_state_dict(checkpoint: Path, references: Mapping[str, Any], config: Lo
     """
     state: dict[str, Any] = {}
     files = {name: path for path in weight_files(checkpoint) for name in read_header(path)}
-    if references["store"] is None:
+    stored = read_store(checkpoint, references, config)
+    if stored is None:
         state |= _load_from_sources(checkpoint, references["sources"], config)
     else:
-        files |= read_store(checkpoint, references["store"], config)
+        files |= stored
     handles: dict[Path, Any] = {path: safe_open(path, "pt") for path in set(files.values())}
     return state | {name: handles[path].get_slice(name) for name, path in files.items()}
 
@@ -193,18 +195,18 @@ def whole_state_dict(checkpoint: Path, references: Mapping[str, Any], config: Lo
 def frozen_weights(checkpoint: Path, config: LogitMixConfig) -> Iterator[tuple[str, Tensor]]:
     """The weights that a checkpoint refers to, one after another, by their names in its files; none if it is whole.
 
-    Raises `ValueError` as `whole_state_dict`, and for a checkpoint that refers to the members' own folders, where the
-    weights have other names.
+    Raises `ValueError` as `whole_state_dict`, and where they are in the members' own folders, under other names.
     """
     references = read_references(checkpoint)
     if references is None:
         return
-    if references["store"] is None:
+    stored = read_store(checkpoint, references, config)
+    if stored is None:
         raise ValueError(
-            f"the checkpoint {checkpoint} was saved with save_frozen='never', which vLLM cannot load; save it whole, "
-            "with LogitMixForCausalLM.from_pretrained(checkpoint).save_pretrained(folder)"
+            f"the frozen weights of the checkpoint {checkpoint} are only in the folders that its members were loaded "
+            "from, where vLLM cannot read them; save it whole, with "
+            "LogitMixForCausalLM.from_pretrained(checkpoint).save_pretrained(folder)"
         )
-    stored = read_store(checkpoint, references["store"], config)
     for path in dict.fromkeys(stored.values()):
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118  it has no iterator
@@ -230,16 +232,8 @@ def _load_from_sources(
 
 
 def _find_source(checkpoint: Path, name: str, saved: Mapping[str, Any]) -> str:
-    """The folder or hub id of a frozen member. Raises `ValueError` if it is not there, or has changed."""
-    path = str(saved["path"])
-    if saved["relative"] is not None:
-        beside = os.path.normpath(checkpoint / saved["relative"])
-        found = next((folder for folder in (beside, path) if os.path.isdir(folder)), None)
-        if found is None:
-            raise ValueError(
-                f"the checkpoint {checkpoint} was saved without its frozen {name}, which is missing: it is neither at "
-                f"{beside}, nor where it was, at {path}; copy it there"
-            )
-        path = found
+    """The folder or hub id of a frozen member. Raises `ValueError` if it has changed."""
+    path = find_source(checkpoint, saved)
+    assert path is not None, "frozen_files has found it"
     validate_source(name, path, fingerprint_of(path), saved["sha256"])
     return path

@@ -6,9 +6,9 @@ its end. A checkpoint then holds what trains, and `frozen.json`:
     {"store": {"files": {"0f3a….safetensors": 1234}, "run": "/where/it/was", "sha256": {"anchor_0": "…"}},
      "sources": {"anchor_0": {"path": "/models/sft", "sha256": "…", "dtype": "bfloat16"}}}
 
-`store` is where the weights are; without it (`save_frozen="never"`) they are read from `sources`, the folders that the
-members were loaded from. A fingerprint is the SHA-256 of names, types, shapes and bytes, however they are divided into
-files.
+`store` is where the weights are. Without it (`save_frozen="never"`), or where it is lost, they are read from
+`sources`, the folders that the members were loaded from. A fingerprint is the SHA-256 of names, types, shapes and
+bytes, however they are divided into files.
 """
 
 import hashlib
@@ -52,11 +52,30 @@ def read_references(checkpoint: Path) -> dict[str, Any] | None:
     return references
 
 
-def find_store(checkpoint: Path, store: Mapping[str, Any]) -> list[Path]:
-    """The files that hold a checkpoint's frozen weights: those of the run it is in, or of the folder it was saved in.
+def frozen_files(checkpoint: Path, references: Mapping[str, Any]) -> list[Path] | None:
+    """The files that hold a checkpoint's frozen weights; None if they are where the members were loaded from.
 
-    Where the run has ended, they are within the model that it saved. Raises `ValueError` if there are none.
+    Raises `ValueError` if they are in neither place.
     """
+    store, sources = references["store"], references["sources"]
+    files = None if store is None else _find_store(checkpoint, store)
+    if files is not None:
+        return files
+    for member in sources if store is None else store["sha256"]:
+        found = find_source(checkpoint, sources[member]) if member in sources else None
+        if found is None and store is not None:
+            raise _missing_store(checkpoint, store)
+        if found is None:
+            beside, path = os.path.normpath(checkpoint / sources[member]["relative"]), sources[member]["path"]
+            raise ValueError(
+                f"the checkpoint {checkpoint} was saved without its frozen {member}, which is missing: it is neither "
+                f"at {beside}, nor where it was, at {path}; copy it there"
+            )
+    return None
+
+
+def _find_store(checkpoint: Path, store: Mapping[str, Any]) -> list[Path] | None:
+    """The files of the run that the checkpoint is in, or was saved in; where it has ended, those of its model."""
     parent = checkpoint.parent
     # a checkpoint that a resumed run set aside is one folder deeper
     for run in dict.fromkeys([parent, checkpoint.resolve().parent, parent.parent, Path(store["run"])]):
@@ -65,12 +84,26 @@ def find_store(checkpoint: Path, store: Mapping[str, Any]) -> list[Path]:
             return files
         if is_whole(run):
             return weight_files(run)
+    return None
+
+
+def _missing_store(checkpoint: Path, store: Mapping[str, Any]) -> ValueError:
+    parent = checkpoint.parent
     missing = next(name for name in store["files"] if not (parent / STORE / name).is_file())
-    raise ValueError(
+    return ValueError(
         f"the checkpoint {checkpoint} does not hold the frozen weights of {', '.join(store['sha256'])}, but refers to "
         f"{STORE}/{missing}, which is missing: it is neither in {parent}, nor where it was, in {store['run']}; copy "
-        f"the folder {STORE} of that run into {parent}"
+        f"the folder {STORE}, or the model, of that run into {parent}"
     )
+
+
+def find_source(checkpoint: Path, source: Mapping[str, Any]) -> str | None:
+    """The folder or hub id that a frozen member was loaded from; None if the folder is not there any more."""
+    path = str(source["path"])
+    if source["relative"] is None:
+        return path
+    folders = (os.path.normpath(checkpoint / source["relative"]), path)
+    return next((folder for folder in folders if os.path.isdir(folder)), None)
 
 
 def is_whole(folder: Path) -> bool:
@@ -85,11 +118,9 @@ def store_fault(checkpoint: Path) -> str | None:
     Raises `ValueError` where they are missing.
     """
     references = read_references(checkpoint)
-    store = None if references is None else references["store"]
-    if store is None:
-        return None
-    for path in find_store(checkpoint, store):
-        size = store["files"].get(path.name)
+    files = None if references is None else frozen_files(checkpoint, references)
+    for path in files or ():
+        size = references["store"]["files"].get(path.name) if references is not None else None
         if size is not None and path.stat().st_size != size:
             return f"its {STORE}/{path.name} has {path.stat().st_size} of {size} bytes"
     return None

@@ -67,8 +67,9 @@ def test_a_checkpoint_that_refers_to_its_frozen_members_matches_transformers(tmp
 def test_a_checkpoint_that_refers_to_its_members_own_folders_is_refused(tmp_path):
     mixture = build_mixture("qwen2", "llama")
     mixture.save_pretrained(tmp_path, state_dict=trained_state_dict(mixture))
-    (tmp_path / REFERENCES).write_text(json.dumps({"store": None, "sources": {"anchor_0": {}}}))
-    with pytest.raises(ValueError, match="save_frozen='never', which vLLM cannot load; save it whole"):
+    source = {"path": str(tmp_path), "relative": "."}
+    (tmp_path / REFERENCES).write_text(json.dumps({"store": None, "sources": {"anchor_0": source}}))
+    with pytest.raises(ValueError, match="where vLLM cannot read them; save it whole"):
         next(frozen_weights(tmp_path, mixture.config))
 
 

@@ -177,12 +177,24 @@ def test_a_run_that_never_saves_its_frozen_members_refers_to_their_folders(membe
         LogitMixForCausalLM.from_pretrained(tmp_path / "moved" / "run" / "checkpoint-2")
 
 
+def test_members_loaded_from_folders_are_found_there_where_the_run_has_lost_them(members, tmp_path):
+    trainer = trained(tmp_path / "run", built(members))
+    expected = logits(trainer.model)
+    shutil.rmtree(tmp_path / "run" / STORE)
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    assert fault(checkpoint) is None
+    assert torch.equal(logits(LogitMixForCausalLM.from_pretrained(checkpoint)), expected)
+    resumed = trainer_of(tmp_path / "run", built(members), **(STEPS | {"max_steps": 3}))
+    resumed.train(resume_from_checkpoint=True)
+    assert (tmp_path / "run" / STORE).exists()
+
+
 def test_never_needs_folders_to_refer_to(members, tmp_path):
     with pytest.raises(ValueError, match="save_frozen is 'never', but anchor_0 was not loaded from a folder"):
         trainer_of(tmp_path, mixture(), save_frozen="never")
     trained(tmp_path / "run", built(members), save_frozen="never")
     resumed = trainer_of(tmp_path / "run", mixture(), **(STEPS | {"max_steps": 3}))
-    with pytest.raises(ValueError, match="save_frozen='never', without anchor_0"):
+    with pytest.raises(ValueError, match="was saved without anchor_0, and the model that resumes was not built from"):
         resumed.train(resume_from_checkpoint=True)
     with pytest.raises(ValueError, match="save_frozen is 'sometimes'"):
         trainer_of(tmp_path, mixture(), save_frozen="sometimes")

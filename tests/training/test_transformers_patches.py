@@ -17,6 +17,7 @@ from tests.helpers.grpo import trainer_of
 PARAMETERS = {
     "train": ("self", "resume_from_checkpoint"),
     "save_model": ("self", "output_dir", "_internal_call"),
+    "_save": ("self", "output_dir", "state_dict"),
     "_prepare_for_training": ("self",),
     "_get_output_dir": ("self", "trial"),
     "_save_checkpoint": ("self", "model", "trial"),

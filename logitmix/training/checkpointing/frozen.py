@@ -28,7 +28,7 @@ from logitmix.mixture.frozen import (
     without_source,
 )
 from logitmix.mixture.modeling import LogitMixForCausalLM
-from logitmix.mixture.references import REFERENCES, STORE, find_store, read_references, sync, weight_files
+from logitmix.mixture.references import REFERENCES, STORE, frozen_files, read_references, sync, weight_files
 from logitmix.training.checkpointing.folders import STAGING, saved_checkpoints
 
 
@@ -82,20 +82,19 @@ class FrozenWeights:
         if references is None:
             return
         validate_sources(model, references["sources"])
-        store = references["store"]
-        if store is None:
+        stored = read_store(checkpoint, references, model.config)
+        if stored is None:
             missing = [name for name in references["sources"] if name not in model.sources]
             if missing:
                 raise ValueError(
-                    f"the checkpoint {checkpoint} was saved with save_frozen='never', without {missing[0]}, and the "
-                    "model that resumes was not built from its folder; give that folder, as when the run began"
+                    f"the checkpoint {checkpoint} was saved without {missing[0]}, and the model that resumes was not "
+                    "built from its folder; give that folder, as when the run began"
                 )
             return
-        stored = read_store(checkpoint, store, model.config)
         for path in set(stored.values()):
             model.load_state_dict({n: w for n, w in load_file(path).items() if n in stored}, strict=False)
         if all(path.parent == self.run / STORE for path in stored.values()):
-            self._store = store
+            self._store = references["store"]
 
     def drop_loaded(self, missing: list[str]) -> list[str]:
         """Of the weights that a checkpoint lacks, those that it does not refer to either."""
@@ -142,9 +141,10 @@ def _validate_never(trainer: Trainer, is_sharded: bool) -> None:
 def _reads_model(checkpoint: Path, run: Path) -> bool:
     """Whether a checkpoint's frozen weights are in the model at the end of its run."""
     references = read_references(checkpoint)
-    if references is None or references["store"] is None:
+    if references is None:
         return False
     try:
-        return find_store(checkpoint, references["store"])[0].parent == run
+        files = frozen_files(checkpoint, references)
     except ValueError:  # they are nowhere
         return False
+    return files is not None and files[0].parent == run
