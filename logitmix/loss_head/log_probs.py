@@ -10,6 +10,7 @@ fits in memory, `[N, D]`. Otherwise the backward pass recomputes the chunks. `do
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import reduce
 from typing import Any
 
 import torch
@@ -100,7 +101,7 @@ def fused_log_probs(
     heads = [heads[k] for k in active]
     inputs = LossHeadInputs(
         heads, weights[..., active], targets_N, scheme, temperature, vocab_size, coefficients, chunk, tile,
-        diagnostics, share_products and diagnostics is None, _half_dtype(hidden[active[0]]), support,
+        diagnostics, share_products and diagnostics is None, _half_dtype([hidden[k] for k in active]), support,
     )  # fmt: skip
     tensors = [*(hidden[k] for k in active), *(head.weight for head in heads), *(head.bias for head in heads)]
     if not torch.is_grad_enabled():  # the autograd function could not tell
@@ -175,10 +176,13 @@ def _common_factor(grad_N: Tensor, used_N: Tensor) -> float | None:
     return found if is_close else None
 
 
-def _half_dtype(hidden: Tensor) -> torch.dtype | None:
-    """The dtype in which a linear layer would multiply `hidden` here, if it is a half-precision one."""
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+def _half_dtype(hidden: Sequence[Tensor]) -> torch.dtype | None:
+    """The dtype in which linear layers would multiply all of `hidden` here, if it is a half-precision one."""
+    device = hidden[0].device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    else:
+        dtype = reduce(torch.promote_types, [h.dtype for h in hidden])
     return dtype if dtype in (torch.bfloat16, torch.float16) else None
 
 

@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from logitmix.mixture.adapters import NO_ADAPTER, Adapters, adapter_layers, adapter_parameters
 from logitmix.mixture.cache import member_caches, validate_cached_tokens
 from logitmix.mixture.configuration import LogitMixConfig
+from logitmix.mixture.dtypes import dtypes_of
 from logitmix.mixture.head import HeadTransform, infer_head_transform
 from logitmix.mixture.mixing import mix_logits
 from logitmix.mixture.references import REFERENCES
@@ -119,6 +120,7 @@ class MixtureBase(PreTrainedModel):
                     f"a member has a PEFT adapter {sorted(unknown)[0]!r} that the mixture does not know; merge it, or "
                     "build the mixture with from_members(…, peft_config=…)"
                 )
+        self.config.member_dtypes = dtypes_of(self.members)
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             Path(save_directory, REFERENCES).unlink(missing_ok=True)  # of a checkpoint that was here before

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import field
 from typing import Any, ClassVar
 
+import torch
 import transformers
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
@@ -35,6 +36,7 @@ class LogitMixConfig(PreTrainedConfig):
         scheme: `"logit"` (geometric mixture, eq. 1 of arXiv 2605.20555) or `"prob"` (arithmetic mixture).
         adapters: for each member that runs on the policy's model, the configuration of its LoRA adapter, or `"off"`
             for the model without an adapter. An anchor listed here has no model and no configuration of its own.
+        member_dtypes: the dtype of each anchor's weights that differs from the policy's, which is `dtype`.
         use_cache: whether a forward pass returns the KV cache by default.
         format_version: version of the checkpoint format.
     """
@@ -46,6 +48,7 @@ class LogitMixConfig(PreTrainedConfig):
     weights: list[float] = field(default_factory=list)
     scheme: Scheme = "logit"
     adapters: dict[str, Any] = field(default_factory=dict)
+    member_dtypes: dict[str, str] = field(default_factory=dict)
     use_cache: bool = True
     format_version: int = FORMAT_VERSION
     bos_token_id: int | None = None
@@ -114,6 +117,11 @@ class LogitMixConfig(PreTrainedConfig):
     def model_of(self, member: str) -> str:
         """The name of the model that runs the member: its own, or `"policy"` if it shares the policy's."""
         return "policy" if member in self.adapters else member
+
+    def dtype_of(self, model: str) -> torch.dtype | None:
+        """The dtype of the weights of a model in `model_names`."""
+        name = self.member_dtypes.get(model)
+        return self.dtype if name is None else getattr(torch, name)  # type: ignore[return-value]
 
     def resolve_member_name(self, name: str) -> str:
         """The name in `members`, of which `"anchor"` is short for the only anchor's.

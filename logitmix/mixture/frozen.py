@@ -5,7 +5,7 @@ Frozen are the anchors; and where the policy is an adapter, its base and the ada
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors import safe_open
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from logitmix.mixture.adapters import (
     NO_ADAPTER,
@@ -24,6 +24,7 @@ from logitmix.mixture.adapters import (
 )
 from logitmix.mixture.base import MixtureBase
 from logitmix.mixture.configuration import LogitMixConfig
+from logitmix.mixture.dtypes import name_of
 from logitmix.mixture.loading import load_member
 from logitmix.mixture.references import (
     STORE,
@@ -105,7 +106,7 @@ def describe_sources(mixture: MixtureBase, folder: Path) -> dict[str, Any]:
                 "path": source,
                 "relative": os.path.relpath(source, folder) if os.path.isdir(source) else None,
                 "sha256": fingerprint,
-                "dtype": str(getattr(mixture, mixture.config.model_of(name)).dtype).removeprefix("torch."),
+                "dtype": name_of(getattr(mixture, mixture.config.model_of(name)).dtype),
             }
     return sources
 
@@ -176,11 +177,28 @@ def read_store(checkpoint: Path, references: Mapping[str, Any], config: LogitMix
     return {name: weight.path for name, weight in weights.items()}
 
 
-def whole_state_dict(checkpoint: Path, references: Mapping[str, Any], config: LogitMixConfig) -> dict[str, Any]:
-    """All weights of a checkpoint that refers to frozen ones, as `from_pretrained` takes them.
+def load_with_references(
+    load: Callable[..., Any], folder: Path, references: Mapping[str, Any], *args: Any, **kwargs: Any
+) -> Any:
+    """The mixture at a folder that refers to its frozen weights, and the loading info.
 
-    Those in files are not read yet. Raises `ValueError` if a frozen member is missing or has changed.
+    `load` is transformers' `from_pretrained`, which takes all weights together. Raises `ValueError` if a frozen
+    member is missing or has changed.
     """
+    kwargs.pop("subfolder", None)
+    config = kwargs.pop("config", None)
+    if not isinstance(config, LogitMixConfig):
+        config, kwargs = LogitMixConfig.from_pretrained(folder, return_unused_kwargs=True, **kwargs)
+    state = whole_state_dict(folder, references, config)
+    model, info = load(None, *args, config=config, state_dict=state, output_loading_info=True, **kwargs)
+    model.name_or_path = model.config.name_or_path = str(folder)
+    if (folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model, info
+
+
+def whole_state_dict(checkpoint: Path, references: Mapping[str, Any], config: LogitMixConfig) -> dict[str, Any]:
+    """All weights of a checkpoint that refers to frozen ones. Those in files are not read yet."""
     state: dict[str, Any] = {}
     files = {name: path for path in weight_files(checkpoint) for name in read_header(path)}
     stored = read_store(checkpoint, references, config)
@@ -195,7 +213,7 @@ def whole_state_dict(checkpoint: Path, references: Mapping[str, Any], config: Lo
 def frozen_weights(checkpoint: Path, config: LogitMixConfig) -> Iterator[tuple[str, Tensor]]:
     """The weights that a checkpoint refers to, one after another, by their names in its files; none if it is whole.
 
-    Raises `ValueError` as `whole_state_dict`, and where they are in the members' own folders, under other names.
+    Raises `ValueError` as `load_with_references`, and where they are in the members' own folders, under other names.
     """
     references = read_references(checkpoint)
     if references is None:

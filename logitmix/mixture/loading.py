@@ -20,6 +20,7 @@ from logitmix.mixture.adapters import (
 )
 from logitmix.mixture.architecture import validate_architecture
 from logitmix.mixture.configuration import LogitMixConfig, member_names
+from logitmix.mixture.dtypes import member_kwargs, validate_shared
 from logitmix.mixture.opening import describe, first_line, open_model, validate_files
 from logitmix.mixture.tokenizers import declared_ends, end_token_ids, leave_texts_open
 
@@ -42,6 +43,7 @@ def load_members(
     do not fit or have no effect.
     """
     _validate_sources(sources, peft_config)
+    options = member_kwargs(kwargs, sources)
     # Tokenizers first: they are small, and may rule out models that then need not load
     paths = [source.name_or_path if isinstance(source, PreTrainedModel) else str(source) for source in sources]
     trusted = {"trust_remote_code": kwargs.get("trust_remote_code", False)}
@@ -61,7 +63,8 @@ def load_members(
     if isinstance(sources[0], PreTrainedModel):
         policy = sources[0]
     else:
-        policy = load_member(base, **kwargs) if saved[0] is None else load_base(saved[0], paths[0], **kwargs)
+        given = options["policy"]
+        policy = load_member(base, **given) if saved[0] is None else load_base(saved[0], paths[0], **given)
     has_adapter = peft_config is not None or saved[0] is not None
     if has_adapter and getattr(policy, "peft_config", None):
         raise ValueError("the policy has a PEFT adapter already; merge it, or pass the model without it")
@@ -75,9 +78,10 @@ def load_members(
         elif has_adapter and _is_base_of_policy(source, sources[0], base):
             adapters[name] = NO_ADAPTER
         if name in adapters:
+            validate_shared(name, options[name], policy)
             members.append(policy)
         else:
-            members.append(source if isinstance(source, PreTrainedModel) else load_member(path, True, **kwargs))
+            members.append(source if isinstance(source, PreTrainedModel) else load_member(path, True, **options[name]))
     if has_adapter:
         folder = None if saved[0] is None else paths[0]
         if peft_config is not None:

@@ -8,7 +8,7 @@ the same tokens and returns the mixture's logits. Members that are adapters on o
 
 import copy
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -31,8 +30,9 @@ from logitmix.mixture.base import MixtureBase, concatenate_outputs
 from logitmix.mixture.configuration import Alpha, LogitMixConfig, resolve_weights, validate_can_be_loaded
 from logitmix.mixture.decoding.loop import Decoding, DecodingRequest, current_request, decode, requested_decoding
 from logitmix.mixture.diagnostics import MixtureDiagnostics
+from logitmix.mixture.dtypes import dtypes_of, with_member_dtypes
 from logitmix.mixture.export import export_member
-from logitmix.mixture.frozen import frozen_sources, whole_state_dict
+from logitmix.mixture.frozen import frozen_sources, load_with_references
 from logitmix.mixture.loading import Member, load_members, load_tokenizer
 from logitmix.mixture.mixing import Scheme, Weights, mix_logits
 from logitmix.mixture.opening import validate_loaded
@@ -77,10 +77,10 @@ class LogitMixForCausalLM(MixtureBase, MixtureGenerationMixin):
             members = [
                 AutoModelForCausalLM.from_config(
                     member_config,
-                    dtype=config.dtype,
+                    dtype=config.dtype_of(config.model_of(name)),
                     attn_implementation=get_implementation(member_config, "attn_implementation"),
                 )
-                for member_config in config.member_configs
+                for name, member_config in zip(config.members, config.member_configs, strict=True)
             ]
             for name, adapter in config.adapters.items():
                 if adapter != NO_ADAPTER:
@@ -120,7 +120,9 @@ class LogitMixForCausalLM(MixtureBase, MixtureGenerationMixin):
             peft_config: add a new LoRA adapter to the policy; only this adapter trains. If the policy has an adapter,
                 new or loaded, an anchor that is an adapter on the same base, or that base itself, shares the policy's
                 weights. Any other anchor is loaded as a separate model.
-            kwargs: passed to `AutoModelForCausalLM.from_pretrained` for folders and hub ids (`dtype=`, …).
+            kwargs: passed to `AutoModelForCausalLM.from_pretrained` for folders and hub ids (`dtype=`, …). By default
+                each member has its checkpoint's dtype; `dtype={"policy": "float32", "anchor_0": "bfloat16"}` sets them
+                apart.
 
         Members given as folders or hub ids must share one tokenizer, which the mixture keeps and saves. A completion
         of the mixture ends at any token with which one of them ends its own.
@@ -134,8 +136,9 @@ class LogitMixForCausalLM(MixtureBase, MixtureGenerationMixin):
         resolved = resolve_weights(alpha, weights, len(sources), scheme)
         members, adapters, tokenizer, ends = load_members(sources, peft_config, **kwargs)
         config = LogitMixConfig.from_member_configs(
-            [member.config for member in members], resolved, scheme, adapters, dtype=members[0].dtype
-        )
+            [member.config for member in members], resolved, scheme, adapters,
+            dtype=members[0].dtype, member_dtypes=dtypes_of(members),
+        )  # fmt: skip
         validate_can_be_loaded(config)
         model = cls(config, members)
         model.tokenizer = tokenizer
@@ -150,17 +153,19 @@ class LogitMixForCausalLM(MixtureBase, MixtureGenerationMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As in transformers. The anchors are frozen, and the tokenizer of a local checkpoint is kept.
 
-        `alpha=` replaces the checkpoint's weights. Raises `ValueError` where the checkpoint lacks weights, unless
+        `alpha=` replaces the checkpoint's weights. Each member has the dtype that it was saved in; `dtype=` is for all
+        members, or for each by its name. Raises `ValueError` where the checkpoint lacks weights, unless
         `output_loading_info=True` asks for the list of them; and where it refers to frozen weights that are missing
         or have changed.
         """
         alpha, asks_for_info = kwargs.pop("alpha", None), kwargs.pop("output_loading_info", False)
         folder = pretrained_model_name_or_path
         load = super().from_pretrained
+        kwargs = with_member_dtypes(folder, kwargs)
         local = None if folder is None else Path(folder, kwargs.get("subfolder") or "")
         references = read_references(local) if local is not None and local.is_dir() else None
         if local is not None and references is not None:
-            model, info = cls._from_references(load, local, references, *args, **kwargs)
+            model, info = load_with_references(load, local, references, *args, **kwargs)
         else:
             model, info = load(folder, *args, output_loading_info=True, **kwargs)
         if not asks_for_info:
@@ -171,22 +176,6 @@ class LogitMixForCausalLM(MixtureBase, MixtureGenerationMixin):
         if folder is not None and os.path.isdir(folder):
             model.tokenizer = load_tokenizer(str(folder))
         return (model, info) if asks_for_info else model
-
-    @classmethod
-    def _from_references(
-        cls, load: Callable[..., Any], folder: Path, references: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        """The model at a folder that holds what trains, and refers to the rest; `load` takes all weights together."""
-        kwargs.pop("subfolder", None)
-        config = kwargs.pop("config", None)
-        if not isinstance(config, LogitMixConfig):
-            config, kwargs = LogitMixConfig.from_pretrained(folder, return_unused_kwargs=True, **kwargs)
-        state = whole_state_dict(folder, references, config)
-        model, info = load(None, *args, config=config, state_dict=state, output_loading_info=True, **kwargs)
-        model.name_or_path = model.config.name_or_path = str(folder)
-        if (folder / "generation_config.json").exists():
-            model.generation_config = GenerationConfig.from_pretrained(folder)
-        return model, info
 
     # --- the weights ------------------------------------------------------------------------------------------
 

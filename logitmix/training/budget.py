@@ -76,6 +76,7 @@ class Setup:
 
     members:   the policy, and the anchor if there is one; both run in every forward pass
     reference: the frozen model of a KL term, which is not sampled
+    anchor_weight: bytes per number of the anchor's weights; 0 for as many as the policy's
     reference_adapter: whether that model is instead a frozen copy of the adapter on the policy's base
     rows:      sequences in a forward pass with gradients
     sampled:   rollouts sampled at a time; 0 in SFT
@@ -98,7 +99,13 @@ class Setup:
     sharded: bool
     adapter: int = 0
     one_base: bool = False
+    anchor_weight: int = 0
     reference_adapter: bool = False
+
+    @property
+    def weights(self) -> list[int]:
+        """Bytes per number of each member's weights."""
+        return [self.weight, *(self.anchor_weight or self.weight for _ in self.members[1:])]
 
     @property
     def length(self) -> int:
@@ -203,7 +210,7 @@ def memory(setup: Setup) -> list[Part]:
     frozen = () if setup.one_base else setup.members[1:]
     parts = [
         Part("policy's weights", policy.parameters * setup.weight / shares, "always"),
-        *(Part("anchor's weights", s.parameters * setup.weight / shares, "always") for s in frozen),
+        *(Part("anchor's weights", s.parameters * setup.weights[1] / shares, "always") for s in frozen),
         Part("AdamW's two moments", 2 * trained, "always"),
         Part("gradients", trained, "update"),
         Part("activations", activation_bytes(setup), "update"),
@@ -230,8 +237,9 @@ def _sampling(setup: Setup) -> list[Part]:
     prompts = max(3 * s.intermediate * setup.compute + 3 * s.hidden * setup.weight for s in setup.members)
     # logits of each member, and of the mixture: mixed, scaled, and as probabilities
     logits = setup.sampled * vocabulary * 4 * (len(setup.members) + 3)
+    cache = sum(kv_cache_bytes(s, tokens, w) for s, w in zip(setup.members, setup.weights, strict=True))
     return [
-        Part("KV cache", sum(kv_cache_bytes(s, tokens, setup.weight) for s in setup.members), "sampling"),
+        Part("KV cache", cache, "sampling"),
         Part("prompts in a layer", setup.sampled * setup.prompt * prompts, "sampling"),
         Part("next token's logits", logits, "sampling"),
     ]

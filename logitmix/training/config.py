@@ -9,12 +9,13 @@ from trl import GRPOConfig
 
 from logitmix.mixture.adapters import read_adapter_config, validate_adapter_targets
 from logitmix.mixture.decoding.loop import Decoding
+from logitmix.mixture.dtypes import is_mixture
 from logitmix.mixture.loading import load_base, load_member
 from logitmix.mixture.mixing import Scheme
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.mixture.opening import open_adapter
 from logitmix.training.alpha.controllers import Controller, validate_alpha
-from logitmix.training.init_kwargs import explained_init_kwargs, resolve_init_kwargs
+from logitmix.training.init_kwargs import explained_init_kwargs, member_dtypes, resolve_init_kwargs
 from logitmix.training.resumable_config import ResumableConfig
 
 GROUP_LOSS = "group"
@@ -33,6 +34,8 @@ class LogitMixGRPOConfig(ResumableConfig, GRPOConfig):
             that is not a mixture, training is TRL's GRPO with `loss_type` below.
         alpha: weight of the anchor, 0 <= alpha < 1; 0 is the policy alone. Default 0.5, or the weight of the mixture
             that is given as the model.
+        anchor_dtype: dtype of the anchor's weights. Default its checkpoint's own; the policy's if that has fewer bits,
+            or if the anchor is an adapter.
         scheme: `"logit"` (default) or `"prob"`; a mixture that is given as the model has its own.
         alpha_controller: schedule of alpha over the outer steps, from `alpha`: `"fixed"` (Algorithm 1), `"adaptive"`
             (Algorithm 2, eq. 9), `"validation_weighted"` (the authors' later variant), `"linear"` or `"cosine"` to
@@ -74,6 +77,10 @@ class LogitMixGRPOConfig(ResumableConfig, GRPOConfig):
     anchor: str | None = field(default=None, metadata={"help": "Folder or hub id of the frozen anchor."})
     alpha: float | None = field(
         default=None, metadata={"help": "Weight of the anchor; default 0.5, 0 is the policy alone."}
+    )
+    anchor_dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = field(
+        default=None,
+        metadata={"help": "Dtype of the anchor; default its checkpoint's, but no wider than the policy's."},
     )
     scheme: Scheme | None = field(default=None, metadata={"help": "How to mix the members; default logit."})
     alpha_controller: Controller = field(default="fixed", metadata={"help": "Schedule of alpha over the run."})
@@ -159,10 +166,11 @@ def build_model(
                 f"the model is a mixture with an anchor of its own, and anchor is {args.anchor!r} as well; "
                 "give only one"
             )
+        with_anchor_dtype = init_kwargs | {"dtype": member_dtypes(args, init_kwargs["dtype"], model)}
         alpha, scheme = 0.5 if args.alpha is None else args.alpha, args.scheme or "logit"
         with explained_init_kwargs(init_kwargs):
             model = LogitMixForCausalLM.from_members(
-                model, args.anchor, alpha=alpha, scheme=scheme, peft_config=peft_config, **init_kwargs
+                model, args.anchor, alpha=alpha, scheme=scheme, peft_config=peft_config, **with_anchor_dtype
             )
     elif isinstance(model, str):
         adapter = read_adapter_config(model)
@@ -171,6 +179,8 @@ def build_model(
                 f"the model {model!r} is an adapter already, and peft_config asks for a new one; merge it first, with "
                 "logitmix export --merge"
             )
+        if is_mixture(model) and init_kwargs["dtype"] == "float32":
+            init_kwargs["dtype"] = {"policy": "float32"}  # the anchors keep theirs
         with explained_init_kwargs(init_kwargs):
             if adapter is None:
                 model = load_member(model, **init_kwargs)

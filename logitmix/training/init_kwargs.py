@@ -9,6 +9,9 @@ import torch
 from transformers import PreTrainedModel
 from trl import GRPOConfig
 
+from logitmix.mixture.adapters import read_adapter_config
+from logitmix.mixture.dtypes import name_of
+
 
 def resolve_init_kwargs(args: GRPOConfig, model: PreTrainedModel | str) -> dict[str, Any]:
     """The arguments that members are loaded with: `model_init_kwargs`, with TRL's defaults, and `dtype` by that name.
@@ -35,6 +38,19 @@ def resolve_init_kwargs(args: GRPOConfig, model: PreTrainedModel | str) -> dict[
     ):
         raise ValueError(f"dtype is {dtype!r} in model_init_kwargs; it must be float32, bfloat16, float16 or auto")
     return resolved
+
+
+def member_dtypes(args: Any, policy_dtype: Any, model: PreTrainedModel | str) -> dict[str, Any]:
+    """The dtypes that the members are loaded in, by their names.
+
+    The anchor's is `anchor_dtype`. By default that is its checkpoint's; and the policy's where that has fewer bits,
+    and for an adapter, which merging in half precision would round.
+    """
+    policy = name_of(policy_dtype)
+    keeps_own = policy not in ("bfloat16", "float16") and read_adapter_config(args.anchor) is None
+    default = "auto" if keeps_own else policy_dtype
+    given = {} if isinstance(model, PreTrainedModel) else {"policy": policy_dtype}
+    return given | {"anchor_0": args.anchor_dtype or default}
 
 
 @contextmanager

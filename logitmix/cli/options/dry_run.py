@@ -22,6 +22,7 @@ from logitmix.cli.options.model import ModelArguments
 from logitmix.cli.options.recipe import RecipeArguments
 from logitmix.mixture.adapters import read_adapter_config
 from logitmix.mixture.configuration import LogitMixConfig
+from logitmix.mixture.dtypes import as_dtype
 from logitmix.paper.recipes import load_recipe
 from logitmix.training.alpha.controllers import VALIDATING, validate_alpha
 from logitmix.training.budget import Batches, Part, Setup, adapter_size, memory, model_shape, peak
@@ -89,6 +90,7 @@ def dry_run_train(
         prompt=recipe_args.prompt_length,
         completion=args.max_completion_length,
         adapter=0 if adapter is None else adapter_size(configs[0], adapter),
+        anchor_weight=_anchor_weight(args, model_args.dtype, configs),
         one_base=adapter is not None and args.anchor is not None and _base_of(args.anchor) == _base_of(policy),
         **_device(recipe_args, model_args, args),
     )
@@ -193,6 +195,23 @@ def _device(recipe_args: RecipeArguments, model_args: ModelArguments, args: Trai
         "processes": recipe_args.processes,
         "sharded": recipe_args.sharded or _launched_sharded(),
     }
+
+
+def _anchor_weight(args: LogitMixGRPOConfig, policy: str, configs: Sequence[PreTrainedConfig]) -> int:
+    """Bytes per number of the anchor's weights; 0 for the policy's.
+
+    A configuration that names no dtype, as a recipe's, counts as float32.
+    """
+    if len(configs) < 2:
+        return 0
+    anchor = configs[1].dtype if args.anchor is None else None
+    if anchor is None:
+        chosen = args.anchor_dtype or ("auto" if policy in ("float32", "auto") else policy)
+        is_adapter = args.anchor is not None and _adapter_at(args.anchor) is not None
+        if args.anchor_dtype is None and is_adapter:
+            return 0
+        anchor = configs[1].dtype if chosen == "auto" else as_dtype(chosen)
+    return 4 if anchor is None else as_dtype(anchor).itemsize
 
 
 def _launched_sharded() -> bool:
