@@ -36,8 +36,8 @@ def member_kwargs(kwargs: Mapping[str, Any], sources: Sequence[Any]) -> dict[str
         given = dtype.get(name, "auto")
         if isinstance(source, PreTrainedModel) and given != "auto" and as_dtype(given) != source.dtype:
             raise ValueError(
-                f"dtype of {name} is {name_of(given)}, but it is a loaded model in {name_of(source.dtype)}; convert it "
-                "with model.to(dtype), or pass its folder"
+                f"dtype of {name} is {name_of(given)}, but it is a loaded model in {name_of(source.dtype)}; convert "
+                "it with model.to(dtype), or pass its folder"
             )
     given = {name: dtype.get(name, "auto") for name in names}
     return {name: {**kwargs, "dtype": d if d == "auto" else as_dtype(d)} for name, d in given.items()}

@@ -12,6 +12,7 @@ from tests.helpers.adapters import save_adapter
 from tests.helpers.commands import error_of
 from tests.helpers.grpo import trainer_of
 from tests.helpers.members import INPUT, character_tokenizer, logits, tiny_member
+from tests.helpers.torchrun import run_two_processes
 
 BF16, F32 = torch.bfloat16, torch.float32
 
@@ -112,3 +113,40 @@ def test_the_command_takes_the_dtype(members, tmp_path, capsys):
     assert main([*flags, "--anchor_dtype", "bfloat16", "--dry_run"]) == 0
     assert "anchor_dtype" in capsys.readouterr().out
     assert "anchor_dtype" in error_of(capsys, [*flags, "--anchor_dtype", "int4"])
+
+
+@pytest.mark.slow
+def test_fsdp2_shards_an_anchor_of_another_dtype(tmp_path):
+    """One update of the sharded mixture has the gradients of a whole one."""
+    run_two_processes(
+        """
+        import sys
+        from pathlib import Path
+
+        import torch
+        from accelerate import PartialState
+
+        from tests.helpers.two_processes import BATCHES, trained, trainer_of, use_fsdp2
+
+        folder = Path(sys.argv[1])
+
+        def one_update(name, **kwargs):
+            settings = BATCHES["one update"] | {"max_steps": 1, "from_folders": True, "decoding": "joint"}
+            settings["anchor_dtype"] = "bfloat16"
+            trainer = trainer_of(folder / name, **settings, **kwargs)
+            record = trained(trainer)
+            dtypes = {n.split(".")[0]: p.dtype for n, p in trainer.model.named_parameters()}
+            return {"gradients": record["gradients"][0], "dtypes": dtypes}
+
+        records = {"whole": one_update("whole")}
+        use_fsdp2()
+        records["sharded"] = one_update("sharded", sharded=True)
+        if PartialState().is_main_process:
+            torch.save(records, folder.parent / "records.pt")
+        """,
+        tmp_path,
+    )
+    records = torch.load(tmp_path / "records.pt")
+    for record in records.values():
+        assert record["dtypes"] == {"policy": F32, "anchor_0": BF16}
+    torch.testing.assert_close(records["sharded"]["gradients"], records["whole"]["gradients"], atol=1e-5, rtol=1e-5)
