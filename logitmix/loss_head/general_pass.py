@@ -32,7 +32,7 @@ def run_general(
     # rows of logits that a member takes with autograd's intermediate results: about 6 with a gradient, 3 without
     rows = 3 * len(hidden) + 3 * sum(needs_grad) + (0 if inputs.support is None else 2)
     for tokens in inputs.chunks(inputs.vocab_size * rows, least=32):
-        products = [_project(inputs, head, h[tokens], scores) for head, h in zip(inputs.heads, hidden, strict=True)]
+        products = [project(inputs, head, h[tokens], scores) for head, h in zip(inputs.heads, hidden, strict=True)]
         leaves = [z.requires_grad_() for z, needed in zip(products, needs_grad, strict=True) if needed]
         weights = inputs.weights if inputs.weights.dim() == 1 else inputs.weights[tokens]
         with torch.set_grad_enabled(any(needs_grad)):
@@ -61,7 +61,7 @@ def run_general(
                 _add_gradients(inputs, k, next(grad_logits), hidden[k], tokens, coefficients_n, gradients)
 
 
-def _project(inputs: LossHeadInputs, head: Head, hidden_nD: Tensor, like: Tensor) -> Tensor:
+def project(inputs: LossHeadInputs, head: Head, hidden_nD: Tensor, like: Tensor) -> Tensor:
     """`h @ weight.T + bias`, `[n, V]`, in the dtype of `like`."""
     z_nV = like.new_empty(len(hidden_nD), inputs.vocab_size)
     for tile in inputs.tiles:

@@ -17,7 +17,7 @@ from logitmix.loss_head.matmul import add_product, multiply
 from logitmix.mixture.head import Head
 
 
-class _HeadGroup:
+class HeadGroup:
     """Members whose hidden states are mixed before the head that they share, for a chunk of tokens."""
 
     def __init__(
@@ -57,21 +57,21 @@ class _HeadGroup:
 
 def run_linear(inputs: LossHeadInputs, hidden: list[Tensor], scores: Tensor, gradients: Gradients) -> None:
     """Fill in `scores` (log-probs and entropies, `[2, N]`) and `gradients`."""
-    groups = _group_by_head(inputs.heads) if inputs.share_products else [[k] for k in range(len(inputs.heads))]
+    groups = group_by_head(inputs.heads) if inputs.share_products else [[k] for k in range(len(inputs.heads))]
     keep_masses = gradients.reach_heads
     columns = inputs.vocab_size if keep_masses else inputs.tile_width
     chunks = list(inputs.chunks(columns, least=128))
     masses = scores.new_empty(max(chunk.stop - chunk.start for chunk in chunks), columns)
     for tokens in chunks:
         n = tokens.stop - tokens.start
-        chunk = [_HeadGroup(inputs, members, hidden, tokens, gradients, scores[0]) for members in groups]
+        chunk = [HeadGroup(inputs, members, hidden, tokens, gradients, scores[0]) for members in groups]
         peaks, miss_n = _scan_vocabulary(inputs, chunk, tokens, scores, masses[:n], keep_masses)
         if keep_masses:
             _add_head_gradients(inputs, chunk, tokens, scores[0], peaks, miss_n, masses[:n], gradients)
 
 
 def _scan_vocabulary(
-    inputs: LossHeadInputs, chunk: list[_HeadGroup], tokens: slice, scores: Tensor, masses: Tensor, keep_masses: bool
+    inputs: LossHeadInputs, chunk: list[HeadGroup], tokens: slice, scores: Tensor, masses: Tensor, keep_masses: bool
 ) -> tuple[list[Tensor], Tensor]:
     """Fill in the chunk's scores, its gradients by hidden states and, with `keep_masses`, its masses `[n, V]`.
 
@@ -125,7 +125,7 @@ def _scan_vocabulary(
 
 
 def _mix_tile(
-    inputs: LossHeadInputs, chunk: list[_HeadGroup], tokens: slice, tile: slice, diagnostics: TiledDiagnostics | None
+    inputs: LossHeadInputs, chunk: list[HeadGroup], tokens: slice, tile: slice, diagnostics: TiledDiagnostics | None
 ) -> Tensor:
     """The mixture's logits of a tile, `[n, v]`. Writes the members' own logits into `diagnostics.members`."""
     z_nv = chunk[0].logits(tile)
@@ -145,7 +145,7 @@ def _mix_tile(
 
 def _add_head_gradients(
     inputs: LossHeadInputs,
-    chunk: list[_HeadGroup],
+    chunk: list[HeadGroup],
     tokens: slice,
     log_probs_N: Tensor,
     peaks: list[Tensor],
@@ -175,7 +175,7 @@ def _add_head_gradients(
             grad_bias.index_add_(0, inputs.targets_N[tokens], factor_n * group.factor_n)
 
 
-def _group_by_head(heads: list[Head]) -> list[list[int]]:
+def group_by_head(heads: list[Head]) -> list[list[int]]:
     """The members of each distinct head."""
     groups: dict[tuple[object, ...], list[int]] = {}
     for k, head in enumerate(heads):

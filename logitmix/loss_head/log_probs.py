@@ -88,7 +88,7 @@ def fused_log_probs(
         raise ValueError(f"temperature is {temperature}; it must be above 0")
     active = (weights.view(-1, len(hidden)) != 0).any(0).nonzero().flatten().tolist()
     active = active or [0]  # all weights 0: the uniform distribution
-    _validate_shapes(hidden, heads, targets_N)
+    validate_shapes(hidden, heads, targets_N)
     if check:
         _validate_values(hidden, active, targets_N, vocab_size)
     if diagnostics is not None and not weights.all():
@@ -101,7 +101,7 @@ def fused_log_probs(
     heads = [heads[k] for k in active]
     inputs = LossHeadInputs(
         heads, weights[..., active], targets_N, scheme, temperature, vocab_size, coefficients, chunk, tile,
-        diagnostics, share_products and diagnostics is None, _half_dtype([hidden[k] for k in active]), support,
+        diagnostics, share_products and diagnostics is None, half_dtype_of([hidden[k] for k in active]), support,
     )  # fmt: skip
     tensors = [*(hidden[k] for k in active), *(head.weight for head in heads), *(head.bias for head in heads)]
     if not torch.is_grad_enabled():  # the autograd function could not tell
@@ -143,7 +143,7 @@ class _FusedLogProbs(torch.autograd.Function):
             return (None,) * (1 + len(ctx.needs_grad))
         factor: float | None = None
         if grad is not None and grad_entropy is None and gradients is not None and ctx.has_gradients:
-            factor = 1.0 if ctx.used is None else _common_factor(grad, ctx.used)
+            factor = 1.0 if ctx.used is None else common_factor(grad, ctx.used)
         if factor is None:
             gradients = _recompute_gradients(ctx, grad, grad_entropy)
         if grad_entropy is None:
@@ -168,7 +168,7 @@ def _recompute_gradients(ctx: Any, grad: Tensor | None, grad_entropy: Tensor | N
     return run_passes(ctx.inputs, ctx.saved_tensors, ctx.needs_grad, (grad, grad_entropy))[2]
 
 
-def _common_factor(grad_N: Tensor, used_N: Tensor) -> float | None:
+def common_factor(grad_N: Tensor, used_N: Tensor) -> float | None:
     """The `f` such that `grad = f * used` within the tolerance, None if there is none."""
     factor = (grad_N * used_N).sum() / (used_N * used_N).sum().clamp(min=torch.finfo(used_N.dtype).tiny)
     error, largest = (grad_N - factor * used_N).abs().max(), grad_N.abs().max()
@@ -176,7 +176,7 @@ def _common_factor(grad_N: Tensor, used_N: Tensor) -> float | None:
     return found if is_close else None
 
 
-def _half_dtype(hidden: Sequence[Tensor]) -> torch.dtype | None:
+def half_dtype_of(hidden: Sequence[Tensor]) -> torch.dtype | None:
     """The dtype in which linear layers would multiply all of `hidden` here, if it is a half-precision one."""
     device = hidden[0].device.type
     if torch.is_autocast_enabled(device):
@@ -186,7 +186,7 @@ def _half_dtype(hidden: Sequence[Tensor]) -> torch.dtype | None:
     return dtype if dtype in (torch.bfloat16, torch.float16) else None
 
 
-def _validate_shapes(hidden: Sequence[Tensor], heads: Sequence[Head], targets_N: Tensor) -> None:
+def validate_shapes(hidden: Sequence[Tensor], heads: Sequence[Head], targets_N: Tensor) -> None:
     N = len(targets_N)
     if len(heads) != len(hidden):
         raise ValueError(
