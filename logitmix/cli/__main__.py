@@ -13,6 +13,7 @@ VERBS = {
     "quickstart": ("logitmix.cli.quickstart", "train a tiny mixture from nothing, on a CPU, without downloads"),
     "sft": ("logitmix.cli.sft", "fine-tune an anchor on a task's demonstrations"),
     "train": ("logitmix.cli.train", "train the mixture of a policy and a frozen anchor with GRPO"),
+    "distill": ("logitmix.cli.distill", "make one ordinary model out of a mixture"),
     "serve": ("logitmix.cli.serve", "serve a mixture over an OpenAI-compatible API, with vLLM or transformers"),
     "export": ("logitmix.cli.export", "write one member of a mixture as an ordinary checkpoint"),
     "check-task": ("logitmix.cli.check_task", "show a task's splits and check its gold answers"),

@@ -50,10 +50,11 @@ def run(options: SweepOptions) -> None:
     from logitmix.evaluation.report.figures import plot_sweep
     from logitmix.evaluation.report.tables import print_choices, print_sweep_intervals
     from logitmix.evaluation.responses import open_responses
-    from logitmix.evaluation.sweep import MEMBERS, MIXES, choose_alpha, merge_weights, sweep_rates
+    from logitmix.evaluation.sweep import MEMBERS, MIXES, choose_alpha, sweep_rates
     from logitmix.evaluation.sweep_decoding import Decoders, decode_sweep
     from logitmix.mixture.configuration import resolve_weights
     from logitmix.mixture.loading import require_tokenizer
+    from logitmix.mixture.merging import merge_weights
 
     model_args, args = options.model, options.decoding
     between = sorted(set(options.sweep.alphas) - set(MEMBERS.values()))
@@ -73,7 +74,8 @@ def run(options: SweepOptions) -> None:
         )
     pair = load_mixture(model_args, MixtureArguments(options.mixture.anchor))
     tokenizer = require_tokenizer(model_args.model_name_or_path)
-    merged = merge_weights(*pair.members) if "merge" in mixes else None
+    (policy, anchor), way_out = pair.members, "leave the merge out, with --mixes logit prob"
+    merged = merge_weights(policy, anchor, way_out) if "merge" in mixes else None
     decoders = Decoders(
         pair,
         make_decoder(pair, tokenizer, task, problems, args.max_new_tokens, decoding=args.decoding),

@@ -1,12 +1,8 @@
 """A sweep over alpha: rates of every mixture of a pair, and an unbiased choice of alpha."""
 
-import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
-
-import torch
-from transformers import PreTrainedModel
 
 from logitmix.evaluation.decode import Response
 from logitmix.evaluation.metrics import estimate, rates
@@ -31,35 +27,6 @@ class Choice:
     policy: Estimate
     anchor: Estimate
     p_value: float
-
-
-def merge_weights(policy: PreTrainedModel, anchor: PreTrainedModel) -> PreTrainedModel:
-    """A frozen copy of the policy in evaluation mode, to hold merged weights; see `set_merge`.
-
-    Raises `ValueError` for models whose weights differ in name or shape.
-    """
-    if policy is anchor:
-        raise ValueError(
-            "policy and anchor share one model with adapters, whose weights cannot be merged; leave the merge out, "
-            "with --mixes logit prob"
-        )
-    shapes = [{name: tuple(weight.shape) for name, weight in m.named_parameters()} for m in (policy, anchor)]
-    if shapes[0] != shapes[1]:
-        differ = min(name for name in shapes[0] | shapes[1] if shapes[0].get(name) != shapes[1].get(name))
-        raise ValueError(
-            f"the weights of policy and anchor cannot be merged: {differ} is "
-            f"{shapes[0].get(differ, 'missing')} in one and {shapes[1].get(differ, 'missing')} in the other; leave "
-            "the merge out, with --mixes logit prob"
-        )
-    return copy.deepcopy(policy).requires_grad_(False).eval()
-
-
-@torch.no_grad()
-def set_merge(merged: PreTrainedModel, policy: PreTrainedModel, anchor: PreTrainedModel, alpha: float) -> None:
-    """Set the weights of `merged` to `(1 - alpha) θ_policy + alpha θ_anchor`, computed in float32."""
-    parameters = (model.parameters() for model in (merged, policy, anchor))
-    for into, ours, theirs in zip(*parameters, strict=True):
-        into.copy_(torch.lerp(ours.float(), theirs.to(ours.device).float(), alpha))
 
 
 def sweep_rates(responses: Sequence[Response]) -> list[dict[str, Any]]:

@@ -7,7 +7,8 @@ from transformers import PreTrainedModel
 
 from logitmix.evaluation.decode import Decoder, Request, make_batches, make_requests
 from logitmix.evaluation.responses import Responses
-from logitmix.evaluation.sweep import MEMBERS, set_merge
+from logitmix.evaluation.sweep import MEMBERS
+from logitmix.mixture.merging import set_merge
 from logitmix.mixture.modeling import LogitMixForCausalLM
 
 

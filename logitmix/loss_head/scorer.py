@@ -15,6 +15,7 @@ from logitmix.mixture.configuration import resolve_weights
 from logitmix.mixture.decoding.support import SequenceSupport, Support
 from logitmix.mixture.diagnostics import MixtureDiagnostics
 from logitmix.mixture.head import (
+    Head,
     HeadTransform,
     infer_head_transform,
     read_head,
@@ -88,11 +89,10 @@ class FusedScorer:
         hidden = [
             torch.cat([states[name] for states in anchor_states]).to(labels.device, non_blocking=True)
             if name != "policy" and anchor_states is not None
-            else self._hidden_states(name, input_ids, attention_mask, scored_BT, aux_losses)
+            else self.hidden_states(name, input_ids, attention_mask, scored_BT, aux_losses)
             for name in names
         ]
-        model_names = [config.model_of(name) for name in names]
-        models = [getattr(self.model, name) for name in model_names]
+        models = [getattr(self.model, config.model_of(name)) for name in names]
         weights_K = resolved[..., active]
         if weights_K.dim() == 2:  # from one row a sequence to one row a token
             weights_K = weights_K.repeat_interleave(scored_BT.sum(1).cpu(), dim=0)
@@ -102,10 +102,7 @@ class FusedScorer:
         def score(hidden: list[Tensor]) -> tuple[Tensor, Tensor]:
             return fused_log_probs(
                 hidden,
-                [
-                    read_head(model, self._head_transforms[name])
-                    for model, name in zip(models, model_names, strict=True)
-                ],
+                [self.head(name) for name in names],
                 weights_K,
                 targets_BT[scored_BT],
                 config.scheme,
@@ -130,6 +127,11 @@ class FusedScorer:
         log_probs_BT, entropy_BT = _scatter(log_probs_N, scored_BT), _scatter(entropy_N, scored_BT)
         return Scores(log_probs_BT, entropy_BT, diagnostics, kept, aux_losses[0] if aux_losses else None)
 
+    def head(self, name: str) -> Head:
+        """The head of the member `name`, with its present parameters."""
+        model_name = self.model.config.model_of(name)
+        return read_head(getattr(self.model, model_name), self._head_transforms[model_name])
+
     def read_libraries(self) -> dict[ShapeClass, Library]:
         """The library of each class of matrix products, for a checkpoint; see `libraries.restore_choices`.
 
@@ -143,7 +145,7 @@ class FusedScorer:
                 choose_libraries(self.model.config.vocab_size, width)
         return read_choices()
 
-    def _hidden_states(
+    def hidden_states(
         self,
         name: str,
         input_ids: Tensor,

@@ -1,4 +1,4 @@
-"""What the configurations of SFT and of GRPO add to TRL's alike."""
+"""What the configurations of SFT, GRPO and distillation add to TRL's alike."""
 
 from dataclasses import dataclass, field
 

@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from logitmix.training.monitoring.monitor import Monitor
 
 
-class _PatchedTRLTrainer(NamesLocalModels, PatchedTrainer):
-    """What both of TRL's trainers have."""
+class PatchedTRLTrainer(NamesLocalModels, PatchedTrainer):
+    """What TRL's trainers have in common."""
 
     _metrics: dict[str, defaultdict[str, list[float]]]
 
@@ -55,13 +55,13 @@ class _PatchedTRLTrainer(NamesLocalModels, PatchedTrainer):
         self._metrics["train"] = metrics
 
 
-class PatchedSFTTrainer(_PatchedTRLTrainer, SFTTrainer):
+class PatchedSFTTrainer(PatchedTRLTrainer, SFTTrainer):
     """TRL's `SFTTrainer` with exact resume."""
 
     RUNNING_TOTALS = (*PatchedTrainer.RUNNING_TOTALS, "_total_train_tokens")
 
 
-class PatchedGRPOTrainer(_PatchedTRLTrainer, PatchedRollouts):
+class PatchedGRPOTrainer(PatchedTRLTrainer, PatchedRollouts):
     """TRL's `GRPOTrainer` with exact resume, monitoring, and public names for what a subclass overrides."""
 
     RUNNING_TOTALS = (*PatchedSFTTrainer.RUNNING_TOTALS, "_step")

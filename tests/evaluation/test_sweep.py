@@ -7,7 +7,8 @@ import torch
 
 from logitmix.cli.__main__ import main
 from logitmix.evaluation.decode import Response, make_batches, make_decoder, make_requests
-from logitmix.evaluation.sweep import choose_alpha, merge_weights, set_merge, sweep_rates
+from logitmix.evaluation.sweep import choose_alpha, sweep_rates
+from logitmix.mixture.merging import merge_weights, set_merge
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.paper.tiny_model import character_tokenizer, tiny_model
 from logitmix.tasks import Arithmetic
@@ -18,7 +19,7 @@ from tests.helpers.responses import make_response
 def test_merged_weights_are_the_weighted_mean_and_members_do_not_change():
     policy, anchor = tiny_member(seed=1), tiny_member(seed=2)
     before = {name: weight.clone() for name, weight in policy.named_parameters()}
-    merged = merge_weights(policy, anchor)
+    merged = merge_weights(policy, anchor, "leave it out")
     anchors = dict(anchor.named_parameters())
     for alpha in (0.3, 0.0, 1.0):  # one copy is reused for every alpha
         set_merge(merged, policy, anchor, alpha)
@@ -29,7 +30,7 @@ def test_merged_weights_are_the_weighted_mean_and_members_do_not_change():
 
 
 def test_a_merge_of_tied_members_stays_tied():
-    merged = merge_weights(*(tiny_member(seed=seed, tie_word_embeddings=True) for seed in (1, 2)))
+    merged = merge_weights(*(tiny_member(seed=seed, tie_word_embeddings=True) for seed in (1, 2)), "leave it out")
     set_merge(
         merged, tiny_member(seed=1, tie_word_embeddings=True), tiny_member(seed=2, tie_word_embeddings=True), 0.4
     )
@@ -38,7 +39,7 @@ def test_a_merge_of_tied_members_stays_tied():
 
 def test_merging_in_bfloat16_rounds_once():
     policy, anchor = (tiny_member(seed=seed, dtype=torch.bfloat16) for seed in (1, 2))
-    merged = merge_weights(policy, anchor)
+    merged = merge_weights(policy, anchor, "leave it out")
     set_merge(merged, policy, anchor, 0.3)
     anchors = dict(anchor.named_parameters())
     for name, weight in merged.named_parameters():
@@ -47,14 +48,14 @@ def test_merging_in_bfloat16_rounds_once():
 
 
 def test_merging_models_of_different_shapes_is_rejected():
-    with pytest.raises(ValueError, match=r"cannot be merged: .*; leave the merge out, with --mixes logit prob"):
-        merge_weights(tiny_member("qwen2"), tiny_member("llama"))
+    with pytest.raises(ValueError, match=r"cannot be merged: .*; leave it out"):
+        merge_weights(tiny_member("qwen2"), tiny_member("llama"), "leave it out")
 
 
 def test_merging_members_that_share_a_model_is_rejected():
     member = tiny_member()
     with pytest.raises(ValueError, match="share one model with adapters"):
-        merge_weights(member, member)
+        merge_weights(member, member, "leave it out")
 
 
 def responses(name: str, alpha: float, answers: list[bool]) -> list[Response]:
@@ -145,7 +146,7 @@ def test_the_responses_match_those_of_each_mix_alone(pair, tmp_path):
     task, tokenizer = Arithmetic(), character_tokenizer(Arithmetic.alphabet)
     models = {mix: LogitMixForCausalLM.from_members(*pair, alpha=0.5, scheme=mix).eval() for mix in ("logit", "prob")}
     policy, anchor = models["logit"].members
-    models["merge"] = merge_weights(policy, anchor)
+    models["merge"] = merge_weights(policy, anchor, "leave it out")
     set_merge(models["merge"], policy, anchor, 0.5)
     for mix, model in models.items():
         decode = make_decoder(model, tokenizer, task, task.problems("test", 3), 6)

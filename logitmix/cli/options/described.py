@@ -20,6 +20,7 @@ FILE = Path(__file__).with_name("described.json")
 CONFIGURATIONS = {
     "LogitMixGRPOConfig": "logitmix.training.config",
     "ResumableSFTConfig": "logitmix.training.sft",
+    "LogitMixDistillationConfig": "logitmix.training.distillation",
 }
 LIBRARIES = ("torch", "transformers", "trl")  # whose versions decide on fields and defaults
 PLAIN_TYPES: dict[str, Any] = {t.__name__: t for t in (str, int, float, bool, list, dict)} | {

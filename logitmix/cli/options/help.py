@@ -44,6 +44,7 @@ COMMON = {
 FIRST = ("task", "model_name_or_path", "anchor")  # within their groups
 REFERENCE = {
     "GRPOConfig": "https://huggingface.co/docs/trl/grpo_trainer#trl.GRPOConfig",
+    "DistillationConfig": "https://huggingface.co/docs/trl/distillation_trainer#trl.DistillationConfig",
     "SFTConfig": "https://huggingface.co/docs/trl/sft_trainer#trl.SFTConfig",
 }
 COLUMN = 34  # where descriptions begin

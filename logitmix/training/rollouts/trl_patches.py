@@ -20,45 +20,16 @@ from logitmix.training.fsdp import gathered_weights
 from logitmix.training.transformers_patches import generate_without_fsdp_hooks
 
 
-class PatchedRollouts(GRPOTrainer):
-    """TRL's `GRPOTrainer` with public names for how prompts become completions:
+class GatheredGeneration:
+    """A mixin of TRL's trainers: a model to generate with, and vLLM's weights that are up to date."""
 
-    | TRL 1.16 | here | |
-    |---|---|---|
-    | `_tokenize_prompts` | `check_prompts` | the prompts of an outer step, as token ids |
-    | `_generate_single_turn` | `sample` | completions of prompts |
-    """
-
+    args: Any
+    accelerator: Any
+    model_wrapped: Any
+    state: Any
+    vllm_generation: Any
+    _dist: Any
     _last_loaded_step: int  # the step whose weights vLLM has
-
-    def check_prompts(self, prompt_ids: list[list[int]]) -> None:
-        """Called with the prompts of an outer step before anything is sampled."""
-
-    def sample(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> tuple[list[list[int]], Any]:
-        """A completion of each prompt, as token ids, and the sampler's log-probabilities or None."""
-        return super()._generate_single_turn(prompt_ids, *args, **kwargs)
-
-    def tokenize_prompts(self, prompts: list) -> list[list[int]]:
-        """The ids of each prompt, as rollouts use them."""
-        prompt_ids: list[list[int]] = self._tokenized(prompts)[0]
-        return prompt_ids
-
-    def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> tuple[list[list[int]], Any]:
-        return self.sample(prompt_ids, *args, **kwargs)
-
-    def _tokenize_prompts(self, prompts: list) -> tuple:
-        tokenized = self._tokenized(prompts)
-        self.check_prompts(tokenized[0])
-        return tokenized
-
-    def _tokenized(self, prompts: list) -> tuple:
-        """As TRL's, with one sentence for a chat template that fails, or leaves out the messages' texts."""
-        is_text = is_conversational({"prompt": prompts[0]}) and isinstance(prompts[0][0]["content"], str)
-        if is_text and not self._is_vlm:
-            validate_chat_template(self._tokenizer)
-        with chat_template_errors(self._tokenizer):
-            tokenized: tuple = super()._tokenize_prompts(prompts)
-        return tokenized
 
     def sync_stale_vllm_weights(self) -> None:
         """Push the weights into vLLM where an update came after the last push."""
@@ -91,6 +62,45 @@ class PatchedRollouts(GRPOTrainer):
                 return
             with gathered_weights(model, plugin.reshard_after_forward), generate_without_fsdp_hooks(model):
                 yield model
+
+
+class PatchedRollouts(GatheredGeneration, GRPOTrainer):
+    """TRL's `GRPOTrainer` with public names for how prompts become completions:
+
+    | TRL 1.16 | here | |
+    |---|---|---|
+    | `_tokenize_prompts` | `check_prompts` | the prompts of an outer step, as token ids |
+    | `_generate_single_turn` | `sample` | completions of prompts |
+    """
+
+    def check_prompts(self, prompt_ids: list[list[int]]) -> None:
+        """Called with the prompts of an outer step before anything is sampled."""
+
+    def sample(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> tuple[list[list[int]], Any]:
+        """A completion of each prompt, as token ids, and the sampler's log-probabilities or None."""
+        return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+
+    def tokenize_prompts(self, prompts: list) -> list[list[int]]:
+        """The ids of each prompt, as rollouts use them."""
+        prompt_ids: list[list[int]] = self._tokenized(prompts)[0]
+        return prompt_ids
+
+    def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> tuple[list[list[int]], Any]:
+        return self.sample(prompt_ids, *args, **kwargs)
+
+    def _tokenize_prompts(self, prompts: list) -> tuple:
+        tokenized = self._tokenized(prompts)
+        self.check_prompts(tokenized[0])
+        return tokenized
+
+    def _tokenized(self, prompts: list) -> tuple:
+        """As TRL's, with one sentence for a chat template that fails, or leaves out the messages' texts."""
+        is_text = is_conversational({"prompt": prompts[0]}) and isinstance(prompts[0][0]["content"], str)
+        if is_text and not self._is_vlm:
+            validate_chat_template(self._tokenizer)
+        with chat_template_errors(self._tokenizer):
+            tokenized: tuple = super()._tokenize_prompts(prompts)
+        return tokenized
 
 
 class PatchedVLLMGeneration(VLLMGeneration):

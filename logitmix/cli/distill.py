@@ -1,0 +1,109 @@
+"""`logitmix distill`: one ordinary model out of a mixture, trained to match it on its own samples."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from logitmix.cli.options.data import TaskArguments
+from logitmix.cli.options.described import described
+from logitmix.cli.options.lora import AdapterArguments
+from logitmix.cli.options.model import MixtureArguments, ModelArguments, find_model, load_model
+from logitmix.cli.options.parser import flatten, parse
+from logitmix.runs.console import console
+
+if TYPE_CHECKING:
+    from logitmix.training.distillation import LogitMixDistillationConfig
+else:  # the flags of the configuration, which takes seconds to import; the options hold the configuration itself
+    LogitMixDistillationConfig = described("LogitMixDistillationConfig")
+
+BASE_FOLDER = "base"  # within the run's, for an adapter's base that has no folder of its own
+
+
+@dataclass
+class StudentArguments:
+    """Student"""
+
+    student: str = field(
+        default="policy",
+        metadata={
+            "help": "What the student starts from: policy, anchor (of several anchor_0, ...), merged for the average "
+            "of their weights, or a folder or hub id with the mixture's tokenizer."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        self.student = find_model(self.student)
+
+
+@dataclass
+class DistillOptions:
+    task: TaskArguments
+    model: ModelArguments
+    mixture: MixtureArguments
+    student: StudentArguments
+    adapter: AdapterArguments
+    training: LogitMixDistillationConfig
+
+
+def parse_distill(argv: Sequence[str]) -> DistillOptions:
+    description = "Train one model to match a mixture, on completions that it samples itself."
+    return parse("distill", description, DistillOptions, argv, positional=("model_name_or_path", "MIXTURE"))
+
+
+def main(argv: Sequence[str]) -> None:
+    argv = list(argv)
+    run(parse_distill(argv), ["logitmix", "distill", *argv])
+
+
+def run(options: DistillOptions, command: Sequence[str]) -> None:
+    """Distil, with `command` as the command line that is printed to continue the run when it is stopped."""
+    from pathlib import Path
+
+    from logitmix.mixture.loading import require_tokenizer
+    from logitmix.mixture.modeling import LogitMixForCausalLM
+    from logitmix.mixture.tokenizers import prepare_for_task, validate_chat_template
+    from logitmix.runs.folder import find_checkpoint
+    from logitmix.runs.trackers import validate_trackers
+    from logitmix.runs.training import run_training
+    from logitmix.training.distillation import MixtureDistillationTrainer
+    from logitmix.training.rewards import grpo_dataset
+    from logitmix.training.students import build_student
+
+    task_args, model_args, mixture_args, args = options.task, options.model, options.mixture, options.training
+    source, start = model_args.model_name_or_path, options.student.student
+    validate_trackers(args.report_to)
+    if args.eval_strategy != "no":
+        raise ValueError("TRL's eval_strategy evaluates by sampling; evaluate the student with logitmix eval instead")
+    peft_config = options.adapter.peft_config
+    arguments = {"command": "distill"}
+    arguments |= flatten(task_args, model_args, mixture_args, options.student, options.adapter) | args.to_dict()
+    checkpoint = find_checkpoint(args.output_dir, arguments, args.resume_from_checkpoint)
+
+    task = task_args.load()
+    mixture = load_model(model_args, mixture_args)
+    if not isinstance(mixture, LogitMixForCausalLM):
+        raise ValueError(
+            f"{source} is a single model, and distill takes a mixture: give its anchor with --anchor; TRL's own "
+            "DistillationTrainer distils a single model"
+        )
+    problems = task.problems("train", task_args.train_limit)
+    tokenizer = require_tokenizer(source, padding_side="left", truncation_side="left")
+    base_folder = None if peft_config is None else str(Path(args.output_dir) / BASE_FOLDER)
+    init_kwargs = model_args.init_kwargs | {"trust_remote_code": args.trust_remote_code}
+    student = build_student(mixture, start, base_folder, **init_kwargs)
+    if task.template.chat:
+        validate_chat_template(tokenizer)
+    prepare_for_task(tokenizer, task, problems)
+    if args.stop_strings is None and task.template.stop:
+        args.stop_strings = list(task.template.stop)
+    args.disable_tqdm = True
+    trainer = MixtureDistillationTrainer(
+        student,
+        mixture,
+        args,
+        train_dataset=grpo_dataset(task, problems),
+        processing_class=tokenizer,
+        peft_config=peft_config,
+    )
+    run_training(trainer, command, f"distill on {task.name}", arguments, checkpoint, data={"train": problems})
+    console.print(f"The student is in {args.output_dir}.")

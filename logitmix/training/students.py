@@ -1,0 +1,91 @@
+"""The model that a distillation starts from: a member of the mixture, their merged weights, or another checkpoint."""
+
+import copy
+import os
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from logitmix.mixture.adapters import read_adapter_config
+from logitmix.mixture.export import merge_into_copy
+from logitmix.mixture.loading import load_member, require_tokenizer, validate_same_tokenizer
+from logitmix.mixture.merging import merge_weights, set_merge
+from logitmix.mixture.modeling import LogitMixForCausalLM
+
+MERGED = "merged"
+_WAY_OUT = "start the student from policy or anchor"
+
+
+def build_student(
+    mixture: LogitMixForCausalLM, source: str = "policy", base_folder: str | None = None, **kwargs: Any
+) -> PreTrainedModel:
+    """The student, with weights of its own, all of them trainable.
+
+    Args:
+        source: `"policy"`, `"anchor"` (of several `"anchor_0"`, …), `"merged"` for `(1 - alpha) θ_policy + alpha
+            θ_anchor`, or a folder or hub id.
+        base_folder: where to save the student, and so the name of an adapter's base, if it has no folder of its own.
+        kwargs: arguments of `from_pretrained`, for a folder or hub id.
+
+    Raises `ValueError` for a checkpoint that does not exist, is a mixture, or has another tokenizer than the mixture,
+    and for weights that cannot be merged.
+    """
+    names = (*mixture.config.members, "anchor")
+    if source == MERGED:
+        student = _merged(mixture)
+    elif source in names and not os.path.isdir(source):
+        student = _alone(mixture, mixture.config.resolve_member_name(source))
+    else:
+        student = _loaded(mixture, source, **kwargs)
+    student.requires_grad_(True)
+    if base_folder is not None and not student.name_or_path:
+        student.save_pretrained(base_folder)
+        if mixture.tokenizer is not None:
+            mixture.tokenizer.save_pretrained(base_folder)
+        student.name_or_path = base_folder
+    return student
+
+
+def _alone(mixture: LogitMixForCausalLM, name: str) -> PreTrainedModel:
+    """A copy of a member, its adapter merged into it."""
+    model: PreTrainedModel = getattr(mixture, mixture.config.model_of(name))
+    # copied again, since the first copy shares weights
+    student = copy.deepcopy(merge_into_copy(model, name) if name in mixture.config.adapters else model)
+    student.name_or_path = ""  # that of the model before its training, or of the adapter's base
+    return student
+
+
+def _merged(mixture: LogitMixForCausalLM) -> PreTrainedModel:
+    config = mixture.config
+    if len(config.members) != 2:
+        raise ValueError(
+            f"the student is 'merged', but the mixture has {len(config.members) - 1} anchors; {_WAY_OUT}_0"
+        )
+    policy, anchor = (_alone(mixture, name) for name in config.members)
+    student = merge_weights(policy, anchor, _WAY_OUT)
+    set_merge(student, policy, anchor, mixture.alpha)
+    return student
+
+
+def _loaded(mixture: LogitMixForCausalLM, source: str, **kwargs: Any) -> PreTrainedModel:
+    tokenizer = require_tokenizer(source, trust_remote_code=kwargs.get("trust_remote_code", False))
+    if mixture.tokenizer is not None:
+        validate_same_tokenizer([mixture.tokenizer, tokenizer])
+    student = load_member(source, **kwargs)
+    if isinstance(student, LogitMixForCausalLM):
+        raise ValueError(
+            f"the student {source} is a mixture; a student is one model: give policy, anchor, merged or a checkpoint"
+        )
+    if read_adapter_config(source) is not None:
+        student.name_or_path = ""  # that of the base, into which the adapter is merged
+    return student
+
+
+def validate_vocabulary(student: PreTrainedModel, mixture: LogitMixForCausalLM) -> None:
+    """Raise `ValueError` for a student with fewer logits than the mixture has tokens."""
+    rows, vocab_size = student.config.get_text_config(decoder=True).vocab_size, mixture.config.vocab_size
+    if rows < vocab_size:
+        raise ValueError(
+            f"the student has logits for {rows} tokens, and the mixture for {vocab_size}; use a student with the "
+            "mixture's tokenizer"
+        )
