@@ -9,19 +9,22 @@ from logitmix.cli.options.described import described
 from logitmix.cli.options.lora import AdapterArguments
 from logitmix.cli.options.model import MixtureArguments, ModelArguments, find_model, load_model
 from logitmix.cli.options.parser import flatten, parse
+from logitmix.cli.options.validation import validate_at_least
 from logitmix.runs.console import console
 
 if TYPE_CHECKING:
-    from logitmix.training.distillation import LogitMixDistillationConfig
+    from logitmix.tasks import Problem, Task
+    from logitmix.training.distillation import LogitMixDistillationConfig, MixtureDistillationTrainer
 else:  # the flags of the configuration, which takes seconds to import; the options hold the configuration itself
     LogitMixDistillationConfig = described("LogitMixDistillationConfig")
 
+REPORT_FOLDER = "report"  # within the run's
 BASE_FOLDER = "base"  # within the run's, for an adapter's base that has no folder of its own
 
 
 @dataclass
 class StudentArguments:
-    """Student"""
+    """Student and report"""
 
     student: str = field(
         default="policy",
@@ -31,8 +34,18 @@ class StudentArguments:
         },
     )
 
+    report: bool = field(
+        default=True,
+        metadata={
+            "help": "Compare student, mixture, members and merged weights on --eval_limit test problems afterwards, "
+            "in the folder report of the run."
+        },
+    )
+    report_batch_size: int = field(default=64, metadata={"help": "Responses decoded at a time for the report."})
+
     def __post_init__(self) -> None:
         self.student = find_model(self.student)
+        validate_at_least(self, report_batch_size=1)
 
 
 @dataclass
@@ -59,6 +72,7 @@ def run(options: DistillOptions, command: Sequence[str]) -> None:
     """Distil, with `command` as the command line that is printed to continue the run when it is stopped."""
     from pathlib import Path
 
+    from logitmix.evaluation.complement import validate_enough_problems
     from logitmix.mixture.loading import require_tokenizer
     from logitmix.mixture.modeling import LogitMixForCausalLM
     from logitmix.mixture.tokenizers import prepare_for_task, validate_chat_template
@@ -87,6 +101,9 @@ def run(options: DistillOptions, command: Sequence[str]) -> None:
             "DistillationTrainer distils a single model"
         )
     problems = task.problems("train", task_args.train_limit)
+    test_problems = task.problems("test", task_args.eval_limit) if options.student.report else []
+    if options.student.report:
+        validate_enough_problems(len(test_problems))
     tokenizer = require_tokenizer(source, padding_side="left", truncation_side="left")
     base_folder = None if peft_config is None else str(Path(args.output_dir) / BASE_FOLDER)
     init_kwargs = model_args.init_kwargs | {"trust_remote_code": args.trust_remote_code}
@@ -105,5 +122,47 @@ def run(options: DistillOptions, command: Sequence[str]) -> None:
         processing_class=tokenizer,
         peft_config=peft_config,
     )
-    run_training(trainer, command, f"distill on {task.name}", arguments, checkpoint, data={"train": problems})
+    data = {"train": problems} | ({"test": test_problems} if test_problems else {})
+    run_training(trainer, command, f"distill on {task.name}", arguments, checkpoint, data=data)
     console.print(f"The student is in {args.output_dir}.")
+    if test_problems and args.world_size == 1:
+        report(trainer, task, test_problems, options)
+    elif test_problems and trainer.is_world_process_zero():
+        console.print("Several processes write no report; compare the student with logitmix eval and complement.")
+
+
+def report(
+    trainer: "MixtureDistillationTrainer", task: "Task", problems: "Sequence[Problem]", options: DistillOptions
+) -> None:
+    """Compare the student with the mixture and its parts on the problems."""
+    from pathlib import Path
+
+    from logitmix.evaluation.distillation import (
+        MIXTURE,
+        STUDENT,
+        compare_tokens,
+        compare_with_student,
+        decode_student,
+    )
+    from logitmix.evaluation.report.distillation_report import write_distillation_report
+    from logitmix.mixture.generation import tokenize_prompts
+
+    args, tokenizer = trainer.args, trainer.text_tokenizer
+    folder = Path(args.output_dir) / REPORT_FOLDER
+    arguments = {"command": "distill", "report_of": args.output_dir, "step": trainer.state.global_step}
+    arguments |= flatten(options.task) | {"max_new_tokens": args.max_completion_length}
+    student, mixture = trainer.model.eval(), trainer.teacher
+    responses = decode_student(
+        student, mixture, tokenizer, task, problems, str(folder), arguments, args.max_completion_length,
+        options.student.report_batch_size,
+    )  # fmt: skip
+    prompt_ids = tokenize_prompts(tokenizer, [task.prompt(problem) for problem in problems])
+    tokens = [
+        compare_tokens(student, mixture, tokenizer, [r for r in responses if r.name == name], prompt_ids)
+        for name in (MIXTURE, STUDENT)
+    ]
+    title = f"What {Path(args.output_dir).name} keeps of its mixture, on {task.name}"
+    console.print(
+        write_distillation_report(folder, title, responses, compare_with_student(responses), tokens), soft_wrap=True
+    )
+    console.print(f"The report is in {folder}.", soft_wrap=True)

@@ -58,11 +58,7 @@ def complement(a: Sequence[Response], b: Sequence[Response], name_a: str = "a", 
     """
     pairs = pair_responses(a, b, name_a, name_b)
     n = len(pairs)
-    if mcnemar_exact(n, 0) > 1 - CONFIDENCE:
-        raise ValueError(
-            f"with {n} problems no difference can be beyond noise, not even {n} to 0 (McNemar's exact test: "
-            f"p = {mcnemar_exact(n, 0):.2g}); raise eval_limit, the paper has 200"
-        )
+    validate_enough_problems(n)
     formats, answers, lenient = (
         [(getattr(x, key), getattr(y, key)) for x, y in pairs] for key in ("format_ok", "answer_ok", "lenient_ok")
     )
@@ -80,6 +76,15 @@ def complement(a: Sequence[Response], b: Sequence[Response], name_a: str = "a", 
         either=wilson_estimate(both + only_a + only_b, n),
         noise=difference_from_noise(n, (only_a + only_b) / n),
     )
+
+
+def validate_enough_problems(n: int) -> None:
+    """Raise `ValueError` for too few problems for any difference to be beyond noise."""
+    if mcnemar_exact(n, 0) > 1 - CONFIDENCE:
+        raise ValueError(
+            f"with {n} problems no difference can be beyond noise, not even {n} to 0 (McNemar's exact test: "
+            f"p = {mcnemar_exact(n, 0):.2g}); raise eval_limit, the paper has 200"
+        )
 
 
 def pair_responses(

@@ -87,7 +87,7 @@ def fused_divergence(
     active = active or [0]  # all weights 0: the uniform distribution
     teacher = LossHeadInputs(
         [teacher_heads[k] for k in active], weights[..., active], targets_N, scheme, temperature, vocab_size,
-        chunk=chunk, tile=tile, half_dtype=half_dtype_of(hidden_ND),
+        chunk=chunk, tile=tile, half_dtype=half_dtype_of([hidden_ND, *(teacher_hidden[k] for k in active)]),
     )  # fmt: skip
     inputs = _Inputs(teacher, [teacher_hidden[k].detach() for k in active], head, beta)
     tensors = [hidden_ND, head.weight, head.bias]

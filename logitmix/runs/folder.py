@@ -34,15 +34,8 @@ IGNORED_ARGUMENTS = {
         "run_name",
     ),
     *("logging_dir", "logging_steps", "logging_strategy", "logging_first_step", "log_level", "log_completions"),
-    *(
-        "save_steps",
-        "save_strategy",
-        "save_total_limit",
-        "save_frozen",
-        "eval_every",
-        "eval_limit",
-        "dataloader_num_workers",
-    ),
+    *("save_steps", "save_strategy", "save_total_limit", "save_frozen", "eval_every", "eval_limit"),
+    *("dataloader_num_workers", "report", "report_batch_size"),
     *("num_completions_to_save", "num_completions_to_print", "log_unique_prompts"),
     *("push_to_hub", "hub_model_id", "hub_token", "hub_strategy"),
 }

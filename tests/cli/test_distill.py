@@ -19,7 +19,7 @@ FLAGS = [
     "--task", "arithmetic", "--bf16", "false", "--use_cpu", "true", "--report_to", "none",
     "--max_completion_length", "12", "--logging_steps", "1", "--per_device_train_batch_size", "4",
     "--gradient_accumulation_steps", "2", "--learning_rate", "1e-3", "--train_limit", "24", "--max_steps", "4",
-    "--lr_scheduler_type", "constant",
+    "--lr_scheduler_type", "constant", "--report", "false",
 ]  # fmt: skip
 
 
@@ -114,6 +114,18 @@ def test_a_pair_with_the_scheme_prob_and_another_checkpoint_as_the_student(folde
     flags += ["--student", str(folders / "anchor"), "--save_strategy", "no", "--max_steps", "1"]
     distil(folders, tmp_path / "run", *flags, mixture="policy")
     assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_the_report_is_in_the_runs_folder(capsys, folders, tmp_path):
+    run = tmp_path / "run"
+    distil(folders, run, "--report", "true", "--eval_limit", "8", "--max_steps", "1", "--use_peft", "--lora_r", "2")
+    printed = " ".join(capsys.readouterr().err.split())
+    verdict = json.loads((run / "report" / "distillation.jsonl").read_text().splitlines()[0])["verdict"]
+    assert verdict in printed
+    assert {"README.md", "report.html", "responses.jsonl"} <= {path.name for path in (run / "report").iterdir()}
+    argv = ["distill", str(folders / "mixture"), *FLAGS, "--output_dir", str(tmp_path / "few")]
+    assert "with 5 problems no difference" in error_of(capsys, [*argv, "--report", "true", "--eval_limit", "5"])
+    assert not (tmp_path / "few").exists()
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
@@ -37,6 +37,19 @@ def inspection_page(inspection: Inspection, question: str, policy: str, anchor: 
 def report_page(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], svgs: Mapping[str, str]) -> str:
     """The page of a report: a table, and the figures by name, as SVG."""
     return _render("report.html", title=title, columns=columns, rows=rows, figures=_embed_svgs(svgs))
+
+
+class Table(NamedTuple):
+    """A table of text cells."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def distillation_page(title: str, verdict: str, tables: Sequence[Table]) -> str:
+    """The page of a distillation: its verdict and its tables."""
+    return _render("distillation.html", title=title, verdict=verdict, tables=tables)
 
 
 def reproduction_page(**values: Any) -> str:

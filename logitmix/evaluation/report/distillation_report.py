@@ -1,0 +1,82 @@
+"""The report of a distillation: what the student keeps of the mixture, in the terminal and in a folder."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from logitmix.evaluation.complement import Complement
+from logitmix.evaluation.decode import Response
+from logitmix.evaluation.distillation import MIXTURE, STUDENT, TokenComparison, verdict
+from logitmix.evaluation.metrics import estimate, group_by, rates
+from logitmix.evaluation.report.pages import Table, distillation_page, visible
+from logitmix.evaluation.report.tables import RATE_COLUMNS, interval, p_value, percent, print_rows
+
+SUMMARY_FILE = "distillation.jsonl"
+RATES = "Rates, %"
+PAIRED = "The student minus each of the others, points"
+TOKENS = "Student and mixture, token by token"
+WORST = "The tokens where they differ most"
+
+
+def distillation_tables(
+    responses: Sequence[Response], comparisons: Mapping[str, Complement], tokens: Sequence[TokenComparison]
+) -> list[Table]:
+    """The tables of the report, as text cells."""
+    groups = group_by(responses, "name")
+    rows = []
+    for name in dict.fromkeys([STUDENT, MIXTURE, *groups]):
+        r = rates(groups[name])
+        shares = [interval(estimate(groups[name], key)) for key in ("format_ok", "answer_ok", "lenient_ok")]
+        rows.append([name, *shares, percent(r.truncated), f"{r.mean_length:.1f}"])
+    paired = []
+    for name, c in comparisons.items():
+        columns = (c.format, c.answer, c.lenient)
+        cells = [f"{interval(column.b_minus_a)}, p {p_value(column.p_value)}" for column in columns]
+        paired.append([name, *cells, str(c.only_b), str(c.only_a)])
+    by_token = [[c.responses_of, str(c.tokens), f"{c.kl:.4f}", percent(c.agreement)] for c in tokens]
+    worst = [
+        [c.responses_of, f"{t.kl:.2f}", str(t.problem), *map(visible, (t.before, t.token, t.mixture, t.student))]
+        for c in tokens
+        for t in c.worst
+    ]
+    return [
+        Table(RATES, ["", *RATE_COLUMNS], rows),
+        Table(PAIRED, ["minus", "format", "answer", "lenient", "only the student right", "only the other"], paired),
+        Table(TOKENS, ["on responses of", "tokens", "KL(mixture ‖ student)", "same first token, %"], by_token),
+        Table(WORST, ["in a response of", "KL", "problem", "after", "token", "mixture's first", "student's"], worst),
+    ]
+
+
+def write_distillation_report(
+    folder: Path,
+    title: str,
+    responses: Sequence[Response],
+    comparisons: Mapping[str, Complement],
+    tokens: Sequence[TokenComparison],
+) -> str:
+    """Write `README.md`, `report.html` and `distillation.jsonl`, print the tables, and return the verdict."""
+    tables, sentence = distillation_tables(responses, comparisons, tokens), verdict(comparisons[MIXTURE])
+    lines: list[dict] = [{"verdict": sentence}]
+    lines += [{"minus": name} | asdict(c) for name, c in comparisons.items()]
+    lines += [asdict(c) for c in tokens]
+    (folder / SUMMARY_FILE).write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    (folder / "report.html").write_text(distillation_page(title, sentence, tables), encoding="utf-8")
+    parts = [f"# {title}", sentence, *(f"## {table.title}\n\n{markdown(table)}" for table in tables)]
+    (folder / "README.md").write_text("\n\n".join([*parts, NOTE]) + "\n", encoding="utf-8")
+    for table in tables[:-1]:
+        print_rows(table.title, table.columns, table.rows)
+    return sentence
+
+
+NOTE = (
+    "Greedy responses to the same held-out problems. Answer: right and in the format; lenient: right anywhere. "
+    "[ ]: 95 % interval; p: McNemar's exact test. KL in nats at temperature 1."
+)
+
+
+def markdown(table: Table) -> str:
+    def line(cells: Sequence[str]) -> str:
+        return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+    return "\n".join([line(table.columns), line(["---"] * len(table.columns)), *map(line, table.rows)])
