@@ -22,7 +22,7 @@ from logitmix.loss_head.distiller import FusedDistiller, ReferenceDistiller
 from logitmix.loss_head.libraries import restore_choices
 from logitmix.mixture.adapters import validate_adapter_targets
 from logitmix.mixture.context import context_length, validate_fits_context
-from logitmix.mixture.decoding import Decoding
+from logitmix.mixture.decoding.loop import Decoding
 from logitmix.mixture.generation import generate_completions, get_eos_token_ids, validate_stop_strings
 from logitmix.mixture.loading import validate_padding, validate_same_tokenizer
 from logitmix.mixture.modeling import LogitMixForCausalLM
