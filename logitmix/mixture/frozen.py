@@ -93,8 +93,8 @@ def save_store(mixture: MixtureBase, run: Path, staging: Path) -> dict[str, Any]
     return {"files": files, "run": os.path.abspath(run), "sha256": sha256}
 
 
-def describe_sources(mixture: MixtureBase, folder: Path) -> dict[str, Any]:
-    """Where the frozen members were loaded from, with fingerprints, for `frozen.json` in `folder`.
+def describe_sources(mixture: MixtureBase) -> dict[str, dict[str, Any]]:
+    """Where the frozen members were loaded from, for `frozen.json`: paths, fingerprints and dtypes.
 
     Members that were passed in memory, and hub ids without files on this machine, are left out.
     """
@@ -102,13 +102,17 @@ def describe_sources(mixture: MixtureBase, folder: Path) -> dict[str, Any]:
     for name, source in mixture.sources.items():
         fingerprint = fingerprint_of(source)
         if fingerprint is not None:
-            sources[name] = {
-                "path": source,
-                "relative": os.path.relpath(source, folder) if os.path.isdir(source) else None,
-                "sha256": fingerprint,
-                "dtype": name_of(getattr(mixture, mixture.config.model_of(name)).dtype),
-            }
+            dtype = name_of(getattr(mixture, mixture.config.model_of(name)).dtype)
+            sources[name] = {"path": source, "sha256": fingerprint, "dtype": dtype}
     return sources
+
+
+def relative_to(folder: Path, sources: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The sources with their paths from `folder` too, None for hub ids: both may move together."""
+    return {
+        name: {**saved, "relative": os.path.relpath(saved["path"], folder) if os.path.isdir(saved["path"]) else None}
+        for name, saved in sources.items()
+    }
 
 
 def without_source(mixture: MixtureBase) -> list[str]:
@@ -116,7 +120,7 @@ def without_source(mixture: MixtureBase) -> list[str]:
     config = mixture.config
     frozen = [name for name in config.members[1:] if config.adapters.get(name) != NO_ADAPTER]
     frozen += ["policy"] if config.adapters else []
-    return [name for name in frozen if name not in mixture.sources or fingerprint_of(mixture.sources[name]) is None]
+    return [name for name in frozen if name not in mixture.sources or _folders_of(mixture.sources[name]) is None]
 
 
 def frozen_sources(config: LogitMixConfig, sources: Sequence[Any]) -> dict[str, str]:
@@ -141,6 +145,11 @@ def fingerprint_of(source: str) -> str | None:
 
     None for a hub id without files on this machine.
     """
+    folders = _folders_of(source)
+    return None if folders is None else source_fingerprint(folders)
+
+
+def _folders_of(source: str) -> list[Path] | None:
     folders = []
     while True:
         try:
@@ -150,7 +159,7 @@ def fingerprint_of(source: str) -> str | None:
         folders.append(Path(folder))
         adapter = read_adapter_config(source)
         if adapter is None:
-            return source_fingerprint(folders)
+            return folders
         source = str(adapter.base_model_name_or_path)
 
 

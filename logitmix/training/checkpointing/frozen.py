@@ -22,6 +22,7 @@ from logitmix.mixture.frozen import (
     describe_sources,
     frozen_names,
     read_store,
+    relative_to,
     save_store,
     trained_state_dict,
     validate_sources,
@@ -69,9 +70,10 @@ class FrozenWeights:
         """Write `frozen.json` to `folder`, which becomes `final`, and before it the copy that it refers to."""
         if self.mode == "once" and self._store is None:
             self._store = save_store(self.trainer.model, self.run, self.run / STAGING / STORE)
-        if self._sources is None or self.mode == "never":
-            self._sources = describe_sources(self.trainer.model, final)
-        (folder / REFERENCES).write_text(json.dumps({"store": self._store, "sources": self._sources}, indent=1))
+        if self._sources is None:
+            self._sources = describe_sources(self.trainer.model)
+        references = {"store": self._store, "sources": relative_to(final, self._sources)}
+        (folder / REFERENCES).write_text(json.dumps(references, indent=1))
 
     def load(self, checkpoint: Path) -> None:
         """Load the frozen weights that a checkpoint refers to, on resume.
