@@ -185,7 +185,7 @@ def table(results: dict[str, dict[str, float]], args: argparse.Namespace) -> str
             f"{date.today()}, {processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
             f"transformers {version('transformers')}, trl {version('trl')}. Members of {size / 1e6:.0f} M parameters "
             f"(hidden size {args.hidden_size}, {args.layers} layers, vocabulary {args.vocab_size}, tied), LoRA of "
-            f"rank {args.rank} on all linear layers; {args.rows} rollouts of {args.tokens} tokens in an update. Printed by "
+            f"rank {args.rank} on all linear layers; {args.rows} rollouts of {args.tokens} tokens in an update. By "
             f"`python benchmarks/memory.py --layers {args.layers}`, whose docstring defines the columns.",
             "",
             *lines,
