@@ -17,6 +17,7 @@ from tests.helpers.paths import ROOT
 
 OPTIONS = {field.name: field for field in fields(LogitMixGRPOConfig)}
 OTHER_VALUES = {
+    "anchor_dtype": "bfloat16",
     "decoding": "joint",
     "epsilon": 0.1, "anchor_states": "offload", "cache_implementation": "static", "rollout_batch_size": 4,
     "vllm_mode": "server", "vllm_model_impl": "transformers", "vllm_server_base_url": "http://localhost",
