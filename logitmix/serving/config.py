@@ -2,10 +2,11 @@
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from vllm import ModelRegistry, SamplingParams
-from vllm.config import ModelConfig, VllmConfig
+from vllm.config import ModelConfig, SpeculativeConfig, VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from logitmix.mixture.configuration import LogitMixConfig
+from logitmix.serving.alternating.validation import is_alternating, validate_alternating, validate_alternating_request
 from logitmix.serving.engine import Engine
 from logitmix.serving.requests import parse_request_weights
 from logitmix.serving.vllm_patches import (
@@ -30,6 +31,7 @@ class MixtureConfigHooks(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        validate_alternating(vllm_config)
         validate_speculation(vllm_config)
         model_config = vllm_config.model_config
         engine = engine_class(vllm_config)
@@ -49,17 +51,23 @@ class MixtureConfigHooks(VerifyAndUpdateConfig):
 def validate_speculation(vllm_config: VllmConfig) -> None:
     """Raise `ValueError` for a method of speculative decoding whose drafts need the target's own hidden states."""
     speculative_config = vllm_config.speculative_config
-    if speculative_config is not None and speculative_config.method not in SPECULATIVE_METHODS:
+    if speculative_config is None or is_alternating(speculative_config):
+        return
+    if speculative_config.method not in SPECULATIVE_METHODS:
         raise ValueError(
             f"the speculative method {speculative_config.method!r} is not supported for a mixture; use one of "
             f"{', '.join(SPECULATIVE_METHODS)}, or leave out speculative_config"
         )
 
 
-def validate_request(model_config: ModelConfig, params: SamplingParams) -> None:
-    """Raise `ValueError` for a request to a mixture whose weights are invalid."""
+def validate_request(
+    model_config: ModelConfig, params: SamplingParams, speculative_config: SpeculativeConfig | None
+) -> None:
+    """Raise `ValueError` for a request to a mixture whose weights are invalid, or that its decoding cannot take."""
     if isinstance(model_config.hf_config, LogitMixConfig):
         parse_request_weights(model_config.hf_config, params.extra_args)
+        if is_alternating(speculative_config):
+            validate_alternating_request(params)
 
 
 def validate_parallelism(vllm_config: VllmConfig) -> None:

@@ -53,6 +53,8 @@ class LogitMixForCausalLM(nn.Module):
         text_configs = [
             getattr(self.config, self.config.model_of(name)).get_text_config() for name in self.config.members
         ]
+        # the index of the member that runs alone, in alternating decoding
+        self.turn: int | None = None
         self.engine = engine_class(vllm_config)(vllm_config, [config.hidden_size for config in text_configs])
         # members that share a linear head: mix the hidden states and project once
         self.has_one_head = (
@@ -81,13 +83,21 @@ class LogitMixForCausalLM(nn.Module):
 
         `request_weights` `[N, K]` are those of each token's request, which vLLM's second model runner passes.
         """
+        if self.turn is not None:
+            return self.shared[self.config.members[self.turn]].forward(input_ids, positions)[0]
         hidden: dict[str, Tensor] = {}
         for shared in self.shared.values():
             hidden |= zip(shared.members, shared.forward(input_ids, positions), strict=True)
         return self.engine.join([hidden[name] for name in self.config.members], request_weights)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        """The mixture's logits `[N, V]`; None on ranks above 0 if vLLM gathers them on rank 0."""
+        """The mixture's logits `[N, V]`; None on ranks above 0 if vLLM gathers them on rank 0.
+
+        In a turn, those of the member that runs, in float32.
+        """
+        if self.turn is not None:
+            own_NV: Tensor = self.members[self.turn].compute_logits(hidden_states)
+            return own_NV[..., : self.vocab_size].float()
         hidden_ND, weights = self.engine.split(hidden_states)
         if self.has_one_head:
             mixed_ND = self.engine.mix(hidden_ND, weights, "logit").to(hidden_states.dtype)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 from vllm import SamplingParams
-from vllm.config import ModelConfig, VllmConfig, replace
+from vllm.config import ModelConfig, SpeculativeConfig, VllmConfig, replace
 from vllm.exceptions import VLLMValidationError
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
@@ -116,17 +116,21 @@ def requests_in_batch(runner: Any) -> dict[str, SamplingParams]:
     return {name: runner.requests[name].sampling_params for name in runner.input_batch.req_ids}
 
 
-def validate_sampling_parameters(validate: Callable[[ModelConfig, SamplingParams], None]) -> None:
+def validate_sampling_parameters(
+    validate: Callable[[ModelConfig, SamplingParams, SpeculativeConfig | None], None],
+) -> None:
     """Also call `validate` where vLLM verifies a request, since it refuses logits processors beside speculation."""
     base_verify = SamplingParams.verify
     if getattr(base_verify, "validates_mixtures", False):
         return
 
     @wraps(base_verify)
-    def verify(params: SamplingParams, model_config: ModelConfig, *args: Any, **kwargs: Any) -> None:
-        base_verify(params, model_config, *args, **kwargs)
+    def verify(
+        params: SamplingParams, model_config: ModelConfig, speculative_config: SpeculativeConfig | None, *args: Any
+    ) -> None:
+        base_verify(params, model_config, speculative_config, *args)
         try:
-            validate(model_config, params)
+            validate(model_config, params, speculative_config)
         except ValueError as error:
             raise VLLMValidationError(str(error)) from error
 

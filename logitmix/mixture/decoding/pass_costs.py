@@ -38,14 +38,21 @@ class PassCosts:
         layers = sum(model.config.cache_layers)
         return cls((sizes[0], sizes[1]), by_weights + by_layer * layers / sum(sizes))
 
-    def choose_num_drafts(self, num_open: int, acceptance: float, may_be_joint: bool = True) -> tuple[int, int] | None:
-        """The numbers of drafts of the members that cost least for `num_open` sequences.
+    @classmethod
+    def of_large_models(cls, device_type: str) -> "PassCosts":
+        """The costs of two members of one size, so large that starting their operations takes no time."""
+        return cls((1.0, 1.0), (_CPU if device_type == "cpu" else _GPU)[0])
+
+    def choose_num_drafts(
+        self, num_open: int, acceptance: float, may_be_joint: bool = True, max_drafts: int = MAX_DRAFTS
+    ) -> tuple[int, int] | None:
+        """The numbers of drafts of the members, at most `max_drafts`, that cost least for `num_open` sequences.
 
         None where joint decoding costs less, if `may_be_joint`.
         """
         cheap, dear = sorted(self.sizes)
         joint = (cheap + dear) * (self.fixed_tokens + num_open)
-        costs = {n: self._cost(n, num_open, acceptance, cheap, dear) for n in range(1, MAX_DRAFTS + 1)}
+        costs = {n: self._cost(n, num_open, acceptance, cheap, dear) for n in range(1, max_drafts + 1)}
         best = min(costs, key=lambda n: costs[n])
         if may_be_joint and costs[best] >= joint:
             return None

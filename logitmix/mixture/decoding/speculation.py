@@ -29,8 +29,8 @@ class SpeculativeSampler:
         A row without a distribution (NaN, +inf, or -inf everywhere) drafts uniformly: any q is exact, and the mixture
         may ignore this member.
         """
-        logits_BV = _make_finite(logits_BV)
-        log_q_BV = _make_finite(self._log_probs(logits_BV, tokens_BL, length_B))
+        logits_BV = make_finite(logits_BV)
+        log_q_BV = make_finite(self._log_probs(logits_BV, tokens_BL, length_B))
         return self._choose(log_q_BV), log_q_BV
 
     def verify(
@@ -65,7 +65,7 @@ class SpeculativeSampler:
         return torch.multinomial(log_probs_BV.exp(), num_samples=1).squeeze(1)
 
 
-def _make_finite(logits_BV: Tensor) -> Tensor:
+def make_finite(logits_BV: Tensor) -> Tensor:
     """The logits, or zeros in a row that has no distribution."""
     top_B1 = logits_BV.amax(-1, keepdim=True)
     return torch.where(top_B1.isfinite(), logits_BV, torch.zeros_like(logits_BV))

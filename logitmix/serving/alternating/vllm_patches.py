@@ -1,0 +1,95 @@
+"""What alternating decoding replaces in vLLM's first model runner, and the internals of vLLM that it reads.
+
+Written against vLLM 0.32; tests/serving/test_alternating_patches.py is the contract.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.platforms import current_platform
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.outputs import SamplerOutput
+
+from logitmix.serving.alternating.turns import MemberTurns, Row
+
+
+def platform_worker() -> type:
+    """vLLM's worker for this platform: a class of ours can be named instead of it, but not in front of it."""
+    if current_platform.is_cpu():
+        from vllm.v1.worker.cpu_worker import CPUWorker
+
+        return CPUWorker
+    from vllm.v1.worker.gpu_worker import Worker
+
+    return Worker
+
+
+def take_turns(runner: Any) -> None:
+    """Make a model runner one that takes turns; vLLM's workers choose its class themselves."""
+    runner.__class__ = type("AlternatingModelRunner", (AlternatingModelRunner, type(runner)), {})
+
+
+class AlternatingModelRunner:
+    """What is replaced in vLLM's first model runner, of which it is the first base class.
+
+    vLLM has a place for drafts of a custom class, but shows it neither logits nor requests.
+    """
+
+    turns: MemberTurns
+
+    def load_model(self: Any, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)  # type: ignore[misc]
+        self.turns = MemberTurns(self.get_model())
+
+    def execute_model(self: Any, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
+        """Run one member, or both, and mix the logits where the other member's are known."""
+        turn = scheduler_output.turn  # type: ignore[attr-defined]
+        self.turns.forget(None if turn.forget else scheduler_output.finished_req_ids)
+        self.turns.model.turn = turn.member
+        try:
+            output = super().execute_model(scheduler_output, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.turns.model.turn = None
+        if self.execute_model_state is not None:
+            self.turns.mix(turn.member, self._rows(scheduler_output), self.execute_model_state.logits)
+        return output
+
+    def _rows(self: Any, scheduler_output: SchedulerOutput) -> list[Row]:
+        rows, first = [], 0
+        for i, name in enumerate(self.input_batch.req_ids):
+            drafts = scheduler_output.scheduled_spec_decode_tokens.get(name, ())
+            start = int(self.input_batch.num_computed_tokens_cpu[i])
+            position = start + scheduler_output.num_scheduled_tokens[name] - 1 - len(drafts)
+            rows.append(Row(name, position, first, drafts[0] if drafts else None))
+            first += 1 + len(drafts)
+        return rows
+
+    def _sample(self: Any, logits: Tensor, spec_decode_metadata: Any) -> SamplerOutput:
+        """Sample, and blank what is not of the mixture."""
+        output = super()._sample(logits, spec_decode_metadata)  # type: ignore[misc]
+        if self.turns.member is not None:
+            if output.logprobs_tensors is not None and output.sampled_token_ids.shape[1] == 1:
+                output.logprobs_tensors = _repeat_rows(output.logprobs_tensors)
+            output.sampled_token_ids = self.turns.blank(output.sampled_token_ids)
+        return output
+
+    def _get_spec_decode_draft_probs(self: Any, spec_decode_metadata: Any) -> Tensor | None:
+        if self.input_batch.sampling_metadata.all_greedy:
+            return None
+        return self.turns.draft_probs(self.input_batch.vocab_size)
+
+    def propose_draft_token_ids(
+        self: Any, scheduler_output: Any, sampled_token_ids: Any, sampling_metadata: Any, *args: Any, **kwargs: Any
+    ) -> list[list[int]]:
+        return self.turns.draft(sampled_token_ids, sampling_metadata)
+
+    def _input_fits_in_drafter(self, *args: Any) -> bool:
+        """No model drafts; the scheduler leaves out a draft that does not fit."""
+        return True
+
+
+def _repeat_rows(tensors: Any) -> Any:
+    """Log-probabilities of requests with two columns of tokens each, of which the second is blank."""
+    parts = [part.repeat_interleave(2, 0) if isinstance(part, torch.Tensor) else part for part in tensors]
+    return type(tensors)(*parts)
