@@ -4,9 +4,10 @@
     python benchmarks/serving.py --device cuda --output benchmarks/results/serving_cuda.md
     python benchmarks/serving.py --rounds 1 --tokens 16 --rollouts 8 --only one two alphas
 
-Three engines share this process: one model, two full members, and two adapters on one base. Each full member is the
-base with one of the adapters merged, and the model is the first of them, so all have the same size and both mixtures
-are the same distribution. They alternate (A B C A B C ...); the tables show medians of the ratios within each round.
+Four engines share this process: one model, two full members, two adapters on one base, and two full members that decode
+alternately. Each full member is the base with one of the adapters merged, and the model is the first of them, so all
+have the same size and both mixtures are the same distribution. The anchor of the fourth engine is the policy with 1 %
+of noise, so most drafts are accepted. They alternate (A B C A B C ...); the tables show medians of the ratios within each round.
 Weights are random, every request generates all its tokens, and prefix caching is off. The loop samples from two models
 as the authors do (METHOD.md): token by token, each model with its own cache, 8 sequences at a time; but without
 decoding every text at every token to look for a stop string.
@@ -47,6 +48,7 @@ from trl.generation import vllm_generation
 from vllm import LLM, SamplingParams
 
 from logitmix.mixture.modeling import LogitMixForCausalLM
+from logitmix.serving.alternating import alternating_decoding, decoding_statistics
 from logitmix.training.rollouts.vllm import MixtureVLLMGeneration
 
 ALPHA = 0.4
@@ -66,13 +68,14 @@ SIZES = {
 }  # fmt: skip
 ENGINE = {
     "cpu": {"dtype": "float32", "enforce_eager": True},
-    "cuda": {"dtype": "bfloat16", "gpu_memory_utilization": 0.25},
+    "cuda": {"dtype": "bfloat16", "gpu_memory_utilization": 0.2},
 }
 
 NAMES = {
     "one": "one model",
     "two": "two full members",
     "adapters": "two adapters on one base",
+    "alternating": "two full members, alternating",
     "alphas": "two full members, each request its own alpha",
     "rollouts": "logitmix rollouts, two full members",
     "loop": "a loop over two models, 8 sequences at a time",
@@ -88,6 +91,9 @@ BARS = {
         ("adapters", "one", "many", 0.54),
         ("adapters", "two", "one", None),
         ("adapters", "two", "many", None),
+        ("alternating", "one", "one", 0.70),
+        ("alternating", "two", "one", None),
+        ("alternating", "two", "many", 0.97),
         ("alphas", "two", "many", 0.97),
         ("rollouts", "loop", "rollouts", 2.5),
         ("sync", "sync_all", "none", 0.55),
@@ -99,6 +105,8 @@ BARS = {
         ("adapters", "one", "many", 0.75),
         ("adapters", "two", "one", None),
         ("adapters", "two", "many", None),
+        ("alternating", "one", "one", 0.74),
+        ("alternating", "one", "many", 0.70),
         ("alphas", "two", "many", 0.97),
         ("rollouts", "loop", "rollouts", 20.0),
         ("sync", "sync_all", "none", 0.55),
@@ -130,10 +138,20 @@ class Models:
         self.mixture = LogitMixForCausalLM.from_members(members[0], members[1], ALPHA).to(device)
         self.mixture.policy.requires_grad_(True)  # merging froze it, and only trainable weights are synchronised
         self.mixture.save_pretrained(self.two)
+        self.near = folder / "near"
+        LogitMixForCausalLM.from_members(members[0], with_noise(self.one, dtype), ALPHA).save_pretrained(self.near)
 
 
 def merge_adapter(adapter: Path, dtype: torch.dtype) -> PreTrainedModel:
     return AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=dtype).merge_and_unload().eval()
+
+
+def with_noise(folder: Path, dtype: torch.dtype, share: float = 0.01) -> PreTrainedModel:
+    model = Qwen2ForCausalLM.from_pretrained(folder, dtype=dtype)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += share * weight.std() * torch.randn_like(weight)
+    return model.eval()
 
 
 class Rollouts(MixtureVLLMGeneration):
@@ -161,6 +179,7 @@ class Benchmark:
             "one": engine(str(self.models.one)),
             "two": engine(str(self.models.two), logprobs_mode="processed_logprobs"),
             "adapters": engine(str(self.models.adapters)),
+            "alternating": engine(str(self.models.near), **alternating_decoding()),
         }
         self.rollouts = Rollouts(self.models.mixture, accelerator, self.engines["two"], args.tokens)
         generator = torch.Generator().manual_seed(1)
@@ -186,7 +205,7 @@ class Benchmark:
         runs: dict[Run, Callable[[], Any]] = {
             (name, requests): partial(self.generate, name, requests)
             for requests in (few, many)
-            for name in ("one", "two", "adapters")
+            for name in ("one", "two", "adapters", "alternating")
         }
         runs["alphas", many] = partial(self.generate, "two", many, alphas=True)
         runs["rollouts", rollouts] = lambda: self.rollouts.generate(self.groups(), None, GROUP)
@@ -307,6 +326,11 @@ def report(rounds: list[dict[Run, float]], benchmark: Benchmark, args: argparse.
             f"| {NAMES[run]} / {NAMES[baseline]} | {requests or '-'} | {median:.3g} | {each[0]:.3g} to {each[-1]:.3g} "
             f"| {limit} | {'' if bar is None else 'met' if met else '**missed**'} |"
         )
+    counts = decoding_statistics(benchmark.engines["alternating"])
+    lines += [
+        "",
+        f"Alternating: {counts.acceptance or 0:.2f} of the drafts accepted, {counts.passes_per_token:.2f} passes a token over all runs.",
+    ]
     return "\n".join(lines) + "\n"
 
 

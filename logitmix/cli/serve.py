@@ -33,6 +33,10 @@ class ServeArguments(MixtureArguments):
     alpha_range: list[float] = field(
         default_factory=lambda: [0.0, 1.0], metadata={"help": "Lowest and highest alpha that a request may choose."}
     )
+    decoding: Decoding = field(
+        default="auto",
+        metadata={"help": f"{DECODING_HELP} With vLLM, auto is joint; alternating needs two full members."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,7 +52,6 @@ class ServerArguments:
     served_model_name: str | None = field(
         default=None, metadata={"help": "Name of the model in requests; default: MODEL as given."}
     )
-    decoding: Decoding = field(default="auto", metadata={"help": f"Without vLLM. {DECODING_HELP}"})
 
 
 @dataclass
@@ -119,8 +122,23 @@ def vllm_command(args: ServeArguments, vllm_flags: Sequence[str]) -> list[str]:
         *("--middleware", "logitmix.serving.http.MixtureFields", "--hf-overrides", json.dumps(overrides)),
         # vLLM's own defaults: a checkpoint's generation_config gives the end tokens and no sampling parameter
         *("--generation-config", "vllm"),
+        *(alternating_flags() if args.decoding == "alternating" else []),
         *vllm_flags,
     ]
+
+
+def alternating_flags() -> list[str]:
+    """The flags of vLLM's server that turn on alternating decoding."""
+    from logitmix.serving.alternating import alternating_decoding
+
+    flags = []
+    for name, value in alternating_decoding().items():
+        flag = name.replace("_", "-")
+        if value is False:
+            flags.append(f"--no-{flag}")
+        else:
+            flags += [f"--{flag}", json.dumps(value) if isinstance(value, dict) else value]
+    return flags
 
 
 def validate_tokenizer(folder: str) -> None:
@@ -168,7 +186,7 @@ def serve_without_vllm(args: ServeArguments, flags: Sequence[str]) -> None:
         file=sys.stderr,
     )
     serve(
-        model, require_tokenizer(folder), server.served_model_name or folder, server.host, server.port, server.decoding
+        model, require_tokenizer(folder), server.served_model_name or folder, server.host, server.port, args.decoding
     )
 
 

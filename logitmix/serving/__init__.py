@@ -9,7 +9,7 @@ A request's alpha passes through these files:
    it runs. `engine.py` is their interface, and `model_state.py` the second runner's state.
 4. `model.py` mixes the members' logits at these weights.
 
-`config.py` sets up vLLM for a mixture, `adapters.py` runs members that are adapters of one model, and the two
+`alternating/` lets two members take turns. `config.py` sets up vLLM for a mixture, `adapters.py` runs members that are adapters of one model, and the two
 `*_patches.py` hold what depends on internals of vLLM and transformers.
 """
 

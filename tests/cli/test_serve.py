@@ -11,6 +11,7 @@ from tokenizers.processors import TemplateProcessing
 
 from logitmix.cli import serve
 from logitmix.cli.__main__ import main
+from logitmix.serving.alternating import alternating_decoding
 from tests.helpers.members import character_tokenizer, tiny_member
 from tests.helpers.paths import ROOT
 
@@ -99,6 +100,20 @@ def test_the_command_of_the_docs_runs_the_one_it_names(folders, monkeypatch):
         return [json.loads(word) if word.startswith("{") else word for word in command[1:]]
 
     assert parsed(become[0]) == parsed(become[1]) == parsed(shlex.split(vllms.replace("\\\n", "")))
+
+
+def test_alternating_decoding_becomes_flags_of_vllm(folders):
+    served = {"anchor": str(folders / "sft"), "output_dir": str(folders / "mixture"), "decoding": "alternating"}
+    command = command_of({"model_name_or_path": str(folders / "base")} | served, ["--port", "8001"])
+    expected = alternating_decoding()
+    assert json.loads(command[command.index("--speculative-config") + 1]) == expected["speculative_config"]
+    assert command[command.index("--worker-cls") + 1] == expected["worker_cls"]
+    assert command[command.index("--scheduler-cls") + 1] == expected["scheduler_cls"]
+    assert "--no-async-scheduling" in command
+    assert command[-2:] == ["--port", "8001"]
+    for decoding in ("auto", "joint"):
+        served = {"model_name_or_path": str(folders / "mixture"), "decoding": decoding}
+        assert "--speculative-config" not in command_of(served)
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,17 @@ def model_runner(llm):
     return llm.llm_engine.model_executor.driver_worker.model_runner
 
 
+def scheduler(llm):
+    """The scheduler of an engine in this process."""
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def random_prompts(count):
+    """Prompts of 2 to 21 tokens."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(3, VOCAB_SIZE, (2 + i % 20,), generator=generator).tolist() for i in range(count)]
+
+
 def greedy_params(fields=None, **kwargs):
     """Greedy sampling parameters with log-probabilities; `fields` are the request's `alpha`, `weights` or `member`."""
     from vllm import SamplingParams

@@ -1,5 +1,6 @@
 """vLLM's OpenAI-compatible server of a mixture, called by the official client."""
 
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -130,3 +131,23 @@ def test_the_server_works_after_being_killed(server, client, mixture):
     server.start()
     assert complete(client).choices[0].token_ids == expected
     assert {path.name: path.read_bytes() for path in server.folder.iterdir()} == before
+
+
+def test_the_server_decodes_alternately(folder, mixture):
+    """The scheduler and the worker run in a process of their own here."""
+    engine = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "128", "--decoding", "alternating"]
+    server = Server(folder / "mixture", folder / "alternating.txt", *engine)
+    try:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=240)
+        fields = {"member_logprobs": True}
+        for alpha in (0.2, 0.8):
+            (choice,) = complete(client, fields={"alpha": alpha, **fields}, max_tokens=16).choices
+            assert choice.token_ids == greedy_tokens(mixture, PROMPT, 16, alpha=alpha)
+            assert set(choice.member_logprobs) == {"policy", "anchor_0"}
+        with pytest.raises(openai.BadRequestError, match="structured_outputs"):
+            complete(client, fields={"structured_outputs": {"regex": "a+"}})
+        metrics = httpx.get(f"{server.url}/metrics").text
+    finally:
+        server.kill()
+    (drafts,) = re.findall(r"vllm:spec_decode_num_drafts_total\{.*\} ([\d.]+)", metrics)
+    assert float(drafts) > 0

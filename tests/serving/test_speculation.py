@@ -11,10 +11,10 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed; `make test-serving` has an environment with it")
 
-import torch
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
+from tests.helpers.distributions import assert_chi_square, exact_marginals
 from tests.helpers.engines import (
     ALPHAS,
     PROMPTS,
@@ -23,8 +23,8 @@ from tests.helpers.engines import (
     generate,
     greedy_params,
     greedy_tokens,
+    random_prompts,
 )
-from tests.helpers.members import VOCAB_SIZE
 from tests.helpers.ngram import check_ngram_drafts
 from tests.helpers.vllm_members import build_mixture, save_member
 
@@ -56,11 +56,6 @@ def drafts_of(folder, draft, **kwargs):
 
 def accepted(llm):
     return sum(m.value for m in llm.get_metrics() if m.name == "vllm:spec_decode_num_accepted_tokens")
-
-
-def random_prompts(count):
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randint(3, VOCAB_SIZE, (2 + i % 20,), generator=generator).tolist() for i in range(count)]
 
 
 def test_greedy_tokens_of_50_prompts_at_their_own_alpha_match_transformers(mixture, folder):
@@ -100,32 +95,6 @@ def test_requests_are_validated_and_aborted_beside_speculation(mixture, folder):
         assert_matches_transformers(mixture, llm)
 
 
-def exact_marginals(mixture, prompt, alpha, temperature):
-    """The distribution of the first three tokens after a prompt, each over the tokens before it."""
-
-    def next_probabilities(sequences):
-        with torch.no_grad():
-            logits = mixture(input_ids=torch.tensor(sequences), alpha=alpha).logits[:, -1]
-        return (logits.double() / temperature).softmax(-1)
-
-    tokens = range(VOCAB_SIZE)
-    first = next_probabilities([prompt])[0]
-    second = next_probabilities([[*prompt, a] for a in tokens])
-    third = next_probabilities([[*prompt, a, b] for a in tokens for b in tokens])
-    pairs = (first[:, None] * second).flatten()
-    return [first, first @ second, pairs @ third]
-
-
-def chi_square(tokens, probabilities):
-    """Pearson's statistic and its degrees of freedom; cells with fewer than 5 expected are pooled."""
-    counts = torch.bincount(torch.tensor(tokens), minlength=VOCAB_SIZE).double()
-    expected = probabilities * len(tokens)
-    large = expected >= 5
-    counts = torch.cat([counts[large], counts[~large].sum()[None]])
-    expected = torch.cat([expected[large], expected[~large].sum()[None]])
-    return ((counts - expected) ** 2 / expected.clamp(min=1e-9)).sum().item(), len(counts) - 1
-
-
 @pytest.mark.parametrize(("draft", "how"), [("policy", "probabilistic"), ("stale", "greedy")])
 def test_samples_have_the_mixtures_distribution(mixture, folder, draft, how):
     """The first token follows a prefill; the others are drafted and verified, at the request's own alpha."""
@@ -141,9 +110,7 @@ def test_samples_have_the_mixtures_distribution(mixture, folder, draft, how):
         outputs = generate(llm, [prompt] * len(params), params)
         assert accepted(llm) > 0
     for position, probabilities in enumerate(expected):
-        statistic, freedom = chi_square([o.outputs[0].token_ids[position] for o in outputs], probabilities)
-        # the normal approximation's 4.5 standard deviations: about 1 of 300,000 samples of the right distribution
-        assert statistic < freedom + 4.5 * (2 * freedom) ** 0.5, (position, statistic, freedom)
+        assert_chi_square([o.outputs[0].token_ids[position] for o in outputs], probabilities)
 
 
 def test_seeds_reproduce_samples_of_n_completions(folder):

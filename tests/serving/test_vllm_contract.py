@@ -77,7 +77,7 @@ PARAMETERS = [
         ["self", "vllm_config", "device", "is_pin_memory"],
     ),
     ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner._update_states", ["self", "scheduler_output"]),
-    ("vllm.sampling_params", "SamplingParams.verify", ["self", "model_config"]),
+    ("vllm.sampling_params", "SamplingParams.verify", ["self", "model_config", "speculative_config"]),
     # configuration
     ("vllm.config.vllm", "VllmConfig.use_v2_model_runner", ["self"]),
     ("vllm.config.vllm", "VllmConfig.with_hf_config", ["self", "hf_config", "architectures"]),
