@@ -4,10 +4,11 @@
     python benchmarks/serving.py --device cuda --output benchmarks/results/serving_cuda.md
     python benchmarks/serving.py --rounds 1 --tokens 16 --rollouts 8 --only one two alphas
 
-Four engines share this process: one model, two full members, two adapters on one base, and two full members that decode
-alternately. Each full member is the base with one of the adapters merged, and the model is the first of them, so all
-have the same size and both mixtures are the same distribution. The anchor of the fourth engine is the policy with 1 %
-of noise, so most drafts are accepted. They alternate (A B C A B C ...); the tables show medians of the ratios within each round.
+Four engines share this process: one model, two full members, two adapters on one base, and two full members that take
+turns. Each full member is the base with one of the adapters merged, and the model is the first of them, so all
+have the same size and the first two mixtures are the same distribution. The anchor of the fourth engine is the policy
+with 1 % of noise, so most drafts are accepted. The runs alternate (A B C A B C ...); the tables show medians of the
+ratios within each round.
 Weights are random, every request generates all its tokens, and prefix caching is off. The loop samples from two models
 as the authors do (METHOD.md): token by token, each model with its own cache, 8 sequences at a time; but without
 decoding every text at every token to look for a stop string.
@@ -329,7 +330,8 @@ def report(rounds: list[dict[Run, float]], benchmark: Benchmark, args: argparse.
     counts = decoding_statistics(benchmark.engines["alternating"])
     lines += [
         "",
-        f"Alternating: {counts.acceptance or 0:.2f} of the drafts accepted, {counts.passes_per_token:.2f} passes a token over all runs.",
+        f"Alternating: {counts.acceptance or 0:.2f} of the drafts accepted, {counts.passes_per_token:.2f} passes a "
+        "token over all runs.",
     ]
     return "\n".join(lines) + "\n"
 

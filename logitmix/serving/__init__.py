@@ -9,8 +9,8 @@ A request's alpha passes through these files:
    it runs. `engine.py` is their interface, and `model_state.py` the second runner's state.
 4. `model.py` mixes the members' logits at these weights.
 
-`alternating/` lets two members take turns. `config.py` sets up vLLM for a mixture, `adapters.py` runs members that are adapters of one model, and the two
-`*_patches.py` hold what depends on internals of vLLM and transformers.
+`config.py` sets up vLLM for a mixture, `alternating/` lets two members take turns, `adapters.py` runs members that are
+adapters of one model, and the `*_patches.py` hold what depends on internals of vLLM and transformers.
 """
 
 ARCHITECTURE = "LogitMixForCausalLM"
