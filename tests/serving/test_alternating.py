@@ -221,6 +221,15 @@ def test_samples_of_members_that_agree_have_the_mixtures_distribution(near):
         assert_chi_square([output.outputs[0].token_ids[position] for output in outputs], probabilities)
 
 
+@pytest.mark.parametrize("pair", [("qwen3", "gemma2"), ("mistral", "gpt2")], ids="+".join)
+def test_members_with_sliding_windows_take_turns(tmp_path, pair):
+    mixture = build_mixture(*pair, alpha=0.4)
+    mixture.save_pretrained(tmp_path)
+    with alternating(tmp_path, max_num_batched_tokens=16) as llm:
+        assert_matches_transformers(mixture, llm, max_tokens=30)
+        assert sum(decoding_statistics(llm).drafted) > 0
+
+
 def test_seeds_reproduce_samples_of_n_completions_and_their_log_probs(mixture, folder):
     prompt, fields = PROMPTS[0], {"alpha": 0.7}
     params = SamplingParams(n=4, temperature=0.8, max_tokens=8, ignore_eos=True, seed=3, logprobs=0, extra_args=fields)

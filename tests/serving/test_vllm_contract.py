@@ -77,6 +77,20 @@ PARAMETERS = [
         ["self", "vllm_config", "device", "is_pin_memory"],
     ),
     ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner._update_states", ["self", "scheduler_output"]),
+    ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner.execute_model", ["self", "scheduler_output"]),
+    ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner._sample", ["self", "logits", "spec_decode_metadata"]),
+    (
+        "vllm.v1.core.sched.scheduler",
+        "Scheduler.update_from_output",
+        ["self", "scheduler_output", "model_runner_output"],
+    ),
+    ("vllm.v1.core.kv_cache_manager", "KVCacheManager.cache_blocks", ["self", "request", "num_computed_tokens"]),
+    (
+        "vllm.v1.sample.rejection_sampler",
+        "apply_sampling_constraints",
+        ["logits", "cu_num_draft_tokens", "sampling_metadata"],
+    ),
+    ("vllm.v1.sample.ops.topk_topp_sampler", "random_sample", ["probs", "generators"]),
     ("vllm.sampling_params", "SamplingParams.verify", ["self", "model_config", "speculative_config"]),
     # configuration
     ("vllm.config.vllm", "VllmConfig.use_v2_model_runner", ["self"]),
