@@ -254,7 +254,7 @@ def test_passes_per_token_follow_from_the_acceptance_rate(near):
     with alternating(folder, enable_prefix_caching=False) as llm:
         generate(llm, PROMPTS[:1], greedy_params(max_tokens=60))
         statistics = decoding_statistics(llm)
-    assert 0.7 < statistics.acceptance < 1
+    assert 0.5 < statistics.acceptance < 1
     # both members read the prompt, and the first turn yields no token
     assert statistics.passes_per_token == pytest.approx(2 - statistics.acceptance, abs=0.05)
 
@@ -274,6 +274,7 @@ def test_many_requests_and_a_low_acceptance_rate_are_decoded_jointly(mixture, ne
         generate(llm, PROMPTS[:1] * 48, greedy_params())
         assert decoding_statistics(llm).passes_per_token == 2
     with alternating(folder, always=False) as llm:
+        scheduler(llm).costs = PassCosts((1.0, 1.0), fixed_tokens=2.0)  # turns pay above an acceptance rate of a half
         generate(llm, PROMPTS[:1], greedy_params({"alpha": 0.5}, max_tokens=60))
         statistics = decoding_statistics(llm)
         assert sum(statistics.drafted) < 40

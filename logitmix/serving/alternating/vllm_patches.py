@@ -67,6 +67,8 @@ class AlternatingModelRunner:
 
     def _sample(self: Any, logits: Tensor, spec_decode_metadata: Any) -> SamplerOutput:
         """Sample, and blank what is not of the mixture."""
+        if spec_decode_metadata is not None and not any(spec_decode_metadata.num_draft_tokens):
+            spec_decode_metadata = None  # top-k of no rows fails
         output = super()._sample(logits, spec_decode_metadata)  # type: ignore[misc]
         if self.turns.member is not None:
             if output.logprobs_tensors is not None and output.sampled_token_ids.shape[1] == 1:
