@@ -59,6 +59,8 @@ class Acceptance:
 class AlternatingScheduler(Scheduler):
     """vLLM's scheduler, with turns of two members that share the requests' positions but not their progress."""
 
+    num_spec_tokens: int  # of vLLM
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.costs = PassCosts.of_large_models(current_platform.device_type)
@@ -90,7 +92,8 @@ class AlternatingScheduler(Scheduler):
             self.acceptance = Acceptance()
         self.prefilled.clear()
         # vLLM would give a new request of one token an invalid draft, to have two tokens in each row
-        num_spec_tokens, self.num_spec_tokens = self.num_spec_tokens, 0
+        num_spec_tokens = self.num_spec_tokens
+        self.num_spec_tokens = 0
         step = super().schedule(*args, **kwargs)
         self.num_spec_tokens = num_spec_tokens
         starts = {name: self.requests[name].num_computed_tokens - n for name, n in step.num_scheduled_tokens.items()}
