@@ -30,7 +30,6 @@ def test_the_installed_version_is_the_one_that_the_patches_were_written_for():
 
 def test_take_turns_changes_the_class_of_a_runner_that_the_worker_has_made():
     assert_source_has(PACKAGE, CPUWorker.init_device, "self.model_runner")
-    assert_source_has(PACKAGE, Worker.init_device, "self.model_runner")
     assert_has(PACKAGE, GPUModelRunner, "load_model", "get_model")
     assert_has(PACKAGE, Worker, "reload_weights")
     # a proposer of a custom class is made with the configuration alone, and loaded on a CPU
