@@ -217,7 +217,7 @@ def marks_of_tests() -> dict[str, set[str]]:
         shared = [
             node for node in body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "pytestmark"
         ]
-        for node in body:
+        for node in ast.walk(ast.Module(body, [])):
             if isinstance(node, ast.FunctionDef):
                 text = " ".join(map(ast.unparse, [*shared, *node.decorator_list]))
                 found[node.name] = set(re.findall(r"pytest\.mark\.(\w+)", text))
