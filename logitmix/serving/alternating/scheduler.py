@@ -92,7 +92,7 @@ class AlternatingScheduler(Scheduler):
             self.acceptance = Acceptance()
         self.prefilled.clear()
         # vLLM would give a new request of one token an invalid draft, to have two tokens in each row
-        num_spec_tokens: int = self.num_spec_tokens  # type: ignore[has-type]
+        num_spec_tokens = self.num_spec_tokens
         self.num_spec_tokens = 0
         step = super().schedule(*args, **kwargs)
         self.num_spec_tokens = num_spec_tokens
