@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 
 from logitmix.loss_head.torch_patches import onednn_matmul
+from logitmix.mixture.torch_patches import has_onednn
 
 Product = Literal["logits", "hidden_gradient", "weight_gradient"]
 Library = Literal["torch.mm", "oneDNN"]
@@ -35,7 +36,7 @@ _choices: dict[ShapeClass, Library] = {}
 
 def choose_library(product: Product, rows: int, width: int) -> Library:
     """The library for a float32 product with a tile `[rows, width]` of a head; measured if its class is new."""
-    if rows * width < _LEAST_ELEMENTS or not _has_onednn():
+    if rows * width < _LEAST_ELEMENTS or not has_onednn():
         return "torch.mm"
     shape_class = (product, width, torch.get_num_threads())
     if shape_class not in _choices:
@@ -83,9 +84,3 @@ def measure(product: Product, width: int) -> dict[Library, float]:
         seconds["torch.mm"] = min(seconds["torch.mm"], middle - start)
         seconds["oneDNN"] = min(seconds["oneDNN"], end - middle)
     return seconds
-
-
-def _has_onednn() -> bool:
-    """Whether oneDNN is enabled and can use AVX-512, without which it has no advantage over MKL."""
-    is_enabled = bool(torch.backends.mkldnn.enabled) and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return is_enabled and torch.backends.cpu.get_cpu_capability() == "AVX512"

@@ -56,10 +56,11 @@ def fast_products_of_few_rows(model: nn.Module) -> Iterator[None]:
     """Within the context, multiply by the large float32 weights of `model` with oneDNN on an AMD processor.
 
     `F.linear` takes MKL for float32, whose products of few rows are slow there: 2 rows by a head of 49,152 tokens and
-    width 576 take 28 ms, against 12 ms for 1 row, and 6 ms by oneDNN (two cores of an EPYC). Only without gradients.
+    width 576 take 28 ms, against 12 ms for 1 row, and 6 ms by oneDNN (`benchmarks/few_rows.py`, two cores of an EPYC).
+    Only without gradients.
     """
     linear = [layer for layer in model.modules() if type(layer) is nn.Linear]
-    layers = [layer for layer in linear if is_amd() and _is_large(layer)]
+    layers = [layer for layer in linear if is_amd() and has_onednn() and _is_large(layer)]
     for layer in layers:
         layer.forward = partial(_multiply, layer)  # type: ignore[method-assign]
     try:
@@ -71,10 +72,15 @@ def fast_products_of_few_rows(model: nn.Module) -> Iterator[None]:
 
 @cache
 def is_amd() -> bool:
-    """Whether torch's products run on an AMD processor, with oneDNN at hand."""
+    """Whether this is an AMD processor."""
     info = Path("/proc/cpuinfo")
-    has_onednn = bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
-    return has_onednn and info.exists() and "AuthenticAMD" in info.read_text()
+    return info.exists() and "AuthenticAMD" in info.read_text()
+
+
+def has_onednn() -> bool:
+    """Whether oneDNN is enabled and can use AVX-512, without which it has no advantage over MKL."""
+    is_enabled = bool(torch.backends.mkldnn.enabled) and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return is_enabled and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -17,7 +17,7 @@ from tests.helpers.members import tiny_member
 PRODUCTS = ["logits", "hidden_gradient", "weight_gradient"]
 ROWS, WIDTH = 2048, 64  # a tile that is large enough to be measured
 
-pytestmark = pytest.mark.skipif(not libraries._has_onednn(), reason="oneDNN or AVX-512 is missing")
+pytestmark = pytest.mark.skipif(not libraries.has_onednn(), reason="oneDNN or AVX-512 is missing")
 
 
 @pytest.fixture(autouse=True)

@@ -114,6 +114,7 @@ def test_onednn_multiplies_as_linear_does(rows, bias):
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
 def test_large_layers_multiply_by_onednn_on_amd_and_are_restored(monkeypatch):
     monkeypatch.setattr(torch_patches, "is_amd", lambda: True)
+    monkeypatch.setattr(torch_patches, "has_onednn", lambda: True)
     calls = []
     monkeypatch.setattr(torch_patches, "onednn_linear", lambda *args: calls.append(args) or onednn_linear(*args))
     model = nn.Sequential(nn.Linear(1024, 512), nn.Linear(512, 4), nn.Linear(4, 1024 * 128, dtype=torch.bfloat16))
