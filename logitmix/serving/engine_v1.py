@@ -18,7 +18,13 @@ from logitmix.mixture.configuration import LogitMixConfig
 from logitmix.mixture.mixing import mix_logits
 from logitmix.serving.engine import Engine, OfMixture
 from logitmix.serving.requests import parse_request_weights
-from logitmix.serving.vllm_patches import after_batch_update, repair_expand_kernel, request_starts, requests_in_batch
+from logitmix.serving.vllm_patches import (
+    after_batch_update,
+    draw_drafts_by_seed,
+    repair_expand_kernel,
+    request_starts,
+    requests_in_batch,
+)
 
 # `join` appends the batch row of each token's request to its hidden states. The row takes two columns, because
 # bfloat16 is exact only up to 256; the other columns are padding that keeps the hidden states aligned.
@@ -64,6 +70,7 @@ class FirstRunnerEngine(Engine):
         after_batch_update(FirstRunnerEngine.follow)
         if vllm_config.speculative_config is not None:
             repair_expand_kernel()
+            draw_drafts_by_seed()
 
     @staticmethod
     def follow(model: Any, runner: Any, step: Any) -> None:

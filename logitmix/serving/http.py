@@ -103,7 +103,10 @@ def _take_member_logprobs(request: dict[str, Any], path: str) -> bool:
 def _move_mixture_fields(request: dict[str, Any], config: LogitMixConfig) -> list[float] | None:
     """Move the mixture's fields to `vllm_xargs`, which vLLM passes on as `extra_args`; return the weights."""
     fields = {key: request.pop(key) for key in REQUEST_FIELDS if key in request}
-    extra_args = (request.get("vllm_xargs") or {}) | fields
+    given = request.get("vllm_xargs")
+    if given is not None and not isinstance(given, dict):
+        raise ValueError(f"vllm_xargs is {given!r}, but must be an object; leave it out, or name its fields")
+    extra_args = (given or {}) | fields
     if fields:
         request["vllm_xargs"] = extra_args
     return parse_request_weights(config, extra_args)
@@ -176,13 +179,13 @@ def _parse_object(body: bytes) -> dict[str, Any] | None:
     """The JSON object in a body, or None if it holds none."""
     try:
         value = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 
 
 def _to_json(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False).encode()
+    return json.dumps(value).encode()  # in ASCII, since a text may hold half of a surrogate pair
 
 
 async def _send_error(send: Send, message: str) -> None:

@@ -16,7 +16,6 @@ from typing import Any
 from torch import Tensor, nn
 from vllm.compilation.backends import set_model_tag
 from vllm.config import VllmConfig
-from vllm.logger import init_logger
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.utils import initialize_model
@@ -25,9 +24,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
 from logitmix.mixture.frozen import frozen_weights
 from logitmix.serving.adapters import SharedModel
 from logitmix.serving.config import engine_class
-from logitmix.serving.vllm_patches import kv_bytes_per_token, member_vllm_config
-
-logger = init_logger("vllm.logitmix")
+from logitmix.serving.vllm_patches import member_vllm_config
 
 
 class LogitMixForCausalLM(nn.Module):
@@ -60,8 +57,6 @@ class LogitMixForCausalLM(nn.Module):
         self.has_one_head = (
             len(self.config.model_names) == 1 and self.config.scheme == "logit" and _has_linear_head(self.policy)
         )
-        # vLLM's error for a context that does not fit names the whole cache only
-        logger.info("A token of context takes %d bytes of KV cache, of all members.", kv_bytes_per_token(vllm_config))
 
     @property
     def members(self) -> list[Any]:

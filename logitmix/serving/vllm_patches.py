@@ -4,7 +4,7 @@ Written against vLLM 0.32; tests/serving/test_vllm_patches.py is the contract.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from importlib.util import find_spec
 from types import MethodType
@@ -23,6 +23,7 @@ from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdate
 from vllm.platforms import current_platform
 from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.sample.metadata import SamplingMetadata
 
 # --- configuration --------------------------------------------------------------------------------------------------
 
@@ -72,13 +73,34 @@ def member_vllm_config(vllm_config: VllmConfig, name: str, config: PreTrainedCon
     return replace(member, cache_config=cache_config)
 
 
-def kv_bytes_per_token(vllm_config: VllmConfig) -> int:
-    """Bytes of KV cache per token, over all layers of all members; vLLM reports only whole caches.
+def name_bytes_of_a_token(of_model: type[PreTrainedConfig]) -> None:
+    """Add the bytes of KV cache per token to the error of a context that does not fit, for models of this kind.
 
-    A layer with a sliding window needs its share only for the tokens in the window.
+    vLLM names the whole cache only, and several members need more than it leads to expect.
     """
-    layers = vllm_config.compilation_config.static_forward_context.values()
-    specs = [layer.get_kv_cache_spec(vllm_config) for layer in layers if isinstance(layer, Attention)]
+    from vllm.v1.engine import core
+
+    base_configs = core.get_kv_cache_configs
+    if hasattr(base_configs, "__wrapped__"):
+        return
+
+    @wraps(base_configs)
+    def configs(vllm_config: VllmConfig, kv_cache_specs: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return base_configs(vllm_config, kv_cache_specs, *args, **kwargs)
+        except ValueError as error:
+            if not isinstance(vllm_config.model_config.hf_config, of_model):
+                raise
+            num_bytes = kv_bytes_per_token(kv_cache_specs[0].values())
+            raise ValueError(
+                f"{error} A token of context takes {num_bytes} bytes of KV cache on a device, of all members."
+            ) from error
+
+    core.get_kv_cache_configs = configs  # type: ignore[assignment]
+
+
+def kv_bytes_per_token(specs: Iterable[Any]) -> int:
+    """Bytes of KV cache per token over all layers; one with a sliding window needs them only within the window."""
     return sum(spec.page_size_bytes // spec.block_size for spec in specs)
 
 
@@ -162,6 +184,25 @@ def _expand(
     counts = ends.diff(prepend=ends.new_zeros(1))
     replaced = torch.where(values == replace_from, torch.as_tensor(replace_to, dtype=values.dtype), values)
     output[: int(ends[-1])] = replaced.repeat_interleave(counts).to(output.dtype)
+
+
+def draw_drafts_by_seed() -> None:
+    """Draw the drafts of requests with a seed by their own generators; vLLM's draft models use the global one."""
+    from vllm.v1.sample.ops.topk_topp_sampler import random_sample
+    from vllm.v1.spec_decode import llm_base_proposer
+
+    base_draw = llm_base_proposer.compute_probs_and_sample_next_token
+    if hasattr(base_draw, "__wrapped__"):
+        return
+
+    @wraps(base_draw)
+    def draw(logits: Tensor, metadata: SamplingMetadata, *args: Any) -> tuple[Tensor, Tensor]:
+        tokens_N, probs_NV = base_draw(logits, metadata, *args)
+        for i, generator in metadata.generators.items():
+            tokens_N[i : i + 1] = random_sample(probs_NV[i : i + 1].clone(), {0: generator})
+        return tokens_N, probs_NV
+
+    llm_base_proposer.compute_probs_and_sample_next_token = draw
 
 
 # --- forward pass ---------------------------------------------------------------------------------------------------

@@ -22,6 +22,14 @@ if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1" and find_spec("triton") and
     triton_cpu.install()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def quick_engines():
+    from tests.helpers.engines import quick_garbage_collection
+
+    with quick_garbage_collection():
+        yield
+
+
 @pytest.fixture(scope="module")
 def mixture():
     from tests.helpers.servers import CHAT_TEMPLATE

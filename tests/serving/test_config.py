@@ -11,7 +11,7 @@ from transformers import LlamaConfig, MambaConfig, Qwen2Config
 from vllm import EngineArgs
 
 from logitmix.mixture.configuration import FORMAT_VERSION, LogitMixConfig
-from logitmix.serving import config, model
+from logitmix.serving import config
 from logitmix.serving.config import engine_class, validate_members
 from tests.helpers.engines import engine
 from tests.helpers.vllm_members import build_mixture
@@ -99,19 +99,18 @@ def test_a_checkpoint_with_a_later_format_version_is_rejected(folder, tmp_path):
         EngineArgs(model=path).create_engine_config()
 
 
-def test_a_context_that_does_not_fit_in_memory_is_rejected(folder, tmp_path, monkeypatch):
-    """The log names the bytes of a token; vLLM's error names those of the context, and the longest that fits."""
+def test_a_context_that_does_not_fit_in_memory_is_rejected(folder, tmp_path):
+    """vLLM's error names the bytes of the context, and the longest that fits; ours also those of a token."""
     members = json.loads((folder / "config.json").read_text())
     longer = {name: members[name] | {"max_position_embeddings": 1 << 22} for name in ("policy", "anchor_0")}
     path = copy_with_config(folder, tmp_path, **longer)
     # the policy has 2 layers of 2 heads of size 32, the anchor 3 of 1; keys and values in float32
     token_bytes = (2 * 2 + 3 * 1) * 32 * 2 * 4
     assert token_bytes * (1 << 22) == 7 << 30
-    logged = []
-    monkeypatch.setattr(model.logger, "info", lambda message, *values: logged.append(message % values))
+    needed = r"\(4194304\), \(7\.0 GiB KV.*estimated maximum model length is \d+"
+    of_a_token = f"A token of context takes {token_bytes} bytes of KV cache on a device, of all members"
     with (
-        pytest.raises(ValueError, match=r"\(4194304\), \(7\.0 GiB KV.*estimated maximum model length is \d+"),
-        engine(path, max_model_len=1 << 22),
+        pytest.raises(ValueError, match=f"{needed}.*{of_a_token}"),
+        engine(path, max_model_len=1 << 22, num_gpu_blocks_override=None),
     ):
         pass
-    assert logged == [f"A token of context takes {token_bytes} bytes of KV cache, of all members."]

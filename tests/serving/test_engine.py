@@ -191,6 +191,7 @@ def test_members_that_share_a_head_with_a_bias_match_transformers(tmp_path):
         assert_matches_transformers(mixture, llm, requests=requests)
 
 
+@pytest.mark.slow
 @pytest.mark.runners
 def test_compiled_members_match_transformers(tmp_path, monkeypatch):
     """Two members share a configuration and the third does not; each needs its own compiled graph."""

@@ -13,7 +13,6 @@ import torch
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, Qwen2Config
 from trl.generation import vllm_generation
 from vllm import LLM
-from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
 from logitmix.mixture.configuration import LogitMixConfig
 from logitmix.mixture.generation import GREEDY
@@ -22,6 +21,7 @@ from logitmix.training.rollouts.vllm import sampling_parameters, validate_archit
 from tests.helpers import grpo
 from tests.helpers.adapters import save_adapter
 from tests.helpers.commands import TINY
+from tests.helpers.engines import clean_up
 from tests.helpers.grpo import PROMPTS, trainer_of
 from tests.helpers.members import CHARACTERS, character_tokenizer
 from tests.helpers.tools import ANSWER, CALL, RESULT, add, tool_mixture, tool_tokenizer, tool_user
@@ -35,7 +35,7 @@ def exact_engine(monkeypatch):
         vllm_generation, "LLM", functools.partial(LLM, dtype="float32", enforce_eager=True, disable_log_stats=True)
     )
     yield
-    cleanup_dist_env_and_memory()
+    clean_up()
 
 
 # the command line with an engine as in `exact_engine`
@@ -205,6 +205,7 @@ def test_all_weights_are_pushed_after_sleep_level_2(tmp_path):
     assert largest_difference(trainer) < 1e-4
 
 
+@pytest.mark.slow
 def test_train_and_a_resumed_run_from_the_command_line(tmp_path):
     members = ["--model_name_or_path", save_member(tmp_path / "base"), "--anchor"]
     members += [save_member(tmp_path / "sft", "llama", 1), "--output_dir", str(tmp_path / "run")]

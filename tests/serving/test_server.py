@@ -94,6 +94,8 @@ def test_stop_strings_seeds_and_n_work_as_in_vllm(client):
         ({"weights": [0.2, 0.3, 0.5]}, "2 members"),
         ({"member": "teacher"}, "there is no member 'teacher'; the members are policy, anchor_0"),
         ({"alpha": None, "weights": "half"}, "weights is 'half', but must be a list of numbers"),
+        ({"alpha": 0.5, "vllm_xargs": ["alpha"]}, "vllm_xargs is ['alpha'], but must be an object"),
+        ({"member": ["policy"]}, "there is no member ['policy']"),
     ],
 )
 @pytest.mark.runners
@@ -110,7 +112,6 @@ def test_a_too_long_prompt_and_an_unknown_model_are_rejected(client):
         client.completions.create(model="other", prompt=PROMPT)
 
 
-@pytest.mark.runners
 def stream_long(client):
     """Many samples; the first token comes long before the last."""
     fields = {"ignore_eos": True, "alpha": 0.9}
@@ -119,12 +120,14 @@ def stream_long(client):
     )
 
 
+@pytest.mark.runners
 def test_the_server_works_after_a_cancelled_request(client, mixture):
     with stream_long(client) as stream:
         next(stream)  # the request is being decoded; leaving the block closes its connection
     assert complete(client).choices[0].token_ids == greedy_tokens(mixture, PROMPT, 8)
 
 
+@pytest.mark.slow
 def test_the_server_works_after_being_killed(server, client, mixture):
     expected = greedy_tokens(mixture, PROMPT, 8)
     before = {path.name: path.read_bytes() for path in server.folder.iterdir()}
@@ -138,6 +141,7 @@ def test_the_server_works_after_being_killed(server, client, mixture):
     assert {path.name: path.read_bytes() for path in server.folder.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_the_server_decodes_alternately(folder, mixture):
     """The scheduler and the worker run in a process of their own here."""
     engine = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "128", "--decoding", "alternating"]

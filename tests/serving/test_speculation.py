@@ -113,9 +113,10 @@ def test_samples_have_the_mixtures_distribution(mixture, folder, draft, how):
         assert_chi_square([o.outputs[0].token_ids[position] for o in outputs], probabilities)
 
 
-def test_seeds_reproduce_samples_of_n_completions(folder):
-    """With greedy drafts, all randomness is the request's own."""
-    speculative = drafts_of(folder, "policy", draft_sample_method="greedy")
+@pytest.mark.parametrize("how", ["greedy", "probabilistic"])
+def test_seeds_reproduce_samples_of_n_completions(folder, how):
+    """All randomness is the request's own, also that of its drafts."""
+    speculative = drafts_of(folder, "policy", draft_sample_method=how)
     params = SamplingParams(n=4, temperature=1.0, max_tokens=8, ignore_eos=True, seed=3, extra_args={"alpha": 0.7})
     with engine(folder / "mixture", speculative_config=speculative) as llm:
         first, second = (
@@ -125,6 +126,7 @@ def test_seeds_reproduce_samples_of_n_completions(folder):
     assert len(set(map(tuple, first))) > 1
 
 
+@pytest.mark.slow
 def test_adapters_with_ngram_drafts_match_transformers(tmp_path):
     """In a process of its own: on a CPU, vLLM cannot build another engine once it has imported numba for ngram."""
     process = multiprocessing.get_context("spawn").Process(target=check_ngram_drafts, args=(tmp_path,))

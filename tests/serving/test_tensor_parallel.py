@@ -10,6 +10,7 @@ from tests.helpers.engines import assert_matches_transformers, engine
 from tests.helpers.vllm_members import build_mixture
 
 
+@pytest.mark.slow
 @pytest.mark.runners
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="each process needs its own core")
 def test_two_processes_match_transformers(tmp_path, monkeypatch):

@@ -91,6 +91,11 @@ PARAMETERS = [
         ["logits", "cu_num_draft_tokens", "sampling_metadata"],
     ),
     ("vllm.v1.sample.ops.topk_topp_sampler", "random_sample", ["probs", "generators"]),
+    (
+        "vllm.v1.spec_decode.llm_base_proposer",
+        "compute_probs_and_sample_next_token",
+        ["logits", "sampling_metadata", "use_fp64_gumbel"],
+    ),
     ("vllm.sampling_params", "SamplingParams.verify", ["self", "model_config", "speculative_config"]),
     # configuration
     ("vllm.config.vllm", "VllmConfig.use_v2_model_runner", ["self"]),
@@ -105,7 +110,6 @@ PARAMETERS = [
     ("vllm.model_executor.models.utils", "maybe_prefix", ["prefix", "name"]),
     ("vllm.model_executor.models.utils", "AutoWeightsLoader.load_weights", ["self", "weights"]),
     ("vllm.compilation.backends", "set_model_tag", ["tag"]),
-    ("vllm.model_executor.layers.attention.attention", "Attention.get_kv_cache_spec", ["self", "vllm_config"]),
     (
         "vllm.model_executor.layers.attention.attention",
         "Attention.forward",
@@ -184,6 +188,12 @@ BEHAVIOUR = [
     ("vllm.v1.engine.input_processor", "InputProcessor", "validate_logits_processors_parameters"),
     ("vllm.config.vllm", "VllmConfig.__post_init__", "self.try_verify_and_update_config()"),
     ("vllm.config.vllm", "VllmConfig.try_verify_and_update_config", "cls.verify_and_update_config(self)"),
+    ("vllm.v1.engine.core", "EngineCore._initialize_kv_caches", "get_kv_cache_configs(vllm_config, kv_cache_specs, "),
+    (
+        "vllm.v1.spec_decode.llm_base_proposer",
+        "SpecDecodeBaseProposer._sample_from_logits",
+        "return compute_probs_and_sample_next_token(logits, sampling_metadata, self.use_fp64_gumbel)",
+    ),
     ("vllm.entrypoints.launchers.api_server.app_state", "init_app_state", "state.engine_client = engine_client"),
 ]
 

@@ -3,6 +3,7 @@
 import inspect
 from dataclasses import fields
 from importlib.metadata import distributions, version
+from inspect import unwrap
 
 import pytest
 
@@ -22,11 +23,15 @@ from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigC
 from vllm.triton_utils.dispatcher import KernelOverride
 from vllm.utils import cpu_triton_utils
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata
+from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.engine.core import EngineCore
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.sample import rejection_sampler
 from vllm.v1.sample.logits_processor import LogitsProcessor
+from vllm.v1.sample.ops.topk_topp_sampler import random_sample
+from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer, compute_probs_and_sample_next_token
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -63,8 +68,12 @@ def test_member_vllm_config_derives_what_vllm_derives_from_a_models_configuratio
     assert_source_has(PACKAGE, ModelConfig.__post_init__, "self.hf_text_config = ", "self.model_arch_config = ")
 
 
+def test_name_bytes_of_a_token_wraps_what_the_engine_calls():
+    assert_parameters(PACKAGE, get_kv_cache_configs, "vllm_config", "kv_cache_specs", "available_memory")
+    assert_source_has(PACKAGE, EngineCore._initialize_kv_caches, "get_kv_cache_configs(")
+
+
 def test_kv_bytes_per_token_reads_the_size_of_a_page():
-    assert_parameters(PACKAGE, Attention.get_kv_cache_spec, "self", "vllm_config")
     assert_has(PACKAGE, AttentionSpec, "page_size_bytes")
     assert "block_size" in {f.name for f in fields(AttentionSpec)}, INSTALLED
 
@@ -120,6 +129,16 @@ def test_repair_expand_kernel_replaces_a_kernel_that_drops_its_result():
     names = ("output_ptr", "input_ptr", "cu_num_tokens_ptr", "replace_from", "replace_to", "MAX_NUM_TOKENS")
     kernel = rejection_sampler.expand_kernel
     assert tuple(getattr(kernel, "arg_names", None) or inspect.signature(kernel).parameters) == names, INSTALLED
+
+
+def test_draw_drafts_by_seed_wraps_what_draft_models_call_with_the_generators_of_rows():
+    """vLLM ignores the generators; the test fails when it no longer does, and the patch can go."""
+    names = ("logits", "sampling_metadata", "use_fp64_gumbel")
+    assert_parameters(PACKAGE, compute_probs_and_sample_next_token, *names)
+    assert_source_has(PACKAGE, unwrap(compute_probs_and_sample_next_token), "TODO(woosuk): Consider seeds")
+    source = "compute_probs_and_sample_next_token("
+    assert_source_has(PACKAGE, SpecDecodeBaseProposer._sample_from_logits, source)
+    assert_parameters(PACKAGE, random_sample, "probs", "generators")
 
 
 def test_reload_weights_in_place_passes_arguments_that_vllm_takes():
