@@ -30,9 +30,14 @@ READERS = (
     Reader(("score_truncated",), lambda args: truncates(args), "top_k, top_p or min_p"),
     Reader(("anchor_states",), lambda args: args.loss_head == "fused", "loss_head 'fused'"),
     Reader(
-        ("rollout_batch_size", "cache_implementation", "decoding"),
+        ("rollout_batch_size", "cache_implementation"),
         lambda args: _by_generate(args),
         "rollouts by generate",
+    ),
+    Reader(
+        ("decoding",),
+        lambda args: _by_generate(args) or (args.use_vllm and args.vllm_mode == "colocate"),
+        "rollouts by generate, or use_vllm and vllm_mode 'colocate'",
     ),
     Reader(
         ("epsilon",),

@@ -17,7 +17,8 @@ from vllm import LLM
 from logitmix.mixture.configuration import LogitMixConfig
 from logitmix.mixture.generation import GREEDY
 from logitmix.mixture.modeling import LogitMixForCausalLM
-from logitmix.training.rollouts.vllm import sampling_parameters, validate_architectures
+from logitmix.training.config import LogitMixGRPOConfig
+from logitmix.training.rollouts.vllm import alternates, sampling_parameters, validate_architectures
 from tests.helpers import grpo
 from tests.helpers.adapters import save_adapter
 from tests.helpers.commands import TINY
@@ -25,7 +26,7 @@ from tests.helpers.engines import clean_up
 from tests.helpers.grpo import PROMPTS, trainer_of
 from tests.helpers.members import CHARACTERS, character_tokenizer
 from tests.helpers.tools import ANSWER, CALL, RESULT, add, tool_mixture, tool_tokenizer, tool_user
-from tests.helpers.vllm_members import build_mixture, save_member
+from tests.helpers.vllm_members import build_member, build_mixture, save_member
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +52,7 @@ sys.exit(main(sys.argv[1:]))
 
 def trainer_in_vllm(path, model, **kwargs):
     options = {"vllm_max_model_length": 64, "max_steps": 3, "temperature": 0.8, "learning_rate": 1e-3}
-    return trainer_of(path, model, use_vllm=True, vllm_mode="colocate", **options | kwargs)
+    return trainer_of(path, model, **{"use_vllm": True, "vllm_mode": "colocate"} | options | kwargs)
 
 
 def build_kind(path, kind):
@@ -113,6 +114,60 @@ def test_the_trainers_log_probs_match_those_of_vllms_samples(tmp_path, kind, mon
     assert largest_difference(trainer) > 0.05
     trainer.vllm_generation.sync_weights()
     assert largest_difference(trainer) < 1e-4
+
+
+def near_pair():
+    """A mixture that accepts most drafts."""
+    policy, anchor = build_member("qwen2"), build_member("qwen2")
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        for parameter in anchor.parameters():
+            parameter += 0.02 * parameter.std() * torch.randn_like(parameter)
+    return LogitMixForCausalLM.from_members(policy, anchor, alpha=0.4)
+
+
+def test_members_take_turns_in_rollouts_and_log_their_passes_and_acceptance(tmp_path):
+    """By default on a CPU. A push of the weights leaves no stale logits."""
+    trainer = trainer_in_vllm(tmp_path, near_pair(), max_completion_length=16, learning_rate=1e-4)
+    trainer.train()
+    for line in trainer.state.log_history[:3]:
+        assert 0.5 < line["decoding/acceptance"] <= 1
+        assert 1 < line["decoding/passes_per_token"] < 1.9  # two of them for the prompt
+    assert largest_difference(trainer) < 1e-4
+    counted = trainer.monitor.decoding.tokens
+    trainer.decode_greedy(trainer.processing_class(PROMPTS)["input_ids"], [0.0, 0.4, 1.0])
+    assert trainer.monitor.decoding.tokens == counted
+
+
+def test_joint_rollouts_log_no_drafts(tmp_path):
+    trainer = trainer_in_vllm(tmp_path, near_pair(), decoding="joint", max_steps=1)
+    trainer.train()
+    assert not [key for key in trainer.state.log_history[0] if key.startswith("decoding/")]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"vllm_tensor_parallel_size": 2}, "cannot be used with vllm_tensor_parallel_size 2; set decoding to 'joint'"),
+        ({"vllm_enable_sleep_mode": True}, "cannot be used with vllm_enable_sleep_mode; set decoding to 'joint'"),
+        ({"vllm_mode": "server"}, "decoding is 'alternating', but nothing would read it: .*vllm_mode 'colocate'"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_alternating_rollouts_that_vllm_cannot_decode_are_rejected(tmp_path, options, message):
+    mixture = build_mixture("qwen2", "llama")
+    with pytest.raises(ValueError, match=message):
+        trainer_in_vllm(tmp_path, mixture, **{"decoding": "alternating"} | options)
+
+
+def test_alternating_rollouts_on_the_second_runner_are_rejected(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    args = LogitMixGRPOConfig(str(tmp_path), use_cpu=True, bf16=False, use_vllm=True, vllm_mode="colocate")
+    mixture = build_mixture("qwen2", "llama")
+    assert not alternates(args, mixture)
+    args.decoding = "alternating"
+    with pytest.raises(ValueError, match=r"second model runner \(VLLM_USE_V2_MODEL_RUNNER=1\); set decoding"):
+        alternates(args, mixture)
 
 
 def test_validation_decodes_several_alphas_in_one_batch(tmp_path):
@@ -184,7 +239,7 @@ def test_a_stop_string_that_is_a_special_token_ends_a_rollout(tmp_path, monkeypa
     end = tokenizer.convert_tokens_to_ids("</answer>")
     mixture = build_mixture("qwen2", "llama")
     mixture.tokenizer = tokenizer
-    trainer = trainer_in_vllm(tmp_path, mixture, stop_strings=["</answer>"])
+    trainer = trainer_in_vllm(tmp_path, mixture, stop_strings=["</answer>"], decoding="joint")
     trainer.vllm_generation.generation_kwargs |= {"logit_bias": {end: 100.0}}  # the trainer itself refuses it
     completions, _ = trainer.sample(tokenizer(PROMPTS)["input_ids"], None, {}, 1)
     assert [list(completion) for completion in completions] == [[end]] * len(PROMPTS)

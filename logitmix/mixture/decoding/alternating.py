@@ -48,6 +48,14 @@ class DecodingStatistics:
             both = zip(getattr(self, name), getattr(other, name), strict=True)
             setattr(self, name, [a + b for a, b in both])
 
+    def since(self, earlier: "DecodingStatistics") -> "DecodingStatistics":
+        """The counts after those of `earlier`, from which these went on."""
+        result = DecodingStatistics(self.tokens - earlier.tokens)
+        for name in ("passes", "drafted", "accepted"):
+            both = zip(getattr(self, name), getattr(earlier, name), strict=True)
+            setattr(result, name, [a - b for a, b in both])
+        return result
+
 
 class AlternatingDecoder:
     """Decodes sequences of a mixture, alternating or jointly, and may change between them at any step.

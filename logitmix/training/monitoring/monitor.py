@@ -38,7 +38,7 @@ class Monitor:
         trainer.add_callback(OptimizerClock(self.clock))
         self._tokens = {"rollouts": 0.0, "update": 0.0}  # of all processes, since the last log
         self._batches: list[Batch] = []  # of the update in progress
-        self.decoding = DecodingStatistics()  # counts the completions of the trainer's own decoding
+        self.decoding = DecodingStatistics()  # counts rollouts, in vLLM only if members take turns
 
     def timed(self, phase: str) -> AbstractContextManager[None]:
         """Add the seconds spent in the context to a phase, in training only."""
@@ -50,6 +50,8 @@ class Monitor:
     def rollouts(self, prompts: list) -> Iterator[None]:
         """Time the sampling of rollouts; stop the run where a logit is not finite."""
         self.decoding = DecodingStatistics()
+        if self.trainer.use_vllm:
+            self.trainer.vllm_generation.decoding = self.decoding
         with self.timed("rollouts"):
             try:
                 yield

@@ -3,14 +3,16 @@
 Written against TRL 1.16; tests/training/test_trl_patches.py is the contract.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 from trl import GRPOTrainer
 from trl.data_utils import is_conversational
+from trl.generation import vllm_generation
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.models import unwrap_model_for_generation
 from trl.trainer import grpo_trainer
@@ -104,7 +106,22 @@ class PatchedRollouts(GatheredGeneration, GRPOTrainer):
 
 
 class PatchedVLLMGeneration(VLLMGeneration):
-    """TRL's `VLLMGeneration` with a public name for the weights that it pushes into vLLM."""
+    """TRL's `VLLMGeneration` with public names for its engine's arguments and for the weights that it pushes."""
+
+    def engine_arguments(self) -> dict[str, Any]:
+        """Arguments of vLLM's `LLM` in this process beside TRL's own, which has no place for others."""
+        return {}
+
+    def _init_vllm(self) -> None:
+        if self.mode != "colocate":
+            super()._init_vllm()
+            return
+        original = vllm_generation.LLM
+        vllm_generation.LLM = partial(original, **self.engine_arguments())
+        try:
+            super()._init_vllm()
+        finally:
+            vllm_generation.LLM = original
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The weights to push, by their names in vLLM's model; TRL's are all of the model's."""
@@ -124,7 +141,7 @@ class PatchedVLLMGeneration(VLLMGeneration):
 
 
 @contextmanager
-def generation_class(replacement: type[VLLMGeneration]) -> Iterator[None]:
+def generation_class(replacement: Callable[..., VLLMGeneration]) -> Iterator[None]:
     """Make TRL's trainer build `replacement` within the context; it has no argument for the class."""
     original, grpo_trainer.VLLMGeneration = grpo_trainer.VLLMGeneration, replacement
     try:

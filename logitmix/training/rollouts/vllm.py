@@ -1,22 +1,26 @@
 """Rollouts of a mixture in vLLM, through TRL.
 
 vLLM holds the mixture as one model (see `logitmix.serving`). A sync pushes only the weights that train, since the rest
-is frozen. alpha is never pushed: every request carries the weights in force.
+is frozen. alpha is never pushed: every request carries the weights in force. Two full members may take turns
+(`logitmix.serving.alternating`).
 """
 
 import shutil
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from trl import GRPOConfig
 
 from logitmix.mixture.configuration import LogitMixConfig
+from logitmix.mixture.decoding.alternating import DecodingStatistics
 from logitmix.mixture.modeling import LogitMixForCausalLM
+from logitmix.serving.alternating import alternating_decoding, decoding_statistics
+from logitmix.training.config import LogitMixGRPOConfig
 from logitmix.training.rollouts.trl_patches import PatchedVLLMGeneration, generation_class
 from logitmix.training.vllm_patches import reload_weights_in_place
 
@@ -24,11 +28,22 @@ POLICY_PREFIX = "policy."
 
 
 class MixtureVLLMGeneration(PatchedVLLMGeneration):
-    """TRL's `VLLMGeneration` for a mixture."""
+    """TRL's `VLLMGeneration` for a mixture, whose two members take turns if it `alternates`.
+
+    Then `generate` adds the passes and drafts to `decoding`.
+    """
 
     model: LogitMixForCausalLM
     generation_kwargs: dict[str, Any]
+    decoding: DecodingStatistics
     _push_all_weights = False
+
+    def __init__(self, *args: Any, alternates: bool = False, **kwargs: Any) -> None:
+        self.alternates, self.decoding = alternates, DecodingStatistics()  # before TRL builds the engine
+        super().__init__(*args, **kwargs)
+
+    def engine_arguments(self) -> dict[str, Any]:
+        return alternating_decoding() if self.alternates else {}
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The policy's trained weights, or all weights after vLLM slept at level 2."""
@@ -57,8 +72,12 @@ class MixtureVLLMGeneration(PatchedVLLMGeneration):
 
     def generate(self, *args: Any, **kwargs: Any) -> tuple:
         """As TRL's, from the mixture at its current weights."""
+        before = decoding_statistics(self.llm) if self.alternates else None
         with self._sampling_parameters(extra_args={"weights": self.model.config.weights}):
-            return super().generate(*args, **kwargs)
+            generated = super().generate(*args, **kwargs)
+        if before is not None:
+            self.decoding.add(decoding_statistics(self.llm).since(before))
+        return generated
 
     def greedy(self, prompts: Sequence[Sequence[int]], alphas: Sequence[float]) -> list[list[int]]:
         """The greedy completion of each prompt at its own alpha, as token ids.
@@ -103,13 +122,14 @@ class MixtureVLLMGeneration(PatchedVLLMGeneration):
 
 
 @contextmanager
-def mixture_for_vllm(model: LogitMixForCausalLM, tokenizer: Any, args: GRPOConfig) -> Iterator[None]:
+def mixture_for_vllm(model: LogitMixForCausalLM, tokenizer: Any, args: LogitMixGRPOConfig) -> Iterator[None]:
     """Within the context TRL's trainer builds a `MixtureVLLMGeneration`, and vLLM finds the mixture on disk.
 
     The mixture is saved in `output_dir/.vllm`, which all processes need to see, and removed once vLLM has loaded it.
     With `vllm_mode="server"` nothing is saved, since the server has loaded the mixture itself. Raises `ValueError` as
-    `validate_architectures`.
+    `validate_architectures` and `alternates`.
     """
+    generation = partial(MixtureVLLMGeneration, alternates=alternates(args, model))
     state, folder, original_name = PartialState(), Path(args.output_dir) / ".vllm", model.name_or_path
     if args.vllm_mode == "colocate":
         validate_architectures(model.config)
@@ -119,12 +139,36 @@ def mixture_for_vllm(model: LogitMixForCausalLM, tokenizer: Any, args: GRPOConfi
         state.wait_for_everyone()
         model.name_or_path = str(folder)
     try:
-        with generation_class(MixtureVLLMGeneration):
+        with generation_class(generation):
             yield
     finally:
         model.name_or_path = original_name
         if state.is_main_process:  # TRL waits for all processes when its vLLM has started
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def alternates(args: LogitMixGRPOConfig, model: LogitMixForCausalLM) -> bool:
+    """Whether the members take turns in vLLM: with `decoding="auto"` on a CPU, where that was measured to be faster.
+
+    Raises `ValueError` if `decoding="alternating"` is not possible.
+    """
+    from vllm import envs
+
+    obstacles = {
+        "vllm_mode 'server', where vLLM is not started here": args.vllm_mode != "colocate",
+        f"{len(model.config.members)} members: it takes 2": len(model.config.members) != 2,
+        "members that share one model through adapters": len(model.config.model_names) != len(model.config.members),
+        f"vllm_tensor_parallel_size {args.vllm_tensor_parallel_size}": args.vllm_tensor_parallel_size > 1,
+        "vllm_enable_sleep_mode": args.vllm_enable_sleep_mode,
+        "vLLM's second model runner (VLLM_USE_V2_MODEL_RUNNER=1)": bool(envs.VLLM_USE_V2_MODEL_RUNNER),
+    }
+    reason = next((reason for reason, is_met in obstacles.items() if is_met), None)
+    if args.decoding == "alternating" and reason is not None:
+        raise ValueError(
+            f"alternating decoding in vLLM cannot be used with {reason}; set decoding to 'joint' or 'auto'"
+        )
+    is_wanted = args.decoding == "alternating" or (args.decoding == "auto" and args.device.type == "cpu")
+    return is_wanted and reason is None
 
 
 def validate_architectures(config: LogitMixConfig) -> None:
