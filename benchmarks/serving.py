@@ -4,11 +4,11 @@
     python benchmarks/serving.py --device cuda --output benchmarks/results/serving_cuda.md
     python benchmarks/serving.py --rounds 1 --tokens 16 --rollouts 8 --only one two alphas
 
-Four engines share this process: one model, two full members, two adapters on one base, and two full members that take
-turns. Each full member is the base with one of the adapters merged, and the model is the first of them, so all
-have the same size and the first two mixtures are the same distribution. The anchor of the fourth engine is the policy
-with 1 % of noise, so most drafts are accepted. The runs alternate (A B C A B C ...); the tables show medians of the
-ratios within each round.
+Five engines share this process: one model, two full members, two adapters on one base, two full members that take
+turns, and two for which the policy drafts. Each full member is the base with one of the adapters merged, and the model
+is the first of them, so all have the same size and the first two mixtures are the same distribution. The last two
+engines have one mixture, whose anchor is the policy with 1 % of noise, so most drafts are accepted. The runs alternate
+(A B C A B C ...); the tables show medians of the ratios within each round.
 Weights are random, every request generates all its tokens, and prefix caching is off. The loop samples from two models
 as the authors do (METHOD.md): token by token, each model with its own cache, 8 sequences at a time; but without
 decoding every text at every token to look for a stop string.
@@ -55,6 +55,7 @@ from logitmix.training.rollouts.vllm import MixtureVLLMGeneration
 ALPHA = 0.4
 PROMPT_TOKENS = 32
 GROUP, LOOP_BATCH = 8, 8
+DRAFTS = {"method": "draft_model", "num_speculative_tokens": 2}
 SHORT_TURNS = 3
 # the defaults of --tokens, --requests and --rollouts
 TOKENS = {"cpu": 64, "cuda": 128}
@@ -77,10 +78,12 @@ NAMES = {
     "two": "two full members",
     "adapters": "two adapters on one base",
     "alternating": "two full members, alternating",
+    "drafts": "two full members, two drafts of the policy",
     "alphas": "two full members, each request its own alpha",
     "rollouts": "logitmix rollouts, two full members",
     "loop": "a loop over two models, 8 sequences at a time",
     "sync": "weight sync, the policy alone",
+    "sync_adapter": "weight sync, the policy's adapter alone",
     "sync_all": "weight sync, everything",
 }
 # run, baseline, load, bar: smallest ratio of tokens per second, or largest of the time of a weight sync
@@ -95,9 +98,12 @@ BARS = {
         ("alternating", "one", "one", 0.70),
         ("alternating", "two", "one", None),
         ("alternating", "two", "many", 0.97),
+        ("drafts", "one", "one", 0.60),
+        ("drafts", "two", "many", None),
         ("alphas", "two", "many", 0.97),
         ("rollouts", "loop", "rollouts", 2.5),
         ("sync", "sync_all", "none", 0.55),
+        ("sync_adapter", "sync", "none", None),
     ],
     "cuda": [
         ("two", "one", "one", None),
@@ -108,9 +114,12 @@ BARS = {
         ("adapters", "two", "many", None),
         ("alternating", "one", "one", 0.74),
         ("alternating", "one", "many", 0.70),
+        ("drafts", "one", "one", 0.74),
+        ("drafts", "two", "many", None),
         ("alphas", "two", "many", 0.97),
         ("rollouts", "loop", "rollouts", 20.0),
         ("sync", "sync_all", "none", 0.55),
+        ("sync_adapter", "sync", "none", None),
     ],
 }
 
@@ -131,8 +140,8 @@ class Models:
             lora = LoraConfig(r=16, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
             get_peft_model(Qwen2ForCausalLM.from_pretrained(base), lora).save_pretrained(path)
         self.adapters = folder / "adapters"
-        shared = LogitMixForCausalLM.from_members(str(adapters[0]), str(adapters[1]), ALPHA, dtype=dtype)
-        shared.save_pretrained(self.adapters)
+        self.shared = LogitMixForCausalLM.from_members(str(adapters[0]), str(adapters[1]), ALPHA, dtype=dtype)
+        self.shared.save_pretrained(self.adapters)
         self.two, self.one = folder / "two", folder / "one"
         members = [merge_adapter(path, dtype) for path in adapters]
         members[0].save_pretrained(self.one)
@@ -181,8 +190,11 @@ class Benchmark:
             "two": engine(str(self.models.two), logprobs_mode="processed_logprobs"),
             "adapters": engine(str(self.models.adapters)),
             "alternating": engine(str(self.models.near), **alternating_decoding()),
+            "drafts": engine(str(self.models.near), speculative_config=DRAFTS | {"model": str(self.models.one)}),
         }
         self.rollouts = Rollouts(self.models.mixture, accelerator, self.engines["two"], args.tokens)
+        shared = self.models.shared.to(device)
+        self.adapter_rollouts = Rollouts(shared, accelerator, self.engines["adapters"], args.tokens)
         generator = torch.Generator().manual_seed(1)
         vocab_size = SIZES[device]["vocab_size"]
         self.prompts = torch.randint(3, vocab_size, (most, PROMPT_TOKENS), generator=generator).tolist()
@@ -206,12 +218,13 @@ class Benchmark:
         runs: dict[Run, Callable[[], Any]] = {
             (name, requests): partial(self.generate, name, requests)
             for requests in (few, many)
-            for name in ("one", "two", "adapters", "alternating")
+            for name in self.engines
         }
         runs["alphas", many] = partial(self.generate, "two", many, alphas=True)
         runs["rollouts", rollouts] = lambda: self.rollouts.generate(self.groups(), None, GROUP)
         runs["loop", rollouts] = lambda: sample_in_a_loop(self.models.mixture, self.groups(), self.tokens)
         runs["sync", 0] = self.sync
+        runs["sync_adapter", 0] = self.adapter_rollouts.sync_weights
         runs["sync_all", 0] = partial(self.sync, everything=True)
         return runs
 
@@ -227,9 +240,10 @@ class Benchmark:
         return time.perf_counter() - start
 
     def check(self) -> None:
-        """Check that both mixtures and the loop sample from the same distribution."""
-        two, adapters = (self.generate(name, 4, length=8) for name in ("two", "adapters"))
+        """Check that mixtures of one distribution, and the loop, have the same greedy tokens."""
+        two, adapters, turns, drafts = (self.generate(name, 4, length=8) for name in list(self.engines)[1:])
         assert two == adapters or self.device == "cuda", (two, adapters)  # bfloat16 rounds differently
+        assert turns == drafts or self.device == "cuda", (turns, drafts)
         policy = self.engines["two"].generate(
             [{"prompt_token_ids": ids} for ids in self.prompts[:4]],
             SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, extra_args={"alpha": 0.0}),

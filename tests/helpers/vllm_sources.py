@@ -107,6 +107,13 @@ def newest() -> Sources | None:
     return Sources(by_version[-1], by_version[-1].name) if by_version else None
 
 
+SOURCES = {"installed": installed(), "newest": newest()}
+REASONS = {
+    "installed": "vLLM is not installed; `make test-serving` has an environment with it",
+    "newest": "the newest wheel is not in build/vllm; `make build/vllm` downloads it",
+}
+
+
 def unpack_newest() -> None:
     """Download the newest wheel with pip and keep its Python files. Prints the reason if that is not possible."""
     with tempfile.TemporaryDirectory() as folder:

@@ -9,6 +9,8 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from tests.helpers.vllm_sources import REASONS, SOURCES
+
 os.environ |= {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # run the engine in this process
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -28,6 +30,14 @@ def quick_engines():
 
     with quick_garbage_collection():
         yield
+
+
+@pytest.fixture(params=SOURCES)
+def vllm(request):
+    """vLLM's source: of the installed version, and of the newest."""
+    if SOURCES[request.param] is None:
+        pytest.skip(REASONS[request.param])
+    return SOURCES[request.param]
 
 
 @pytest.fixture(scope="module")

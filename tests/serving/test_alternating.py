@@ -230,6 +230,17 @@ def test_members_with_sliding_windows_take_turns(tmp_path, pair):
         assert sum(decoding_statistics(llm).drafted) > 0
 
 
+@pytest.mark.slow
+def test_compiled_members_take_turns(tmp_path, monkeypatch):
+    """Each member has its own compiled graph, so a turn runs one of them; rollouts of training run them by default."""
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
+    mixture = near_mixture(0.1)
+    mixture.save_pretrained(tmp_path / "mixture")
+    with alternating(tmp_path / "mixture", enforce_eager=False) as llm:
+        assert_matches_transformers(mixture, llm, max_tokens=30)
+        assert decoding_statistics(llm).passes_per_token < 2
+
+
 def test_seeds_reproduce_samples_of_n_completions_and_their_log_probs(mixture, folder):
     prompt, fields = PROMPTS[0], {"alpha": 0.7}
     params = SamplingParams(n=4, temperature=0.8, max_tokens=8, ignore_eos=True, seed=3, logprobs=0, extra_args=fields)

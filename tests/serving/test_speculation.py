@@ -31,7 +31,7 @@ from tests.helpers.vllm_members import build_mixture, save_member
 pytestmark = pytest.mark.runners
 
 # the second runner's kernels are interpreted here, which takes a quarter of a second for each
-SAMPLES = 256 if os.environ.get("TRITON_INTERPRET") == "1" else 1024
+SAMPLES, TOKENS = (192, 2) if os.environ.get("TRITON_INTERPRET") == "1" else (1024, 3)
 
 
 @pytest.fixture(scope="module")
@@ -102,14 +102,16 @@ def test_samples_have_the_mixtures_distribution(mixture, folder, draft, how):
     expected = exact_marginals(mixture, prompt, alpha, temperature)
     speculative = drafts_of(folder, draft, draft_sample_method=how)
     params = [
-        SamplingParams(temperature=temperature, max_tokens=3, ignore_eos=True, seed=i, extra_args={"alpha": alpha})
+        SamplingParams(
+            temperature=temperature, max_tokens=TOKENS, ignore_eos=True, seed=i, extra_args={"alpha": alpha}
+        )
         for i in range(SAMPLES)
     ]
     settings = {"speculative_config": speculative, "max_num_seqs": 128, "disable_log_stats": False}
     with engine(folder / "mixture", **settings) as llm:
         outputs = generate(llm, [prompt] * len(params), params)
         assert accepted(llm) > 0
-    for position, probabilities in enumerate(expected):
+    for position, probabilities in enumerate(expected[:TOKENS]):
         assert_chi_square([o.outputs[0].token_ids[position] for o in outputs], probabilities)
 
 

@@ -10,20 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.paths import ROOT
-from tests.helpers.vllm_sources import installed, newest
-
-SOURCES = {"installed": installed(), "newest": newest()}
-REASONS = {
-    "installed": "vLLM is not installed; `make test-serving` has an environment with it",
-    "newest": "the newest wheel is not in build/vllm; `make build/vllm` downloads it",
-}
-
-
-@pytest.fixture(params=SOURCES)
-def vllm(request):
-    if SOURCES[request.param] is None:
-        pytest.skip(REASONS[request.param])
-    return SOURCES[request.param]
+from tests.helpers.vllm_sources import SOURCES
 
 
 def imported_names() -> list[tuple[str, str]]:
