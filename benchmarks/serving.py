@@ -190,7 +190,7 @@ class Benchmark:
             "two": engine(str(self.models.two), logprobs_mode="processed_logprobs"),
             "adapters": engine(str(self.models.adapters)),
             "alternating": engine(str(self.models.near), **alternating_decoding()),
-            "drafts": engine(str(self.models.near), speculative_config=DRAFTS | {"model": str(self.models.one)}),
+            "drafts": engine(str(self.models.near), speculative_config=DRAFTS | {"model": str(self.models.near)}),
         }
         self.rollouts = Rollouts(self.models.mixture, accelerator, self.engines["two"], args.tokens)
         shared = self.models.shared.to(device)

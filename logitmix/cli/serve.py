@@ -67,6 +67,10 @@ class VllmArguments:
     gpu_memory_utilization: float | None = field(
         default=None, metadata={"help": "Part of the GPU's memory for the weights and the KV cache of all members."}
     )
+    speculative_config: str | None = field(
+        default=None,
+        metadata={"help": "Drafts that the mixture verifies, as JSON with method, model and num_speculative_tokens."},
+    )
     api_key: str | None = field(default=None, metadata={"help": "Key that requests must present."})
 
 

@@ -9,8 +9,9 @@ A request's alpha passes through these files:
    it runs. `engine.py` is their interface, and `model_state.py` the second runner's state.
 4. `model.py` mixes the members' logits at these weights.
 
-`config.py` sets up vLLM for a mixture, `alternating/` lets two members take turns, `adapters.py` runs members that are
-adapters of one model, and the `*_patches.py` hold what depends on internals of vLLM and transformers.
+`config.py` sets up vLLM for a mixture, `alternating/` lets two members take turns, `draft.py` makes the policy a draft
+model, `adapters.py` runs members that are adapters of one model, and the `*_patches.py` hold what depends on internals
+of vLLM and transformers.
 """
 
 ARCHITECTURE = "LogitMixForCausalLM"

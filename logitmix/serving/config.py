@@ -16,7 +16,7 @@ from logitmix.serving.vllm_patches import (
     validate_sampling_parameters,
 )
 
-SPECULATIVE_METHODS = ("draft_model", "ngram")
+SPECULATIVE_METHODS = ("draft_model", "ngram", "suffix")
 ATTENTION_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 
 

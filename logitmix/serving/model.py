@@ -24,6 +24,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
 from logitmix.mixture.frozen import frozen_weights
 from logitmix.serving.adapters import SharedModel
 from logitmix.serving.config import engine_class
+from logitmix.serving.draft import PolicyDraft, drafts_for_itself
 from logitmix.serving.vllm_patches import member_vllm_config
 
 
@@ -32,8 +33,17 @@ class LogitMixForCausalLM(nn.Module):
 
     policy: Any
 
+    def __new__(cls, *, vllm_config: VllmConfig, prefix: str = "") -> Any:
+        """The mixture, or its policy if vLLM builds the draft model for the same mixture."""
+        if drafts_for_itself(vllm_config):
+            mixture = vllm_config.speculative_config.mixture  # type: ignore[union-attr]
+            return PolicyDraft(vllm_config=vllm_config, prefix=prefix, mixture=mixture)
+        return super().__new__(cls)
+
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
+        if vllm_config.speculative_config is not None:
+            vllm_config.speculative_config.mixture = self  # type: ignore[attr-defined]  # for a draft of its weights
         self.config = vllm_config.model_config.hf_config
         self.vocab_size = self.config.vocab_size
         # vLLM reads the files in this folder; later calls of `load_weights` bring weights from training

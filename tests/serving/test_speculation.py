@@ -14,6 +14,9 @@ pytest.importorskip("vllm", reason="vLLM is not installed; `make test-serving` h
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
+from logitmix.mixture.modeling import LogitMixForCausalLM
+from logitmix.training.vllm_patches import reload_weights_in_place
+from tests.helpers.adapters import save_adapter
 from tests.helpers.distributions import assert_chi_square, exact_marginals
 from tests.helpers.engines import (
     ALPHAS,
@@ -23,12 +26,11 @@ from tests.helpers.engines import (
     generate,
     greedy_params,
     greedy_tokens,
+    model_runner,
     random_prompts,
 )
 from tests.helpers.ngram import check_ngram_drafts
-from tests.helpers.vllm_members import build_mixture, save_member
-
-pytestmark = pytest.mark.runners
+from tests.helpers.vllm_members import build_member, build_mixture, save_member
 
 # the second runner's kernels are interpreted here, which takes a quarter of a second for each
 SAMPLES, TOKENS = (192, 2) if os.environ.get("TRITON_INTERPRET") == "1" else (1024, 3)
@@ -54,10 +56,15 @@ def drafts_of(folder, draft, **kwargs):
     return {"method": "draft_model", "model": str(folder / draft), "num_speculative_tokens": 2} | kwargs
 
 
+def metric(llm, name):
+    return sum(m.value for m in llm.get_metrics() if m.name == f"vllm:{name}")
+
+
 def accepted(llm):
-    return sum(m.value for m in llm.get_metrics() if m.name == "vllm:spec_decode_num_accepted_tokens")
+    return metric(llm, "spec_decode_num_accepted_tokens")
 
 
+@pytest.mark.runners
 def test_greedy_tokens_of_50_prompts_at_their_own_alpha_match_transformers(mixture, folder):
     """Prefills are split into chunks, and prompts share cached prefixes."""
     prompts = random_prompts(50)
@@ -70,6 +77,7 @@ def test_greedy_tokens_of_50_prompts_at_their_own_alpha_match_transformers(mixtu
         assert accepted(llm) > 50
 
 
+@pytest.mark.runners
 def test_a_stale_draft_changes_no_greedy_token_and_a_preempted_request_keeps_its_weights(mixture, folder):
     small = {"block_size": 32, "num_gpu_blocks_override": 8, "disable_log_stats": False}
     with engine(folder / "mixture", speculative_config=drafts_of(folder, "stale"), **small) as llm:
@@ -78,6 +86,7 @@ def test_a_stale_draft_changes_no_greedy_token_and_a_preempted_request_keeps_its
     assert preemptions > 0
 
 
+@pytest.mark.runners
 def test_requests_are_validated_and_aborted_beside_speculation(mixture, folder):
     with engine(folder / "mixture", speculative_config=drafts_of(folder, "policy")) as llm:
         with pytest.raises(VLLMValidationError, match="'teacher'"):
@@ -95,6 +104,7 @@ def test_requests_are_validated_and_aborted_beside_speculation(mixture, folder):
         assert_matches_transformers(mixture, llm)
 
 
+@pytest.mark.runners
 @pytest.mark.parametrize(("draft", "how"), [("policy", "probabilistic"), ("stale", "greedy")])
 def test_samples_have_the_mixtures_distribution(mixture, folder, draft, how):
     """The first token follows a prefill; the others are drafted and verified, at the request's own alpha."""
@@ -115,6 +125,7 @@ def test_samples_have_the_mixtures_distribution(mixture, folder, draft, how):
         assert_chi_square([o.outputs[0].token_ids[position] for o in outputs], probabilities)
 
 
+@pytest.mark.runners
 @pytest.mark.parametrize("how", ["greedy", "probabilistic"])
 def test_seeds_reproduce_samples_of_n_completions(folder, how):
     """All randomness is the request's own, also that of its drafts."""
@@ -128,6 +139,61 @@ def test_seeds_reproduce_samples_of_n_completions(folder, how):
     assert len(set(map(tuple, first))) > 1
 
 
+def acceptance_of(llm, fields):
+    """The share of accepted drafts of new greedy requests of these weights."""
+    names = "spec_decode_num_accepted_tokens", "spec_decode_num_draft_tokens"
+    before = [metric(llm, name) for name in names]
+    generate(llm, PROMPTS, greedy_params(fields, max_tokens=13))
+    accepted, drafted = (metric(llm, name) - start for name, start in zip(names, before, strict=True))
+    return accepted / drafted
+
+
+def push_policy(llm, policy):
+    weights = ((f"policy.{name}", weight) for name, weight in policy.state_dict().items())
+    reload_weights_in_place(llm, weights, "policy.")
+
+
+@pytest.mark.runners
+@pytest.mark.parametrize("draft", ["mixture", "policy"])
+def test_greedy_tokens_and_acceptance_of_the_policys_drafts_after_a_push_of_its_weights(folder, draft):
+    """A mixture drafts for itself with its policy's own weights. A draft that was loaded beside it becomes stale."""
+    mixture = build_mixture("qwen2", "llama", alpha=0.4)
+    settings = {"speculative_config": drafts_of(folder, draft), "disable_log_stats": False}
+    with engine(folder / "mixture", **settings) as llm:
+        assert_matches_transformers(mixture, llm)
+        assert acceptance_of(llm, {"member": "policy"}) == 1
+        mixture.policy.load_state_dict(build_member("qwen2", seed=7).state_dict())
+        push_policy(llm, mixture.policy)
+        assert_matches_transformers(mixture, llm)
+        after = acceptance_of(llm, {"member": "policy"})
+        assert after == 1 if draft == "mixture" else after < 0.5
+
+
+@pytest.mark.runners
+def test_a_mixture_that_drafts_for_itself_has_no_weights_of_its_own(folder):
+    with engine(folder / "mixture", speculative_config=drafts_of(folder, "mixture")) as llm:
+        runner = model_runner(llm)
+        draft = (runner.drafter if hasattr(runner, "drafter") else runner.speculator).model.draft[0]
+        policy = dict(runner.get_model().policy.named_parameters())
+        drafts = dict(draft.named_parameters())
+        assert drafts.keys() == policy.keys()
+        assert all(drafts[name] is policy[name] for name in policy)
+        names = {type(module).__name__ for module in draft.modules()}
+        assert "Attention" in names
+
+
+@pytest.mark.runners
+def test_adapters_of_one_model_cannot_draft_for_themselves(tmp_path):
+    base = save_member(tmp_path / "base")
+    policy = save_adapter(tmp_path / "policy", base, 1)
+    LogitMixForCausalLM.from_members(policy, base, alpha=0.4).save_pretrained(tmp_path / "mixture")
+    message = "policy runs in one pass with anchor_0; name the folder of another draft"
+    speculative = drafts_of(tmp_path, "mixture")
+    with pytest.raises(ValueError, match=message), engine(tmp_path / "mixture", speculative_config=speculative):
+        pass
+
+
+@pytest.mark.runners
 @pytest.mark.slow
 def test_adapters_with_ngram_drafts_match_transformers(tmp_path):
     """In a process of its own: on a CPU, vLLM cannot build another engine once it has imported numba for ngram."""
@@ -135,3 +201,13 @@ def test_adapters_with_ngram_drafts_match_transformers(tmp_path):
     process.start()
     process.join()
     assert process.exitcode == 0
+
+
+def test_suffix_drafts_match_transformers(mixture, folder):
+    """Suffix trees of earlier requests draft; vLLM has them on its first runner only."""
+    pytest.importorskip("arctic_inference", reason="vLLM's suffix decoding needs the package arctic-inference")
+    suffix = {"method": "suffix", "num_speculative_tokens": 4}
+    with engine(folder / "mixture", speculative_config=suffix, disable_log_stats=False) as llm:
+        for _ in range(2):
+            assert_matches_transformers(mixture, llm, [ids * 3 for ids in ([5, 6, 7], [9, 10], [11, 12, 13], [8])])
+        assert accepted(llm) > 0

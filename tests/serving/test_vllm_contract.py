@@ -129,6 +129,8 @@ FIELDS = [
     ("vllm.config.parallel", "ParallelConfig", ["pipeline_parallel_size", "prefill_context_parallel_size"]),
     ("vllm.config.model", "ModelConfig", ["logits_processors", "logprobs_mode"]),
     ("vllm.config.compilation", "CompilationConfig", ["static_forward_context"]),
+    ("vllm.config.speculative", "SpeculativeConfig", ["target_model_config"]),
+    ("vllm.config.model", "ModelConfig", ["runner"]),
     ("vllm.forward_context", "ForwardContext", ["attn_metadata"]),
     ("vllm.v1.kv_cache_interface", "AttentionSpec", ["num_kv_heads"]),
     ("vllm.sampling_params", "SamplingParams", ["extra_args", "prompt_logprobs", "min_tokens", "stop_token_ids"]),
@@ -181,6 +183,15 @@ BEHAVIOUR = [
         "SpecDecodeBaseProposer._sample_from_logits",
         "return compute_probs_and_sample_next_token(logits, sampling_metadata, self.use_fp64_gumbel)",
     ),
+    # a draft model is built after the target is loaded, and knows both from its configuration
+    ("vllm.config.speculative", "SpeculativeConfig.__post_init__", "runner='draft'"),
+    ("vllm.v1.spec_decode.draft_model", "DraftModelProposer._create_draft_vllm_config", "=spec.draft_model_config"),
+    (
+        f"{V2}.spec_decode.standalone_ar.speculator",
+        "StandaloneARSpeculator.load_draft_model",
+        "model_config=self.draft_model_config",
+    ),
+    ("vllm.v1.worker.cpu_model_runner", "CPUModelRunner.load_model", "self.drafter.load_model(self.model)"),
     ("vllm.entrypoints.launchers.api_server.app_state", "init_app_state", "state.engine_client = engine_client"),
 ]
 
