@@ -56,9 +56,12 @@ def trainer_in_vllm(path, model, **kwargs):
 
 
 def build_kind(path, kind):
-    """A mixture of two full models, of two adapters, or of an adapter and its base."""
+    """A mixture of two full models, of which one may have tied embeddings, of two adapters, or of one and its base."""
     if kind == "two models":
         return build_mixture("qwen2", "llama", alpha=0.4)
+    if kind == "tied embeddings":
+        tied = build_member("qwen2", tie_word_embeddings=True)
+        return LogitMixForCausalLM.from_members(tied, build_member("llama", 1), alpha=0.4)
     base = save_member(path / "base")
     anchor = base if kind == "base anchor" else save_adapter(path / "anchor", base, 2, r=6)
     return LogitMixForCausalLM.from_members(save_adapter(path / "policy", base, 1), anchor, alpha=0.4, dtype="float32")
@@ -85,6 +88,7 @@ def largest_difference(trainer, alpha=None):
         pytest.param("two models", marks=pytest.mark.runners),
         pytest.param("base anchor", marks=pytest.mark.runners),
         "two adapters",
+        "tied embeddings",
     ],
 )
 def test_the_trainers_log_probs_match_those_of_vllms_samples(tmp_path, kind, monkeypatch):

@@ -66,11 +66,11 @@ def accepted(llm):
 
 @pytest.mark.runners
 def test_greedy_tokens_of_50_prompts_at_their_own_alpha_match_transformers(mixture, folder):
-    """Prefills are split into chunks, and prompts share cached prefixes."""
+    """The mixture drafts for itself. Prefills are split into chunks, and prompts share cached prefixes."""
     prompts = random_prompts(50)
     requests = [{"alpha": i / 49} if i % 5 else {} for i in range(50)]
     settings = {"max_num_batched_tokens": 48, "disable_log_stats": False}
-    with engine(folder / "mixture", speculative_config=drafts_of(folder, "policy"), **settings) as llm:
+    with engine(folder / "mixture", speculative_config=drafts_of(folder, "mixture"), **settings) as llm:
         assert_matches_transformers(mixture, llm, prompts, requests)
         assert_matches_transformers(mixture, llm, prompt_logprobs=0)
         assert_matches_transformers(mixture, llm, [PROMPTS[2]] * 4, [{"alpha": a or 0.2} for a in ALPHAS])
@@ -105,7 +105,7 @@ def test_requests_are_validated_and_aborted_beside_speculation(mixture, folder):
 
 
 @pytest.mark.runners
-@pytest.mark.parametrize(("draft", "how"), [("policy", "probabilistic"), ("stale", "greedy")])
+@pytest.mark.parametrize(("draft", "how"), [("mixture", "probabilistic"), ("stale", "greedy")])
 def test_samples_have_the_mixtures_distribution(mixture, folder, draft, how):
     """The first token follows a prefill; the others are drafted and verified, at the request's own alpha."""
     alpha, temperature, prompt = 0.7, 0.8, PROMPTS[0]

@@ -107,6 +107,11 @@ PARAMETERS = [
         "reload_weights",
         ["vllm_config", "model", "weights_iterator", "weights_path", "is_checkpoint_format"],
     ),
+    (
+        "vllm.model_executor.layers.vocab_parallel_embedding",
+        "UnquantizedEmbeddingMethod.process_weights_after_loading",
+        ["self", "layer"],
+    ),
     # the server and the engine
     ("vllm.engine.protocol", "EngineClient.generate", ["self", "prompt", "sampling_params", "request_id"]),
     ("vllm.entrypoints.llm", "LLM.generate", ["self", "prompts", "sampling_params"]),
