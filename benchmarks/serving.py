@@ -23,7 +23,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import date
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -342,12 +342,20 @@ def report(rounds: list[dict[Run, float]], benchmark: Benchmark, args: argparse.
             f"| {limit} | {'' if bar is None else 'met' if met else '**missed**'} |"
         )
     counts = decoding_statistics(benchmark.engines["alternating"])
+    policies = benchmark.models.mixture.policy, benchmark.models.shared.policy
+    pushed = [megabytes(p for p in policy.parameters() if p.requires_grad) for policy in policies]
     lines += [
         "",
+        f"A weight sync pushes {pushed[0]:.3g} MB of the policy alone, {pushed[1]:.3g} MB of its adapter alone, or "
+        f"{megabytes(benchmark.models.mixture.parameters()):.3g} MB of two full members.",
         f"Alternating: {counts.acceptance or 0:.2f} of the drafts accepted, {counts.passes_per_token:.2f} passes a "
         "token over all runs.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def megabytes(weights: Iterable[Tensor]) -> float:
+    return sum(weight.numel() * weight.element_size() for weight in weights) / 1e6
 
 
 def versions() -> list[str]:
