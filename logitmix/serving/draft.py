@@ -1,8 +1,8 @@
 """The policy of a mixture as its own draft model, on the mixture's weights.
 
-vLLM loads a draft model beside its target. Where both are one folder, the draft is the policy alone: it has the layers
-of the mixture's policy, so it takes no memory for weights and follows each weight sync, and attention layers of its
-own, with their own KV cache.
+vLLM loads a draft model beside its target. Where both are one folder, the draft is the policy alone. It has the layers
+of the mixture's policy, so it takes no memory for weights or a KV cache, and follows each weight sync. What holds the
+layers is its own, since vLLM compiles it, and captures CUDA graphs of it, with the buffers of its caller.
 """
 
 from collections.abc import Iterable
@@ -26,7 +26,7 @@ def drafts_for_itself(vllm_config: VllmConfig) -> bool:
 
 
 class PolicyDraft(nn.Module):
-    """The policy of a mixture that vLLM has loaded, as a vLLM model whose attention layers are named below `prefix`.
+    """The policy of a mixture that vLLM has loaded, as a vLLM model with the policy's own `attention_layers`.
 
     Raises `ValueError` if the policy runs together with other members, as adapters of one model do.
     """
@@ -39,8 +39,13 @@ class PolicyDraft(nn.Module):
                 f"the draft is the mixture itself, but its policy runs in one pass with {', '.join(together[1:])}; "
                 "name the folder of another draft model"
             )
+        registry = vllm_config.compilation_config.static_forward_context
+        known = set(registry)
         draft = initialize_model(member_vllm_config(vllm_config, "policy", mixture.config.policy), prefix=prefix)
         share_layers(draft, mixture.policy)
+        for name in registry.keys() - known:  # of layers that were replaced
+            del registry[name]
+        self.attention_layers = [m.layer_name for m in draft.modules() if isinstance(m, Attention)]
         self.draft = (draft,)  # not a submodule: vLLM would load and repack its weights a second time
 
     def forward(self, input_ids: Tensor, positions: Tensor, **kwargs: Any) -> Tensor:
@@ -55,11 +60,10 @@ class PolicyDraft(nn.Module):
 
 
 def share_layers(model: nn.Module, other: nn.Module) -> None:
-    """Replace what `model` holds by what `other`, of the same architecture, does, but for the attention layers."""
+    """Replace the layers of `model` by those of `other`, of one architecture, but not what holds its attention."""
     for name, child in list(model.named_children()):
-        if isinstance(child, Attention):
-            continue
-        if any(isinstance(module, Attention) for module in child.modules()):
+        holds_attention = any(isinstance(module, Attention) for module in child.modules())
+        if holds_attention and not isinstance(child, Attention):
             share_layers(child, other.get_submodule(name))
         else:
             model.add_module(name, other.get_submodule(name))

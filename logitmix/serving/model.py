@@ -25,7 +25,7 @@ from logitmix.mixture.frozen import frozen_weights
 from logitmix.serving.adapters import SharedModel
 from logitmix.serving.config import engine_class
 from logitmix.serving.draft import PolicyDraft, drafts_for_itself
-from logitmix.serving.vllm_patches import member_vllm_config
+from logitmix.serving.vllm_patches import member_vllm_config, name_layers_of_drafts
 
 
 class LogitMixForCausalLM(nn.Module):
@@ -43,7 +43,8 @@ class LogitMixForCausalLM(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         if vllm_config.speculative_config is not None:
-            vllm_config.speculative_config.mixture = self  # type: ignore[attr-defined]  # for a draft of its weights
+            vllm_config.speculative_config.mixture = self  # type: ignore[attr-defined]  # for a draft of its layers
+            name_layers_of_drafts(vllm_config)
         self.config = vllm_config.model_config.hf_config
         self.vocab_size = self.config.vocab_size
         # vLLM reads the files in this folder; later calls of `load_weights` bring weights from training

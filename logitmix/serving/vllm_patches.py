@@ -205,6 +205,30 @@ def draw_drafts_by_seed() -> None:
     llm_base_proposer.compute_probs_and_sample_next_token = draw
 
 
+def name_layers_of_drafts(vllm_config: VllmConfig) -> None:
+    """Let a draft model name its `attention_layers`: vLLM takes those that it adds, and it may share the target's."""
+    if uses_second_model_runner(vllm_config):
+        from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator as Drafter
+
+        attribute = "draft_attn_layer_names"
+    else:
+        from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer as Drafter  # type: ignore[assignment]
+
+        attribute = "_draft_attn_layer_names"
+    base_load = Drafter.load_model
+    if hasattr(base_load, "__wrapped__"):
+        return
+
+    @wraps(base_load)
+    def load_model(drafter: Any, target_model: Any) -> None:
+        base_load(drafter, target_model)
+        names = getattr(drafter.model, "attention_layers", None)
+        if names is not None:
+            setattr(drafter, attribute, set(names))
+
+    Drafter.load_model = load_model  # type: ignore[method-assign]
+
+
 # --- forward pass ---------------------------------------------------------------------------------------------------
 
 

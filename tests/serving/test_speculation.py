@@ -170,16 +170,30 @@ def test_greedy_tokens_and_acceptance_of_the_policys_drafts_after_a_push_of_its_
 
 
 @pytest.mark.runners
-def test_a_mixture_that_drafts_for_itself_has_no_weights_of_its_own(folder):
+def test_a_mixture_that_drafts_for_itself_has_no_weights_or_cache_of_its_own(folder):
+    def cached_layers(llm):
+        return {name for group in model_runner(llm).kv_cache_config.kv_cache_groups for name in group.layer_names}
+
+    with engine(folder / "mixture") as llm:
+        expected = cached_layers(llm)
     with engine(folder / "mixture", speculative_config=drafts_of(folder, "mixture")) as llm:
+        assert cached_layers(llm) == expected
         runner = model_runner(llm)
         draft = (runner.drafter if hasattr(runner, "drafter") else runner.speculator).model.draft[0]
         policy = dict(runner.get_model().policy.named_parameters())
         drafts = dict(draft.named_parameters())
         assert drafts.keys() == policy.keys()
         assert all(drafts[name] is policy[name] for name in policy)
-        names = {type(module).__name__ for module in draft.modules()}
-        assert "Attention" in names
+        assert draft.model is not runner.get_model().policy.model  # so that it is compiled with buffers of its own
+
+
+@pytest.mark.slow
+def test_a_compiled_mixture_drafts_for_itself(mixture, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
+    settings = {"speculative_config": drafts_of(folder, "mixture"), "enforce_eager": False}
+    with engine(folder / "mixture", disable_log_stats=False, **settings) as llm:
+        assert_matches_transformers(mixture, llm)
+        assert acceptance_of(llm, {"member": "policy"}) == 1
 
 
 @pytest.mark.runners

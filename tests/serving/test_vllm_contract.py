@@ -78,6 +78,8 @@ PARAMETERS = [
         ["logits", "cu_num_draft_tokens", "sampling_metadata"],
     ),
     ("vllm.v1.sample.ops.topk_topp_sampler", "random_sample", ["probs", "generators"]),
+    ("vllm.v1.spec_decode.llm_base_proposer", "SpecDecodeBaseProposer.load_model", ["self", "target_model"]),
+    (f"{V2}.spec_decode.speculator", "DraftModelSpeculator.load_model", ["self", "target_model"]),
     (
         "vllm.v1.spec_decode.llm_base_proposer",
         "compute_probs_and_sample_next_token",
@@ -197,6 +199,14 @@ BEHAVIOUR = [
         "model_config=self.draft_model_config",
     ),
     ("vllm.v1.worker.cpu_model_runner", "CPUModelRunner.load_model", "self.drafter.load_model(self.model)"),
+    # it takes the attention layers that the draft adds, where one names those of the target
+    ("vllm.v1.spec_decode.llm_base_proposer", "SpecDecodeBaseProposer.load_model", "self._draft_attn_layer_names = "),
+    (f"{V2}.spec_decode.speculator", "DraftModelSpeculator.load_model", "self.draft_attn_layer_names = set(all_attn_"),
+    (
+        f"{V2}.spec_decode.speculator",
+        "DraftModelSpeculator.set_attn",
+        "active_layer_names=self.draft_attn_layer_names",
+    ),
     ("vllm.entrypoints.launchers.api_server.app_state", "init_app_state", "state.engine_client = engine_client"),
 ]
 

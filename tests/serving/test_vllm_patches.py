@@ -31,6 +31,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.sample import rejection_sampler
 from vllm.v1.sample.logits_processor import LogitsProcessor
 from vllm.v1.sample.ops.topk_topp_sampler import random_sample
+from vllm.v1.spec_decode.draft_model import DraftModelProposer
 from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer, compute_probs_and_sample_next_token
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
@@ -139,6 +140,13 @@ def test_draw_drafts_by_seed_wraps_what_draft_models_call_with_the_generators_of
     source = "compute_probs_and_sample_next_token("
     assert_source_has(PACKAGE, SpecDecodeBaseProposer._sample_from_logits, source)
     assert_parameters(PACKAGE, random_sample, "probs", "generators")
+
+
+def test_name_layers_of_drafts_wraps_what_sets_the_layers_of_a_draft():
+    assert_parameters(PACKAGE, SpecDecodeBaseProposer.load_model, "self", "target_model")
+    source = "self._draft_attn_layer_names = {"
+    assert_source_has(PACKAGE, unwrap(SpecDecodeBaseProposer.load_model), source)
+    assert DraftModelProposer.load_model is SpecDecodeBaseProposer.load_model, INSTALLED
 
 
 def test_reload_weights_in_place_passes_arguments_that_vllm_takes():
