@@ -2,13 +2,12 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from datasets import Dataset
 
 from logitmix.tasks import Grade, Problem, Task
-from logitmix.tasks.verify.pool import TIMED_OUT, shared_pool
+from logitmix.tasks.verify.grading import TOO_LONG
 
 WARN_SHARE = 0.01  # of a batch without a verdict
 
@@ -45,15 +44,14 @@ class TaskReward:
         log_metric: Callable[[str, float], None] | None = None,
         **_: Any,
     ) -> list[float]:
-        # Threads only wait for the verifier's processes; what needs no process is graded one after the other.
-        with ThreadPoolExecutor(shared_pool().size) as threads:
-            grades = list(threads.map(self._grade, zip(completions, question, answer, strict=True)))
+        cases = zip(completions, question, answer, strict=True)
+        grades = [self.task.grade(completion, Problem(text, gold)) for completion, text, gold in cases]
         errors = [grade.error for grade in grades if grade.error is not None]
         if log_metric is not None:
             for name in ("format_ok", "answer_ok", "lenient_ok"):
                 log_metric(name.replace("_ok", "_rate"), sum(getattr(g, name) for g in grades) / len(grades))
             log_metric("verifier/errors", float(len(errors)))
-            log_metric("verifier/timeouts", float(sum(error.startswith(TIMED_OUT) for error in errors)))
+            log_metric("verifier/timeouts", float(sum(error.startswith(TOO_LONG) for error in errors)))
         if len(errors) > WARN_SHARE * len(grades):
             warnings.warn(
                 f"the verifier reached no verdict on {len(errors)} of {len(grades)} completions, which count as "
@@ -61,7 +59,3 @@ class TaskReward:
                 stacklevel=2,
             )
         return [float(grade.answer_ok) for grade in grades]
-
-    def _grade(self, case: tuple[str, str, str]) -> Grade:
-        completion, question, gold = case
-        return self.task.grade(completion, Problem(question, gold))

@@ -29,8 +29,7 @@ from logitmix.tasks import BOXED_LINE, R1, Grade, answers_match, grade
         ("even", "\\text{Even}"),
     ],
 )
-def test_equal_answers_match_without_math_verify(prediction, gold, monkeypatch):
-    monkeypatch.setitem(sys.modules, "math_verify", None)
+def test_other_spellings_of_the_same_tokens_match(prediction, gold):
     assert answers_match(prediction, gold)
 
 
@@ -74,18 +73,6 @@ def test_answers_of_equal_value_match(prediction, gold):
 )
 def test_wrong_answers_do_not_match(prediction, gold):
     assert not answers_match(prediction, gold)
-
-
-def test_math_verify_gets_the_gold_first(monkeypatch):
-    import math_verify
-
-    from logitmix.tasks.verify import symbolic
-
-    seen = []
-    monkeypatch.setattr(math_verify, "parse", lambda text, **_: text)
-    monkeypatch.setattr(math_verify, "verify", lambda gold, target, **_: seen.append((gold, target)))
-    symbolic.compare("p+1", "g+1")
-    assert seen == [("$g+1$", "$p+1$")]
 
 
 def test_the_reward_requires_the_format_and_the_right_answer():
@@ -146,15 +133,14 @@ def test_hostile_answers_are_wrong_with_an_error(answer):
 
 
 def test_an_exception_in_the_comparison_becomes_the_error(monkeypatch):
-    import math_verify
-
-    from logitmix.tasks.verify import symbolic
+    from logitmix.tasks.verify import compare
 
     def explode(*_args, **_kwargs):
         raise RecursionError("too deep")
 
-    monkeypatch.setattr(math_verify, "verify", explode)
-    assert symbolic.compare("x+1", "1+x") == (False, "math-verify: RecursionError: too deep")
+    monkeypatch.setattr(compare, "read", explode)
+    found = grade("</think> <answer>x+1</answer>", "1+x", R1)
+    assert (found.answer_ok, found.error) == (False, "RecursionError: too deep")
 
 
 def test_grading_gives_the_same_verdicts_in_another_thread():

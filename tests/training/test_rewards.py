@@ -3,7 +3,7 @@
 import pytest
 
 from logitmix.tasks import BOXED_LINE, Arithmetic, Grade
-from logitmix.tasks.verify.pool import TIMED_OUT
+from logitmix.tasks.verify.grading import TOO_LONG
 from logitmix.training.rewards import TaskReward
 
 
@@ -32,7 +32,7 @@ def test_right_in_the_format_is_1_and_all_else_0(task):
 
 
 def test_cases_without_a_verdict_are_0_counted_and_warned_of_above_one_per_cent(task, monkeypatch):
-    errors = iter([f"{TIMED_OUT} after 2 s", "the worker died", *[None] * 198])
+    errors = iter([f"{TOO_LONG} 20,000 steps", "'?' is left over", *[None] * 198])
     monkeypatch.setattr(
         Arithmetic, "grade", lambda *_: Grade(True, (error := next(errors)) is None, False, "3", error)
     )
@@ -40,7 +40,7 @@ def test_cases_without_a_verdict_are_0_counted_and_warned_of_above_one_per_cent(
     assert sum(rewards) == 198
     assert logged["verifier/errors"] == 2
     assert logged["verifier/timeouts"] == 1
-    errors = iter([f"{TIMED_OUT} after 2 s", "the worker died", *[None] * 197])
+    errors = iter([f"{TOO_LONG} 20,000 steps", "'?' is left over", *[None] * 197])
     with pytest.warns(UserWarning, match=r"no verdict on 2 of 199 completions, which count as wrong; the first: "):
         reward(task, ["\n\\boxed{3}"] * 199)
 

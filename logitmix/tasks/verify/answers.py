@@ -1,47 +1,54 @@
-r"""Parses answers from the outside in: lists, sets, tuples, intervals, matrices and relations of formulas."""
+r"""The grammar of answers: lists, sets, tuples, intervals, matrices, relations and words, made of formulas.
+
+A structure is a node of a kind, a text and its parts:
+
+    list     in any order; the text is what joins the parts      set      the same, in braces
+    tuple    the text is its brackets: an interval or a point    rel      the operators, and the parts between them
+    ∪ ∩ \setminus  of two sets                                     unit     a formula, and its unit
+    words    letters only                                         name     a quantity such as |AB|, left of "="
+    matrix   rows of cells                                        numbers  R, Z, ... by name
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 
-RELATION = re.compile(r"\\(?:le|ge|ne|in|approx|subset|subseteq|equiv|sim)(?![a-zA-Z])|[=<>]")
-NAME = re.compile(
-    r"(?:\\?[a-zA-Z]+|\\(?:overline|vec|bar)\{[a-zA-Z]+\})'*(?:_\{[^{}]*\}|_\w)?"
-    r"(?:\^\{(?:-1|\\prime|\\circ)\})?(?:\([a-zA-Z](?:,[a-zA-Z])*\))?"
+from logitmix.tasks.verify.formulas import CLOSERS, FUNCTIONS, Formulas, Node
+from logitmix.tasks.verify.tokens import Token, Unreadable, tokenize
+
+RELATIONS = frozenset("= < > ≤ ≥ ≠ ≈ ∈ ⊆ ≡".split())
+SEPARATORS = frozenset(", ; \\or \\and \\lor \\land".split())
+_ENDS = SEPARATORS | frozenset(") ] } \\} & \\\\ |".split())
+_AFTER_FRENCH = _ENDS | {"", "∪", "∩", "\\setminus"}  # "[" before these closes an interval
+_SYMBOL = r"(?:[a-zA-Z]|\\(?!text|frac|sqrt|sin|cos|tan|log|ln|pi\b)[a-zA-Z]+)'*(?:_(?:\{[^{}]*\}|[^{}])|'|\^\{?(?:'|\*)\}?)*"
+_SEGMENT = r"(?:\\(?:overline|vec|overrightarrow|widehat|bar|hat)\{?[a-zA-Z]+\}?|m?\\(?:angle|triangle)\{?[A-Z]{1,3}[0-9]?\}?|[A-Z]{1,4}'?)"
+_ATOM = rf"(?:\\Delta(?:{_SYMBOL})|{_SEGMENT}|{_SYMBOL})"
+_ANY = r"[^()=]*(?:\([^()]*\)[^()]*)*(?:=[^()]*)?"
+_NAME = re.compile(
+    rf"{_ATOM}(?:\^\{{?-1\}}?|°)?(?:\([a-zA-Z](?:,[a-zA-Z])*\))?"
+    rf"|[A-Zfgh]'*(?:_\{{?\w+\}}?)?(?:\^\{{?-1\}}?)?\({_ANY}\)"
+    rf"|(?:\||\\lvert)(?:{_ATOM}|[a-zA-Z][+-][a-zA-Z])(?:\||\\rvert)"
+    rf"|\\frac\{{(?:\|?{_SEGMENT}\|?)\}}\{{(?:\|?{_SEGMENT}\|?)\}}|{_SEGMENT}[:/]{_SEGMENT}"
+    rf"|\\?(?:sin|cos|tan|cot|sec|csc)(?:\^\{{?2\}}?)?{_ATOM}"
+    r"|[A-Z](?:[∪∩][A-Z])+|\"?[A-Za-z]{2,}(?:\"[A-Za-z]+|[A-Za-z ])*(?:_\w)?"
 )
-MATRIX = re.compile(r"\\begin\{([pbBvV]?matrix|array|cases|vector)\}(?:\{[lcr|]*\})?(.*)\\end\{\1\}", re.DOTALL)
-REALS = ("\\mathbb{R}", "R", "\\Re", "all real numbers", "all reals", "reals")
+_SIMPLE = re.compile(r"[a-zA-Z]'*|\\(?!pi\b)[a-zA-Z]+")
 
 
-@dataclass(frozen=True)
-class Answer:
-    """A node of a parsed answer: its kind, and its parts.
-
-    formula  no parts; `text` is the formula, `unit` its unit (None: no unit, "": an unknown one)
-    words    no parts; `text` is the text
-    list     in any order; set: the same, in braces
-    tuple    in order; `text` holds its two brackets: an interval is a pair whose brackets matter
-    matrix   rows, which are tuples; union: of sets, in any order
-    relation `text` holds the operators between the parts, separated by blanks
-    """
-
-    kind: str
-    text: str = ""
-    parts: tuple[Answer, ...] = ()
-    unit: str | None = None
+@lru_cache(maxsize=8192)
+def read(tokens: tuple[Token, ...]) -> Node:
+    """The tree of an answer. Raises `Unreadable` if the grammar does not read every token."""
+    parser = _Answers(list(tokens))
+    tree = parser.answer()
+    if parser.peek():
+        raise Unreadable(f"{parser.peek().strip(chr(34))!r} is left over")
+    return tree
 
 
-def is_words(text: str) -> bool:
-    """Words, not a formula; as a formula they would be products of letters, equal to their anagrams."""
-    if text.casefold() == "no":
-        return True
-    return re.fullmatch(r"(?=[A-Za-z])[A-Za-z' .,-]*[A-Za-z]{3,}[A-Za-z' .,-]*", text) is not None and text not in (
-        "sin",
-        "cos",
-    )
+def read_text(text: str) -> Node:
+    """The tree of an answer in LaTeX."""
+    return read(tuple(tokenize(text)))
 
 
 def plain(text: str) -> str:
@@ -49,128 +56,191 @@ def plain(text: str) -> str:
     return re.sub(r"^(?:the|an?)\b|[^a-z]", "", text.casefold())
 
 
-@lru_cache(maxsize=4096)
-def read(text: str, depth: int = 0) -> Answer:
-    """Parse a normalised answer; parts nested more than 6 deep are kept as formulas."""
-    if depth > 6:
-        return Answer("formula", text)
-    text = text.strip()
-    if text in REALS:
-        return Answer("tuple", "()", (Answer("formula", "-\\infty"), Answer("formula", "\\infty")))
-    if text in ("\\emptyset", "\\{\\}") or text.casefold() in ("empty set", "the empty set", "emptyset"):
-        return Answer("set")
-    if text.startswith("\\{\\begin{array}") and text.endswith("\\end{array}"):  # a system without its right brace
-        text = text[2:].replace("{array}", "{cases}")
-    if match := MATRIX.fullmatch(text):
-        return _read_matrix(match[1], match[2], depth)
-    if "\\or" in text or "\\and" in text or "," in text or ";" in text:
-        parts = _split(text, r"\s*[,;]?\s*\\(?:or|and)(?![a-zA-Z])\s*|\s*[;,]\s*")
-        if len(parts) > 1:
-            return Answer("list", "and" if "\\and" in text else "", _read_all(_expanded(parts), depth))
-    if "\\cup" in text:
-        parts = _split(text, r"\\cup(?![a-zA-Z])")
-        if len(parts) > 1:
-            return Answer("union", "", _read_all(parts, depth))
-    if RELATION.search(text):
-        pieces = _split(text, RELATION.pattern, keep=True)
-        if len(pieces) > 2:
-            operators = " ".join(pieces[1::2])
-            return Answer("relation", operators, _read_all(pieces[0::2], depth))
-    if (inner := _inside(text)) is not None:
-        return _read_bracketed(text, inner, depth)
-    if "\\pm" in text or "\\mp" in text:
-        return Answer("list", "", _read_all(_expanded([text]), depth))
-    if ":" in text:
-        parts = _split(text, ":")
-        if len(parts) > 1:
-            return Answer("tuple", "::", _read_all(parts, depth))
-    match = re.fullmatch(r"(.+?)\\unit\{(\w*)\}", text, re.DOTALL)
-    body, unit = (match[1], match[2]) if match else (text, None)
-    if is_words(body):
-        return Answer("words", plain(body))
-    return Answer("formula", body, unit=unit)
+class _Answers(Formulas):
+    """Reads what separators, relations and brackets join."""
 
+    in_head = False  # between the brace of {x | ...} and its bar
 
-def _read_all(parts: Iterable[str], depth: int) -> tuple[Answer, ...]:
-    return tuple(read(part, depth + 1) for part in parts)
+    def answer(self) -> Node:
+        self.enter()
+        groups, joiners = [[self.item()]], []
+        while self.peek() in SEPARATORS and self.peek():
+            joiner = self.take()
+            if joiner in (",", ";") and self.peek() in ("\\or", "\\and"):
+                joiner = self.take()
+            joiners.append(joiner)
+            if joiner in (";", "\\or", "\\lor"):
+                groups.append([])
+            groups[-1].append(self.item())
+        self.depth -= 1
+        if not joiners:
+            return groups[0][0]
+        joiner = next((mark for mark in joiners if mark not in ",;"), ",")
+        if len(groups) > 1 and any(len(group) > 1 for group in groups):
+            if ";" in joiners or all(len(group) > 1 and all(part[0] == "rel" for part in group) for group in groups):
+                parts = tuple(group[0] if len(group) == 1 else ("list", ",", tuple(group)) for group in groups)
+                return ("list", joiner, parts)
+        return ("list", joiner, tuple(part for group in groups for part in group))
 
+    def item(self) -> Node:
+        end = self.item_end()
+        if self.place == end:
+            raise Unreadable(f"nothing stands before {self.peek()!r}" if self.peek() else "the answer is cut off")
+        if words := self.words(end):
+            self.place = end
+            return words
+        parts = [self.side(end)]
+        operators = []
+        while self.peek() in RELATIONS and self.peek():
+            operators.append(self.take())
+            parts.append(self.side(end))
+        if self.peek() == "(" and operators == ["≡"] and self.peek(1) == "\\bmod" or self.peek() == "\\pmod":
+            raise Unreadable("congruences are compared as text")
+        if not operators:
+            return parts[0]
+        return ("rel", tuple(operators), tuple(parts))
 
-def _read_matrix(name: str, body: str, depth: int) -> Answer:
-    rows = [row for row in re.split(r"\\\\(?:\[[^\]]*\])?", body) if row.strip()]
-    if name == "cases":
-        return Answer("list", "cases", _read_all((row.replace("&", " ") for row in rows), depth))
-    cells = tuple(Answer("tuple", "()", _read_all(row.split("&"), depth)) for row in rows)
-    return Answer("matrix", "|" if name in ("vmatrix", "Vmatrix") else "", cells)
+    def item_end(self) -> int:
+        """Where the part of the answer that begins here ends: at a separator or a closing bracket."""
+        depth = 0
+        for place in range(self.place + (self.peek() == "]"), len(self.tokens)):
+            token = self.tokens[place].text
+            if depth == 0 and (token in _ENDS if token != "|" else self.in_head) or (depth == 0 and token[:4] == "\\end"):
+                return place
+            if token in CLOSERS or token.startswith("\\begin"):
+                depth += 1
+            elif token in (")", "]", "}", "\\}") or token.startswith("\\end"):
+                depth -= depth > 0
+        return len(self.tokens)
 
-
-def _read_bracketed(text: str, inner: str, depth: int) -> Answer:
-    brackets = text[0] + text[-1]
-    if text.startswith("\\{"):
-        condition = re.split(r"\\mid(?![a-zA-Z])|:|\|", inner, maxsplit=1)
-        if len(condition) == 2 and RELATION.search(condition[1]):
-            return read(condition[1], depth + 1)
-        brackets = "{}"
-    matrix = MATRIX.fullmatch(inner.strip())
-    if matrix:
-        return _read_matrix(matrix[1], matrix[2], depth)
-    parts = _split(inner, r"[;,]")
-    if brackets == "{}":
-        return Answer("set", "", _read_all(_expanded(parts), depth))
-    if len(parts) == 1:
-        return read(inner, depth + 1) if brackets in ("()", "[]") else Answer("formula", text)
-    return Answer("tuple", brackets, _read_all(parts, depth))
-
-
-def _inside(text: str) -> str | None:
-    """The text between the brackets that enclose all of it."""
-    if text.startswith("\\{") and text.endswith("\\}"):
-        start, end = 2, len(text) - 2
-    elif len(text) > 2 and text[0] in "([" and text[-1] in ")]":
-        start, end = 1, len(text) - 1
-    elif re.fullmatch(r"\][^\[\]()]*[,;][^\[\]()]*\[|\][^\[\]()]*[,;][^\[\]()]*\]|\[[^\[\]()]*[,;][^\[\]()]*\[", text):
-        return text[1:-1]
-    else:
-        return None
-    depth = 0
-    for character in text[start:end]:
-        depth += (character in "([{") - (character in ")]}")
-        if depth < 0:
+    def words(self, end: int) -> Node | None:
+        """Words, not a formula: as a product of letters they would equal their anagrams."""
+        texts = [token.text for token in self.tokens[self.place : end]]
+        bare = [text.strip('"') for text in texts]
+        if not all(re.fullmatch(r"[a-zA-Z']+|[-.]", word) for word in bare):
             return None
-    return text[start:end] if depth == 0 else None
+        if any(word in FUNCTIONS for word in bare):
+            return None
+        if any(len(word) > 2 or (text[0] == '"' and len(word) > 1) for word, text in zip(bare, texts, strict=True)) or [
+            word.casefold() for word in bare
+        ] == ["no"]:
+            return ("words", plain(" ".join(bare)))
+        if bare == ["R"] and end == len(self.tokens) and self.place == 0:
+            return ("numbers", "R")
+        return None
 
+    def side(self, end: int) -> Node:
+        """One side of a relation: a quantity by name, sets joined by ∪, or formulas, perhaps as a ratio."""
+        depth, stop = 0, self.place
+        while stop < end and (depth or self.tokens[stop].text not in RELATIONS):
+            token = self.tokens[stop].text
+            depth += (token in CLOSERS) - (token in (")", "]", "}", "\\}"))
+            stop += 1
+        if stop < end and self.tokens[stop].text in ("=", "∈", "≈", "⊆"):
+            text = "".join(token.text for token in self.tokens[self.place : stop])
+            if _NAME.fullmatch(text):
+                self.place = stop
+                return ("sym", text) if _SIMPLE.fullmatch(text) else ("name", text)
+        tree = self.sets()
+        if self.peek() == ":" and not self.in_head:
+            parts = [tree]
+            while self.peek() == ":":
+                self.take()
+                parts.append(self.sets())
+            return ("tuple", "::", tuple(parts))
+        return tree
 
-def _split(text: str, separator: str, keep: bool = False) -> list[str]:
-    """Split outside brackets. `keep` keeps the separators as every second piece."""
-    pieces, start, depth = [], 0, 0
-    places = re.compile(rf"(?P<separator>{separator})|\\begin\{{|\\end\{{|\\[a-zA-Z]+|[(\[{{)\]}}]|.", re.DOTALL)
-    for match in places.finditer(text):
-        token = match[0]
-        if match["separator"] is not None and depth == 0:
-            pieces.append(text[start : match.start()])
-            if keep:
-                pieces.append(token.strip())
-            start = match.end()
-        elif token in ("(", "[", "{", "\\begin{"):
-            # "\\begin{" opens a brace that its "}" closes, and the environment that "\\end{...}" closes
-            depth += 2 if token == "\\begin{" else 1
-        elif token in (")", "]", "}"):
-            depth -= 1  # "\\end{...}" closes the environment: its own "{" is not counted
-    pieces.append(text[start:])
-    return [piece.strip() for piece in pieces] if keep else [piece.strip() for piece in pieces if piece.strip()]
+    def sets(self) -> Node:
+        tree = self.amount()
+        while self.peek() in ("∪", "∩", "\\setminus") and self.peek():
+            operator = self.take()
+            tree = (operator, "", (tree, self.amount()))
+        return tree
 
+    def amount(self) -> Node:
+        """A formula with its unit, before it or after it."""
+        sign = self.take() if self.peek() == "-" and self.peek(1) in tuple("$€£¥₹") and self.peek(1) else ""
+        unit = self.take() if self.peek() in tuple("$€£¥₹") and self.peek() else ""
+        tree = self.sum()
+        if sign:
+            tree = ("neg", tree)
+        after = ""
+        if self.peek() == "U" and self.peek(-1) in (")", "]", "\\}") and self.peek(1) in ("(", "[", "\\{"):
+            self.tokens[self.place] = Token("∪")
+        elif self.peek() in ("%", *"$€£¥₹") and self.peek():
+            after = self.take()
+        elif self.place < len(self.tokens) and (named := self.unit_ahead()) is not None:
+            after = named
+            self.place = self.item_end()
+        if (unit and after) and after != unit and {"$": "?US"}.get(unit) != after:
+            raise Unreadable("two units")
+        if tree[0] in ("tuple", "list", "set", "rel") and (unit or after):
+            raise Unreadable("a unit of several values")
+        return ("unit", unit or after, (tree,)) if unit or after else tree
 
-def _expanded(parts: Sequence[str]) -> list[str]:
-    r"""Both values of each `\pm`; the sign of a `\mp` in the same answer changes with it."""
-    found: list[str] = []
-    for part in parts:
-        signs = len(re.findall(r"\\pm(?![a-zA-Z])", part)) + len(re.findall(r"\\mp(?![a-zA-Z])", part))
-        if signs == 0 or signs > 3:
-            found.append(part)
-        elif "\\mp" in part:
-            found += [re.sub(r"\\pm", plus, re.sub(r"\\mp", minus, part)) for plus, minus in (("+", "-"), ("-", "+"))]
-        else:
-            some = [part]
-            for _ in range(signs):
-                some = [text.replace("\\pm", sign, 1) for text in some for sign in "+-"]
-            found += some
-    return found
+    def bracketed(self, opener: str) -> Node:
+        saved = self.in_bars, self.in_head
+        self.in_bars, self.in_head = False, opener == "\\{"
+        tree = self.inside(opener)
+        self.in_bars, self.in_head = saved
+        return tree
+
+    def inside(self, opener: str) -> Node:
+        if opener == "\\{" and self.peek() == "\\}":
+            self.take()
+            return ("set", "", ())
+        if opener == "\\{" and self.peek() == "\\begin{array}":
+            self.take()
+            return self.matrix("cases")
+        head = self.answer()
+        closer = self.take()
+        if opener == "\\{" and closer in ("|", ":"):
+            self.in_head = False
+            condition = self.answer()
+            self.expect("\\}")
+            return condition
+        if opener == "{" and closer == "\\choose":
+            head = ("call", "binom", head, self.sum())
+            closer = self.take()
+        if opener in ("{", "\\{"):
+            if closer != CLOSERS[opener]:
+                raise Unreadable("a brace is open")
+            return head if opener == "{" else ("set", "", head[2] if head[0] == "list" else (head,))
+        if closer not in (")", "]", "[") or (closer == "[" and opener == "("):
+            raise Unreadable("a bracket is open")
+        if head[0] == "list" and head[1] in ",;":
+            return ("tuple", opener + closer, head[2])
+        if CLOSERS.get(opener) != closer:
+            raise Unreadable(f"the brackets {opener} and {closer} do not match")
+        return head
+
+    def starts_factor(self) -> bool:
+        if self.peek() == "U" and self.peek(-1) in (")", "]") and self.peek(1) in ("(", "["):
+            return False
+        if self.peek() == "|" and self.in_head or self.peek() == "[" and self.peek(1) in _AFTER_FRENCH:
+            return False
+        return super().starts_factor()
+
+    def matrix(self, name: str) -> Node:
+        """What stands between \\begin and \\end: a matrix, or the lines of a system as a list."""
+        if name in ("array", "cases") and self.peek() == "{":
+            self.braced()
+        rows: list[list[Node]] = [[]]
+        while True:
+            rows[-1].append(self.answer())
+            mark = self.take()
+            if mark == "\\\\" and not self.peek().startswith("\\end{"):
+                rows.append([])
+            elif mark != "&":
+                mark = self.take() if mark == "\\\\" else mark
+                break
+        if not mark.startswith("\\end{"):
+            raise Unreadable(f"{mark!r} is not expected in a matrix")
+        if name == "cases":
+            if any(len(row) > 1 for row in rows):
+                raise Unreadable("a function by cases is compared as text")
+            return ("list", "\\and", tuple(row[0] for row in rows))
+        if len({len(row) for row in rows}) != 1 or name not in ("matrix", "pmatrix", "bmatrix", "Bmatrix", "vmatrix", "array"):
+            raise Unreadable(f"{name} is not read")
+        tree = ("matrix", tuple(tuple(row) for row in rows))
+        return ("call", "det", tree) if name == "vmatrix" else tree

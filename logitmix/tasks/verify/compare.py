@@ -1,299 +1,232 @@
-r"""Decides whether two answers mean the same.
+r"""Compares two answers: which rule decides, by the kinds of both. docs/verifier.md has the table of kinds.
 
-Every verdict is True, False, or None for "undecided". Structures are compared part by part by the same rules, and
-formulas by value. docs/verifier.md lists the decisions on which public graders disagree.
+A `Comparison` keeps its steps, which `logitmix verify` prints. `lenient` also accepts what people often, but not always,
+call equal: an angle in degrees and in radians, a ratio and a fraction, a decimal of three digits and its exact value, a
+tuple in another order.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable
 from fractions import Fraction
+from typing import NamedTuple
 
-from logitmix.tasks.verify.answers import NAME, Answer, is_words, plain, read
-from logitmix.tasks.verify.choices import LABELLED, letters_of, no_choice
-from logitmix.tasks.verify.relations import (
-    FLIPPED,
-    as_set,
-    interval,
-    is_point,
-    name_of,
-    oriented,
-    proportional,
-    values_of,
-    variable,
-)
-from logitmix.tasks.verify.tokens import Unreadable
-from logitmix.tasks.verify.values import DECIMAL, SCIENTIFIC, Undefined, equal, rounded, value
+from logitmix.tasks.verify.answers import read
+from logitmix.tasks.verify.choices import same_choice
+from logitmix.tasks.verify.formulas import Node, has, substitute, symbols
+from logitmix.tasks.verify.lists import expanded, same_collection, same_matrix
+from logitmix.tasks.verify.reals import as_reals, describes_set, same_reals
+from logitmix.tasks.verify.relations import same_relation, simplified
+from logitmix.tasks.verify.tokens import Token, Unreadable, tokenize
+from logitmix.tasks.verify.units import same_unit
+from logitmix.tasks.verify.values import Undefined, constant, equal, rounded
 
-MAX_PARTS = 40
-
-
-def same(prediction: str, gold: str) -> bool | None:
-    """Whether two normalised answers mean the same; None if undecided."""
-    if prediction == gold:
-        return bool(gold)
-    if not prediction or not gold:
-        return False
-    choice = _same_choice(prediction, gold)
-    if choice is not None:
-        return choice
-    if is_words(prediction) and is_words(gold):
-        return plain(prediction) == plain(gold)
-    if DECIMAL.fullmatch(gold) and prediction.count(",") == 1 and prediction.replace(",", ".") == gold:
-        return True  # a decimal comma
-    return _same(read(prediction), read(gold))
+_COLLECTIONS = frozenset({"list", "set", "tuple"})
+_WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+_NUMBERS = {word: ("num", Fraction(value)) for value, word in enumerate(_WORDS)}
+_INTEGERS = frozenset({"k", "n", "m", "l", "an integer"})
+_INFINITE: tuple[Node, ...] = (("inf",), ("neg", ("inf",)))
+_PI: Node = ("const", "pi")
 
 
-def read_plain_number(text: str) -> Fraction | None:
-    """The value of a decimal number or a fraction of integers, with or without thousands separators."""
-    if match := re.fullmatch(r"(-?)(?:\\frac\{(-?[0-9]+)\}\{([0-9]+)\}|([0-9]+)/([0-9]+))", text):
-        top, bottom = int(match[2] or match[4]), int(match[3] or match[5])
-        return Fraction(-top if match[1] else top, bottom) if bottom else None
-    if re.fullmatch(r"[-+]?(?:[0-9]{1,3}(?:(?:,[0-9]{3})+|(?: [0-9]{3})+)|[0-9]+)?(?:\.[0-9]*)?", text):
-        digits = text.replace(",", "").replace(" ", "").rstrip(".")
-        return Fraction(digits) if digits.strip("+-") else None
-    return None
+class Step(NamedTuple):
+    """One comparison of two parts: the rule that decided, and the verdict."""
+
+    depth: int
+    left: Node
+    right: Node
+    rule: str
+    verdict: bool
 
 
-def _same_choice(prediction: str, gold: str) -> bool | None:
-    """Compare choices: the gold is a letter, letters, or a letter and its text; None for any other gold."""
-    letters = letters_of(gold)
-    if letters:
-        found = letters_of(prediction)
-        if not found and len(letters) == 1 and (labelled := LABELLED.fullmatch(prediction)):
-            found = labelled[1]
-        if found:
-            return sorted(found) == sorted(letters)
-        return None if len(letters) > 1 or gold.islower() or "," in prediction else no_choice(prediction)
-    labelled = LABELLED.fullmatch(gold)
-    if labelled is None:
-        return None
-    if found := letters_of(prediction):
-        return found == labelled[1]
-    if (other := LABELLED.fullmatch(prediction)) and other[1] != labelled[1]:
-        return False
-    return same(other[2] if other else prediction, labelled[2])
+class Comparison:
+    """Compares a prediction with a gold. `unread` says why a part could not be compared, if so."""
 
+    def __init__(self, lenient: bool = False) -> None:
+        self.lenient = lenient
+        self.steps: list[Step] = []
+        self.unread: str | None = None
+        self.depth = 0
 
-def _same(prediction: Answer, gold: Answer) -> bool | None:
-    if prediction == gold:
-        return True
-    kinds = {prediction.kind, gold.kind}
-    if "relation" in kinds or ("list" in kinds and kinds & {"tuple", "union"} and _are_inequalities(prediction, gold)):
-        return _same_relation(prediction, gold)
-    if len(prediction.parts) > MAX_PARTS or len(gold.parts) > MAX_PARTS:
-        return None
-    if "union" in (prediction.kind, gold.kind):
-        return _same_union(prediction, gold)
-    if "matrix" in (prediction.kind, gold.kind):
-        return _same_matrix(prediction, gold)
-    if prediction.parts or gold.parts or "set" in (prediction.kind, gold.kind):
-        return _same_collection(prediction, gold)
-    if prediction.kind == "words" or gold.kind == "words":
-        return prediction.kind == gold.kind and prediction.text == gold.text
-    if prediction.unit and gold.unit and not _same_unit(prediction.unit, gold.unit):
-        return False
-    return _same_formula(prediction.text, gold.text)
-
-
-def _same_unit(left: str, right: str) -> bool:
-    """Whether the units are the same, to the same power; a power that one of them leaves out is ignored."""
-    (left_name, left_power), (right_name, right_power) = (
-        (unit.rstrip("0123456789"), unit.lstrip("abcdefghijklmnopqrstuvwxyz")) for unit in (left, right)
-    )
-    return (not left_name or not right_name or left_name == right_name) and (
-        not left_power or not right_power or left_power == right_power
-    )
-
-
-def _same_formula(prediction: str, gold: str) -> bool | None:
-    if prediction == gold:
-        return True
-    left, right = (re.sub(r"^\+", "", text) for text in (prediction, gold))
-    numbers = read_plain_number(left), read_plain_number(right)
-    if numbers[0] is not None and numbers[0] == numbers[1]:
-        return True
-    if numbers[0] is not None and numbers[1] is not None:
-        return rounded(left, numbers[1], right) or rounded(right, numbers[0], left)
-    for one, other in ((left, right), (right, left)):
-        if re.search(r"(?<!\\%)\\%$", one) and not other.endswith("\\%") and _same_formula(one[:-2], other):
-            return True  # "50%" and "50", where the question asks for a percentage; see docs/verifier.md
-    if "\\infty" in left or "\\infty" in right:
-        return _infinite(left) == _infinite(right) if _infinite(left) and _infinite(right) else False
-    verdict = equal(left, right)
-    if verdict is False:
-        for one, other in ((left, right), (right, left)):
-            decimal = SCIENTIFIC.fullmatch(one)
-            if decimal and not SCIENTIFIC.fullmatch(other):
-                try:
-                    shifted = f"({other})/10^{{{decimal[2]}}}" if decimal[2] else other
-                    if rounded(decimal[1], value(shifted), other):
-                        return True
-                except (Unreadable, Undefined):
-                    pass
-    return verdict
-
-
-def _are_inequalities(*answers: Answer) -> bool:
-    """Whether one of the answers is a list of inequalities, which together describe a set."""
-    parts = [part for answer in answers if answer.kind == "list" for part in answer.parts]
-    return all(part.kind == "relation" and part.text != "=" and part.text in FLIPPED for part in parts)
-
-
-def _infinite(text: str) -> str:
-    return text.lstrip("+") if text.lstrip("+") in ("\\infty", "-\\infty") else ""
-
-
-def _same_collection(prediction: Answer, gold: Answer) -> bool | None:
-    kinds = {prediction.kind, gold.kind}
-    left, right = prediction.parts, gold.parts
-    if len(kinds) == 2 and kinds & {"formula", "words"}:
-        # A set of one element equals that element; no other answer with parts equals one without.
-        collection, single = (prediction, gold) if prediction.parts else (gold, prediction)
-        return _same(collection.parts[0], single) if collection.kind == "set" and len(collection.parts) == 1 else False
-    if kinds == {"tuple", "set"}:
-        return False
-    if "tuple" in kinds:
-        if prediction.kind == gold.kind:
-            brackets = prediction.text.replace("][", "()"), gold.text.replace("][", "()")
-            loose = len(left) > 2 and {*brackets} == {"()", "[]"}  # (1, 2, 3) and [1, 2, 3] are not intervals
-            if brackets[0] != brackets[1] and not loose and not _french(prediction, gold):
-                return False
-        elif len(left) == 2 and (prediction.text + gold.text).strip("and") != "()":
-            return False  # "1, 2" is the point (1, 2), not an interval
-        if kinds == {"tuple", "list"}:
-            left, right = values_of(left), values_of(right)
-        return (
-            _all(_same(one, other) for one, other in zip(left, right, strict=True))
-            if len(left) == len(right)
-            else False
-        )
-    if "set" in kinds:
-        left, right = _distinct(left), _distinct(right)
-    verdict = _same_unordered(left, right)
-    if verdict is not True and len(left) == len(right):
-        stripped = values_of(left), values_of(right)
-        if (stripped[0] != left) != (stripped[1] != right):
-            # "x=1, y=2" and "1, 2": names on one side only are removed, and then the order counts.
-            if len({name_of(part) for part in (*left, *right)} - {""}) > 1:
-                return _all(_same(one, other) for one, other in zip(*stripped, strict=True))
-            return _same_unordered(*stripped)
-    return verdict
-
-
-def _french(prediction: Answer, gold: Answer) -> bool:
-    return _half_open(prediction.text) == _half_open(gold.text) and len(prediction.parts) == 2
-
-
-def _half_open(brackets: str) -> str:
-    return ("(" if brackets[0] in "(]" else "[") + (")" if brackets[1] in ")[" else "]")
-
-
-def _distinct(parts: tuple[Answer, ...]) -> tuple[Answer, ...]:
-    found: list[Answer] = []
-    for part in parts:
-        if not any(_same(part, other) for other in found):
-            found.append(part)
-    return tuple(found)
-
-
-def _same_unordered(left: Sequence[Answer], right: Sequence[Answer]) -> bool | None:
-    if len(left) != len(right):
-        return False
-    rest, undecided = list(right), False
-    for part in left:
-        verdicts = [_same(part, other) for other in rest]
-        if True in verdicts:
-            rest.pop(verdicts.index(True))
-        elif None in verdicts:
-            undecided = True
-        else:
+    def same_tokens(self, prediction: list[Token], gold: list[Token]) -> bool:
+        """Whether two answers are equal; False with `unread` if one of them is not read."""
+        texts = [[token.text for token in side] for side in (prediction, gold)]
+        if not all(texts):
             return False
-    return None if undecided else True
-
-
-def _all(verdicts: Iterable[bool | None]) -> bool | None:
-    undecided = False
-    for verdict in verdicts:
-        if verdict is False:
+        if texts[0] == texts[1]:
+            return self._decided((), (), "the same tokens", True)
+        spelled = ["".join(texts[side]).replace('"', "") for side in (0, 1)]
+        choice = same_choice(*spelled, lambda one, other: self.same_tokens(tokenize(one), tokenize(other)))
+        if choice is not None:
+            return self._decided((), (), "a choice is its letter", choice)
+        if len(texts[0]) == 3 and texts[0][1] == "," and "".join(texts[0]).replace(",", ".") == spelled[1]:
+            return self._decided((), (), "a decimal comma", True)
+        try:
+            trees = read(tuple(prediction)), read(tuple(gold))
+        except Unreadable as error:
+            self.unread = str(error)
             return False
-        undecided |= verdict is None
-    return None if undecided else True
+        return self.same(*trees)
 
-
-def _same_union(prediction: Answer, gold: Answer) -> bool | None:
-    left, right = (
-        tuple(interval(part) or part for part in (answer.parts if answer.kind in ("union", "list") else (answer,)))
-        for answer in (prediction, gold)
-    )
-    return _same_unordered(left, right)
-
-
-def _same_matrix(prediction: Answer, gold: Answer) -> bool | None:
-    if prediction.kind != gold.kind:
-        matrix, other = (prediction, gold) if prediction.kind == "matrix" else (gold, prediction)
-        vector = _vector(matrix)
-        if vector is None or other.kind != "tuple" or other.text not in ("()", "[]"):
+    def same(self, left: Node, right: Node) -> bool:
+        """Whether two trees are equal."""
+        if self.depth > 60:
+            self.unread = "the answer is nested too deep"
             return False
-        return (
-            _all(_same(*pair) for pair in zip(vector, other.parts, strict=True))
-            if len(vector) == len(other.parts)
-            else False
-        )
-    if prediction.text != gold.text or len(prediction.parts) != len(gold.parts):
+        self.depth += 1
+        try:
+            left, right = self._simplified(left), self._simplified(right)
+            rule, compare = self._rule(left, right)
+            verdict = compare(left, right)
+        except (Unreadable, Undefined) as error:
+            self.unread, rule, verdict = str(error), f"not compared: {error}", False
+        finally:
+            self.depth -= 1
+        return self._decided(left, right, rule, verdict)
+
+    def _decided(self, left: Node, right: Node, rule: str, verdict: bool) -> bool:
+        self.steps.append(Step(self.depth, left, right, rule, verdict))
+        return verdict
+
+    def _rule(self, left: Node, right: Node) -> tuple[str, Callable[[Node, Node], bool]]:
+        """The rule for two kinds, the first that fits."""
+        kinds = {left[0], right[0]}
+        if left == right:
+            return "the same text", lambda one, other: True
+        if kinds == {"words"}:
+            return "words are compared letter by letter", lambda one, other: one[2:] == other[2:] and one[1] == other[1]
+        if describes_set(left) or describes_set(right):
+            sets = as_reals(left), as_reals(right)
+            if sets[0] and sets[1]:
+                found = sets[0], sets[1]
+                return "sets of real numbers are equal as sets", lambda one, other: same_reals(*found)
+            if {left[0], right[0]} == {"rel"} and left[1] == right[1] == ("∈",):
+                return "sets are compared by their elements", self._same_members
+            for one, other in ((left, right), (right, left)):
+                if one[0] == "rel" and one[1] == ("∈",) and other[0] != "rel":
+                    return "a member's set is the set", lambda a, b: self.same(*(x[2][1] if x is one else x for x in (a, b)))
+        if "rel" in kinds and kinds <= {"rel", "list"} and len(kinds) == 2 or kinds & _COLLECTIONS and "rel" not in kinds:
+            if kinds == {"matrix", "tuple"}:
+                return "a vector may be a tuple", lambda one, other: same_matrix(one, other, self.same)
+            if self.lenient and "::" in (left[1], right[1]) and len(kinds) == 2:
+                return "a ratio may be a fraction", self._same_ratio
+            return "collections are compared part by part", self._same_collection
+        if "rel" in kinds:
+            return "a named value is its value; equations are equal up to a factor", self._same_relation
+        if kinds & {"∪", "∩", "\\setminus", "numbers"}:
+            return "sets that are no intervals are compared part by part", self._same_parts
+        if "words" in kinds:
+            return "words are no formula, except the numbers to twelve", self._same_number_word
+        return "formulas are equal if their values are", self.same_formula
+
+    def _simplified(self, tree: Node) -> Node:
+        if tree[0] == "name":
+            return ("sym", tree[1])
+        variants = expanded(tree)
+        tree = variants[0] if len(variants) == 1 else ("list", "\\or", variants)
+        if tree[0] == "list":
+            tree = _without_conditions(tree)
+        return simplified(tree, self.same) if tree[0] == "rel" else tree
+
+    def _same_members(self, left: Node, right: Node) -> bool:
+        return left[2][0] == right[2][0] and self.same(left[2][1], right[2][1])
+
+    def _same_collection(self, left: Node, right: Node) -> bool:
+        return same_collection(left, right, self.same, ordered=not self.lenient, inside=self.depth > 1)
+
+    def _same_relation(self, left: Node, right: Node) -> bool:
+        return same_relation(left, right, self.same)
+
+    def _same_parts(self, left: Node, right: Node) -> bool:
+        if left[0] != right[0] or left[1] != right[1]:
+            return False
+        return left[0] != "numbers" and all(self.same(*pair) for pair in zip(left[2], right[2], strict=True))
+
+    def _same_ratio(self, left: Node, right: Node) -> bool:
+        ratio, other = (left, right) if left[1] == "::" else (right, left)
+        return len(ratio[2]) == 2 and other[0] not in _COLLECTIONS and self.same(("/", *ratio[2]), other)
+
+    def _same_number_word(self, left: Node, right: Node) -> bool:
+        pair = [_NUMBERS.get(side[1], side) if side[0] == "words" else side for side in (left, right)]
+        return "words" not in (pair[0][0], pair[1][0]) and self.same(*pair)
+
+    def same_formula(self, left: Node, right: Node) -> bool:
+        """Whether two formulas have the same value and no different units."""
+        units = _unit(left), _unit(right)
+        left, right = (tree[2][0] if tree[0] == "unit" else tree for tree in (left, right))
+        if left in _INFINITE or right in _INFINITE:
+            return left == right
+        if self.lenient and self._same_angle(left, right, units):
+            return True
+        if not same_unit(*units):
+            return False
+        if equal(left, right) or self._same_family(left, right):
+            return True
+        for one, other, unit, without in ((left, right, *units), (right, left, *reversed(units))):
+            if unit == "%" and not without and equal(("/", one, ("num", Fraction(100))), other):
+                return True  # "50%" and "50", where the question asks for a percentage, or "0.5"
+            if self._is_rounded(one, other):
+                return True
         return False
-    return _all(
-        _all(_same(*pair) for pair in zip(one.parts, other.parts, strict=True))
-        if len(one.parts) == len(other.parts)
-        else False
-        for one, other in zip(prediction.parts, gold.parts, strict=True)
-    )
 
-
-def _vector(matrix: Answer) -> tuple[Answer, ...] | None:
-    if len(matrix.parts) == 1:
-        return matrix.parts[0].parts
-    return tuple(row.parts[0] for row in matrix.parts) if all(len(row.parts) == 1 for row in matrix.parts) else None
-
-
-def _same_relation(prediction: Answer, gold: Answer) -> bool | None:
-    left, right = _simplified(prediction), _simplified(gold)
-    sets = as_set(left), as_set(right)
-    if sets[0] is not None and sets[1] is not None and sets != (prediction, gold):
-        if variable(left) and variable(right) and variable(left) != variable(right):
+    def _is_rounded(self, decimal: Node, exact: Node) -> bool:
+        text, shift = _decimal(decimal)
+        if not text or _decimal(exact)[0] or symbols(exact):
             return False
-        return _same(sets[0], sets[1])
-    if left.kind != "relation" and right.kind != "relation":
-        return False if (left, right) == (prediction, gold) else _same(left, right)
-    if left.kind != right.kind:
-        one, other = (left, right) if left.kind == "relation" else (right, left)
-        if name_of(one) or is_point(one):
-            return _same(one.parts[-1], other) if left.kind == "relation" else _same(other, one.parts[-1])
-        if one.text == "=" and left.kind == "relation" and other.kind == "formula":
-            # "2+3=5" for 5; but "11a+c=7" is not "7".
-            return _all((_same(one.parts[0], one.parts[1]), _same(one.parts[1], other)))
+        shifted = ("/", exact, ("^", ("num", Fraction(10)), ("num", Fraction(shift)))) if shift else exact
+        return rounded(text, constant(shifted), digits_needed=3 if self.lenient else 6)
+
+    def _same_angle(self, left: Node, right: Node, units: tuple[str, str]) -> bool:
+        for one, other, unit, without in ((left, right, *units), (right, left, *reversed(units))):
+            if unit == "°" and without in ("", "radian") and equal(("/", ("*", one, _PI), ("num", Fraction(180))), other):
+                return True
         return False
-    if left.text == right.text and _all(_same(*pair) for pair in zip(left.parts, right.parts, strict=True)):
-        return True
-    if left.text == right.text == "=":
-        names = name_of(left), name_of(right)
-        if names[0] and names[0] == names[1]:
-            return _same(left.parts[-1], right.parts[-1])
-        if "y" in names and "(" in "".join(names):
-            return _same(left.parts[-1], right.parts[-1])  # y and f(x)
-        if all(names):
-            return proportional(left, right) is True  # y = 2x and x = y/2
-    return proportional(left, right)
+
+    def _same_family(self, left: Node, right: Node) -> bool:
+        """Whether two formulas differ in the name of an integer only, as in k and n of a period."""
+        alone = symbols(left) - symbols(right), symbols(right) - symbols(left)
+        if any(len(names) != 1 or not names <= _INTEGERS for names in alone):
+            return False
+        one, other = next(iter(alone[0])), next(iter(alone[1]))
+        if "an integer" not in (one, other) and not (_is_periodic(left, one) and _is_periodic(right, other)):
+            return False
+        return equal(left, substitute(right, other, ("sym", one)))
 
 
-def _simplified(answer: Answer) -> Answer:
-    """A relation in canonical form; a chain of equalities that hold is shortened to its ends."""
-    if answer.kind != "relation":
-        return answer
-    operators, parts = answer.text.split(" "), answer.parts
-    if len(operators) > 1 and set(operators) == {"="}:
-        named = NAME.fullmatch(parts[0].text) or parts[0].kind == "tuple"
-        if all(_same(part, parts[-1]) for part in (parts[1:] if named else parts)):
-            answer = Answer("relation", "=", (parts[0], parts[-1]))
-    return oriented(answer)
+def _unit(tree: Node) -> str:
+    return str(tree[1]) if tree[0] == "unit" else "°" if has(tree, "deg") else ""
+
+
+def _decimal(tree: Node) -> tuple[str, int]:
+    """The digits of a decimal number, and its power of ten: 6.02 and 23 for 6.02 * 10^23."""
+    if tree[0] == "neg":
+        text, shift = _decimal(tree[1])
+        return (f"-{text}" if text and text[0] != "-" else ""), shift
+    if tree[0] == "num" and len(tree) == 3 and re.fullmatch(r"[0-9.]+", tree[2]):
+        return tree[2], 0
+    if tree[0] == "*" and tree[2][0] == "^" and tree[2][1] == ("num", Fraction(10)):
+        exponent, sign = (tree[2][2][1], -1) if tree[2][2][0] == "neg" else (tree[2][2], 1)
+        if exponent[0] == "num" and exponent[1].denominator == 1 and exponent[1] < 100:
+            return _decimal(tree[1])[0], sign * int(exponent[1])
+    return "", 0
+
+
+def _without_conditions(tree: Node) -> Node:
+    r"""A list without conditions such as `k\in\mathbb{Z}`, whose k then is an integer by any name."""
+    parts = list(tree[2])
+    for part in tree[2]:
+        if part[0] == "rel" and part[1] == ("∈",) and part[2][1][0] == "numbers" and part[2][1][1] in "ZN" and len(parts) > 1:
+            if part[2][0][0] == "sym":
+                parts.remove(part)
+                parts = [substitute(other, part[2][0][1], ("sym", "an integer")) for other in parts]
+    return parts[0] if len(parts) == 1 else ("list", tree[1], tuple(parts))
+
+
+def _is_periodic(tree: Node, name: str) -> bool:
+    r"""Whether a formula is a family with a period in \pi or degrees, so that its variable is an integer by any name."""
+    at = [substitute(tree, name, ("num", Fraction(value))) for value in range(3)]
+    steps: list[Node] = [("-", at[1], at[0]), ("-", at[2], at[1])]
+    if symbols(steps[0]) or not equal(*steps):
+        return False
+    return has(tree, "deg") or has(tree, "const", "pi")

@@ -1,8 +1,8 @@
 r"""Grades a response: whether its answer is in the required format, and whether it is right.
 
-A response is untrusted text. Most answers (numbers, formulas, lists, intervals) are decided here, in bounded time. The
-rest goes to math-verify in a pool of worker processes, which are killed after 2 seconds. docs/verifier.md lists the
-decisions on which public graders disagree.
+A response is untrusted text. A closed grammar reads answers: what it does not read, equals only its own text. All work is
+bounded by the length of the text and counted in steps, not seconds. docs/verifier.md lists the decisions on which public
+graders disagree.
 """
 
 from __future__ import annotations
@@ -10,23 +10,16 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from logitmix.tasks.templates import Template, last_boxed
-from logitmix.tasks.verify.compare import same
-from logitmix.tasks.verify.normalise import normalise
-from logitmix.tasks.verify.pool import shared_pool
-from logitmix.tasks.verify.symbolic import refusal
+from logitmix.tasks.templates import Template, last_boxed, unbox
+from logitmix.tasks.verify.compare import Comparison
+from logitmix.tasks.verify.tokens import spell, tokenize
+from logitmix.tasks.verify.values import TooLong, start_steps
 
 MAX_LENGTH = 500  # characters of an answer; the longest gold of MATH has 159
 MAX_TEXT = 20_000  # characters of the text that is searched for an answer
-# Text of which math-verify would compare only the part that fits: words, numbers side by side, labels, open
-# environments, two answers with an arrow, a bar or a stray sign between them.
-MISREAD = re.compile(
-    r"(?<![\\a-zA-Z{])[a-zA-Z]{3,}|[0-9] [0-9]|[a-zA-Z][0-9]|[a-zA-Z]\.|\\approx|\\begin\{(?:array|cases)|[^\x00-\x7f]"
-    r"|[?@#]|\^$|[0-9]\|+[0-9_]|\\[|&]|^(?!.*\\begin).*(?:&|\\\\)"
-    r"|\\(?:to|implies|iff|(?:[Ll]ong)?(?:[Ll]eft)?[Rr]ightarrow|hspace|underbrace|underset|overset|tag)(?![a-zA-Z])"
-)
-
-__all__ = ["Grade", "answers_match", "extract_answer", "grade", "normalise"]
+TOO_LONG = "the comparison takes more than"  # how the error of a comparison begins that was cut off
+_PROSE = re.compile(r"(?:[A-Za-z,.:'!\s$]|\\[\[\](),;: ]|\\text\{[^{}0-9\\]*\}|\\\\)*", re.DOTALL)
+_HEDGE = re.compile(r"(?<![a-zA-Z])(?:not|no|or|either|wrong|instead|maybe|perhaps|never|except)(?![a-zA-Z])", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -47,15 +40,16 @@ class Grade:
     error: str | None
 
 
-def grade(response: str, gold: str, template: Template) -> Grade:
-    """Grade a response to a prompt against the gold answer."""
+def grade(response: str, gold: str, template: Template, lenient: bool = False) -> Grade:
+    """Grade a response to a prompt against the gold answer. `lenient` widens the rules for `lenient_ok` only."""
     strict = template.extract(response)
     answer = strict if strict is not None else _find_answer(response)
     if answer is None:
         return Grade(format_ok=False, answer_ok=False, lenient_ok=False, answer=None, error=None)
-    right, error = _compare(answer, gold)
+    right, error = _compare(answer, gold, Comparison())
+    loosely = right or (lenient and _compare(answer, gold, Comparison(lenient=True))[0])
     formatted = strict is not None
-    return Grade(formatted, answer_ok=formatted and right, lenient_ok=right, answer=answer, error=error)
+    return Grade(formatted, answer_ok=formatted and right, lenient_ok=loosely, answer=answer, error=error)
 
 
 def extract_answer(response: str, template: Template) -> str | None:
@@ -63,13 +57,20 @@ def extract_answer(response: str, template: Template) -> str | None:
     return template.extract(response)
 
 
-def answers_match(prediction: str, gold: str) -> bool:
+def answers_match(prediction: str, gold: str, lenient: bool = False) -> bool:
     r"""Whether two answers mean the same. The prediction is untrusted, the gold is trusted.
 
     >>> answers_match("1/2", r"\frac{1}{2}"), answers_match("$1,000$", "1000"), answers_match("2", "3")
     (True, True, False)
+    >>> answers_match(r"180^\circ", r"\pi"), answers_match(r"180^\circ", r"\pi", lenient=True)
+    (False, True)
     """
-    return _compare(prediction, gold)[0]
+    return _compare(prediction, gold, Comparison(lenient))[0]
+
+
+def normalise(answer: str) -> str:
+    """The tokens of an answer, in one spelling."""
+    return spell(tokenize(opened(answer)))
 
 
 def _find_answer(response: str) -> str | None:
@@ -83,23 +84,72 @@ def _find_answer(response: str) -> str | None:
     return str(numbers[-1]) if numbers else None
 
 
-def _compare(prediction: str, gold: str) -> tuple[bool, str | None]:
+def _compare(prediction: str, gold: str, comparison: Comparison) -> tuple[bool, str | None]:
     """Whether the answers match, and the error if the comparison reached no verdict."""
     if prediction.strip() == gold.strip():
-        return bool(normalise(gold)) if len(gold) <= MAX_TEXT else True, None
+        return re.search(r"\w|\\\{|∅", gold) is not None, None
     if len(prediction) > MAX_LENGTH and not (len(prediction) <= MAX_TEXT and last_boxed(prediction)):
         return False, f"the answer has {len(prediction)} characters; at most {MAX_LENGTH} are compared"
+    start_steps()
     try:
-        left, right = normalise(prediction), normalise(gold)
+        left = opened(prediction)
         if len(left) > MAX_LENGTH:
             return False, f"the answer has {len(left)} characters; at most {MAX_LENGTH} are compared"
-        verdict = same(left, right)
+        verdict = comparison.same_tokens(tokenize(left), tokenize(opened(gold)))
+    except TooLong as error:
+        return False, str(error)
     except Exception as error:  # an error of the verifier must not end a training run; the log counts it
         return False, f"{type(error).__name__}: {error}"[:200]
-    if verdict is not None:
-        return verdict, None
-    if reason := refusal(left):
-        return False, reason
-    if MISREAD.search(left):
-        return False, None
-    return shared_pool().compare(left, right)
+    return verdict, None if verdict else comparison.unread
+
+
+def opened(text: str) -> str:
+    r"""The content of the box if prose or an equation leads to it; else the text, in which a box is a bracket.
+
+    >>> opened(r"so we get $x=\boxed{5}$."), opened(r"\boxed{5}+7")
+    ('5', '\\boxed{5}+7')
+    """
+    while "\\boxed" in text or "\\fbox" in text:
+        text = text.replace("\\fbox", "\\boxed")
+        boxes = _boxes(text)
+        if not boxes:
+            return text
+        rest = "".join(text[end:start] for (_, end), (start, _) in zip([(0, 0), *boxes], [*boxes, (len(text), 0)], strict=True))
+        contents = [unbox_one(text[start:end]) for start, end in boxes]
+        before = text[: boxes[0][0]].rstrip(" $({")
+        after = text[boxes[-1][1] :]
+        closed = re.fullmatch(r"[\s$.)}!]*|\\[\])]\.?|", after) is not None
+        if _HEDGE.search(rest) and len(boxes) == 1 or not closed:
+            return text
+        if len(boxes) > 1:
+            if not _PROSE.fullmatch(rest) or _HEDGE.search(rest.replace(" or ", " ")):
+                return text
+            text = ", ".join(dict.fromkeys(contents))
+        elif _PROSE.fullmatch(before) or (before.endswith(("=", ":", "≈", "is")) and not re.search(r"[;,]|\\text", before)):
+            text = contents[0]
+        else:
+            return text
+    return text
+
+
+def unbox_one(box: str) -> str:
+    """The content of a text that is one box."""
+    return box[box.index("{") + 1 : -1].strip()
+
+
+def _boxes(text: str) -> list[tuple[int, int]]:
+    """The outermost boxes with matching braces: where they begin and end."""
+    found, place = [], 0
+    while (start := text.find("\\boxed", place)) >= 0:
+        opening = re.compile(r"\\boxed\s*\{").match(text, start)
+        if not opening:
+            return []
+        depth, end = 1, opening.end()
+        while end < len(text) and depth:
+            depth += (text[end] == "{") - (text[end] == "}")
+            end += 1
+        if depth:
+            return []
+        found.append((start, end))
+        place = end
+    return found

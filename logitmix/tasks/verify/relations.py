@@ -1,143 +1,117 @@
-r"""Relations: the name in x = 5, the set that 1 < x < 2 describes, and equations up to a factor."""
+r"""Relations: the name in x = 5, chains of equations, and equations up to a factor.
+
+Accepted: `x=5` and `5`; `|AB|=1` and `1`; `f(m)=2m+1` and `f(n)=2n+1`; `y=2x+1` and `f(x)=2x+1`; `2x+4y=6` and `x+2y=3`;
+`x=\frac{10}{4}=2.5` and `2.5`. Refused: `11a+c=7` and `7`; `y=5` and `x=5`; `x=5=6` and `6`.
+"""
 
 from __future__ import annotations
 
-from logitmix.tasks.verify.answers import NAME, Answer
-from logitmix.tasks.verify.formulas import parse, symbols
-from logitmix.tasks.verify.tokens import Unreadable
-from logitmix.tasks.verify.values import Undefined, context, ratio
+import re
+from collections.abc import Callable
 
-FLIPPED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le", "=": "=", "\\ne": "\\ne"}
+from logitmix.tasks.verify.formulas import STRUCTURES, Node, substitute, symbols
+from logitmix.tasks.verify.reals import FLIPPED
+from logitmix.tasks.verify.values import context, ratio
 
-
-def name_of(part: Answer) -> str:
-    """The name that a relation assigns a value: x in x = 5."""
-    if part.kind == "relation" and part.text in ("=", "\\in", "\\approx") and NAME.fullmatch(part.parts[0].text):
-        return part.parts[0].text
-    return ""
+Same = Callable[[Node, Node], bool]
+_BOUND = re.compile(r"(\w+?'*)(?:\((\\?[a-zA-Z]+)\)|_\{?(\w)\}?)")
 
 
-def values_of(parts: tuple[Answer, ...]) -> tuple[Answer, ...]:
-    """The parts, with the value in place of a relation that assigns one: 5 for x = 5."""
-    return tuple(part.parts[-1] if name_of(part) else part for part in parts)
+def name_of(tree: Node) -> str:
+    """The name that a relation gives a value: x in x = 5."""
+    return _name(tree[2][0]) if tree[0] == "rel" and tree[1] in (("=",), ("∈",)) else ""
 
 
-def oriented(answer: Answer) -> Answer:
-    r"""A relation in canonical form: no `\approx` after an exact value, names on the left, smaller before larger."""
-    if answer.kind != "relation":
-        return answer
-    operators, parts = answer.text.split(" "), list(answer.parts)
-    if "\\approx" in operators:
-        place = operators.index("\\approx")
-        if place == 0 and NAME.fullmatch(parts[0].text):
-            operators[0] = "="
+def value_of(tree: Node) -> Node:
+    """The value of a relation that names it: 5 for x = 5."""
+    return tree[2][-1] if name_of(tree) else tree
+
+
+def is_point(tree: Node) -> bool:
+    """Whether a relation gives a tuple of names a value, as (x, y) = (1, 2)."""
+    return tree[1] in (("=",), ("∈",)) and tree[2][0][0] == "tuple" and all(_name(part) for part in tree[2][0][2])
+
+
+def simplified(tree: Node, same: Same) -> Node:
+    r"""A relation with its name on the left, smaller before larger, and chains of equations that hold in two parts.
+
+    What follows `\approx` is dropped after an exact value. `x=y=z=1` becomes a list of three.
+    """
+    operators, parts = tree[1], tree[2]
+    if "≈" in operators:
+        place = operators.index("≈")
+        if place == 0 and _name(parts[0]):
+            operators = ("=", *operators[1:])
         else:
             operators, parts = operators[:place], parts[: place + 1]
     if not operators:
         return parts[0]
-    named = [bool(NAME.fullmatch(part.text)) for part in parts]
-    if len(operators) == 1 and operators[0] in FLIPPED and named == [False, True]:
-        operators, parts = [FLIPPED[operators[0]]], parts[::-1]
-    if len(operators) > 1 and all(operator in (">", "\\ge") for operator in operators):
-        operators, parts = [FLIPPED[operator] for operator in reversed(operators)], parts[::-1]
-    return Answer("relation", " ".join(operators), tuple(parts))
+    if len(operators) > 1 and set(operators) == {"="}:
+        names = [_name(part) for part in parts[:-1]]
+        if all(names) and len(set(names)) == len(names):
+            return ("list", "=", tuple(("rel", ("=",), (part, parts[-1])) for part in parts[:-1]))
+        named = names[0] or parts[0][0] == "tuple"
+        if all(same(part, parts[-1]) for part in (parts[1:-1] if named else parts[:-1])):
+            operators, parts = ("=",), (parts[0], parts[-1])
+    if len(operators) == 1 and operators[0] in FLIPPED and not _name(parts[0]) and _name(parts[1]):
+        operators, parts = (FLIPPED[operators[0]],), parts[::-1]
+    if len(operators) > 1 and all(operator in ">≥" for operator in operators):
+        operators, parts = tuple(FLIPPED[operator] for operator in reversed(operators)), parts[::-1]
+    return ("rel", operators, parts)
 
 
-def is_point(relation: Answer) -> bool:
-    """Whether a relation assigns a tuple of names, as (x, y) = (1, 2)."""
-    return (
-        relation.text in ("=", "\\in")
-        and relation.parts[0].kind == "tuple"
-        and all(NAME.fullmatch(part.text) for part in relation.parts[0].parts)
-    )
+def same_relation(left: Node, right: Node, same: Same) -> bool:
+    """Whether two simplified answers are equal, at least one of which is a relation."""
+    if left[0] != right[0]:
+        relation, other = (left, right) if left[0] == "rel" else (right, left)
+        if name_of(relation) or is_point(relation):
+            return same(relation[2][1], other)
+        # "2+3=5" for 5; but "11a+c=7" is not "7".
+        return relation[1] == ("=",) and other[0] not in STRUCTURES and same(*relation[2]) and same(relation[2][1], other)
+    if left[1] == right[1] and all(same(*pair) for pair in zip(left[2], right[2], strict=True)):
+        return True
+    if left[1] == right[1] == ("=",):
+        names = name_of(left), name_of(right)
+        if names[0] and names[0] == names[1]:
+            return same(left[2][1], right[2][1])
+        if "y" in names and "(" in "".join(names):
+            return same(left[2][1], right[2][1])  # y and f(x)
+        if (bound := _bound_names(*names)) and bound[0] not in symbols(right[2][1]):
+            return same(left[2][1], substitute(right[2][1], bound[1], ("sym", bound[0])))
+    return _proportional(left, right)
 
 
-def variable(answer: Answer) -> str:
-    """The one variable of a relation or a list of relations; empty if there is none, or several."""
-    parts = answer.parts if answer.kind == "list" else (answer,)
-    names = {
-        next((part.text for part in relation.parts if NAME.fullmatch(part.text)), "")
-        for relation in parts
-        if relation.kind == "relation"
-    }
-    return names.pop() if len(names) == 1 else ""
+def _name(side: Node) -> str:
+    if side[0] == "name" or (side[0] == "sym" and not side[1][0].isdigit()) or side == ("const", "e"):
+        return str(side[1])
+    return ""
 
 
-def as_set(answer: Answer) -> Answer | None:
-    """The set of numbers described by an inequality in one variable, or by several joined by "or"."""
-    if answer.kind == "relation":
-        if answer.text == "\\in" and name_of(answer):
-            return answer.parts[1]
-        return interval(answer)
-    if answer.kind == "list" and answer.parts and all(part.kind == "relation" for part in answer.parts):
-        pieces = [interval(oriented(part)) for part in answer.parts]
-        if any(piece is None for piece in pieces):
-            return None
-        found = tuple(piece for piece in pieces if piece is not None)
-        if answer.text != "and":
-            return Answer("union", "", found)
-        if len(found) == 2:
-            low = next((part for part in found if part.parts[1].text == "\\infty"), None)
-            high = next((part for part in found if part.parts[0].text == "-\\infty"), None)
-            if low and high and low != high:
-                return Answer("tuple", low.text[0] + high.text[1], (low.parts[0], high.parts[1]))
+def _bound_names(left: str, right: str) -> tuple[str, str] | None:
+    """The variables of f(m) and f(n), or of a_m and a_n, if the functions are the same."""
+    one, other = _BOUND.fullmatch(left), _BOUND.fullmatch(right)
+    if not one or not other or one[1] != other[1]:
         return None
-    return answer if answer.kind in ("tuple", "union", "set") else None
-
-
-def interval(answer: Answer) -> Answer | None:
-    """The interval, or union of two, that an inequality in one variable describes; None for any other answer."""
-    if answer.kind != "relation":
+    names = one[2] or one[3], other[2] or other[3]
+    if (one[2] is None) != (other[2] is None) or any(name.isdigit() for name in names):
         return None
-    infinity, operators, parts = Answer("formula", "\\infty"), answer.text.split(" "), answer.parts
-    minus = Answer("formula", "-\\infty")
-    if len(operators) == 1 and NAME.fullmatch(parts[0].text) and _is_number(parts[1]):
-        bound = parts[1]
-        if operators[0] in ("<", "\\le"):
-            return Answer("tuple", "(" + (")" if operators[0] == "<" else "]"), (minus, bound))
-        if operators[0] in (">", "\\ge"):
-            return Answer("tuple", ("(" if operators[0] == ">" else "[") + ")", (bound, infinity))
-        if operators[0] == "\\ne":
-            return Answer(
-                "union", "", (Answer("tuple", "()", (minus, bound)), Answer("tuple", "()", (bound, infinity)))
-            )
-    between = len(operators) == 2 and set(operators) <= {"<", "\\le"} and NAME.fullmatch(parts[1].text)
-    if between and _is_number(parts[0]) and _is_number(parts[2]):
-        brackets = ("(" if operators[0] == "<" else "[") + (")" if operators[1] == "<" else "]")
-        return Answer("tuple", brackets, (parts[0], parts[2]))
-    return None
+    return names
 
 
-def _is_number(answer: Answer) -> bool:
-    if answer.kind != "formula" or "\\infty" in answer.text:
-        return answer.kind == "formula"
-    try:
-        return not symbols(parse(answer.text))
-    except Unreadable:
-        return False
-
-
-def _variables(text: str) -> set[str]:
-    return symbols(parse(text))
-
-
-def proportional(left: Answer, right: Answer) -> bool | None:
+def _proportional(left: Node, right: Node) -> bool:
     """Whether two equations are equal up to a factor; two inequalities up to a positive factor, or a negative one that
     reverses them."""
-    operators = left.text, right.text
-    if " " in operators[0] or " " in operators[1] or operators[0] not in FLIPPED or operators[1] not in FLIPPED:
-        return None if operators[0] == operators[1] else False
-    if not all(part.kind == "formula" for part in (*left.parts, *right.parts)):
+    operators = left[1], right[1]
+    if any(len(side) != 1 or side[0] not in FLIPPED for side in operators):
         return False
-    texts = [f"({side.parts[0].text})-({side.parts[1].text})" for side in (left, right)]
-    try:
-        factor = ratio(*texts)
-    except (Unreadable, Undefined):
-        return None
+    sides = [tuple(("sym", part[1]) if part[0] == "name" else part for part in tree[2]) for tree in (left, right)]
+    if any(part[0] in STRUCTURES for side in sides for part in side):
+        return False
+    factor = ratio(("-", *sides[0]), ("-", *sides[1]))
     if factor is None:
-        return None if all(_variables(text) for text in texts) and operators == ("=", "=") else False
-    if operators[0] in ("=", "\\ne"):
+        return False
+    if operators[0][0] in "=≠":
         return operators[0] == operators[1]
     if isinstance(factor, context().mpc):
         return False
-    return operators[1] == (operators[0] if factor > 0 else FLIPPED[operators[0]])
+    return bool(operators[1][0] == (operators[0][0] if factor > 0 else FLIPPED[operators[0][0]]))

@@ -1,52 +1,243 @@
-r"""Splits a formula in LaTeX into tokens, and knows the names that it may use."""
+r"""The tokenizer: one spelling for each sign, name, number and word of an answer.
+
+Only these disappear: blanks, sizes (`\left`), styles, colours, dollar signs around formulas, `\text` around words. A token
+remembers what stood before it, so that `4 2` is never 42. Anything unknown stays, and the parser refuses it.
+
+>>> spell(tokenize(r"$\left(3,\ \dfrac{\pi}2\right)$."))
+'( 3 , \\frac { \\pi } 2 )'
+"""
+
+from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from typing import NamedTuple
 
-TRIGONOMETRIC = frozenset(
-    {"sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "asin", "acos", "atan"}
-)
-NAMES = TRIGONOMETRIC | {"sinh", "cosh", "tanh", "ln", "exp", "log", "lg", "abs", "sqrt", "max", "min"}
-ALIASES = {"arcsin": "asin", "arccos": "acos", "arctan": "atan", "lg": "log"}
-INVERSES = {"sin": "asin", "cos": "acos", "tan": "atan"}
-GREEK = re.compile(
-    "(?:alpha|beta|gamma|delta|epsilon|zeta|eta|theta|vartheta|iota|kappa|lambda|mu|nu|xi|rho|sigma|tau|upsilon|phi"
-    "|varphi|chi|psi|omega|Gamma|Delta|Theta|Lambda|Xi|Pi|Sigma|Phi|Psi|Omega|ell|hbar)"
-)
-ACCENTS = re.compile("overline|bar|vec|hat|tilde|dot|mathbf|boldsymbol|mathcal|mathbb|overrightarrow|widehat")
-TOKEN = re.compile(
-    r"\\[a-zA-Z]+|\\.|[0-9]*\.[0-9]*\\overline\{[0-9]+\}|[0-9]+(?:\.[0-9]+)?|\.[0-9]+|\s+|[a-zA-Z]'*|.",
-    re.DOTALL,
-)
-WORD = re.compile("|".join(sorted([*NAMES, "pi", "infty"], key=len, reverse=True)))
-COMMANDS = NAMES | {"frac", "pi", "binom", "lfloor", "lceil"}
+JOINED, BLANK, MARKUP = 0, 1, 2
 
 
 class Unreadable(Exception):
-    """This module cannot parse the text, which may still be a formula."""
+    """The grammar does not read this text."""
 
 
-def tokenize(text: str) -> list[str]:
-    """The tokens of a normalised formula. Raises `Unreadable` for words.
+class Token(NamedTuple):
+    """A token and what precedes it: nothing, a blank, or markup that is not kept. A word of a text begins with `"`."""
 
-    A blank is a token only between digits, where it separates two numbers or makes a mixed number.
-    """
-    tokens: list[str] = []
-    for token in TOKEN.findall(re.sub(r"(?<![a-zA-Z\\])[a-zA-Z]{2,}", _split_names, text)):
-        if not token.isspace():
-            tokens.append(token)
-        elif tokens and tokens[-1][-1].isdigit():
-            tokens.append(" ")
+    text: str
+    gap: int = JOINED
+
+
+ANGLES = frozenset({"sin", "cos", "tan", "cot", "sec", "csc"})
+INVERSES = {f"{prefix}{name}": f"a{name}" for prefix in ("arc", "a") for name in ("sin", "cos", "tan", "cot", "sec", "csc")}
+CALLS = ANGLES | INVERSES.keys() | {"sinh", "cosh", "tanh", "ln", "exp", "log", "lg", "abs", "sqrt", "cbrt"}
+LISTED = frozenset({"max", "min", "gcd", "lcm"})
+FUNCTIONS = CALLS | LISTED | {"det"}
+GREEK = frozenset(
+    "alpha beta gamma delta epsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau upsilon phi varphi chi"
+    " psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell hbar".split()
+)
+_GREEK_LETTERS = dict(
+    zip(
+        "αβγδεζηθκλμνξρστφχψωΔΩΓΘΛΣΦΨ",
+        "alpha beta gamma delta epsilon zeta eta theta kappa lambda mu nu xi rho sigma tau phi chi psi omega Delta Omega"
+        " Gamma Theta Lambda Sigma Phi Psi".split(),
+        strict=True,
+    )
+)
+_UNICODE = str.maketrans(
+    {
+        **dict.fromkeys("−–—﹣－", "-"),
+        **dict.fromkeys("×·⋅∙•✕∗", "*"),
+        **dict.fromkeys("º˚", "°"),
+        **dict.fromkeys("\u00a0\u2009\u202f\u3000\u2002\u2003\u200a", " "),
+        **dict.fromkeys("\u200b\ufeff\u2060", ""),
+        **dict.fromkeys("’‘′", "'"),
+        **dict.fromkeys("“”„«»", '"'),
+        **dict(zip("，；：（）［］｛｝＝＋％＜＞．。／￥", ",;:()[]{}=+%<>../¥", strict=True)),
+        **{letter: f"\\{name} " for letter, name in _GREEK_LETTERS.items()},
+        **{sign: f"_{{{digit}}}" for digit, sign in enumerate("₀₁₂₃₄₅₆₇₈₉")},
+        **{sign: rf"\frac{{{top}}}{{{low}}}" for sign, top, low in ("½12", "⅓13", "⅔23", "¼14", "¾34", "⅕15", "⅛18")},
+        **{"÷": "/", "π": "\\pi ", "√": "\\surd ", "∛": "\\sqrt[3]", "∜": "\\sqrt[4]", "ℝ": "\\mathbb{R}"},
+        **{"ℤ": "\\mathbb{Z}", "∠": "\\angle ", "△": "\\triangle ", "⁺": "^+"},
+    }
+)
+_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
+# Every command, sign and word that is spelled in more than one way.
+_SAME = {
+    **dict.fromkeys(("\\dfrac", "\\tfrac", "\\cfrac"), "\\frac"),
+    **dict.fromkeys(("\\dbinom", "\\tbinom"), "\\binom"),
+    **dict.fromkeys(("\\le", "\\leq", "\\leqslant", "\\leqq", "<=", "⩽", "≦"), "≤"),
+    **dict.fromkeys(("\\ge", "\\geq", "\\geqslant", "\\geqq", ">=", "⩾", "≧"), "≥"),
+    **dict.fromkeys(("\\ne", "\\neq", "!=", "\\not="), "≠"),
+    **dict.fromkeys(("\\approx", "\\thickapprox", "\\simeq", "\\doteq", "~="), "≈"),
+    **dict.fromkeys(("\\lor", "\\vee", "∨"), "\\lor"),
+    **dict.fromkeys(("\\land", "\\wedge", "∧"), "\\land"),
+    **dict.fromkeys(("\\emptyset", "\\varnothing", "\\empty"), "∅"),
+    **dict.fromkeys(("\\infty", "\\infin", "\\inf", "infty", "infinity", "Infinity", "inf", "oo"), "∞"),
+    **dict.fromkeys(("\\times", "\\cdot", "\\ast"), "*"),
+    **dict.fromkeys(("\\lbrace", "\\{"), "\\{"),
+    **dict.fromkeys(("\\rbrace", "\\}"), "\\}"),
+    **dict.fromkeys(("\\langle", "\\lparen"), "("),
+    **dict.fromkeys(("\\rangle", "\\rparen"), ")"),
+    **dict.fromkeys(("\\vert", "\\mid", "∣", "\\|"), "|"),
+    **dict.fromkeys(("\\to", "\\rightarrow", "\\longrightarrow"), "→"),
+    **dict.fromkeys(("\\setminus", "\\backslash", "∖"), "\\setminus"),
+    **dict.fromkeys(("\\R", "\\Re", "\\Reals", "\\mathbbR"), "\\R"),
+    **dict.fromkeys(("\\%", "%", "percent", "pct", "percentage", "percents"), "%"),
+    **dict.fromkeys(("\\subseteq", "\\subset", "⊂", "⊆"), "⊆"),
+    **{"\\lt": "<", "\\gt": ">", "\\div": "/", "\\colon": ":", "==": "=", "**": "^", "\\in": "∈", "\\pm": "±", "\\mp": "∓"},
+    **{"\\cup": "∪", "\\cap": "∩", "\\degree": "°", "\\lbrack": "[", "\\rbrack": "]", "\\imath": "i", "\\fbox": "\\boxed"},
+    **{"\\varepsilon": "\\epsilon", "pi": "\\pi", "\\equiv": "≡", "\\cong": "≅", "\\parallel": "∥", "\\perp": "⊥"},
+    **{"and": "\\and", "or": "\\or", "\\And": "\\and", "\\_": "_", "\\mod": "\\bmod", "mod": "\\bmod", "\\mathstrut": ""},
+    **{"sqrt": "\\surd", "\\gcd": "\\gcd", "\\pounds": "£", "\\euro": "€", "\\ldots": "…", "\\dots": "…", "\\cdots": "…"},
+    **{"\\prime": "'", "\\lceil": "\\lceil", "∙": "*", "\\middot": "*", "\\centerdot": "*", "\\quot": '"'},
+}
+_STYLES = (
+    "displaystyle textstyle scriptstyle limits nolimits hfill rm bf it noindent quad qquad enspace thinspace medspace boldmath"
+)
+_TEXTS = "text mbox textbf textit textrm textsf texttt textnormal textup mathrm mathit mathsf hbox operatorname".split()
+_BOLD = frozenset({"\\mathbf", "\\boldsymbol", "\\bm", "\\underline"})
+_DELIMITERS = frozenset("( ) [ ] | \\{ \\} < > / . \\lvert \\rvert \\lVert \\rVert \\lfloor \\rfloor \\lceil \\rceil".split())
+_TOKEN = re.compile(
+    rf"""(?P<blank>(?:\s|~|\\(?:[,;:>\s]|(?:{"|".join(_STYLES.split())})(?![a-zA-Z])))+)
+    |(?P<number>[0-9]{{1,3}}(?:(?:,\\!|\{{\s*,\s*\}}|\\,)[0-9]{{3}})+(?![0-9])(?:\.[0-9]+)?
+        |[0-9]*\.\([0-9]+\)|[0-9]*\.[0-9]*(?:\\overline\s*\{{[0-9]+\}}|\\dot\s*\{{?[0-9]\}}?(?:[0-9]*\\dot\s*\{{?[0-9]\}}?)?)
+        |[0-9]+(?:\.[0-9]+|\.(?![0-9.]))?(?:[eE][+-]?[0-9]+(?![0-9a-zA-Z.]))?|\.[0-9]+)
+    |(?P<dropped>\\!|\\[()\[\]]|\$+|`|\\(?:text)?color\s*\{{\w+\}}|\\[hv]?phantom\s*(?:\{{[^{{}}]*\}}|\S)
+        |\\begin\s*\{{(?:align|aligned|equation|gather|gathered|split)\*?\}}
+        |\\end\s*\{{(?:align|aligned|equation|gather|gathered|split)\*?\}})
+    |(?P<text>\\(?:{"|".join(_TEXTS)})\*?\s*\{{(?P<words>[^{{}}]*)\}})
+    |\\(?P<size>left|right|middle|[bB]igg?[lrm]?)(?![a-zA-Z])\s*(?P<fence>[()\[\]|.<>/]|\\[{{}}|]
+        |\\[lr](?:vert|Vert|brace|brack|paren|floor|ceil|angle)(?![a-zA-Z])|(?=\s*\$?\s*$))
+    |(?P<half>[aApP]\.\s?[mM]\.)
+    |(?P<degree>\^\s*(?:\{{\s*(?:\\circ|o|°)\s*\}}|\\circ(?![a-zA-Z])|°))
+    |(?P<environment>\\(?:begin|end)\s*\{{[a-zA-Z]+\*?\}})
+    |(?P<currency>\\\$|[$€£¥₹](?=\s*[0-9.])|(?<=[0-9])\s*[€£¥₹])
+    |(?P<run>[a-zA-Z]+'*)
+    |\\not\s*=|\\[a-zA-Z]+|\\.|<=|>=|!=|==|\*\*|~=|\.\.\.?|.""",
+    re.DOTALL | re.VERBOSE,
+)
+_GROUPED = re.compile(r"(?<![\w.,}])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")
+_SPACED = re.compile(r"\s*[-+]?[0-9]{1,3}(?:(?:\s|~|\\[ ,;:])[0-9]{3})+(?:\.[0-9]+)?\s*")
+_LEAD = frozenset("so thus hence therefore and the final correct right best \\and".split())
+_LED = frozenset("answer answers option options choice choices result results solution solutions".split())
+# Single letters of a text that are units after a number; others are variables.
+_UNIT_LETTERS = frozenset("mgslhLNJWVAKCFTPHZ")
+
+
+def tokenize(text: str) -> list[Token]:
+    r"""The tokens of an answer, without an opening such as "The answer is" and without closing punctuation."""
+    return _trimmed(_lex(_prepared(text), in_text=False))
+
+
+def spell(tokens: Sequence[Token]) -> str:
+    """The tokens as a text, with single blanks."""
+    return " ".join(token.text for token in tokens)
+
+
+def _prepared(text: str) -> str:
+    if "<su" in text:
+        text = re.sub(r"<su([pb])>([^<>]*)</su\1>", lambda tag: f"{'^_'[tag[1] == 'b']}{{{tag[2]}}}", text)
+    text = text.strip()
+    if not text.isascii():
+        text = re.sub("⁻?[⁰¹²³⁴⁵⁶⁷⁸⁹]+", lambda power: f"^{{{power[0].translate(_SUPERSCRIPTS)}}}", text)
+        text = text.translate(_UNICODE)
+    for mark in ("**", '"', "``"):
+        if text.startswith(mark) and text.endswith(mark) and len(text) > 2 * len(mark) and text.count(mark) == 2:
+            text = text[len(mark) : -len(mark)].strip()
+    if "," in text and not re.search(r"[(\[]|\\\{", text):
+        text = _GROUPED.sub(lambda digits: digits[0].replace(",", ""), text)
+    if _SPACED.fullmatch(text.strip("$")):
+        text = re.sub(r"[\s~]|\\[ ,;:]", "", text)
+    return text
+
+
+def _lex(text: str, in_text: bool) -> list[Token]:
+    tokens: list[Token] = []
+    gap, odd = JOINED, text.count("$") % 2 == 1
+    fences: list[str] = []  # what follows each \\left that is still open
+    for match in _TOKEN.finditer(text):
+        kind, found = match.lastgroup, match[0]
+        if kind == "blank":
+            gap = max(gap, BLANK)
+            continue
+        if kind == "dropped" and not (odd and found == "$" and _opens_amount(tokens, text[match.end() :])):
+            gap = gap if found == "\\!" else MARKUP
+            continue
+        if kind == "text":
+            gap = _lex_text(match["words"], tokens, gap, text[match.end() : match.end() + 1])
+            continue
+        if match["size"]:
+            found = match["fence"]
+            opened = fences.pop() if match["size"] == "right" and fences else match["size"]
+            if match["size"] == "left":
+                fences.append(found)
+            elif opened == "right":
+                fences.append("")
+            if found in (".", ""):
+                continue
+            bar = "\\lvert" if opened == "left" else "\\rvert" if opened == "|" else "|"
+            found = bar if found == "|" else _SAME.get(found, found)
+        elif kind == "number":
+            found = _number(found)
+        elif kind == "degree":
+            found = "°"
+        elif kind == "currency":
+            found = found.strip().lstrip("\\")
+        elif kind == "half":
+            found = f'"{found[0].lower()}m'
+        elif kind == "environment":
+            found = re.sub(r"\s", "", found)
+        elif kind == "run" and in_text and len(found) > 1:
+            found = _SAME.get(found, found if found in FUNCTIONS else f'"{found}')
+        else:
+            found = _SAME.get(found, found)
+        if found in _BOLD or not found:
+            gap = MARKUP
+            continue
+        tokens.append(Token(found, gap))
+        gap = JOINED
+    if fences:  # a bracket is open, or was never opened
+        tokens.append(Token("\\left"))
     return tokens
 
 
-def starts_factor(name: str) -> bool:
-    """Whether a command of this name starts a factor of a product."""
-    return name in COMMANDS or bool(GREEK.fullmatch(name) or ACCENTS.fullmatch(name))
+def _opens_amount(tokens: list[Token], rest: str) -> bool:
+    """Whether an unpaired dollar sign is a currency: before a number, at the start."""
+    return all(token.text in "+-" for token in tokens) and re.match(r"\s*[0-9.]", rest) is not None
 
 
-def _split_names(word: re.Match[str]) -> str:
-    r"""`sinx` is `\sin x` and `xy` is x times y, but a longer run of letters is a word, not a product."""
-    letters = re.sub(WORD, lambda name: f"\\{name[0]} ", word[0])
-    if re.search(r"(?<![\\a-zA-Z])[a-zA-Z]{5,}", letters):
-        raise Unreadable(f"{word[0]!r} is a word")
-    return letters
+def _lex_text(words: str, tokens: list[Token], gap: int, after: str) -> int:
+    """Append the tokens of a text; returns what precedes the next token."""
+    inner = _lex(words, in_text=True)
+    if len(inner) == 1 and len(inner[0].text) == 1 and inner[0].text in _UNIT_LETTERS and after != "_":
+        if tokens and re.search(r"[0-9)}]$", tokens[-1].text):
+            inner = [Token(f'"{inner[0].text}')]
+    for place, token in enumerate(inner):
+        tokens.append(Token(token.text, max(gap, BLANK) if place == 0 and gap != MARKUP else max(gap, token.gap)))
+        gap = JOINED
+    return (BLANK if words[-1:].isspace() else JOINED) if inner else MARKUP
+
+
+def _number(found: str) -> str:
+    if "\\o" in found or "\\d" in found:
+        head, _, period = re.sub(r"\\(?:overline|dot)", "\0", found, count=1).partition("\0")
+        return f"{head}({re.sub(r'[^0-9]', '', period)})"
+    found = re.sub(r",\\!|\{\s*,\s*\}|\\,", "", found)
+    return found.removesuffix(".") if found[-1] == "." else found
+
+
+def _trimmed(tokens: list[Token]) -> list[Token]:
+    while tokens and (tokens[-1].text in (".", ",", ";", ":") or tokens[-1].text == "\\\\"):
+        tokens = tokens[:-1]
+    start = 0
+    while start < len(tokens) and tokens[start].text.strip('"').lower() in _LEAD:
+        start += 1
+    if start < len(tokens) and tokens[start].text.strip('"').lower() in _LED:
+        after = [token.text.strip('"').lower() for token in tokens[start + 1 : start + 4]]
+        marks = next((count for count, mark in enumerate(after) if mark not in ("is", "are", "=", ":")), len(after))
+        if marks or re.fullmatch(r"\(?[A-J]\)?", "".join(token.text for token in tokens[start + 1 :])):
+            tokens = tokens[start + 1 + marks :]
+    while tokens and tokens[0].text in (":", "=", "≈"):
+        tokens = tokens[1:]
+    return tokens

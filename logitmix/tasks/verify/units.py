@@ -1,24 +1,33 @@
-r"""Units at the end of an answer, normalised to `\unit{cm}`; also "5 million"."""
+r"""Units and counted things after a number: `5\text{ cm}^2`, `10 m/s`, `25 apples`.
+
+A unit may be left out, and so may its power; two units must agree. `$`, `%` and degrees are units like any other.
+
+>>> same_unit("cm", ""), same_unit("cm", "m"), same_unit("cm2", "cm"), same_unit("%", "$")
+(True, False, True, False)
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
-# A unit may be left out; two known units that differ make two answers.
+from logitmix.tasks.verify.tokens import FUNCTIONS, Token
+
 UNITS = {
     spelling: names.split()[0]
     for names in (
-        "degree degrees deg",
+        "° degree degrees deg",
         "mm millimeter millimeters millimetre millimetres",
         "cm centimeter centimeters centimetre centimetres",
+        "dm decimeter decimeters decimetre decimetres",
         "m meter meters metre metres",
         "km kilometer kilometers kilometre kilometres",
         "in inch inches",
         "ft foot feet",
         "yd yard yards",
         "mi mile miles",
-        "mph",
-        "kmph",
+        "mi/h mph",
+        "km/h kmph kph",
         "s sec secs second seconds",
         "min mins minute minutes",
         "h hr hrs hour hours",
@@ -33,55 +42,62 @@ UNITS = {
         "oz ounce ounces",
         "ml mL milliliter milliliters",
         "l L liter liters litre litres",
-        "dollar dollars usd USD bucks",
+        "$ dollar dollars usd USD bucks",
+        "€ euro euros",
         "cent cents",
         "radian radians rad",
-        "unit units",
+        "am AM",
+        "pm PM",
+        "°C C",
+        "°F F",
     )
     for spelling in names.split()
 }
-_WORD = "|".join(
-    sorted((unit for unit in UNITS if len(unit) > 1 and unit not in ("in", "min")), key=len, reverse=True)
+MULTIPLIERS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_PLAIN_LETTERS = frozenset("mgshL")  # units without \text, after a blank
+_PHRASE = re.compile(
+    r"(?:(?P<shape>square|sq|cubic|cu) (?:\. )?)?(?P<name>[a-zA-Z]+)(?: \.)?"
+    r"(?: (?:\^ (?:\{ )?(?P<power>[0-9])(?: \})?|(?P<word>squared|cubed)))?"
+    r"(?P<per> (?:/|per|an?) (?P<under>[a-zA-Z]+)(?: \.)?(?: \^ (?:\{ )?(?P<below>[0-9])(?: \})?)?)?"
 )
-POWER = r"(?:\s*\^\s*(?:\{\s*[0-9]\s*\}|[0-9]))?"
-BARE_UNIT = re.compile(
-    rf"(?:(?<=[0-9}})])|(?<=\\pi)|(?<=[a-z])(?=\s))\s*(?:(?:square|cubic|sq\.?|cu\.?)\s+)?"
-    rf"({_WORD}|(?<=[0-9}})]\s)(?:m|g|s|h|L|min|in)(?=\s*(?:\^|/|per\b|$))|(?<=[0-9])m(?=\s*\^\s*\{{?[23]))\.?{POWER}"
-    rf"(?:\s*(?:/|per)\s*(?:{_WORD}|[a-zA-Z]+){POWER})?\s*$"
-)
-NOUNS = re.compile(r"(?<=[0-9}])\s+[a-z]{3,}(?:\s+[a-zA-Z]+)*$")
+_NOUNS = re.compile(r"[a-zA-Z]{3,}(?: [-a-zA-Z]+)*(?: \.)?")
 # Words after a number that change its value; they are neither units nor things counted.
-NOT_UNITS = re.compile(
-    r"^\s*(?:squared|cubed|half)\b|\b(?:and|or|to|mod|plus|minus|over|than|if|base|point|factorial|choose|halves|thirds"
-    r"|fifths|tenths|hundredths|thousandths|dozen|hundred|thousand|million|billion|trillion|lakh|crore"
-    r"|either|neither|maybe|perhaps|versus|vs|through|not|zero|one|two|three|four|five|six|seven|eight|nine|ten)\b"
+NOT_NOUNS = re.compile(
+    r"^(?:squared|cubed|half)\b|\b(?:and|or|to|mod|plus|minus|over|than|if|base|point|factorial|choose|halves|thirds|not"
+    r"|quarters|fourths|fifths|sixths|sevenths|eighths|ninths|tenths|hundredths|thousandths|dozen|hundred|thousand|million"
+    r"|billion|trillion|lakh|crore|either|neither|maybe|perhaps|versus|vs|through|but|except|unless|when|where|for|zero|one"
+    r"|two|three|four|five|six|seven|eight|nine|ten|log|exp|sqrt|abs|pi|sin|cos|tan|cot|csc|wrong|no|mult\w*|div\w*|times"
+    r" \w+|less|more|fewer|greater|answer|approximately|about|roughly)\b"
 )
-NOT_NOUNS = re.compile(rf"{NOT_UNITS.pattern}|\b(?:sin|cos|tan|cot|sec|csc|log|exp|sqrt|abs|pi)\b")
-WORD_NUMBERS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 
 
-def unit_of(words: str, power: str) -> str:
-    r"""`\unit{cm2}` for "square centimeters" or "cm^2"; `\unit{}` for an unknown unit, `\unit{km}` for km/h."""
-    name = re.search(r"(?:square|sq|cubic|cu)\b\.?\s*(\w+)|(\w+)", words)
-    digit = re.search(r"\^[\s{]*([0-9])", power)
-    exponent = "2" if re.match(r"\s*sq", words) else "3" if re.match(r"\s*cu", words) else digit[1] if digit else ""
-    known = UNITS.get((name[1] or name[2]) if name else "", "")
-    if re.search(r"(?:/|\bper)\s*h", words) and known in ("mi", "km"):
-        known = {"mi": "mph", "km": "kmph"}[known]
-    return f"\\unit{{{known}{exponent}}}"
+def unit_of(tokens: Sequence[Token]) -> str | None:
+    """The unit that tokens name, in its shortest spelling; `?apples` for a counted thing; None if they name none."""
+    first, gap = tokens[0]
+    if not first[0].isalpha() and first[0] != '"':
+        return None
+    phrase = " ".join(token.text.strip('"') for token in tokens)
+    if len(first) == 1 and first.isalpha():
+        after = tokens[1].text if len(tokens) > 1 else ""
+        if not (first in _PLAIN_LETTERS and (gap and after in ("", "^", "/", "per", '"per') or after == "^" and first == "m")):
+            return None
+    match = _PHRASE.fullmatch(phrase)
+    if match and (match["name"] in UNITS or match["name"] in ("unit", "units", "deg")):
+        name = UNITS.get(match["name"], "")
+        shape = {"sq": "2", "cu": "3"}.get((match["shape"] or match["word"] or "")[:2].replace("cub", "cu"), "")
+        if match["word"]:
+            shape = "2" if match["word"] == "squared" else "3"
+        under = f"/{UNITS.get(match['under'], match['under'])}{match['below'] or ''}" if match["per"] else ""
+        return f"{name}{under}{match['power'] or shape}"
+    if first[0] == '"' and len(first) == 2 and len(tokens) == 1:
+        return f"?{first[1]}"  # \text{ N}
+    if _NOUNS.fullmatch(phrase) and not NOT_NOUNS.search(phrase):
+        if all(len(token.text) > 1 and token.text not in FUNCTIONS and (token.text[0] == '"' or token.gap) for token in tokens):
+            return "?" + re.sub(r"\W", "", phrase).casefold().rstrip("s")
+    return None
 
 
-def with_units(text: str) -> str:
-    r"""The text with its unit as `\unit{...}` at the end, and "million" and the like as powers of ten."""
-    if re.search(r"\\?(?:sin|cos|tan|cot|csc|sec(?!\.?$))(?![a-z])", text):
-        return text  # the degrees are inside a function: they count
-    if text.endswith("^{\\circ}") and len(text) > 8:
-        return text.removesuffix("^{\\circ}") + "\\unit{degree}"
-    text = re.sub(r"\^\{\\circ\}\s*(?:\\unit\{\w*\}|[CF]\b)$", r"\\unit{degree}", text)
-    if not text[:1].isalpha() and (unit := BARE_UNIT.search(text)):
-        text = text[: unit.start()] + unit_of(unit[0], unit[0])
-    elif (noun := NOUNS.search(text)) and not NOT_NOUNS.search(noun[0]):
-        text = text[: noun.start()] + "\\unit{}"
-    for word, power in WORD_NUMBERS.items():
-        text = re.sub(rf"(?<=[0-9}}])\s*{word}s?\b", f"*10^{{{power}}}", text)
-    return text
+def same_unit(left: str, right: str) -> bool:
+    """Whether two units agree; a unit, or a power, that one of them leaves out is not compared."""
+    (name, power), (other, other_power) = (re.fullmatch(r"(.*?)([0-9]?)", unit, re.DOTALL).groups() for unit in (left, right))  # type: ignore[union-attr]
+    return (not name or not other or name == other) and (not power or not other_power or power == other_power)

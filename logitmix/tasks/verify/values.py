@@ -1,21 +1,25 @@
-r"""Equality of formulas by value.
+r"""Formulas by value: exact on rationals, otherwise to 40 digits, at fixed points if there are variables.
 
-Equality is decided by evaluation, exact on rationals and otherwise to 40 digits, at fixed points if there are
-variables. Two formulas that agree to 25 digits at all points count as equal. Without simplification there is no
-search: the work is bounded by the length of the text, and large values are refused before they are computed.
+Two formulas that agree to 25 digits wherever both are defined count as equal. There is no search: the work is bounded by
+the length of the text and counted in steps, so that a verdict never depends on the machine. Large values are refused
+before they are computed.
 """
 
 from __future__ import annotations
 
 import re
 import threading
+import zlib
 from fractions import Fraction
-from math import comb, factorial
+from functools import lru_cache
+from math import comb, factorial, gcd, lcm
 from typing import Any
 
-from logitmix.tasks.verify.formulas import Node, constants, parse, symbols
+from logitmix.tasks.verify.formulas import Node, has, symbols
 from logitmix.tasks.verify.tokens import Unreadable
 
+MAX_STEPS = 20_000  # evaluated nodes per comparison
+MAX_TERMS = 1000
 # Fixed, so that a verdict never depends on chance, and unrelated, so that no identity holds at them by accident.
 POINTS = (
     ("0.3141", "0.4177"),
@@ -26,95 +30,17 @@ POINTS = (
     ("-0.4621", "0.3313"),
     ("3.7417", "-0.9257"),
 )
-
+INTEGERS = (1, 2, 5, 8, 11)  # where n! or (-1)^n is defined; these follow POINTS
 DECIMAL = re.compile(r"-?(?:[0-9]+\.[0-9]*|\.[0-9]+)")
-SCIENTIFIC = re.compile(rf"({DECIMAL.pattern})(?:\*10\^\{{(-?[0-9]{{1,2}})\}})?")
+Value = Any  # a Fraction, mpf or mpc, or rows of them for a matrix
 
 
 class Undefined(Exception):
     """The formula has no real value at this point."""
 
 
-def equal(left: str, right: str) -> bool | None:
-    """Whether two normalised formulas are equal as functions of their variables; None if one cannot be parsed."""
-    try:
-        trees = parse(left), parse(right)
-    except Unreadable:
-        return None
-    names = sorted(symbols(trees[0]) | symbols(trees[1]))
-    agreed, defined = 0, [0, 0]
-    for values in _environments(names, complex_numbers="i" in constants(trees[0]) | constants(trees[1])):
-        found: list[Any] = []
-        for side, tree in enumerate(trees):
-            try:
-                found.append(evaluate(tree, values))
-                defined[side] += 1
-            except Undefined:
-                pass
-            except Unreadable:
-                return None
-        if len(found) == 2:
-            if not close(*found):
-                return False
-            agreed += 1
-    if agreed >= min(2, 1 + len(names)):
-        return True
-    return None if all(defined) or not any(defined) else False
-
-
-def ratio(left: str, right: str) -> Any:
-    """The constant c with left = c * right everywhere, or None."""
-    trees = parse(left), parse(right)
-    names = sorted(symbols(trees[0]) | symbols(trees[1]))
-    found: list[Any] = []
-    for values in _environments(names, complex_numbers="i" in constants(trees[0]) | constants(trees[1])):
-        try:
-            pair = evaluate(trees[0], values), evaluate(trees[1], values)
-        except Undefined:
-            continue
-        if close(pair[1], Fraction(0)):
-            return None
-        found.append(_number(pair[0]) / _number(pair[1]))
-    if len(found) < 2 or close(found[0], Fraction(0)) or not all(close(found[0], other) for other in found[1:]):
-        return None
-    return found[0]
-
-
-def value(text: str) -> Any:
-    """The value of a formula without variables: a Fraction if it is rational, else to 40 digits."""
-    tree = parse(text)
-    if symbols(tree):
-        raise Unreadable("it has variables")
-    return evaluate(tree, next(iter(_environments([], complex_numbers="i" in constants(tree)))))
-
-
-def rounded(decimal: str, exact: Any, other: str) -> bool:
-    """Whether a decimal is an exact value rounded or truncated to six digits or more."""
-    if not DECIMAL.fullmatch(decimal) or DECIMAL.fullmatch(other):
-        return False
-    whole, _, digits = decimal.lstrip("-").partition(".")
-    significant = len((whole + digits).lstrip("0"))
-    if significant < 4 or (significant < 6 and len(digits) < 6):
-        return False
-    mp = context()
-    number = mp.mpf(exact.numerator) / exact.denominator if isinstance(exact, Fraction) else exact
-    if isinstance(number, mp.mpc) or (number < 0) != decimal.startswith("-"):
-        return False
-    scaled, written = abs(number) * mp.mpf(10) ** len(digits), int(whole + digits)
-    return int(mp.floor(scaled)) == written or int(mp.floor(scaled + mp.mpf(1) / 2)) == written
-
-
-def close(left: Any, right: Any) -> bool:
-    """Whether two values are equal: exactly for two rationals, otherwise to 25 digits."""
-    if isinstance(left, Fraction) and isinstance(right, Fraction):
-        return left == right
-    mp = context()
-    left, right = _number(left), _number(right)
-    size = max(abs(left), abs(right))
-    # Against an exact 0, only the rounding error of the other side remains.
-    bound = mp.mpf(10) ** -30 if min(abs(left), abs(right)) == 0 else size * mp.mpf(10) ** -25
-    # An infinite side would make the bound infinite, and equal to everything.
-    return bool(mp.isfinite(size) and abs(left - right) <= bound)
+class TooLong(Exception):
+    """The comparison takes more steps than MAX_STEPS."""
 
 
 _local = threading.local()
@@ -130,45 +56,312 @@ def context() -> Any:
     return _local.mp
 
 
-def _environments(names: list[str], complex_numbers: bool) -> list[dict[str, Any]]:
+def start_steps() -> None:
+    """Begin to count the steps of a comparison."""
+    _local.steps = 0
+
+
+def _charge(steps: int) -> None:
+    _local.steps = getattr(_local, "steps", 0) + steps
+    if _local.steps > MAX_STEPS:
+        raise TooLong(f"the comparison takes more than {MAX_STEPS:,} steps")
+
+
+def equal(left: Node, right: Node) -> bool:
+    """Whether two formulas are equal as functions of their variables. Raises `Unreadable` for what has no value."""
+    if left == right:
+        return True
+    imaginary = has(left, "const", "i") or has(right, "const", "i")
+    names = symbols(left) | symbols(right)
+    last = len(POINTS) if names else 1
+    defined = [0, 0]
+    for points in (range(last), range(len(POINTS), len(POINTS) + len(INTEGERS) if names else 0)):
+        agreed = 0
+        for point in points:
+            found = [value_at(side, point, imaginary) for side in (left, right)]
+            defined = [count + (value is not None) for count, value in zip(defined, found, strict=True)]
+            if None not in found:
+                if not close(*found):
+                    return False
+                agreed += 1
+        if agreed >= (2 if names else 1):
+            return True
+    if not any(defined):
+        raise Unreadable("neither side has a value")
+    return False
+
+
+def ratio(left: Node, right: Node) -> Value | None:
+    """The constant c with left = c * right everywhere, or None."""
+    imaginary = has(left, "const", "i") or has(right, "const", "i")
+    found: list[Value] = []
+    for point in range(len(POINTS)):
+        pair = [value_at(side, point, imaginary) for side in (left, right)]
+        if any(value is None or isinstance(value, tuple) for value in pair):
+            continue
+        if close(pair[1], Fraction(0)):
+            return None
+        found.append(number(pair[0]) / number(pair[1]))
+        if not close(found[0], found[-1]):
+            return None
+    return None if len(found) < 2 or close(found[0], Fraction(0)) else found[0]
+
+
+def constant(tree: Node) -> Value:
+    """The value of a formula without variables. Raises `Unreadable` if it has some, or no value."""
+    found = None if symbols(tree) else value_at(tree, 0, has(tree, "const", "i"))
+    if found is None:
+        raise Unreadable("not a number")
+    return found
+
+
+def value_at(tree: Node, point: int, imaginary: bool) -> Value | None:
+    """The value at a point, None where it is undefined."""
+    value, steps = _cached_value(tree, point, imaginary)
+    _charge(steps)
+    if isinstance(value, Unreadable):
+        raise value
+    return value
+
+
+@lru_cache(maxsize=32768)
+def _cached_value(tree: Node, point: int, imaginary: bool) -> tuple[Value | None, int]:
+    """The value, and the steps it took, so that a cached value costs as much as a new one."""
+    evaluation = _Evaluation(point, imaginary)
+    try:
+        value = evaluation.of(tree)
+        if not isinstance(value, (Fraction, tuple)) and not context().isfinite(value):
+            value = None
+    except (Undefined, ZeroDivisionError):
+        value = None
+    except (Unreadable, OverflowError) as error:
+        return Unreadable(str(error)), evaluation.steps
+    return value, evaluation.steps
+
+
+def close(left: Value, right: Value) -> bool:
+    """Whether two values are equal: exactly for two rationals, otherwise to 25 digits."""
+    if isinstance(left, Fraction) and isinstance(right, Fraction):
+        return left == right
+    if isinstance(left, tuple) or isinstance(right, tuple):
+        if not (isinstance(left, tuple) and isinstance(right, tuple)) or _shape(left) != _shape(right):
+            return False
+        return all(close(a, b) for one, other in zip(left, right, strict=True) for a, b in zip(one, other, strict=True))
     mp = context()
-    points = POINTS if names else POINTS[:1]
-    environments: list[dict[str, Any]] = []
-    for base, step in points:
-        values: dict[str, Any] = {"": complex_numbers}
-        for index, name in enumerate(names):
-            # The square root keeps the variables algebraically independent.
-            values[name] = mp.mpf(base) + mp.mpf(step) * (mp.sqrt(index + 2) - 1 if index else 0)
-        environments.append(values)
-    return environments
+    left, right = number(left), number(right)
+    size = max(abs(left), abs(right))
+    # Against an exact 0, only the rounding error of the other side remains.
+    bound = mp.mpf(10) ** -30 if min(abs(left), abs(right)) == 0 else size * mp.mpf(10) ** -25
+    # An infinite side would make the bound infinite, and equal to everything.
+    return bool(mp.isfinite(size) and abs(left - right) <= bound)
 
 
-def _number(number: Any) -> Any:
+def rounded(decimal: str, exact: Value, digits_needed: int = 6) -> bool:
+    """Whether a decimal is an exact value rounded or truncated to six digits or more."""
+    if not DECIMAL.fullmatch(decimal) or isinstance(exact, (tuple, context().mpc)):
+        return False
+    whole, _, digits = decimal.lstrip("-").partition(".")
+    significant = len((whole + digits).lstrip("0"))
+    if significant < digits_needed and (significant < 4 or len(digits) < digits_needed):
+        return False
+    mp, value = context(), number(exact)
+    if (value < 0) != decimal.startswith("-"):
+        return False
+    scaled, written = abs(value) * mp.mpf(10) ** len(digits), int(whole + digits)
+    return int(mp.floor(scaled)) == written or int(mp.floor(scaled + mp.mpf(1) / 2)) == written
+
+
+def number(value: Value) -> Value:
+    """A value as mpmath's number."""
     mp = context()
-    return mp.mpf(number.numerator) / number.denominator if isinstance(number, Fraction) else number
+    return mp.mpf(value.numerator) / value.denominator if isinstance(value, Fraction) else value
 
 
-def evaluate(tree: Node, values: dict[str, Any]) -> Any:
-    """The value of a formula; `values` has its variables, and under `""` whether complex numbers are allowed."""
-    mp, kind = context(), tree[0]
-    if kind == "number":
-        return tree[1]
-    if kind == "symbol":
-        return values[tree[1]]
-    if kind == "constant":
-        return {"pi": +mp.pi, "e": +mp.e, "i": mp.mpc(0, 1)}[tree[1]]
-    parts = [evaluate(part, values) for part in tree[1:] if isinstance(part, tuple)]
-    if kind == "power":
-        return _power(parts[0], parts[1], bool(values[""]))
-    if kind == "call":
-        return _call(tree[1], parts, bool(values[""]))
-    left, right = parts[0], parts[-1]
-    if not (isinstance(left, Fraction) and isinstance(right, Fraction)):
-        left, right = _number(left), _number(right)
+def _shape(rows: tuple[tuple[Value, ...], ...]) -> tuple[int, ...]:
+    return tuple(len(row) for row in rows)
+
+
+@lru_cache(maxsize=8192)
+def _variable(name: str, point: int) -> Value:
+    """The value of a variable: its name decides, so that it does not depend on the other answer."""
+    mp, code = context(), zlib.crc32(name.encode("utf-8", "replace"))
+    if point >= len(POINTS):
+        return Fraction(INTEGERS[point - len(POINTS)] + code % 7)
+    base, step = POINTS[point]
+    share = mp.sqrt(code + 2) % 1  # irrational, so that variables are independent
+    return mp.mpf(base) + mp.mpf(step) * share
+
+
+class _Evaluation:
+    """The value of a tree at one point. `imaginary` allows complex numbers."""
+
+    def __init__(self, point: int, imaginary: bool) -> None:
+        self.point, self.imaginary = point, imaginary
+        self.steps = 0
+        self.bound: dict[str, Value] = {}  # the index of a sum or limit
+
+    def of(self, tree: Node) -> Value:
+        self.steps += 1
+        if self.steps > MAX_STEPS:
+            raise TooLong(f"the comparison takes more than {MAX_STEPS:,} steps")
+        mp, kind = context(), tree[0]
+        if kind == "num":
+            return tree[1]
+        if kind == "sym":
+            return self.bound[tree[1]] if tree[1] in self.bound else _variable(tree[1], self.point)
+        if kind == "const":
+            return {"pi": +mp.pi, "e": +mp.e, "i": mp.mpc(0, 1)}[tree[1]]
+        if kind == "matrix":
+            return tuple(tuple(self.of(cell) for cell in row) for row in tree[1])
+        if kind in ("sum", "prod"):
+            return self.series(*tree)
+        if kind == "lim":
+            return self.limit(*tree[1:])
+        if kind == "call":
+            return self.call(tree[1], [self.of(part) for part in tree[2:]])
+        if kind == "apply":
+            return self.apply(tree[1], [self.of(part) for part in tree[2:]])
+        if kind not in ("+", "-", "*", "/", "^", "neg", "deg"):
+            raise Unreadable("it is not a number")
+        values = [self.of(part) for part in tree[1:]]
+        if any(isinstance(value, tuple) for value in values):
+            return _matrix_operation(kind, values)
+        if kind == "^":
+            return self.power(*values)
+        if len(values) == 1:
+            return -values[0] if kind == "neg" else values[0]
+        return _operation(kind, *values)
+
+    def power(self, base: Value, exponent: Value) -> Value:
+        mp = context()
+        if base == 0:
+            if isinstance(exponent, Fraction) and exponent > 0:
+                return Fraction(0)
+            raise Undefined("a power of 0")
+        if isinstance(exponent, Fraction) and exponent.denominator == 1:
+            size = abs(exponent.numerator)
+            if isinstance(base, Fraction) and size * _bits(base) <= 20_000:
+                return base**exponent.numerator
+        base_number, exponent_number = number(base), number(exponent)
+        if abs(exponent_number * mp.log(abs(base_number))) > 100_000:
+            raise Unreadable("the number is too large")
+        negative = not isinstance(base_number, mp.mpc) and base_number < 0
+        if negative and not self.imaginary:
+            if not isinstance(exponent, Fraction) or exponent.denominator % 2 == 0:
+                raise Undefined("an even root of a negative number")
+            root = (-base_number) ** exponent_number
+            return -root if exponent.numerator % 2 else root
+        return mp.mpc(base_number) ** exponent_number if negative else base_number**exponent_number
+
+    def call(self, name: str, parts: list[Value]) -> Value:
+        mp, first = context(), parts[0]
+        if name == "det":
+            return _determinant(first)
+        if any(isinstance(part, tuple) for part in parts):
+            raise Unreadable(f"{name} of a matrix")
+        if name in _COUNTS:
+            return self.count(name, parts)
+        if name in ("floor", "ceil"):
+            exact = first if isinstance(first, Fraction) else Fraction(int(mp.floor(mp.re(first) * 10**30)), 10**30)
+            return Fraction(exact.__floor__() if name == "floor" else exact.__ceil__())
+        if name == "abs":
+            return abs(first)
+        if name in ("max", "min"):
+            if any(isinstance(part, mp.mpc) for part in parts):
+                raise Undefined("complex numbers have no order")
+            return (max if name == "max" else min)(parts, key=number)
+        if name in ("sqrt", "cbrt"):
+            return self.power(first, Fraction(1, 2 if name == "sqrt" else 3))
+        arguments = [number(part) for part in parts]
+        if name in ("exp", "sinh", "cosh", "tanh") and abs(arguments[0]) > 100_000:
+            raise Unreadable("the number is too large")
+        try:
+            found = mp.log(arguments[0]) / mp.log(arguments[1]) if name == "log" else getattr(mp, name)(arguments[0])
+        except (ValueError, ZeroDivisionError) as error:
+            raise Undefined(str(error)) from error
+        if not mp.isfinite(found):
+            raise Undefined("infinite")
+        if isinstance(found, mp.mpc) and not self.imaginary:
+            raise Undefined("not real")
+        return found
+
+    def count(self, name: str, parts: list[Value]) -> Value:
+        """Factorials and other functions of integers."""
+        mp, first = context(), parts[0]
+        exact = all(isinstance(part, Fraction) and part.denominator == 1 for part in parts)
+        whole = [int(part) for part in parts] if exact else []
+        if name in ("gcd", "lcm", "mod"):
+            if not exact or (name == "mod" and whole[1] == 0):
+                raise Undefined(f"{name} of what is no integer")
+            return Fraction(whole[0] % whole[1] if name == "mod" else (gcd if name == "gcd" else lcm)(*whole))
+        if exact and 0 <= min(whole) and max(whole) <= 3000:
+            return Fraction(factorial(whole[0]) if name == "!" else comb(*whole))
+        if exact or max(abs(number(part)) for part in parts) > 100:
+            raise Unreadable("the factorial or binomial is too large")
+        return mp.gamma(number(first) + 1) if name == "!" else mp.binomial(*(number(part) for part in parts))
+
+    def apply(self, name: str, parts: list[Value]) -> Value:
+        """A function that is not given: any fixed one, such that f(2x), 2f(x) and f(x+1) are unrelated."""
+        if any(isinstance(part, tuple) for part in parts):
+            raise Unreadable(f"{name} of a matrix")
+        total = _variable(f"{name}()", 0)
+        for place, part in enumerate(parts):
+            value, slope = number(part), _variable(f"{name}({place})", 1)
+            total += slope * value**3 + _variable(f"{name}({place})", 2) * value / (value**2 + 7)
+        return total
+
+    def series(self, kind: str, name: str, start: Node, end: Node, body: Node) -> Value:
+        first, last = self.of(start), self.of(end)
+        if not all(isinstance(bound, Fraction) and bound.denominator == 1 for bound in (first, last)):
+            raise Unreadable(f"\\{kind} has no integer bounds")
+        if last - first >= MAX_TERMS:
+            raise Unreadable(f"\\{kind} has more than {MAX_TERMS} terms")
+        outer, total = self.bound, Fraction(kind == "prod")
+        for index in range(int(first), int(last) + 1):
+            self.bound = {**outer, name: Fraction(index)}
+            total = _operation("+" if kind == "sum" else "*", total, self.of(body))
+        self.bound = outer
+        return total
+
+    def limit(self, name: str, point: Node, side: str, body: Node) -> Value:
+        """A limit by value: the body so close to the point that what is left of the distance vanishes."""
+        mp, outer, found = context(), self.bound, []
+        infinite = point == ("inf",) or point == ("neg", ("inf",))
+        if side not in ("", "+", "-"):
+            raise Unreadable(f"a limit from {side!r}")
+        mp.dps = 300
+        try:
+            centre = None if infinite else number(self.of(point))
+            for exponent in (80, 81):
+                step = mp.mpf(10) ** -exponent
+                steps = [1 / step if point == ("inf",) else -1 / step] if infinite else [step] * (side != "-") + [-step] * (side != "+")
+                for shift in steps:
+                    self.bound = {**outer, name: shift if infinite else centre + shift}
+                    found.append(number(self.of(body)))
+        finally:
+            mp.dps = 40
+            self.bound = outer
+        if any(isinstance(value, tuple) for value in found) or not all(abs(found[0] - value) < mp.mpf(10) ** -32 * max(1, abs(found[0])) for value in found):
+            raise Unreadable("the limit is not reached")
+        return +found[0]
+
+
+_COUNTS = frozenset({"!", "binom", "gcd", "lcm", "mod"})
+
+
+def _bits(value: Fraction) -> int:
+    return max(value.numerator.bit_length(), value.denominator.bit_length())
+
+
+def _operation(kind: str, left: Value, right: Value) -> Value:
+    if isinstance(left, tuple) or isinstance(right, tuple):
+        return _matrix_operation(kind, [left, right])
+    if not (isinstance(left, Fraction) and isinstance(right, Fraction)) or _bits(left) + _bits(right) > 60_000:
+        left, right = number(left), number(right)
     if kind == "+":
         return left + right
     if kind == "-":
-        return -left if len(parts) == 1 else left - right
+        return left - right
     if kind == "*":
         return left * right
     if right == 0:
@@ -176,62 +369,42 @@ def evaluate(tree: Node, values: dict[str, Any]) -> Any:
     return left / right
 
 
-def _power(base: Any, exponent: Any, complex_numbers: bool) -> Any:
-    mp = context()
-    if base == 0:
-        if isinstance(exponent, Fraction) and exponent > 0:
-            return Fraction(0)
-        raise Undefined("a power of 0")
-    if isinstance(exponent, Fraction) and exponent.denominator == 1:
-        size = abs(exponent.numerator)
-        if isinstance(base, Fraction) and size * max(base.numerator, base.denominator, key=abs).bit_length() <= 20_000:
-            return base**exponent.numerator
-    base_number, exponent_number = _number(base), _number(exponent)
-    if abs(exponent_number * mp.log(abs(base_number))) > 100_000:
-        raise Unreadable("the number is too large")
-    negative = not isinstance(base_number, mp.mpc) and base_number < 0
-    if negative and not complex_numbers:
-        if not isinstance(exponent, Fraction) or exponent.denominator % 2 == 0:
-            raise Undefined("an even root of a negative number")
-        root = (-base_number) ** exponent_number
-        return -root if exponent.numerator % 2 else root
-    return mp.mpc(base_number) ** exponent_number if negative else base_number**exponent_number
+def _matrix_operation(kind: str, values: list[Value]) -> Value:
+    """Sums, products, multiples and small powers of matrices, as far as their shapes fit."""
+    left, right = values[0], values[-1]
+    if kind in ("neg", "*", "/") and isinstance(left, tuple) != isinstance(right, tuple) or kind == "neg":
+        rows, factor = (left, Fraction(-1)) if kind == "neg" else (left, right) if isinstance(left, tuple) else (right, left)
+        if kind == "/" and rows is right:
+            raise Unreadable("a division by a matrix")
+        return tuple(tuple(_operation("/" if kind == "/" else "*", cell, factor) for cell in row) for row in rows)
+    if isinstance(left, tuple) and isinstance(right, tuple):
+        if kind in ("+", "-") and _shape(left) == _shape(right):
+            pairs = (zip(one, other, strict=True) for one, other in zip(left, right, strict=True))
+            return tuple(tuple(_operation(kind, *pair) for pair in row) for row in pairs)
+        if kind == "*" and len(left[0]) == len(right):
+            return tuple(tuple(_dot(row, column) for column in zip(*right, strict=True)) for row in left)
+    if kind == "^" and isinstance(left, tuple) and isinstance(right, Fraction) and 1 <= right <= 20 and right.denominator == 1:
+        power = left
+        for _ in range(int(right) - 1):
+            power = _matrix_operation("*", [power, left])
+        return power
+    raise Unreadable("an operation of matrices that do not fit")
 
 
-def _call(name: str, parts: list[Any], complex_numbers: bool) -> Any:
-    mp = context()
-    exact = all(isinstance(part, Fraction) and part.denominator == 1 for part in parts)
-    first = parts[0]
-    if name == "!":
-        if exact and 0 <= first <= 3000:
-            return Fraction(factorial(int(first)))
-        if exact or abs(first) > 100:
-            raise Unreadable("the factorial is too large")
-        return mp.gamma(_number(first) + 1)
-    if name == "binom":
-        if exact and 0 <= parts[1] <= parts[0] <= 3000:
-            return Fraction(comb(int(parts[0]), int(parts[1])))
-        if exact or max(abs(_number(part)) for part in parts) > 100:
-            raise Unreadable("the binomial is too large")
-        return mp.binomial(_number(parts[0]), _number(parts[1]))
-    if name in ("floor", "ceil"):
-        number = first if isinstance(first, Fraction) else Fraction(int(mp.floor(mp.re(first) * 10**30)), 10**30)
-        return Fraction(number.__floor__() if name == "floor" else number.__ceil__())
-    if name == "abs":
-        return abs(first)
-    if name in ("max", "min"):
-        if any(isinstance(part, mp.mpc) for part in parts):
-            raise Undefined("complex numbers have no order")
-        return (max if name == "max" else min)(parts, key=_number)
-    arguments = [_number(part) for part in parts]
-    if name in ("exp", "sinh", "cosh", "tanh") and abs(arguments[0]) > 100_000:
-        raise Unreadable("the number is too large")
-    try:
-        found = mp.log(arguments[0]) / mp.log(arguments[1]) if name == "log" else getattr(mp, name)(arguments[0])
-    except (ValueError, ZeroDivisionError) as error:
-        raise Undefined(str(error)) from error
-    if not mp.isfinite(found):
-        raise Undefined("infinite")
-    if isinstance(found, mp.mpc) and not complex_numbers:
-        raise Undefined("not real")
-    return found
+def _dot(row: tuple[Value, ...], column: tuple[Value, ...]) -> Value:
+    total: Value = Fraction(0)
+    for one, other in zip(row, column, strict=True):
+        total = _operation("+", total, _operation("*", one, other))
+    return total
+
+
+def _determinant(rows: Value) -> Value:
+    if not isinstance(rows, tuple) or len(rows) != len(rows[0]) or len(rows) > 6:
+        raise Unreadable("a determinant of what is no square matrix of at most 6 rows")
+    if len(rows) == 1:
+        return rows[0][0]
+    total: Value = Fraction(0)
+    for place, cell in enumerate(rows[0]):
+        minor = tuple(row[:place] + row[place + 1 :] for row in rows[1:])
+        total = _operation("-" if place % 2 else "+", total, _operation("*", cell, _determinant(minor)))
+    return total
