@@ -15,13 +15,13 @@ import re
 from functools import lru_cache
 
 from logitmix.tasks.verify.formulas import CLOSERS, FUNCTIONS, Formulas, Node
-from logitmix.tasks.verify.tokens import Token, Unreadable, tokenize
+from logitmix.tasks.verify.tokens import GREEK, Token, Unreadable, tokenize
 
 RELATIONS = frozenset("= < > ≤ ≥ ≠ ≈ ∈ ⊆ ≡".split())
 SEPARATORS = frozenset(", ; \\or \\and \\lor \\land".split())
 _ENDS = SEPARATORS | frozenset(") ] } \\} & \\\\ |".split())
 _AFTER_FRENCH = _ENDS | {"", "∪", "∩", "\\setminus"}  # "[" before these closes an interval
-_SYMBOL = r"(?:[a-zA-Z]|\\(?!text|frac|sqrt|sin|cos|tan|log|ln|pi\b)[a-zA-Z]+)'*(?:_(?:\{[^{}]*\}|[^{}])|'|\^\{?(?:'|\*)\}?)*"
+_SYMBOL = rf"(?:[a-zA-Z]|\\(?:{'|'.join(GREEK)}))'*(?:_(?:\{{[^{{}}]*\}}|[^{{}}])|'|\^\{{?(?:'|\*)\}}?)*"
 _SEGMENT = r"(?:\\(?:overline|vec|overrightarrow|widehat|bar|hat)\{?[a-zA-Z]+\}?|m?\\(?:angle|triangle)\{?[A-Z]{1,3}[0-9]?\}?|[A-Z]{1,4}'?)"
 _ATOM = rf"(?:\\Delta(?:{_SYMBOL})|{_SEGMENT}|{_SYMBOL})"
 _ANY = r"[^()=]*(?:\([^()]*\)[^()]*)*(?:=[^()]*)?"
@@ -117,7 +117,7 @@ class _Answers(Formulas):
         """Words, not a formula: as a product of letters they would equal their anagrams."""
         texts = [token.text for token in self.tokens[self.place : end]]
         bare = [text.strip('"') for text in texts]
-        if not all(re.fullmatch(r"[a-zA-Z']+|[-.]", word) for word in bare):
+        if bare[0] in "-." or not all(re.fullmatch(r"[a-zA-Z']+|[-.]", word) for word in bare):
             return None
         if any(word in FUNCTIONS for word in bare):
             return None
@@ -147,6 +147,8 @@ class _Answers(Formulas):
             while self.peek() == ":":
                 self.take()
                 parts.append(self.sets())
+            if any(part[0] == "unit" and part[1] not in ("am", "pm") for part in parts):
+                raise Unreadable("a ratio with a unit")
             return ("tuple", "::", tuple(parts))
         return tree
 
@@ -191,7 +193,7 @@ class _Answers(Formulas):
             return ("set", "", ())
         if opener == "\\{" and self.peek() == "\\begin{array}":
             self.take()
-            return self.matrix("cases")
+            return self.matrix("cases", "array")
         head = self.answer()
         closer = self.take()
         if opener == "\\{" and closer in ("|", ":"):
@@ -221,8 +223,9 @@ class _Answers(Formulas):
             return False
         return super().starts_factor()
 
-    def matrix(self, name: str) -> Node:
+    def matrix(self, name: str, environment: str = "") -> Node:
         """What stands between \\begin and \\end: a matrix, or the lines of a system as a list."""
+        environment = environment or name
         if name in ("array", "cases") and self.peek() == "{":
             self.braced()
         rows: list[list[Node]] = [[]]
@@ -234,7 +237,7 @@ class _Answers(Formulas):
             elif mark != "&":
                 mark = self.take() if mark == "\\\\" else mark
                 break
-        if not mark.startswith("\\end{"):
+        if mark != f"\\end{{{environment}}}":
             raise Unreadable(f"{mark!r} is not expected in a matrix")
         if name == "cases":
             if any(len(row) > 1 for row in rows):

@@ -9,7 +9,8 @@ import re
 from collections.abc import Callable
 
 CHOICE = re.compile(r"\(?([A-Ja-e])[).]?")
-LABELLED = re.compile(r"\(?([A-J])(?:\)\s*[:.]?|[:.]\)?)\s*(?!\W*[A-J]\W*(?![\w\\]))(.+)", re.DOTALL)
+# A letter and its text, in which something is written, and no other letter
+LABELLED = re.compile(r"\(?([A-J])(?:\)\s*[:.]?|[:.]\)?)\s*(?!\W*[A-J]\W*(?![\w\\]))(?=(?:\\[a-zA-Z]+|.)*?(?<![\\a-zA-Z])\w)(.+)", re.DOTALL)
 
 
 def same_choice(prediction: str, gold: str, same: Callable[[str, str], bool]) -> bool | None:

@@ -56,7 +56,7 @@ class Comparison:
             return False
         if texts[0] == texts[1]:
             return self._decided((), (), "the same tokens", True)
-        spelled = ["".join(texts[side]).replace('"', "") for side in (0, 1)]
+        spelled = ["".join(text[1:] if text[0] == '"' and text[1:] else text for text in side) for side in texts]
         choice = same_choice(*spelled, lambda one, other: self.same_tokens(tokenize(one), tokenize(other)))
         if choice is not None:
             return self._decided((), (), "a choice is its letter", choice)
@@ -155,6 +155,8 @@ class Comparison:
         """Whether two formulas have the same value and no different units."""
         units = _unit(left), _unit(right)
         left, right = (tree[2][0] if tree[0] == "unit" else tree for tree in (left, right))
+        if units[0] != units[1] and "sym" in (left[0], right[0]):
+            return False  # a letter alone has no unit
         if left in _INFINITE or right in _INFINITE:
             return left == right
         if self.lenient and self._same_angle(left, right, units):

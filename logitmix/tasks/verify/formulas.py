@@ -84,7 +84,7 @@ class Formulas:
 
     def product(self, signed: bool = False) -> Node:
         if (sign := self.peek()) in ("+", "-", "±", "∓") and sign:
-            if signed:
+            if sign in "+-" and (signed or (self.peek(-1) == sign and not self.gap())):
                 raise Unreadable("two signs")
             self.take()
             tree = self.product(signed=True)
@@ -144,6 +144,8 @@ class Formulas:
                 tree = _node("call", "!", tree)
             elif token == "°":
                 self.take()
+                if tree[0] == "deg":
+                    raise Unreadable("degrees twice")
                 turn = ("/", ("*", tree, ("const", "pi")), ("num", Fraction(180)))
                 tree = turn if self.in_angle else _node("deg", tree)
             elif token == "%" and self.peek(1) in ("+", "-", "*", "/", "^") and self.peek(1):

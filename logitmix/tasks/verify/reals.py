@@ -144,9 +144,7 @@ def _canonical(pieces: list[Piece], variable: str = "") -> Reals:
     if any(symbols(end) for end in ends):
         return Reals(tuple(pieces), variable)
     found: list[Piece] = []
-    infinities = INFINITY, MINUS_INFINITY
-    kept = [p._replace(low_in=p.low_in and p.low not in infinities, high_in=p.high_in and p.high not in infinities) for p in pieces]
-    for piece in sorted(kept, key=lambda piece: (_at(piece.low), not piece.low_in)):
+    for piece in sorted(pieces, key=lambda piece: (_at(piece.low), not piece.low_in)):
         low, high = _at(piece.low), _at(piece.high)
         if low > high or (_same_end(piece.low, piece.high) and not (piece.low_in and piece.high_in)):
             continue
@@ -174,7 +172,7 @@ def _at(end: Node) -> Value:
 def _same_end(one: Node, other: Node) -> bool:
     if has(one, "inf") or has(other, "inf"):
         return one == other
-    return equal(one, other)
+    return symbols(one) == symbols(other) and equal(one, other)
 
 
 def _same_piece(one: Piece, other: Piece) -> bool:

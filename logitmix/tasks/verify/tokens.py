@@ -103,12 +103,12 @@ _TOKEN = re.compile(
     |(?P<number>[0-9]{{1,3}}(?:(?:,\\!|\{{\s*,\s*\}}|\\,)[0-9]{{3}})+(?![0-9])(?:\.[0-9]+)?
         |[0-9]*\.\([0-9]+\)|[0-9]*\.[0-9]*(?:\\overline\s*\{{[0-9]+\}}|\\dot\s*\{{?[0-9]\}}?(?:[0-9]*\\dot\s*\{{?[0-9]\}}?)?)
         |[0-9]+(?:\.[0-9]+|\.(?![0-9.]))?(?:[eE][+-]?[0-9]+(?![0-9a-zA-Z.]))?|\.[0-9]+)
-    |(?P<dropped>\\!|\\[()\[\]]|\$+|`|\\(?:text)?color\s*\{{\w+\}}|\\[hv]?phantom\s*(?:\{{[^{{}}]*\}}|\S)
+    |(?P<dropped>\\!|\\[()\[\]]|\$+|`|\\(?:text)?color\s*\{{\w+\}}|\\[hv]?phantom\s*(?:\{{[^{{}}]*\}}|[^\s{{}}])
         |\\begin\s*\{{(?:align|aligned|equation|gather|gathered|split)\*?\}}
         |\\end\s*\{{(?:align|aligned|equation|gather|gathered|split)\*?\}})
     |(?P<text>\\(?:{"|".join(_TEXTS)})\*?\s*\{{(?P<words>[^{{}}]*)\}})
     |\\(?P<size>left|right|middle|[bB]igg?[lrm]?)(?![a-zA-Z])\s*(?P<fence>[()\[\]|.<>/]|\\[{{}}|]
-        |\\[lr](?:vert|Vert|brace|brack|paren|floor|ceil|angle)(?![a-zA-Z])|(?=\s*\$?\s*$))
+        |\\[lr](?:vert|Vert|brace|brack|paren|floor|ceil|angle)(?![a-zA-Z])|(?=[\s$.]*$))
     |(?P<half>[aApP]\.\s?[mM]\.)
     |(?P<degree>\^\s*(?:\{{\s*(?:\\circ|o|°)\s*\}}|\\circ(?![a-zA-Z])|°))
     |(?P<environment>\\(?:begin|end)\s*\{{[a-zA-Z]+\*?\}})
@@ -117,6 +117,7 @@ _TOKEN = re.compile(
     |\\not\s*=|\\[a-zA-Z]+|\\.|<=|>=|!=|==|\*\*|~=|\.\.\.?|.""",
     re.DOTALL | re.VERBOSE,
 )
+_MATHS = {"\\(": "\\)", "\\)": "\\(", "\\[": "\\]", "\\]": "\\["}  # delimiters of formulas, in pairs
 _GROUPED = re.compile(r"(?<![\w.,}])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")
 _SPACED = re.compile(r"\s*[-+]?[0-9]{1,3}(?:(?:\s|~|\\[ ,;:])[0-9]{3})+(?:\.[0-9]+)?\s*")
 _LEAD = frozenset("so thus hence therefore and the final correct right best \\and".split())
@@ -155,12 +156,15 @@ def _prepared(text: str) -> str:
 def _lex(text: str, in_text: bool) -> list[Token]:
     tokens: list[Token] = []
     gap, odd = JOINED, text.count("$") % 2 == 1
+    stray = {mark for mark in _MATHS if text.count(mark) != text.count(_MATHS[mark])} | ({"$", "`"} if odd else {"`"})
     fences: list[str] = []  # what follows each \\left that is still open
     for match in _TOKEN.finditer(text):
         kind, found = match.lastgroup, match[0]
         if kind == "blank":
             gap = max(gap, BLANK)
             continue
+        if kind == "dropped" and found in stray and not _at_edge(text, match):
+            kind = "stray"
         if kind == "dropped" and not (odd and found == "$" and _opens_amount(tokens, text[match.end() :])):
             gap = gap if found == "\\!" else MARKUP
             continue
@@ -200,6 +204,11 @@ def _lex(text: str, in_text: bool) -> list[Token]:
     if fences:  # a bracket is open, or was never opened
         tokens.append(Token("\\left"))
     return tokens
+
+
+def _at_edge(text: str, match: re.Match[str]) -> bool:
+    """Whether only blanks, points and delimiters of formulas stand on one side of a match."""
+    return any(re.fullmatch(r"(?:[\s$.,;]|\\[()\[\]])*", side) for side in (text[: match.start()], text[match.end() :]))
 
 
 def _opens_amount(tokens: list[Token], rest: str) -> bool:
