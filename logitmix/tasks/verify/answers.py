@@ -29,11 +29,16 @@ _NAME = re.compile(
     rf"{_ATOM}(?:\^\{{?-1\}}?|°)?(?:\([a-zA-Z](?:,[a-zA-Z])*\))?"
     rf"|[A-Zfgh]'*(?:_\{{?\w+\}}?)?(?:\^\{{?-1\}}?)?\({_ANY}\)"
     rf"|(?:\||\\lvert)(?:{_ATOM}|[a-zA-Z][+-][a-zA-Z])(?:\||\\rvert)"
-    rf"|\\frac\{{(?:\|?{_SEGMENT}\|?)\}}\{{(?:\|?{_SEGMENT}\|?)\}}|{_SEGMENT}[:/]{_SEGMENT}"
+    rf"|\\frac\{{(?:\|?{_ATOM}\|?|d[a-z]?)\}}\{{(?:\|?{_ATOM}\|?|d[a-z])\}}|{_SEGMENT}[:/]{_SEGMENT}"
     rf"|\\?(?:sin|cos|tan|cot|sec|csc)(?:\^\{{?2\}}?)?{_ATOM}"
     r"|[A-Z](?:[∪∩][A-Z])+|\"?[A-Za-z]{2,}(?:\"[A-Za-z]+|[A-Za-z ])*(?:_\w)?"
 )
 _SIMPLE = re.compile(r"[a-zA-Z]'*|\\(?!pi\b)[a-zA-Z]+")
+
+_WORDS: dict[str, Node] = {
+    **dict.fromkeys(("allrealnumbers", "allreals", "reals", "realnumbers"), ("numbers", "R")),
+    **dict.fromkeys(("emptyset",), ("set", "", ())),
+}
 
 
 @lru_cache(maxsize=8192)
@@ -124,7 +129,8 @@ class _Answers(Formulas):
         if any(len(word) > 2 or (text[0] == '"' and len(word) > 1) for word, text in zip(bare, texts, strict=True)) or [
             word.casefold() for word in bare
         ] == ["no"]:
-            return ("words", plain(" ".join(bare)))
+            text = plain(" ".join(bare))
+            return _WORDS.get(text, ("words", text))
         if bare == ["R"] and end == len(self.tokens) and self.place == 0:
             return ("numbers", "R")
         return None
@@ -140,6 +146,7 @@ class _Answers(Formulas):
             text = "".join(token.text for token in self.tokens[self.place : stop])
             if _NAME.fullmatch(text):
                 self.place = stop
+                text = re.sub(r"([_^])\{(\w)\}", r"\1\2", text)
                 return ("sym", text) if _SIMPLE.fullmatch(text) else ("name", text)
         tree = self.sets()
         if self.peek() == ":" and not self.in_head:

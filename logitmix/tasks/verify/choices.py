@@ -43,4 +43,4 @@ def letters_of(text: str) -> str:
     if match := CHOICE.fullmatch(text):
         return match[1].upper() if (match[1] in "abcd" and text[0] == "(") or match[1].isupper() else ""
     letters = re.sub(r"\\(?:and|or)\s*|[\s,()]", "", text)
-    return letters if re.fullmatch(r"[A-H]{2,8}", letters) and len(set(letters)) == len(letters) else ""
+    return letters if re.fullmatch(r"[A-H]{2,8}|[①-⑩]{1,8}", letters) and len(set(letters)) == len(letters) else ""

@@ -17,7 +17,7 @@ from logitmix.tasks.verify.choices import same_choice
 from logitmix.tasks.verify.formulas import Node, has, substitute, symbols
 from logitmix.tasks.verify.lists import expanded, same_collection, same_matrix
 from logitmix.tasks.verify.reals import as_reals, describes_set, same_reals
-from logitmix.tasks.verify.relations import same_relation, simplified
+from logitmix.tasks.verify.relations import is_point, same_relation, simplified
 from logitmix.tasks.verify.tokens import Token, Unreadable, tokenize
 from logitmix.tasks.verify.units import same_unit
 from logitmix.tasks.verify.values import Undefined, constant, equal, rounded
@@ -27,6 +27,7 @@ _WORDS = "zero one two three four five six seven eight nine ten eleven twelve".s
 _NUMBERS = {word: ("num", Fraction(value)) for value, word in enumerate(_WORDS)}
 _INTEGERS = frozenset({"k", "n", "m", "l", "an integer"})
 _INFINITE: tuple[Node, ...] = (("inf",), ("neg", ("inf",)))
+_INTEGER_SETS = [(kind, name) for kind in ("numbers", "sym") for name in "ZN"]
 _PI: Node = ("const", "pi")
 
 
@@ -106,6 +107,10 @@ class Comparison:
             for one, other in ((left, right), (right, left)):
                 if one[0] == "rel" and one[1] == ("∈",) and other[0] != "rel":
                     return "a member's set is the set", lambda a, b: self.same(*(x[2][1] if x is one else x for x in (a, b)))
+        for one, other in ((left, right), (right, left)):
+            if one[0] == "rel" and other[0] == "list" and is_point(one) and one[2][1][0] == "tuple":
+                named = ("list", ",", tuple(("rel", ("=",), pair) for pair in zip(one[2][0][2], one[2][1][2], strict=False)))
+                return "a point is the list of its coordinates", lambda a, b: self._same_collection(named, other)
         if "rel" in kinds and kinds <= {"rel", "list"} and len(kinds) == 2 or kinds & _COLLECTIONS and "rel" not in kinds:
             if kinds == {"matrix", "tuple"}:
                 return "a vector may be a tuple", lambda one, other: same_matrix(one, other, self.same)
@@ -218,7 +223,7 @@ def _without_conditions(tree: Node) -> Node:
     r"""A list without conditions such as `k\in\mathbb{Z}`, whose k then is an integer by any name."""
     parts = list(tree[2])
     for part in tree[2]:
-        if part[0] == "rel" and part[1] == ("∈",) and part[2][1][0] == "numbers" and part[2][1][1] in "ZN" and len(parts) > 1:
+        if part[0] == "rel" and part[1] == ("∈",) and part[2][1] in _INTEGER_SETS and len(parts) > 1:
             if part[2][0][0] == "sym":
                 parts.remove(part)
                 parts = [substitute(other, part[2][0][1], ("sym", "an integer")) for other in parts]

@@ -97,7 +97,7 @@ class Formulas:
                 sign = self.take() if self.peek() in ("+", "-") else ""
                 right = _node("neg", self.power()) if sign == "-" else self.power()
                 tree = _node("call", "mod", tree, right) if token == "\\bmod" else _node(token, tree, right)
-            elif (power := MULTIPLIERS.get(token.strip('"'))) and self.peek(-1)[-1:].isdigit():
+            elif (power := MULTIPLIERS.get(token.strip('"'))) and self.peek(-1)[-1:].isdecimal():
                 self.take()
                 tree = _node("*", tree, ("num", Fraction(10**power)))
             elif self.starts_factor():
@@ -111,10 +111,10 @@ class Formulas:
             return False
         if token == "|":
             return not self.in_bars
-        if token[0].isdigit() or (token[0] == "." and len(token) > 1):
+        if token[0].isdecimal() or (token[0] == "." and len(token) > 1):
             # "x2" is no product, but "\sqrt{x}2" is; digits never follow digits, nor markup that is dropped.
             return before in (")", "]", "}") and self.gap() < MARKUP
-        if token == "\\boxed" or (token == "{" and before[-1:].isdigit() and self.peek(1)[:1].isdigit()):
+        if token == "\\boxed" or (token == "{" and before[-1:].isdecimal() and self.peek(1)[:1].isdecimal()):
             raise Unreadable("a box or a number follows without an operator")
         if token[0].isalpha():
             return self.unit_ahead() is None
@@ -123,7 +123,7 @@ class Formulas:
     def unit_ahead(self) -> str | None:
         """The unit or counted thing that the rest of this part of the answer names, if it does."""
         before = self.peek(-1)
-        if not (before[-1:].isdigit() or before in (")", "}", "\\pi") or (before[:1].isalpha() and self.gap())):
+        if not (before[-1:].isdecimal() or before in (")", "}", "\\pi", "°") or (before[:1].isalpha() and self.gap())):
             return None
         end = self.place
         while end < len(self.tokens) and (self.tokens[end].text not in _ENDS or self.tokens[end].text == "}"):
@@ -186,13 +186,13 @@ class Formulas:
         token = self.take()
         if token in ("(", "[", "{", "\\{", "]") and token:
             return self.bracketed(token)
-        if token in ("|", "\\lvert") and not (token == "|" and self.in_bars):
+        if token in ("|", "\\lvert"):
             bars, self.in_bars = self.in_bars, token == "|"
             tree = self.sum()
             self.expect("|" if token == "|" else "\\rvert")
             self.in_bars = bars
             return _node("call", "abs", tree)
-        if token[:1].isdigit() or (token[:1] == "." and len(token) > 1 and token[1].isdigit()):
+        if token[:1].isdecimal() or (token[:1] == "." and len(token) > 1 and token[1].isdecimal()):
             return self.number(token)
         if token == "∞":
             return ("inf",)
@@ -210,7 +210,7 @@ class Formulas:
     def argument(self) -> Node:
         r"""The argument of a command: a group in braces, or a single digit, letter or command, as in `\frac12`."""
         token = self.peek()
-        if len(token) > 1 and token.isdigit():
+        if len(token) > 1 and token.isdecimal():
             self.tokens[self.place : self.place + 1] = [Token(token[0]), Token(token[1:])]
         elif len(token) > 1 and token.isalpha() and token.isascii():
             self.split_run()
@@ -236,14 +236,14 @@ class Formulas:
         if self.peek() == "_":  # 52_8: the digits in another base are a name of their own
             self.take()
             return ("sym", f"{token}_{self.braced()}")
-        if "." in token and self.peek() == "(" and self.peek(1).isdigit() and self.peek(2) == ")":
+        if "." in token and self.peek() == "(" and self.peek(1).isdecimal() and self.peek(2) == ")":
             raise Unreadable("a repeating part or a product")
-        if token.isdigit() and self.peek() == "\\frac":
+        if token.isdecimal() and self.peek() == "\\frac":
             place, fraction = self.place, self.power()
             if fraction[0] == "/" and fraction[1][0] == fraction[2][0] == "num" and 0 < fraction[1][1] < fraction[2][1]:
                 return ("num", value + fraction[1][1] / fraction[2][1])
             self.place = place
-        if token.isdigit() and self.peek().isdigit() and self.peek(1) == "/" and self.peek(2).isdigit() and self.gap() == 1:
+        if token.isdecimal() and self.peek().isdecimal() and self.peek(1) == "/" and self.peek(2).isdecimal() and self.gap() == 1:
             top, low = int(self.peek()), int(self.peek(2))
             if not 0 < top < low:
                 raise Unreadable("two numbers")
@@ -292,7 +292,7 @@ class Formulas:
         place = self.place
         self.take()
         above = self.braced()
-        if below.isdigit() and above.isdigit() and int(above) <= int(below):
+        if below.isdecimal() and above.isdecimal() and int(above) <= int(below):
             node = ("call", "binom", ("num", Fraction(below)), ("num", Fraction(above)))
             return node if letter == "C" else ("*", node, ("call", "!", node[3]))
         self.place = place

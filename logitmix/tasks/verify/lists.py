@@ -47,6 +47,10 @@ def same_collection(left: Node, right: Node, same: Same, ordered: bool = True, i
         if ordered and len({name_of(part) for side in parts for part in side} - {""}) > 1:
             return _same_in_order(*values, same)
         return same_unordered(*values, same)
+    names = [[name_of(part) for part in side] for side in parts]
+    if all(all(side) for side in names) and len({name.partition("_")[0] for side in names for name in side}) == 1:
+        # x_1 = 1, x_2 = 2 are the values of x
+        return ({*names[0]} == {names[0][0]} or {*names[1]} == {names[1][0]}) and same_unordered(*values, same)
     return False
 
 

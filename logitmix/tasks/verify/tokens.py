@@ -53,7 +53,7 @@ _UNICODE = str.maketrans(
         **dict.fromkeys("\u200b\ufeff\u2060", ""),
         **dict.fromkeys("’‘′", "'"),
         **dict.fromkeys("“”„«»", '"'),
-        **dict(zip("，；：（）［］｛｝＝＋％＜＞．。／￥", ",;:()[]{}=+%<>../¥", strict=True)),
+        **dict(zip("，；：（）［］｛｝＝＋％＜＞．。／￥、", ",;:()[]{}=+%<>../¥,", strict=True)),
         **{letter: f"\\{name} " for letter, name in _GREEK_LETTERS.items()},
         **{sign: f"_{{{digit}}}" for digit, sign in enumerate("₀₁₂₃₄₅₆₇₈₉")},
         **{sign: rf"\frac{{{top}}}{{{low}}}" for sign, top, low in ("½12", "⅓13", "⅔23", "¼14", "¾34", "⅕15", "⅛18")},
@@ -120,7 +120,8 @@ _TOKEN = re.compile(
 _MATHS = {"\\(": "\\)", "\\)": "\\(", "\\[": "\\]", "\\]": "\\["}  # delimiters of formulas, in pairs
 _GROUPED = re.compile(r"(?<![\w.,}])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")
 _SPACED = re.compile(r"\s*[-+]?[0-9]{1,3}(?:(?:\s|~|\\[ ,;:])[0-9]{3})+(?:\.[0-9]+)?\s*")
-_LEAD = frozenset("so thus hence therefore and the final correct right best \\and".split())
+_LEAD = frozenset("approximately about roughly exactly so thus hence therefore and the final correct right best \\and".split())
+_ABOUT = frozenset("approximately about roughly exactly".split())
 _LED = frozenset("answer answers option options choice choices result results solution solutions".split())
 # Single letters of a text that are units after a number; others are variables.
 _UNIT_LETTERS = frozenset("mgslhLNJWVAKCFTPHZ")
@@ -143,6 +144,9 @@ def _prepared(text: str) -> str:
     if not text.isascii():
         text = re.sub("⁻?[⁰¹²³⁴⁵⁶⁷⁸⁹]+", lambda power: f"^{{{power[0].translate(_SUPERSCRIPTS)}}}", text)
         text = text.translate(_UNICODE)
+    if "^" in text:
+        text = re.sub(r"(?<=[0-9])\s*[xX]\s*(?=10\s*\^)", "*", text)
+        text = re.sub(r"(?<=[0-9])\^\s*\{\s*(?:\\(?:text|mathrm|rm)\s*\{?\s*)?(?:st|nd|rd|th)\s*\}{1,2}", "", text)
     for mark in ("**", '"', "``"):
         if text.startswith(mark) and text.endswith(mark) and len(text) > 2 * len(mark) and text.count(mark) == 2:
             text = text[len(mark) : -len(mark)].strip()
@@ -220,7 +224,7 @@ def _lex_text(words: str, tokens: list[Token], gap: int, after: str) -> int:
     """Append the tokens of a text; returns what precedes the next token."""
     inner = _lex(words, in_text=True)
     if len(inner) == 1 and len(inner[0].text) == 1 and inner[0].text in _UNIT_LETTERS and after != "_":
-        if tokens and re.search(r"[0-9)}]$", tokens[-1].text):
+        if tokens and re.search(r"[0-9)}°]$", tokens[-1].text):
             inner = [Token(f'"{inner[0].text}')]
     for place, token in enumerate(inner):
         tokens.append(Token(token.text, max(gap, BLANK) if place == 0 and gap != MARKUP else max(gap, token.gap)))
@@ -247,6 +251,17 @@ def _trimmed(tokens: list[Token]) -> list[Token]:
         marks = next((count for count, mark in enumerate(after) if mark not in ("is", "are", "=", ":")), len(after))
         if marks or re.fullmatch(r"\(?[A-J]\)?", "".join(token.text for token in tokens[start + 1 :])):
             tokens = tokens[start + 1 + marks :]
+    elif start and tokens[start - 1].text.strip('"').lower() in _ABOUT:
+        tokens = tokens[start:]
     while tokens and tokens[0].text in (":", "=", "≈"):
         tokens = tokens[1:]
+    return _with_condition(tokens)
+
+
+def _with_condition(tokens: list[Token]) -> list[Token]:
+    r"""A condition in brackets at the end, as in `k\pi (k\in\mathbb{Z})`, follows a comma."""
+    member = next((place for place, token in enumerate(tokens) if token.text == "∈"), 0)
+    if member > 2 and tokens[member - 2].text == "(" and tokens[-1].text == ")":
+        if not any(token.text in ("(", ")") for token in tokens[member:-1]):
+            return [*tokens[: member - 2], Token(","), *tokens[member - 1 : -1]]
     return tokens

@@ -50,6 +50,7 @@ UNITS = {
         "pm PM",
         "°C C",
         "°F F",
+        "th st nd rd",
     )
     for spelling in names.split()
 }
