@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-from logitmix.tasks.verify.formulas import CLOSERS, FUNCTIONS, Formulas, Node
+from logitmix.tasks.verify.formulas import CLOSERS, FUNCTIONS, Formulas, Node, has
 from logitmix.tasks.verify.tokens import GREEK, Token, Unreadable, tokenize
 
 RELATIONS = frozenset("= < > ≤ ≥ ≠ ≈ ∈ ⊆ ≡".split())
@@ -110,7 +110,11 @@ class _Answers(Formulas):
         depth = 0
         for place in range(self.place + (self.peek() == "]"), len(self.tokens)):
             token = self.tokens[place].text
-            if depth == 0 and (token in _ENDS if token != "|" else self.in_head) or (depth == 0 and token[:4] == "\\end"):
+            if (
+                depth == 0
+                and (token in _ENDS if token != "|" else self.in_head)
+                or (depth == 0 and token[:4] == "\\end")
+            ):
                 return place
             if token in CLOSERS or token.startswith("\\begin"):
                 depth += 1
@@ -126,9 +130,9 @@ class _Answers(Formulas):
             return None
         if any(word in FUNCTIONS for word in bare):
             return None
-        if any(len(word) > 2 or (text[0] == '"' and len(word) > 1) for word, text in zip(bare, texts, strict=True)) or [
-            word.casefold() for word in bare
-        ] == ["no"]:
+        if any(
+            len(word) > 2 or (text[0] == '"' and len(word) > 1) for word, text in zip(bare, texts, strict=True)
+        ) or [word.casefold() for word in bare] == ["no"]:
             text = plain(" ".join(bare))
             return _WORDS.get(text, ("words", text))
         if bare == ["R"] and end == len(self.tokens) and self.place == 0:
@@ -183,7 +187,9 @@ class _Answers(Formulas):
             self.place = self.item_end()
         if (unit and after) and after != unit and {"$": "?US"}.get(unit) != after:
             raise Unreadable("two units")
-        if tree[0] in ("tuple", "list", "set", "rel") and (unit or after):
+        if (unit or after) and (
+            tree[0] in ("tuple", "list", "set", "rel", "matrix") or (has(tree, "deg") and after[:1] != "°")
+        ):
             raise Unreadable("a unit of several values")
         return ("unit", unit or after, (tree,)) if unit or after else tree
 
@@ -250,7 +256,14 @@ class _Answers(Formulas):
             if any(len(row) > 1 for row in rows):
                 raise Unreadable("a function by cases is compared as text")
             return ("list", "\\and", tuple(row[0] for row in rows))
-        if len({len(row) for row in rows}) != 1 or name not in ("matrix", "pmatrix", "bmatrix", "Bmatrix", "vmatrix", "array"):
+        if len({len(row) for row in rows}) != 1 or name not in (
+            "matrix",
+            "pmatrix",
+            "bmatrix",
+            "Bmatrix",
+            "vmatrix",
+            "array",
+        ):
             raise Unreadable(f"{name} is not read")
         tree = ("matrix", tuple(tuple(row) for row in rows))
         return ("call", "det", tree) if name == "vmatrix" else tree

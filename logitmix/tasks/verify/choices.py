@@ -10,7 +10,10 @@ from collections.abc import Callable
 
 CHOICE = re.compile(r"\(?([A-Ja-e])[).]?")
 # A letter and its text, in which something is written, and no other letter
-LABELLED = re.compile(r"\(?([A-J])(?:\)\s*[:.]?|[:.]\)?)\s*(?!\W*[A-J]\W*(?![\w\\]))(?=(?:\\[a-zA-Z]+|.)*?(?<![\\a-zA-Z])\w)(.+)", re.DOTALL)
+LABELLED = re.compile(
+    r"\(?([A-J])(?:\)\s*[:.]?|[:.]\)?)\s*(?!\W*[A-J]\W*(?![\w\\]))(?=(?:\\[a-zA-Z]+|.)*?(?<![\\a-zA-Z])\w)(.+)",
+    re.DOTALL,
+)
 
 
 def same_choice(prediction: str, gold: str, same: Callable[[str, str], bool]) -> bool | None:

@@ -16,7 +16,7 @@ from logitmix.tasks.verify.answers import read
 from logitmix.tasks.verify.choices import same_choice
 from logitmix.tasks.verify.formulas import Node, has, substitute, symbols
 from logitmix.tasks.verify.lists import expanded, same_collection, same_matrix
-from logitmix.tasks.verify.reals import as_reals, describes_set, same_reals
+from logitmix.tasks.verify.reals import describes_set, same_reals
 from logitmix.tasks.verify.relations import is_point, same_relation, simplified
 from logitmix.tasks.verify.tokens import Token, Unreadable, tokenize
 from logitmix.tasks.verify.units import same_unit
@@ -27,7 +27,7 @@ _WORDS = "zero one two three four five six seven eight nine ten eleven twelve".s
 _NUMBERS = {word: ("num", Fraction(value)) for value, word in enumerate(_WORDS)}
 _INTEGERS = frozenset({"k", "n", "m", "l", "an integer"})
 _INFINITE: tuple[Node, ...] = (("inf",), ("neg", ("inf",)))
-_INTEGER_SETS = [(kind, name) for kind in ("numbers", "sym") for name in "ZN"]
+_NUMBER_SETS = [(kind, name) for kind in ("numbers", "sym") for name in "ZNR"]
 _PI: Node = ("const", "pi")
 
 
@@ -96,22 +96,38 @@ class Comparison:
         if left == right:
             return "the same text", lambda one, other: True
         if kinds == {"words"}:
-            return "words are compared letter by letter", lambda one, other: one[2:] == other[2:] and one[1] == other[1]
+            return (
+                "words are compared letter by letter",
+                lambda one, other: one[2:] == other[2:] and one[1] == other[1],
+            )
         if describes_set(left) or describes_set(right):
-            sets = as_reals(left), as_reals(right)
-            if sets[0] and sets[1]:
-                found = sets[0], sets[1]
-                return "sets of real numbers are equal as sets", lambda one, other: same_reals(*found)
+            try:
+                verdict = same_reals(left, right)
+                return "sets of real numbers are equal as sets", lambda one, other: verdict
+            except (Unreadable, Undefined):
+                pass  # a set of something else, or an inequality that is not solved
             if {left[0], right[0]} == {"rel"} and left[1] == right[1] == ("∈",):
                 return "sets are compared by their elements", self._same_members
             for one, other in ((left, right), (right, left)):
                 if one[0] == "rel" and one[1] == ("∈",) and other[0] != "rel":
-                    return "a member's set is the set", lambda a, b: self.same(*(x[2][1] if x is one else x for x in (a, b)))
+                    return "a member's set is the set", lambda a, b: self.same(
+                        *(x[2][1] if x is one else x for x in (a, b))
+                    )
         for one, other in ((left, right), (right, left)):
             if one[0] == "rel" and other[0] == "list" and is_point(one) and one[2][1][0] == "tuple":
-                named = ("list", ",", tuple(("rel", ("=",), pair) for pair in zip(one[2][0][2], one[2][1][2], strict=False)))
+                named = (
+                    "list",
+                    ",",
+                    tuple(("rel", ("=",), pair) for pair in zip(one[2][0][2], one[2][1][2], strict=False)),
+                )
                 return "a point is the list of its coordinates", lambda a, b: self._same_collection(named, other)
-        if "rel" in kinds and kinds <= {"rel", "list"} and len(kinds) == 2 or kinds & _COLLECTIONS and "rel" not in kinds:
+        if (
+            "rel" in kinds
+            and kinds <= {"rel", "list"}
+            and len(kinds) == 2
+            or kinds & _COLLECTIONS
+            and "rel" not in kinds
+        ):
             if kinds == {"matrix", "tuple"}:
                 return "a vector may be a tuple", lambda one, other: same_matrix(one, other, self.same)
             if self.lenient and "::" in (left[1], right[1]) and len(kinds) == 2:
@@ -186,7 +202,11 @@ class Comparison:
 
     def _same_angle(self, left: Node, right: Node, units: tuple[str, str]) -> bool:
         for one, other, unit, without in ((left, right, *units), (right, left, *reversed(units))):
-            if unit == "°" and without in ("", "radian") and equal(("/", ("*", one, _PI), ("num", Fraction(180))), other):
+            if (
+                unit == "°"
+                and without in ("", "radian")
+                and equal(("/", ("*", one, _PI), ("num", Fraction(180))), other)
+            ):
                 return True
         return False
 
@@ -223,10 +243,11 @@ def _without_conditions(tree: Node) -> Node:
     r"""A list without conditions such as `k\in\mathbb{Z}`, whose k then is an integer by any name."""
     parts = list(tree[2])
     for part in tree[2]:
-        if part[0] == "rel" and part[1] == ("∈",) and part[2][1] in _INTEGER_SETS and len(parts) > 1:
-            if part[2][0][0] == "sym":
+        if part[0] == "rel" and part[1] == ("∈",) and part[2][0][0] == "sym" and len(parts) > 1:
+            if part[2][1] in _NUMBER_SETS:
                 parts.remove(part)
-                parts = [substitute(other, part[2][0][1], ("sym", "an integer")) for other in parts]
+                if part[2][1][1] != "R":
+                    parts = [substitute(other, part[2][0][1], ("sym", "an integer")) for other in parts]
     return parts[0] if len(parts) == 1 else ("list", tree[1], tuple(parts))
 
 

@@ -113,7 +113,7 @@ class Formulas:
             return not self.in_bars
         if token[0].isdecimal() or (token[0] == "." and len(token) > 1):
             # "x2" is no product, but "\sqrt{x}2" is; digits never follow digits, nor markup that is dropped.
-            return before in (")", "]", "}") and self.gap() < MARKUP
+            return before in (")", "]", "}") and self.gap() < MARKUP and token not in ("0", "1")
         if token == "\\boxed" or (token == "{" and before[-1:].isdecimal() and self.peek(1)[:1].isdecimal()):
             raise Unreadable("a box or a number follows without an operator")
         if token[0].isalpha():
@@ -240,10 +240,20 @@ class Formulas:
             raise Unreadable("a repeating part or a product")
         if token.isdecimal() and self.peek() == "\\frac":
             place, fraction = self.place, self.power()
-            if fraction[0] == "/" and fraction[1][0] == fraction[2][0] == "num" and 0 < fraction[1][1] < fraction[2][1]:
+            if (
+                fraction[0] == "/"
+                and fraction[1][0] == fraction[2][0] == "num"
+                and 0 < fraction[1][1] < fraction[2][1]
+            ):
                 return ("num", value + fraction[1][1] / fraction[2][1])
             self.place = place
-        if token.isdecimal() and self.peek().isdecimal() and self.peek(1) == "/" and self.peek(2).isdecimal() and self.gap() == 1:
+        if (
+            token.isdecimal()
+            and self.peek().isdecimal()
+            and self.peek(1) == "/"
+            and self.peek(2).isdecimal()
+            and self.gap() == 1
+        ):
             top, low = int(self.peek()), int(self.peek(2))
             if not 0 < top < low:
                 raise Unreadable("two numbers")
@@ -260,7 +270,8 @@ class Formulas:
             raise Unreadable(f"{run!r} is a word")
         gap = self.gap()
         self.tokens[self.place : self.place + 1] = [
-            Token({"pi": "\\pi", "infty": "∞"}.get(piece, piece), JOINED if i else gap) for i, piece in enumerate(pieces)
+            Token({"pi": "\\pi", "infty": "∞"}.get(piece, piece), JOINED if i else gap)
+            for i, piece in enumerate(pieces)
         ]
 
     def letter(self, token: str) -> Node:
@@ -428,12 +439,7 @@ def substitute(tree: Node, name: str, value: Node) -> Node:
     """The tree with a value in place of a variable."""
     if tree == ("sym", name):
         return value
-    return tuple(
-        substitute(part, name, value) if isinstance(part, tuple) and part and isinstance(part[0], str)
-        else tuple(substitute(node, name, value) if isinstance(node, tuple) else node for node in part)
-        if isinstance(part, tuple) else part
-        for part in tree
-    )
+    return tuple(substitute(part, name, value) if isinstance(part, tuple) else part for part in tree)
 
 
 def symbols(tree: Node) -> frozenset[str]:

@@ -19,7 +19,9 @@ MAX_LENGTH = 500  # characters of an answer; the longest gold of MATH has 159
 MAX_TEXT = 20_000  # characters of the text that is searched for an answer
 TOO_LONG = "the comparison takes more than"  # how the error of a comparison begins that was cut off
 _PROSE = re.compile(r"(?:[A-Za-z,.:'!\s$]|\\[\[\](),;: ]|\\text\{[^{}0-9\\]*\}|\\\\)*", re.DOTALL)
-_HEDGE = re.compile(r"(?<![a-zA-Z])(?:not|no|or|either|wrong|instead|maybe|perhaps|never|except)(?![a-zA-Z])", re.IGNORECASE)
+_HEDGE = re.compile(
+    r"(?<![a-zA-Z])(?:not|no|or|either|wrong|instead|maybe|perhaps|never|except)(?![a-zA-Z])", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,9 @@ def opened(text: str) -> str:
         boxes = _boxes(text)
         if not boxes:
             return text
-        rest = "".join(text[end:start] for (_, end), (start, _) in zip([(0, 0), *boxes], [*boxes, (len(text), 0)], strict=True))
+        rest = "".join(
+            text[end:start] for (_, end), (start, _) in zip([(0, 0), *boxes], [*boxes, (len(text), 0)], strict=True)
+        )
         contents = [unbox_one(text[start:end]) for start, end in boxes]
         before = text[: boxes[0][0]].rstrip(" $({")
         after = text[boxes[-1][1] :]
@@ -125,7 +129,9 @@ def opened(text: str) -> str:
             if not _PROSE.fullmatch(rest) or _HEDGE.search(rest.replace(" or ", " ")):
                 return text
             text = ", ".join(dict.fromkeys(contents))
-        elif _PROSE.fullmatch(before) or (before.endswith(("=", ":", "≈", "is")) and not re.search(r"[;,]|\\text", before)):
+        elif _PROSE.fullmatch(before) or (
+            before.endswith(("=", ":", "≈", "is")) and not re.search(r"[;,]|\\text", before)
+        ):
             text = contents[0]
         else:
             return text

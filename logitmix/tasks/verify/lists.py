@@ -81,6 +81,8 @@ def expanded(tree: Node) -> tuple[Node, ...]:
         return ((tree[0], tree[1], tuple(value for part in tree[2] for value in expanded(part))),)
     if not has(tree, "pm"):
         return (tree,)
+    if tree[0] == "rel" and tree[1] not in (("=",), ("≈",)) and "=" not in tree[1][:1]:
+        raise Unreadable("a sign ± in an inequality")
     if has(tree, "pm", "∓"):
         return tuple(_signed(tree, [sign] * 99) for sign in (True, False))
     signs = _count(tree)
@@ -114,7 +116,9 @@ def _same_tuple(left: Node, right: Node, same: Same, ordered: bool) -> bool:
 
 def _opened(brackets: str) -> str:
     """The brackets of an interval, where the French ones are turned: ]0, 1[ is (0, 1)."""
-    return brackets if brackets == "::" else ("[" if brackets[0] == "[" else "(") + ("]" if brackets[1] == "]" else ")")
+    return (
+        brackets if brackets == "::" else ("[" if brackets[0] == "[" else "(") + ("]" if brackets[1] == "]" else ")")
+    )
 
 
 def _same_in_order(left: Sequence[Node], right: Sequence[Node], same: Same) -> bool:
@@ -138,12 +142,7 @@ def _signed(tree: Node, signs: list[bool]) -> Node:
         if len(operands) == 2:
             return ("+" if plus else "-", *operands)
         return operands[0] if plus else ("neg", operands[0])
-    return tuple(
-        _signed(part, signs) if isinstance(part, tuple) and part and isinstance(part[0], str)
-        else tuple(_signed(node, signs) if isinstance(node, tuple) else node for node in part)
-        if isinstance(part, tuple) else part
-        for part in tree
-    )
+    return tuple(_signed(part, signs) if isinstance(part, tuple) else part for part in tree)
 
 
 def _count(tree: Node) -> int:

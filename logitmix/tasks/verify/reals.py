@@ -1,247 +1,212 @@
 r"""Sets of real numbers: intervals, their unions and differences, and the inequalities that describe them.
 
-Accepted as one set: `0<x\le 1`, `x\in(0,1]` and `(0,1]`; `|x|<2` and `(-2,2)`; `x\ne 0`, `\mathbb{R}\setminus\{0\}` and
-`(-\infty,0)\cup(0,\infty)`; `(0,1)\cup[1,2)` and `(0,2)`. Refused: `x>3` and `y>3`, `[0,1]` and `(0,1)`.
+Two sets are equal if they agree at every end of theirs, between these ends, and beyond them; the ends of an inequality
+are the roots of its sides, which are polynomials up to degree 2, also inside absolute values.
+
+Accepted as one set: `0<x\le 1`, `x\in(0,1]` and `(0,1]`; `|x|<2`, `x^2<4` and `(-2,2)`; `x\ne 0` and
+`(-\infty,0)\cup(0,\infty)`; `(0,1)\cup[1,2)` and `(0,2)`. Refused: `x>3` and `y>3`, `[0,1]` and `(0,1)`, `(0,\infty]`.
 """
 
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import NamedTuple
+from itertools import pairwise
 
 from logitmix.tasks.verify.formulas import STRUCTURES, Node, has, substitute, symbols
 from logitmix.tasks.verify.tokens import Unreadable
-from logitmix.tasks.verify.values import Undefined, Value, close, constant, context, equal, number
+from logitmix.tasks.verify.values import Value, close, context, number, value_at
 
-INFINITY: Node = ("inf",)
-MINUS_INFINITY: Node = ("neg", INFINITY)
 FLIPPED = {"<": ">", ">": "<", "≤": "≥", "≥": "≤", "=": "=", "≠": "≠"}
-ORDER = frozenset("< > ≤ ≥ ≠".split())
-
-
-class Piece(NamedTuple):
-    """An interval, or a point if both ends are the same."""
-
-    low: Node
-    low_in: bool
-    high: Node
-    high_in: bool
-
-
-class Reals(NamedTuple):
-    """Disjoint pieces in ascending order, and the variable that the answer named, if it did."""
-
-    pieces: tuple[Piece, ...]
-    variable: str = ""
-
-
-EVERYTHING = Piece(MINUS_INFINITY, False, INFINITY, False)
+_INFINITE: dict[Node, int] = {("inf",): 1, ("neg", ("inf",)): -1}
+_SETS = ("∪", "∩", "\\setminus")
 
 
 def describes_set(tree: Node) -> bool:
     """Whether an answer can only mean a set of numbers; a pair (1, 2) may be a point."""
     if tree[0] == "rel":
-        return all(operator in ORDER for operator in tree[1]) or tree[1] == ("∈",)
+        return tree[1] == ("∈",) or _is_inequality(tree)
     if tree[0] == "list":
-        return all(part[0] == "rel" and all(operator in ORDER for operator in part[1]) for part in tree[2])
-    return tree[0] in ("∪", "∩", "\\setminus", "numbers")
+        solved = [part for part in tree[2] if part[0] == "rel" and (_is_inequality(part) or part[1] == ("=",))]
+        return len(solved) == len(tree[2]) and any(map(_is_inequality, solved))
+    return tree[0] in _SETS or tree[0] == "numbers"
 
 
-def as_reals(tree: Node) -> Reals | None:
-    """The set of real numbers that an answer describes; None if it describes none."""
-    try:
-        return _as_reals(tree)
-    except (Unreadable, Undefined):
-        return None
+def same_reals(left: Node, right: Node) -> bool:
+    """Whether two sets are equal; if both name their variable, it must be the same.
 
-
-def same_reals(left: Reals, right: Reals) -> bool:
-    """Whether two sets are equal; if both name their variable, it must be the same."""
-    if left.variable and right.variable and left.variable != right.variable:
+    Raises `Unreadable` if one of them is no such set.
+    """
+    names = _variable(left), _variable(right)
+    if names[0] and names[1] and names[0] != names[1]:
         return False
-    if len(left.pieces) != len(right.pieces):
+    free = symbols(left) - {names[0]}, symbols(right) - {names[1]}
+    if free[0] != free[1]:
         return False
-    rest = list(right.pieces)
-    for piece in left.pieces:
-        match = next((other for other in rest if _same_piece(piece, other)), None)
-        if match is None:
+    for point in range(3 if free[0] else 1):
+        sides = _Reals(left, point), _Reals(right, point)
+        if any(sides[0].holds(sample) != sides[1].holds(sample) for sample in _samples(sides[0].ends + sides[1].ends)):
             return False
-        rest.remove(match)
     return True
 
 
-def _as_reals(tree: Node) -> Reals | None:
-    kind = tree[0]
-    if kind == "numbers":
-        return Reals((EVERYTHING,)) if tree[1] == "R" else None
-    if kind == "tuple" and len(tree[2]) == 2 and tree[1] != "::":
-        low_in, high_in = tree[1][0] == "[", tree[1][1] == "]"
-        if any(part[0] in STRUCTURES for part in tree[2]):
-            return None
-        return _canonical([Piece(tree[2][0], low_in, tree[2][1], high_in)])
-    if kind == "set":
-        if any(part[0] in STRUCTURES for part in tree[2]):
-            return None
-        return _canonical([Piece(part, True, part, True) for part in tree[2]])
-    if kind == "rel" and tree[1] == ("∈",):
-        inner = _as_reals(tree[2][1])
-        return inner and inner._replace(variable=str(tree[2][0][1])) if tree[2][0][0] in ("sym", "name") else None
-    if kind == "rel":
-        return _solved(tree)
-    if kind in ("∪", "∩", "\\setminus"):
-        sides = [_as_reals(part) for part in tree[2]]
-        return _combined(kind, sides[0], sides[1]) if sides[0] and sides[1] else None
-    if kind == "list":
-        sides = [_as_reals(part) if part[0] == "rel" else None for part in tree[2]]
-        if None in sides or len({side.variable for side in sides if side}) != 1:
-            return None
-        found = [side for side in sides if side]
-        total = found[0]
-        for side in found[1:]:
-            total = _combined(_joined(tree[1], total, side), total, side)
-        return total
-    return None
+class _Reals:
+    """A set of real numbers, with other variables at one of the fixed points."""
+
+    def __init__(self, tree: Node, point: int) -> None:
+        self.tree, self.point = tree, point
+        self.ends = self._ends(tree)
+
+    def holds(self, sample: Value) -> bool:
+        return self._holds(self.tree, sample)
+
+    def _at(self, tree: Node) -> Value:
+        value = value_at(tree[2][0] if tree[0] == "unit" else tree, self.point, imaginary=False)
+        if value is None or isinstance(value, (context().mpc, context().matrix)):
+            raise Unreadable("an end that is no real number")
+        return value
+
+    def _ends(self, tree: Node) -> list[Value]:
+        kind, name = tree[0], _variable(tree)
+        if kind == "numbers" and tree[1] == "R":
+            return []
+        if kind == "tuple" and len(tree[2]) == 2 and tree[1] != "::":
+            infinite = [_INFINITE.get(part, 0) for part in tree[2]]
+            if 1 in infinite[:1] or -1 in infinite[1:] or any(
+                side and mark in "[]" and mark == closed for side, mark, closed in zip(infinite, tree[1], "[]", strict=True)
+            ):
+                raise Unreadable("an infinite end that is in the set")
+            return [self._at(part) for part, side in zip(tree[2], infinite, strict=True) if not side]
+        if kind == "set":
+            return [self._at(part) for part in tree[2]]
+        if kind == "rel" and tree[1] == ("∈",):
+            return self._ends(tree[2][1])
+        if kind == "rel" and all(operator in FLIPPED for operator in tree[1]):
+            return [root for pair in pairwise(tree[2]) for root in self._roots(("-", *map(_bare, pair)), name)]
+        if kind in _SETS or (kind == "list" and describes_set(tree)):
+            return [end for part in tree[2] for end in self._ends(part)]
+        raise Unreadable("not a set of real numbers")
+
+    def _roots(self, tree: Node, name: str) -> list[Value]:
+        """The roots of a polynomial of degree 1 or 2 in a variable, or of what its absolute values may stand for."""
+        if (part := _first_abs(tree)) is not None:
+            variants = [_replaced(tree, part, inner) for inner in (part[2], ("neg", part[2]))]
+            return [root for variant in variants for root in self._roots(variant, name)]
+        if has(tree, "inf") or name not in symbols(tree):
+            return []
+        values = {x: number(self._at(substitute(tree, name, ("num", Fraction(x))))) for x in (0, 1, 2, 3, 5, -7)}
+        square = (values[2] - 2 * values[1] + values[0]) / 2
+        slope = values[1] - values[0] - square
+        if not all(close(value, square * x * x + slope * x + values[0]) for x, value in values.items()):
+            raise Unreadable("an inequality that is not quadratic")
+        if close(square, Fraction(0)):
+            return [] if close(slope, Fraction(0)) else [-values[0] / slope]
+        root = slope * slope - 4 * square * values[0]
+        return [(-slope + sign * context().sqrt(root)) / (2 * square) for sign in (1, -1)] if root >= 0 else []
+
+    def _holds(self, tree: Node, sample: Value) -> bool:
+        kind, parts = tree[0], tree[2] if len(tree) > 2 else ()
+        if kind == "numbers":
+            return True
+        if kind == "tuple":
+            low, high = ((-1 if parts[0] in _INFINITE else _order(self._at(parts[0]), sample)),
+                         (-1 if parts[1] in _INFINITE else _order(sample, self._at(parts[1]))))  # fmt: skip
+            return low < (tree[1][0] == "[") and high < (tree[1][1] == "]")
+        if kind == "set":
+            return any(_order(self._at(part), sample) == 0 for part in parts)
+        if kind == "rel" and tree[1] == ("∈",):
+            return self._holds(parts[1], sample)
+        if kind == "rel":
+            name = _variable(tree)
+            values = [
+                _INFINITE[part] * context().inf
+                if part in _INFINITE
+                else self._at(substitute(_bare(part), name, ("sample", number(sample))))
+                for part in parts
+            ]
+            return all(
+                _ordered(_order(*pair), operator) for pair, operator in zip(pairwise(values), tree[1], strict=True)
+            )
+        found = [self._holds(part, sample) for part in parts]
+        if kind == "\\setminus":
+            return found[0] and not found[1]
+        return any(found) if kind == "∪" or (kind == "list" and self._joins(tree) == "or") else all(found)
+
+    def _joins(self, tree: Node) -> str:
+        """What joins inequalities. A comma says neither "and" nor "or": what makes sense is meant."""
+        if tree[1].lstrip("\\l") in ("or", "and"):
+            return str(tree[1].lstrip("\\l"))
+        found = [[self._holds(part, sample) for part in tree[2]] for sample in _samples(self._ends(tree))]
+        if all(map(any, found)):
+            return "and"
+        if any(map(all, found)):
+            raise Unreadable("a comma between inequalities may mean both")
+        return "or"
 
 
-def _joined(joiner: str, left: Reals, right: Reals) -> str:
-    """How a list joins inequalities. A comma says neither "and" nor "or": what makes sense is meant."""
-    if joiner in ("\\or", "\\lor"):
-        return "∪"
-    if joiner in ("\\and", "\\land"):
-        return "∩"
-    if _combined("∪", left, right).pieces == (EVERYTHING,):
-        return "∩"
-    if not _combined("∩", left, right).pieces:
-        return "∪"
-    raise Unreadable("a comma between inequalities may mean both")
+def _is_inequality(tree: Node) -> bool:
+    return tree[0] == "rel" and all(operator in "<>≤≥≠" for operator in tree[1])
 
 
-def _combined(kind: str, left: Reals, right: Reals) -> Reals:
-    variable = left.variable or right.variable
-    if kind == "∪":
-        return _canonical([*left.pieces, *right.pieces], variable)
-    others = right.pieces if kind == "∩" else _complement(right)
-    return _canonical([_meet(one, other) for one in left.pieces for other in others], variable)
+def _bare(tree: Node) -> Node:
+    if tree[0] in STRUCTURES and tree[0] != "unit":
+        raise Unreadable("an inequality of what is no number")
+    return tree[2][0] if tree[0] == "unit" else tree  # type: ignore[no-any-return]
 
 
-def _complement(reals: Reals) -> tuple[Piece, ...]:
-    found, low, low_in = [], MINUS_INFINITY, False
-    for piece in reals.pieces:
-        found.append(Piece(low, low_in, piece.low, not piece.low_in))
-        low, low_in = piece.high, not piece.high_in
-    return (*found, Piece(low, low_in, INFINITY, False))
+def _variable(tree: Node) -> str:
+    """The variable that an answer names, in an inequality the one that it is about; empty if it names none."""
+    if tree[0] == "list":
+        names = {_variable(part) for part in tree[2]}
+        if len(names) > 1:
+            raise Unreadable("inequalities in several variables")
+        return names.pop()
+    if tree[0] != "rel":
+        return ""
+    if tree[1] == ("∈",):
+        if tree[2][0][0] not in ("sym", "name"):
+            raise Unreadable("a member that is no variable")
+        return str(tree[2][0][1])
+    if tree[2][-2][0] == "sym" and all(part[0] == "sym" for part in tree[2][-1:] + tree[2][:-2]):
+        return str(tree[2][-2][1])  # x in x > a and in a < x < b
+    alone = [part[1] for part in tree[2] if part[0] == "sym"]
+    others = frozenset().union(*(symbols(part) for part in tree[2] if part[0] != "sym"))
+    names = {*others, *alone}
+    if len(names) == 1 or (len(alone) == 1 and alone[0] not in others):
+        return str(next(iter(names)) if len(names) == 1 else alone[0])
+    raise Unreadable("an inequality in several variables")
 
 
-def _meet(one: Piece, other: Piece) -> Piece:
-    low, low_in = max(((p.low, p.low_in) for p in (one, other)), key=lambda end: (_at(end[0]), not end[1]))
-    high, high_in = min(((p.high, p.high_in) for p in (one, other)), key=lambda end: (_at(end[0]), end[1]))
-    return Piece(low, low_in, high, high_in)
+def _samples(ends: list[Value]) -> list[Value]:
+    """The ends, one number between each two, and one beyond them on each side."""
+    distinct: list[Value] = []
+    for end in sorted(ends, key=number):
+        if not distinct or not close(distinct[-1], end):
+            distinct.append(end)
+    if not distinct:
+        return [Fraction(0)]
+    middles = [(number(one) + number(other)) / 2 for one, other in pairwise(distinct)]
+    return [*distinct, *middles, number(distinct[0]) - 1, number(distinct[-1]) + 1]
 
 
-def _canonical(pieces: list[Piece], variable: str = "") -> Reals:
-    """Sort and join pieces. A single piece may have ends with variables."""
-    ends = [end for piece in pieces for end in (piece.low, piece.high)]
-    if any(symbols(end) for end in ends):
-        return Reals(tuple(pieces), variable)
-    found: list[Piece] = []
-    for piece in sorted(pieces, key=lambda piece: (_at(piece.low), not piece.low_in)):
-        low, high = _at(piece.low), _at(piece.high)
-        if low > high or (_same_end(piece.low, piece.high) and not (piece.low_in and piece.high_in)):
-            continue
-        last = found[-1] if found else None
-        if last and (_at(last.high) > low or (_same_end(last.high, piece.low) and (last.high_in or piece.low_in))):
-            if _same_end(last.high, piece.high):
-                found[-1] = last._replace(high_in=last.high_in or piece.high_in)
-            elif high > _at(last.high):
-                found[-1] = last._replace(high=piece.high, high_in=piece.high_in)
-        else:
-            found.append(piece)
-    return Reals(tuple(found), variable)
+def _order(left: Value, right: Value) -> int:
+    """-1, 0 or 1, as the left number is below, at or above the right one."""
+    finite = all(isinstance(side, Fraction) or context().isfinite(side) for side in (left, right))
+    if finite and close(left, right):
+        return 0
+    return -1 if number(left) < number(right) else 1
 
 
-def _at(end: Node) -> Value:
-    mp = context()
-    if end in (INFINITY, MINUS_INFINITY):
-        return mp.inf if end == INFINITY else -mp.inf
-    value = constant(end[2][0] if end[0] == "unit" else end)
-    if isinstance(value, (tuple, mp.mpc)):
-        raise Unreadable("an end of an interval is no real number")
-    return number(value)
+def _ordered(order: int, operator: str) -> bool:
+    return order in {"<": (-1,), ">": (1,), "≤": (-1, 0), "≥": (0, 1), "=": (0,), "≠": (-1, 1)}[operator]
 
 
-def _same_end(one: Node, other: Node) -> bool:
-    if has(one, "inf") or has(other, "inf"):
-        return one == other
-    return symbols(one) == symbols(other) and equal(one, other)
+def _first_abs(tree: Node) -> Node | None:
+    if tree[:2] == ("call", "abs"):
+        return tree
+    return next((found for part in tree[1:] if isinstance(part, tuple) and (found := _first_abs(part))), None)
 
 
-def _same_piece(one: Piece, other: Piece) -> bool:
-    return (
-        (one.low_in, one.high_in) == (other.low_in, other.high_in)
-        and _same_end(one.low, other.low)
-        and _same_end(one.high, other.high)
-    )
-
-
-def _solved(relation: Node) -> Reals | None:
-    """The solutions of an inequality in one variable, as far as it is linear or an absolute value of that."""
-    operators, parts = relation[1], relation[2]
-    if any(operator not in ORDER for operator in operators) or any(part[0] in STRUCTURES for part in parts):
-        return None
-    if len(operators) == 2 and "≠" not in operators:
-        if (operators[0] in "<≤") != (operators[1] in "<≤"):
-            return None
-        if operators[0] in ">≥":
-            operators, parts = tuple(FLIPPED[operator] for operator in reversed(operators)), parts[::-1]
-        variable = _variable_of(parts[1], parts[0], parts[2])
-        sides = [_half(parts[1], FLIPPED[operators[0]], parts[0], variable), _half(parts[1], operators[1], parts[2], variable)]
-        if parts[1] == ("sym", variable):
-            return _canonical([Piece(parts[0], operators[0] == "≤", parts[2], operators[1] == "≤")], variable)
-        return _combined("∩", Reals((sides[0],), variable), Reals((sides[1],), variable))
-    if len(operators) != 1:
-        return None
-    operator, left, right = operators[0], parts[0], parts[1]
-    if right[:2] == ("call", "abs") or (left[0] != "sym" and right[0] == "sym" and not symbols(left)):
-        operator, left, right = FLIPPED[operator], right, left
-    if left[:2] == ("call", "abs"):
-        variable = _variable_of(left[2], right)
-        if operator == "≠" or not _at(right) > 0:
-            return None
-        above, below = _half(left[2], operator, right, variable), _half(left[2], FLIPPED[operator], ("neg", right), variable)
-        return _combined("∩" if operator in "<≤" else "∪", Reals((above,), variable), Reals((below,), variable))
-    variable = _variable_of(left, right)
-    if operator == "≠":
-        point = _half(left, "<", right, variable)
-        bound = point.high if point.high != INFINITY else point.low
-        return _canonical([Piece(MINUS_INFINITY, False, bound, False), Piece(bound, False, INFINITY, False)], variable)
-    return _canonical([_half(left, operator, right, variable)], variable)
-
-
-def _variable_of(side: Node, *others: Node) -> str:
-    """The variable that an inequality is solved for."""
-    around = frozenset().union(*(symbols(other) for other in others))
-    if side[0] == "sym" and side[1] not in around:
-        if any(other[0] == "sym" for other in others):
-            raise Unreadable("two variables are compared")
-        return str(side[1])
-    names = symbols(side) | around
-    if len(names) != 1:
-        raise Unreadable("an inequality in several variables")
-    return next(iter(names))
-
-
-def _half(left: Node, operator: str, right: Node, variable: str) -> Piece:
-    """The half-line of solutions of a linear inequality."""
-    if left == ("sym", variable) and variable not in symbols(right):
-        bound = right
-    else:
-        difference: Node = ("-", left, right)
-        start = substitute(difference, variable, ("num", Fraction(0)))
-        slope: Node = ("-", substitute(difference, variable, ("num", Fraction(1))), start)
-        if not equal(difference, ("+", ("*", slope, ("sym", variable)), start)) or close(constant(slope), Fraction(0)):
-            raise Unreadable("an inequality that is not linear")
-        bound = ("neg", ("/", start, slope))
-        if number(constant(slope)) < 0:
-            operator = FLIPPED[operator]
-    closed = operator in "≤≥"
-    return Piece(MINUS_INFINITY, False, bound, closed) if operator in "<≤" else Piece(bound, closed, INFINITY, False)
+def _replaced(tree: Node, part: Node, by: Node) -> Node:
+    if tree == part:
+        return by
+    return tuple(_replaced(node, part, by) if isinstance(node, tuple) else node for node in tree)

@@ -28,7 +28,9 @@ class Token(NamedTuple):
 
 
 ANGLES = frozenset({"sin", "cos", "tan", "cot", "sec", "csc"})
-INVERSES = {f"{prefix}{name}": f"a{name}" for prefix in ("arc", "a") for name in ("sin", "cos", "tan", "cot", "sec", "csc")}
+INVERSES = {
+    f"{prefix}{name}": f"a{name}" for prefix in ("arc", "a") for name in ("sin", "cos", "tan", "cot", "sec", "csc")
+}
 CALLS = ANGLES | INVERSES.keys() | {"sinh", "cosh", "tanh", "ln", "exp", "log", "lg", "abs", "sqrt", "cbrt"}
 LISTED = frozenset({"max", "min", "gcd", "lcm"})
 FUNCTIONS = CALLS | LISTED | {"det"}
@@ -85,19 +87,55 @@ _SAME = {
     **dict.fromkeys(("\\R", "\\Re", "\\Reals", "\\mathbbR"), "\\R"),
     **dict.fromkeys(("\\%", "%", "percent", "pct", "percentage", "percents"), "%"),
     **dict.fromkeys(("\\subseteq", "\\subset", "⊂", "⊆"), "⊆"),
-    **{"\\lt": "<", "\\gt": ">", "\\div": "/", "\\colon": ":", "==": "=", "**": "^", "\\in": "∈", "\\pm": "±", "\\mp": "∓"},
-    **{"\\cup": "∪", "\\cap": "∩", "\\degree": "°", "\\lbrack": "[", "\\rbrack": "]", "\\imath": "i", "\\fbox": "\\boxed"},
+    **{
+        "\\lt": "<",
+        "\\gt": ">",
+        "\\div": "/",
+        "\\colon": ":",
+        "==": "=",
+        "**": "^",
+        "\\in": "∈",
+        "\\pm": "±",
+        "\\mp": "∓",
+    },
+    **{
+        "\\cup": "∪",
+        "\\cap": "∩",
+        "\\degree": "°",
+        "\\lbrack": "[",
+        "\\rbrack": "]",
+        "\\imath": "i",
+        "\\fbox": "\\boxed",
+    },
     **{"\\varepsilon": "\\epsilon", "pi": "\\pi", "\\equiv": "≡", "\\cong": "≅", "\\parallel": "∥", "\\perp": "⊥"},
-    **{"and": "\\and", "or": "\\or", "\\And": "\\and", "\\_": "_", "\\mod": "\\bmod", "mod": "\\bmod", "\\mathstrut": ""},
-    **{"sqrt": "\\surd", "\\gcd": "\\gcd", "\\pounds": "£", "\\euro": "€", "\\ldots": "…", "\\dots": "…", "\\cdots": "…"},
+    **{
+        "and": "\\and",
+        "or": "\\or",
+        "\\And": "\\and",
+        "\\_": "_",
+        "\\mod": "\\bmod",
+        "mod": "\\bmod",
+        "\\mathstrut": "",
+    },
+    **{
+        "sqrt": "\\surd",
+        "\\gcd": "\\gcd",
+        "\\pounds": "£",
+        "\\euro": "€",
+        "\\ldots": "…",
+        "\\dots": "…",
+        "\\cdots": "…",
+    },
     **{"\\prime": "'", "\\lceil": "\\lceil", "∙": "*", "\\middot": "*", "\\centerdot": "*", "\\quot": '"'},
 }
-_STYLES = (
-    "displaystyle textstyle scriptstyle limits nolimits hfill rm bf it noindent quad qquad enspace thinspace medspace boldmath"
+_STYLES = "displaystyle textstyle scriptstyle limits nolimits hfill rm bf it noindent quad qquad enspace thinspace medspace boldmath"
+_TEXTS = (
+    "text mbox textbf textit textrm textsf texttt textnormal textup mathrm mathit mathsf hbox operatorname".split()
 )
-_TEXTS = "text mbox textbf textit textrm textsf texttt textnormal textup mathrm mathit mathsf hbox operatorname".split()
 _BOLD = frozenset({"\\mathbf", "\\boldsymbol", "\\bm", "\\underline"})
-_DELIMITERS = frozenset("( ) [ ] | \\{ \\} < > / . \\lvert \\rvert \\lVert \\rVert \\lfloor \\rfloor \\lceil \\rceil".split())
+_DELIMITERS = frozenset(
+    "( ) [ ] | \\{ \\} < > / . \\lvert \\rvert \\lVert \\rVert \\lfloor \\rfloor \\lceil \\rceil".split()
+)
 _TOKEN = re.compile(
     rf"""(?P<blank>(?:\s|~|\\(?:[,;:>\s]|(?:{"|".join(_STYLES.split())})(?![a-zA-Z])))+)
     |(?P<number>[0-9]{{1,3}}(?:(?:,\\!|\{{\s*,\s*\}}|\\,)[0-9]{{3}})+(?![0-9])(?:\.[0-9]+)?
@@ -120,7 +158,9 @@ _TOKEN = re.compile(
 _MATHS = {"\\(": "\\)", "\\)": "\\(", "\\[": "\\]", "\\]": "\\["}  # delimiters of formulas, in pairs
 _GROUPED = re.compile(r"(?<![\w.,}])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")
 _SPACED = re.compile(r"\s*[-+]?[0-9]{1,3}(?:(?:\s|~|\\[ ,;:])[0-9]{3})+(?:\.[0-9]+)?\s*")
-_LEAD = frozenset("approximately about roughly exactly so thus hence therefore and the final correct right best \\and".split())
+_LEAD = frozenset(
+    "approximately about roughly exactly so thus hence therefore and the final correct right best \\and".split()
+)
 _ABOUT = frozenset("approximately about roughly exactly".split())
 _LED = frozenset("answer answers option options choice choices result results solution solutions".split())
 # Single letters of a text that are units after a number; others are variables.
@@ -212,7 +252,9 @@ def _lex(text: str, in_text: bool) -> list[Token]:
 
 def _at_edge(text: str, match: re.Match[str]) -> bool:
     """Whether only blanks, points and delimiters of formulas stand on one side of a match."""
-    return any(re.fullmatch(r"(?:[\s$.,;]|\\[()\[\]])*", side) for side in (text[: match.start()], text[match.end() :]))
+    return any(
+        re.fullmatch(r"(?:[\s$.,;]|\\[()\[\]])*", side) for side in (text[: match.start()], text[match.end() :])
+    )
 
 
 def _opens_amount(tokens: list[Token], rest: str) -> bool:

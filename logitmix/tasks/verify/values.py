@@ -80,7 +80,7 @@ def equal(left: Node, right: Node) -> bool:
         for point in points:
             found = [value_at(side, point, imaginary) for side in (left, right)]
             defined = [count + (value is not None) for count, value in zip(defined, found, strict=True)]
-            if None not in found:
+            if all(value is not None for value in found):
                 if not close(*found):
                     return False
                 agreed += 1
@@ -97,7 +97,7 @@ def ratio(left: Node, right: Node) -> Value | None:
     found: list[Value] = []
     for point in range(len(POINTS)):
         pair = [value_at(side, point, imaginary) for side in (left, right)]
-        if any(value is None or isinstance(value, tuple) for value in pair):
+        if any(value is None or _is_matrix(value) for value in pair):
             continue
         if close(pair[1], Fraction(0)):
             return None
@@ -130,7 +130,7 @@ def _cached_value(tree: Node, point: int, imaginary: bool) -> tuple[Value | None
     evaluation = _Evaluation(point, imaginary)
     try:
         value = evaluation.of(tree)
-        if not isinstance(value, (Fraction, tuple)) and not context().isfinite(value):
+        if not isinstance(value, Fraction) and not _is_matrix(value) and not context().isfinite(value):
             value = None
     except (Undefined, ZeroDivisionError):
         value = None
@@ -143,10 +143,9 @@ def close(left: Value, right: Value) -> bool:
     """Whether two values are equal: exactly for two rationals, otherwise to 25 digits."""
     if isinstance(left, Fraction) and isinstance(right, Fraction):
         return left == right
-    if isinstance(left, tuple) or isinstance(right, tuple):
-        if not (isinstance(left, tuple) and isinstance(right, tuple)) or _shape(left) != _shape(right):
-            return False
-        return all(close(a, b) for one, other in zip(left, right, strict=True) for a, b in zip(one, other, strict=True))
+    if _is_matrix(left) or _is_matrix(right):
+        shapes = [(side.rows, side.cols) if _is_matrix(side) else None for side in (left, right)]
+        return shapes[0] == shapes[1] and all(close(*pair) for pair in zip(left, right, strict=True))
     mp = context()
     left, right = number(left), number(right)
     size = max(abs(left), abs(right))
@@ -158,7 +157,7 @@ def close(left: Value, right: Value) -> bool:
 
 def rounded(decimal: str, exact: Value, digits_needed: int = 6) -> bool:
     """Whether a decimal is an exact value rounded or truncated to six digits or more."""
-    if not DECIMAL.fullmatch(decimal) or isinstance(exact, (tuple, context().mpc)):
+    if not DECIMAL.fullmatch(decimal) or isinstance(exact, (context().mpc, context().matrix)):
         return False
     whole, _, digits = decimal.lstrip("-").partition(".")
     significant = len((whole + digits).lstrip("0"))
@@ -175,10 +174,6 @@ def number(value: Value) -> Value:
     """A value as mpmath's number."""
     mp = context()
     return mp.mpf(value.numerator) / value.denominator if isinstance(value, Fraction) else value
-
-
-def _shape(rows: tuple[tuple[Value, ...], ...]) -> tuple[int, ...]:
-    return tuple(len(row) for row in rows)
 
 
 @lru_cache(maxsize=8192)
@@ -205,14 +200,14 @@ class _Evaluation:
         if self.steps > MAX_STEPS:
             raise TooLong(f"the comparison takes more than {MAX_STEPS:,} steps")
         mp, kind = context(), tree[0]
-        if kind == "num":
+        if kind in ("num", "sample"):
             return tree[1]
         if kind == "sym":
             return self.bound[tree[1]] if tree[1] in self.bound else _variable(tree[1], self.point)
         if kind == "const":
             return {"pi": +mp.pi, "e": +mp.e, "i": mp.mpc(0, 1)}[tree[1]]
         if kind == "matrix":
-            return tuple(tuple(self.of(cell) for cell in row) for row in tree[1])
+            return mp.matrix([[number(self.of(cell)) for cell in row] for row in tree[1]])
         if kind in ("sum", "prod"):
             return self.series(*tree)
         if kind == "lim":
@@ -224,7 +219,7 @@ class _Evaluation:
         if kind not in ("+", "-", "*", "/", "^", "neg", "deg"):
             raise Unreadable("it is not a number")
         values = [self.of(part) for part in tree[1:]]
-        if any(isinstance(value, tuple) for value in values):
+        if any(map(_is_matrix, values)):
             return _matrix_operation(kind, values)
         if kind == "^":
             return self.power(*values)
@@ -256,8 +251,10 @@ class _Evaluation:
     def call(self, name: str, parts: list[Value]) -> Value:
         mp, first = context(), parts[0]
         if name == "det":
-            return _determinant(first)
-        if any(isinstance(part, tuple) for part in parts):
+            if not _is_matrix(first) or first.rows != first.cols:
+                raise Unreadable("a determinant of what is no square matrix")
+            return mp.det(first)
+        if any(map(_is_matrix, parts)):
             raise Unreadable(f"{name} of a matrix")
         if name in _COUNTS:
             return self.count(name, parts)
@@ -302,7 +299,7 @@ class _Evaluation:
 
     def apply(self, name: str, parts: list[Value]) -> Value:
         """A function that is not given: any fixed one, such that f(2x), 2f(x) and f(x+1) are unrelated."""
-        if any(isinstance(part, tuple) for part in parts):
+        if any(map(_is_matrix, parts)):
             raise Unreadable(f"{name} of a matrix")
         total = _variable(f"{name}()", 0)
         for place, part in enumerate(parts):
@@ -334,14 +331,20 @@ class _Evaluation:
             centre = None if infinite else number(self.of(point))
             for exponent in (80, 81):
                 step = mp.mpf(10) ** -exponent
-                steps = [1 / step if point == ("inf",) else -1 / step] if infinite else [step] * (side != "-") + [-step] * (side != "+")
+                steps = (
+                    [1 / step if point == ("inf",) else -1 / step]
+                    if infinite
+                    else [step] * (side != "-") + [-step] * (side != "+")
+                )
                 for shift in steps:
                     self.bound = {**outer, name: shift if infinite else centre + shift}
                     found.append(number(self.of(body)))
         finally:
             mp.dps = 40
             self.bound = outer
-        if any(isinstance(value, tuple) for value in found) or not all(abs(found[0] - value) < mp.mpf(10) ** -32 * max(1, abs(found[0])) for value in found):
+        if any(map(_is_matrix, found)) or not all(
+            abs(found[0] - value) < mp.mpf(10) ** -32 * max(1, abs(found[0])) for value in found
+        ):
             raise Unreadable("the limit is not reached")
         return +found[0]
 
@@ -353,8 +356,12 @@ def _bits(value: Fraction) -> int:
     return max(value.numerator.bit_length(), value.denominator.bit_length())
 
 
+def _is_matrix(value: Value) -> bool:
+    return isinstance(value, context().matrix)
+
+
 def _operation(kind: str, left: Value, right: Value) -> Value:
-    if isinstance(left, tuple) or isinstance(right, tuple):
+    if _is_matrix(left) or _is_matrix(right):
         return _matrix_operation(kind, [left, right])
     if not (isinstance(left, Fraction) and isinstance(right, Fraction)) or _bits(left) + _bits(right) > 60_000:
         left, right = number(left), number(right)
@@ -372,39 +379,18 @@ def _operation(kind: str, left: Value, right: Value) -> Value:
 def _matrix_operation(kind: str, values: list[Value]) -> Value:
     """Sums, products, multiples and small powers of matrices, as far as their shapes fit."""
     left, right = values[0], values[-1]
-    if kind in ("neg", "*", "/") and isinstance(left, tuple) != isinstance(right, tuple) or kind == "neg":
-        rows, factor = (left, Fraction(-1)) if kind == "neg" else (left, right) if isinstance(left, tuple) else (right, left)
-        if kind == "/" and rows is right:
-            raise Unreadable("a division by a matrix")
-        return tuple(tuple(_operation("/" if kind == "/" else "*", cell, factor) for cell in row) for row in rows)
-    if isinstance(left, tuple) and isinstance(right, tuple):
-        if kind in ("+", "-") and _shape(left) == _shape(right):
-            pairs = (zip(one, other, strict=True) for one, other in zip(left, right, strict=True))
-            return tuple(tuple(_operation(kind, *pair) for pair in row) for row in pairs)
-        if kind == "*" and len(left[0]) == len(right):
-            return tuple(tuple(_dot(row, column) for column in zip(*right, strict=True)) for row in left)
-    if kind == "^" and isinstance(left, tuple) and isinstance(right, Fraction) and 1 <= right <= 20 and right.denominator == 1:
-        power = left
-        for _ in range(int(right) - 1):
-            power = _matrix_operation("*", [power, left])
-        return power
-    raise Unreadable("an operation of matrices that do not fit")
-
-
-def _dot(row: tuple[Value, ...], column: tuple[Value, ...]) -> Value:
-    total: Value = Fraction(0)
-    for one, other in zip(row, column, strict=True):
-        total = _operation("+", total, _operation("*", one, other))
-    return total
-
-
-def _determinant(rows: Value) -> Value:
-    if not isinstance(rows, tuple) or len(rows) != len(rows[0]) or len(rows) > 6:
-        raise Unreadable("a determinant of what is no square matrix of at most 6 rows")
-    if len(rows) == 1:
-        return rows[0][0]
-    total: Value = Fraction(0)
-    for place, cell in enumerate(rows[0]):
-        minor = tuple(row[:place] + row[place + 1 :] for row in rows[1:])
-        total = _operation("-" if place % 2 else "+", total, _operation("*", cell, _determinant(minor)))
-    return total
+    both = _is_matrix(left) and _is_matrix(right)
+    try:
+        if kind == "neg":
+            return -left
+        if kind in ("+", "-") and both:
+            return left + right if kind == "+" else left - right
+        if kind == "*":
+            return number(left) * number(right)
+        if kind == "/" and not _is_matrix(right) and right != 0:
+            return left / number(right)
+        if kind == "^" and isinstance(right, Fraction) and right.denominator == 1 and 1 <= right <= 20:
+            return left ** int(right)
+    except ValueError as error:
+        raise Unreadable(str(error)) from error
+    raise Unreadable("an operation that matrices do not have")
