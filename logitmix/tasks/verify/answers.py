@@ -14,12 +14,13 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-from logitmix.tasks.verify.formulas import CLOSERS, FUNCTIONS, Formulas, Node, has
-from logitmix.tasks.verify.tokens import GREEK, Token, Unreadable, tokenize
+from logitmix.tasks.verify.formulas import Formulas
+from logitmix.tasks.verify.parser import CLOSERS, RELATIONS, SEPARATORS
+from logitmix.tasks.verify.spellings import FUNCTIONS, GREEK
+from logitmix.tasks.verify.tokens import Token, Unreadable, tokenize
+from logitmix.tasks.verify.trees import Node, has
 
-RELATIONS = frozenset("= < > ≤ ≥ ≠ ≈ ∈ ⊆ ≡".split())
-SEPARATORS = frozenset(", ; \\or \\and \\lor \\land".split())
-_ENDS = SEPARATORS | frozenset(") ] } \\} & \\\\ |".split())
+_ENDS = SEPARATORS | frozenset((")", "]", "}", "\\}", "&", "\\\\", "|"))
 _AFTER_FRENCH = _ENDS | {"", "∪", "∩", "\\setminus"}  # "[" before these closes an interval
 _SYMBOL = rf"(?:[a-zA-Z]|\\(?:{'|'.join(GREEK)}))'*(?:_(?:\{{[^{{}}]*\}}|[^{{}}])|'|\^\{{?(?:'|\*)\}}?)*"
 _SEGMENT = r"(?:\\(?:overline|vec|overrightarrow|widehat|bar|hat)\{?[a-zA-Z]+\}?|m?\\(?:angle|triangle)\{?[A-Z]{1,3}[0-9]?\}?|[A-Z]{1,4}'?)"
@@ -69,7 +70,7 @@ class _Answers(Formulas):
     def answer(self) -> Node:
         self.enter()
         groups, joiners = [[self.item()]], []
-        while self.peek() in SEPARATORS and self.peek():
+        while self.peek() in SEPARATORS:
             joiner = self.take()
             if joiner in (",", ";") and self.peek() in ("\\or", "\\and"):
                 joiner = self.take()
@@ -96,7 +97,7 @@ class _Answers(Formulas):
             return words
         parts = [self.side(end)]
         operators = []
-        while self.peek() in RELATIONS and self.peek():
+        while self.peek() in RELATIONS:
             operators.append(self.take())
             parts.append(self.side(end))
         if self.peek() == "(" and operators == ["≡"] and self.peek(1) == "\\bmod" or self.peek() == "\\pmod":
@@ -165,7 +166,7 @@ class _Answers(Formulas):
 
     def sets(self) -> Node:
         tree = self.amount()
-        while self.peek() in ("∪", "∩", "\\setminus") and self.peek():
+        while self.peek() in ("∪", "∩", "\\setminus"):
             operator = self.take()
             tree = (operator, "", (tree, self.amount()))
         return tree
@@ -180,7 +181,7 @@ class _Answers(Formulas):
         after = ""
         if self.peek() == "U" and self.peek(-1) in (")", "]", "\\}") and self.peek(1) in ("(", "[", "\\{"):
             self.tokens[self.place] = Token("∪")
-        elif self.peek() in ("%", *"$€£¥₹") and self.peek():
+        elif self.peek() in ("%", *"$€£¥₹"):
             after = self.take()
         elif self.place < len(self.tokens) and (named := self.unit_ahead()) is not None:
             after = named

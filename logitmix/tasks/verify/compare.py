@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from logitmix.tasks.verify.answers import read
 from logitmix.tasks.verify.choices import same_choice
-from logitmix.tasks.verify.formulas import Node, has, substitute, symbols
+from logitmix.tasks.verify.trees import Node, has, substitute, symbols
 from logitmix.tasks.verify.lists import expanded, same_collection, same_matrix
 from logitmix.tasks.verify.reals import describes_set, same_reals
 from logitmix.tasks.verify.relations import is_point, same_relation, simplified

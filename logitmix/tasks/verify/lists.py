@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from logitmix.tasks.verify.formulas import Node, has
+from logitmix.tasks.verify.trees import Node, has
 from logitmix.tasks.verify.relations import Same, name_of, value_of
 from logitmix.tasks.verify.tokens import Unreadable
 

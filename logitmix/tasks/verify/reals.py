@@ -12,7 +12,7 @@ from __future__ import annotations
 from fractions import Fraction
 from itertools import pairwise
 
-from logitmix.tasks.verify.formulas import STRUCTURES, Node, has, substitute, symbols
+from logitmix.tasks.verify.trees import STRUCTURES, Node, has, substitute, symbols
 from logitmix.tasks.verify.tokens import Unreadable
 from logitmix.tasks.verify.values import Value, close, context, number, value_at
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from logitmix.tasks.verify.formulas import STRUCTURES, Node, substitute, symbols
+from logitmix.tasks.verify.trees import STRUCTURES, Node, substitute, symbols
 from logitmix.tasks.verify.reals import FLIPPED
 from logitmix.tasks.verify.values import context, ratio
 

@@ -1,7 +1,7 @@
 r"""The tokenizer: one spelling for each sign, name, number and word of an answer.
 
-Only these disappear: blanks, sizes (`\left`), styles, colours, dollar signs around formulas, `\text` around words. A token
-remembers what stood before it, so that `4 2` is never 42. Anything unknown stays, and the parser refuses it.
+Only these disappear: blanks, sizes (`\left`), styles, colours, dollar signs around formulas, `\text` around words. A
+token remembers what stood before it, so that `4 2` is never 42. Anything unknown stays, and the parser refuses it.
 
 >>> spell(tokenize(r"$\left(3,\ \dfrac{\pi}2\right)$."))
 '( 3 , \\frac { \\pi } 2 )'
@@ -12,6 +12,19 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
+
+from logitmix.tasks.verify.spellings import (
+    ABOUT,
+    BOLD,
+    FUNCTIONS,
+    LEADING,
+    NOUNS,
+    SAME,
+    STYLES,
+    SUPERSCRIPTS,
+    TEXTS,
+    UNICODE,
+)
 
 JOINED, BLANK, MARKUP = 0, 1, 2
 
@@ -27,124 +40,15 @@ class Token(NamedTuple):
     gap: int = JOINED
 
 
-ANGLES = frozenset({"sin", "cos", "tan", "cot", "sec", "csc"})
-INVERSES = {
-    f"{prefix}{name}": f"a{name}" for prefix in ("arc", "a") for name in ("sin", "cos", "tan", "cot", "sec", "csc")
-}
-CALLS = ANGLES | INVERSES.keys() | {"sinh", "cosh", "tanh", "ln", "exp", "log", "lg", "abs", "sqrt", "cbrt"}
-LISTED = frozenset({"max", "min", "gcd", "lcm"})
-FUNCTIONS = CALLS | LISTED | {"det"}
-GREEK = frozenset(
-    "alpha beta gamma delta epsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau upsilon phi varphi chi"
-    " psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell hbar".split()
-)
-_GREEK_LETTERS = dict(
-    zip(
-        "αβγδεζηθκλμνξρστφχψωΔΩΓΘΛΣΦΨ",
-        "alpha beta gamma delta epsilon zeta eta theta kappa lambda mu nu xi rho sigma tau phi chi psi omega Delta Omega"
-        " Gamma Theta Lambda Sigma Phi Psi".split(),
-        strict=True,
-    )
-)
-_UNICODE = str.maketrans(
-    {
-        **dict.fromkeys("−–—﹣－", "-"),
-        **dict.fromkeys("×·⋅∙•✕∗", "*"),
-        **dict.fromkeys("º˚", "°"),
-        **dict.fromkeys("\u00a0\u2009\u202f\u3000\u2002\u2003\u200a", " "),
-        **dict.fromkeys("\u200b\ufeff\u2060", ""),
-        **dict.fromkeys("’‘′", "'"),
-        **dict.fromkeys("“”„«»", '"'),
-        **dict(zip("，；：（）［］｛｝＝＋％＜＞．。／￥、", ",;:()[]{}=+%<>../¥,", strict=True)),
-        **{letter: f"\\{name} " for letter, name in _GREEK_LETTERS.items()},
-        **{sign: f"_{{{digit}}}" for digit, sign in enumerate("₀₁₂₃₄₅₆₇₈₉")},
-        **{sign: rf"\frac{{{top}}}{{{low}}}" for sign, top, low in ("½12", "⅓13", "⅔23", "¼14", "¾34", "⅕15", "⅛18")},
-        **{"÷": "/", "π": "\\pi ", "√": "\\surd ", "∛": "\\sqrt[3]", "∜": "\\sqrt[4]", "ℝ": "\\mathbb{R}"},
-        **{"ℤ": "\\mathbb{Z}", "∠": "\\angle ", "△": "\\triangle ", "⁺": "^+"},
-    }
-)
-_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
-# Every command, sign and word that is spelled in more than one way.
-_SAME = {
-    **dict.fromkeys(("\\dfrac", "\\tfrac", "\\cfrac"), "\\frac"),
-    **dict.fromkeys(("\\dbinom", "\\tbinom"), "\\binom"),
-    **dict.fromkeys(("\\le", "\\leq", "\\leqslant", "\\leqq", "<=", "⩽", "≦"), "≤"),
-    **dict.fromkeys(("\\ge", "\\geq", "\\geqslant", "\\geqq", ">=", "⩾", "≧"), "≥"),
-    **dict.fromkeys(("\\ne", "\\neq", "!=", "\\not="), "≠"),
-    **dict.fromkeys(("\\approx", "\\thickapprox", "\\simeq", "\\doteq", "~="), "≈"),
-    **dict.fromkeys(("\\lor", "\\vee", "∨"), "\\lor"),
-    **dict.fromkeys(("\\land", "\\wedge", "∧"), "\\land"),
-    **dict.fromkeys(("\\emptyset", "\\varnothing", "\\empty"), "∅"),
-    **dict.fromkeys(("\\infty", "\\infin", "\\inf", "infty", "infinity", "Infinity", "inf", "oo"), "∞"),
-    **dict.fromkeys(("\\times", "\\cdot", "\\ast"), "*"),
-    **dict.fromkeys(("\\lbrace", "\\{"), "\\{"),
-    **dict.fromkeys(("\\rbrace", "\\}"), "\\}"),
-    **dict.fromkeys(("\\langle", "\\lparen"), "("),
-    **dict.fromkeys(("\\rangle", "\\rparen"), ")"),
-    **dict.fromkeys(("\\vert", "\\mid", "∣", "\\|"), "|"),
-    **dict.fromkeys(("\\to", "\\rightarrow", "\\longrightarrow"), "→"),
-    **dict.fromkeys(("\\setminus", "\\backslash", "∖"), "\\setminus"),
-    **dict.fromkeys(("\\R", "\\Re", "\\Reals", "\\mathbbR"), "\\R"),
-    **dict.fromkeys(("\\%", "%", "percent", "pct", "percentage", "percents"), "%"),
-    **dict.fromkeys(("\\subseteq", "\\subset", "⊂", "⊆"), "⊆"),
-    **{
-        "\\lt": "<",
-        "\\gt": ">",
-        "\\div": "/",
-        "\\colon": ":",
-        "==": "=",
-        "**": "^",
-        "\\in": "∈",
-        "\\pm": "±",
-        "\\mp": "∓",
-    },
-    **{
-        "\\cup": "∪",
-        "\\cap": "∩",
-        "\\degree": "°",
-        "\\lbrack": "[",
-        "\\rbrack": "]",
-        "\\imath": "i",
-        "\\fbox": "\\boxed",
-    },
-    **{"\\varepsilon": "\\epsilon", "pi": "\\pi", "\\equiv": "≡", "\\cong": "≅", "\\parallel": "∥", "\\perp": "⊥"},
-    **{
-        "and": "\\and",
-        "or": "\\or",
-        "\\And": "\\and",
-        "\\_": "_",
-        "\\mod": "\\bmod",
-        "mod": "\\bmod",
-        "\\mathstrut": "",
-    },
-    **{
-        "sqrt": "\\surd",
-        "\\gcd": "\\gcd",
-        "\\pounds": "£",
-        "\\euro": "€",
-        "\\ldots": "…",
-        "\\dots": "…",
-        "\\cdots": "…",
-    },
-    **{"\\prime": "'", "\\lceil": "\\lceil", "∙": "*", "\\middot": "*", "\\centerdot": "*", "\\quot": '"'},
-}
-_STYLES = "displaystyle textstyle scriptstyle limits nolimits hfill rm bf it noindent quad qquad enspace thinspace medspace boldmath"
-_TEXTS = (
-    "text mbox textbf textit textrm textsf texttt textnormal textup mathrm mathit mathsf hbox operatorname".split()
-)
-_BOLD = frozenset({"\\mathbf", "\\boldsymbol", "\\bm", "\\underline"})
-_DELIMITERS = frozenset(
-    "( ) [ ] | \\{ \\} < > / . \\lvert \\rvert \\lVert \\rVert \\lfloor \\rfloor \\lceil \\rceil".split()
-)
 _TOKEN = re.compile(
-    rf"""(?P<blank>(?:\s|~|\\(?:[,;:>\s]|(?:{"|".join(_STYLES.split())})(?![a-zA-Z])))+)
+    rf"""(?P<blank>(?:\s|~|\\(?:[,;:>\s]|(?:{STYLES.replace(" ", "|")})(?![a-zA-Z])))+)
     |(?P<number>[0-9]{{1,3}}(?:(?:,\\!|\{{\s*,\s*\}}|\\,)[0-9]{{3}})+(?![0-9])(?:\.[0-9]+)?
         |[0-9]*\.\([0-9]+\)|[0-9]*\.[0-9]*(?:\\overline\s*\{{[0-9]+\}}|\\dot\s*\{{?[0-9]\}}?(?:[0-9]*\\dot\s*\{{?[0-9]\}}?)?)
         |[0-9]+(?:\.[0-9]+|\.(?![0-9.]))?(?:[eE][+-]?[0-9]+(?![0-9a-zA-Z.]))?|\.[0-9]+)
     |(?P<dropped>\\!|\\[()\[\]]|\$+|`|\\(?:text)?color\s*\{{\w+\}}|\\[hv]?phantom\s*(?:\{{[^{{}}]*\}}|[^\s{{}}])
         |\\begin\s*\{{(?:align|aligned|equation|gather|gathered|split)\*?\}}
         |\\end\s*\{{(?:align|aligned|equation|gather|gathered|split)\*?\}})
-    |(?P<text>\\(?:{"|".join(_TEXTS)})\*?\s*\{{(?P<words>[^{{}}]*)\}})
+    |(?P<text>\\(?:{TEXTS.replace(" ", "|")})\*?\s*\{{(?P<words>[^{{}}]*)\}})
     |\\(?P<size>left|right|middle|[bB]igg?[lrm]?)(?![a-zA-Z])\s*(?P<fence>[()\[\]|.<>/]|\\[{{}}|]
         |\\[lr](?:vert|Vert|brace|brack|paren|floor|ceil|angle)(?![a-zA-Z])|(?=[\s$.]*$))
     |(?P<half>[aApP]\.\s?[mM]\.)
@@ -158,11 +62,6 @@ _TOKEN = re.compile(
 _MATHS = {"\\(": "\\)", "\\)": "\\(", "\\[": "\\]", "\\]": "\\["}  # delimiters of formulas, in pairs
 _GROUPED = re.compile(r"(?<![\w.,}])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")
 _SPACED = re.compile(r"\s*[-+]?[0-9]{1,3}(?:(?:\s|~|\\[ ,;:])[0-9]{3})+(?:\.[0-9]+)?\s*")
-_LEAD = frozenset(
-    "approximately about roughly exactly so thus hence therefore and the final correct right best \\and".split()
-)
-_ABOUT = frozenset("approximately about roughly exactly".split())
-_LED = frozenset("answer answers option options choice choices result results solution solutions".split())
 # Single letters of a text that are units after a number; others are variables.
 _UNIT_LETTERS = frozenset("mgslhLNJWVAKCFTPHZ")
 
@@ -182,8 +81,8 @@ def _prepared(text: str) -> str:
         text = re.sub(r"<su([pb])>([^<>]*)</su\1>", lambda tag: f"{'^_'[tag[1] == 'b']}{{{tag[2]}}}", text)
     text = text.strip()
     if not text.isascii():
-        text = re.sub("⁻?[⁰¹²³⁴⁵⁶⁷⁸⁹]+", lambda power: f"^{{{power[0].translate(_SUPERSCRIPTS)}}}", text)
-        text = text.translate(_UNICODE)
+        text = re.sub("⁻?[⁰¹²³⁴⁵⁶⁷⁸⁹]+", lambda power: f"^{{{power[0].translate(SUPERSCRIPTS)}}}", text)
+        text = text.translate(UNICODE)
     if "^" in text:
         text = re.sub(r"(?<=[0-9])\s*[xX]\s*(?=10\s*\^)", "*", text)
         text = re.sub(r"(?<=[0-9])\^\s*\{\s*(?:\\(?:text|mathrm|rm)\s*\{?\s*)?(?:st|nd|rd|th)\s*\}{1,2}", "", text)
@@ -225,7 +124,7 @@ def _lex(text: str, in_text: bool) -> list[Token]:
             if found in (".", ""):
                 continue
             bar = "\\lvert" if opened == "left" else "\\rvert" if opened == "|" else "|"
-            found = bar if found == "|" else _SAME.get(found, found)
+            found = bar if found == "|" else SAME.get(found, found)
         elif kind == "number":
             found = _number(found)
         elif kind == "degree":
@@ -237,10 +136,10 @@ def _lex(text: str, in_text: bool) -> list[Token]:
         elif kind == "environment":
             found = re.sub(r"\s", "", found)
         elif kind == "run" and in_text and len(found) > 1:
-            found = _SAME.get(found, found if found in FUNCTIONS else f'"{found}')
+            found = SAME.get(found, found if found in FUNCTIONS else f'"{found}')
         else:
-            found = _SAME.get(found, found)
-        if found in _BOLD or not found:
+            found = SAME.get(found, found)
+        if found in BOLD or not found:
             gap = MARKUP
             continue
         tokens.append(Token(found, gap))
@@ -265,9 +164,9 @@ def _opens_amount(tokens: list[Token], rest: str) -> bool:
 def _lex_text(words: str, tokens: list[Token], gap: int, after: str) -> int:
     """Append the tokens of a text; returns what precedes the next token."""
     inner = _lex(words, in_text=True)
-    if len(inner) == 1 and len(inner[0].text) == 1 and inner[0].text in _UNIT_LETTERS and after != "_":
-        if tokens and re.search(r"[0-9)}°]$", tokens[-1].text):
-            inner = [Token(f'"{inner[0].text}')]
+    before = tokens[-1].text[-1] if tokens else ""
+    if len(inner) == 1 and inner[0].text in _UNIT_LETTERS and after != "_" and re.match(r"[0-9)}°]", before):
+        inner = [Token(f'"{inner[0].text}')]
     for place, token in enumerate(inner):
         tokens.append(Token(token.text, max(gap, BLANK) if place == 0 and gap != MARKUP else max(gap, token.gap)))
         gap = JOINED
@@ -286,14 +185,14 @@ def _trimmed(tokens: list[Token]) -> list[Token]:
     while tokens and (tokens[-1].text in (".", ",", ";", ":") or tokens[-1].text == "\\\\"):
         tokens = tokens[:-1]
     start = 0
-    while start < len(tokens) and tokens[start].text.strip('"').lower() in _LEAD:
+    while start < len(tokens) and tokens[start].text.strip('"').lower() in LEADING | ABOUT:
         start += 1
-    if start < len(tokens) and tokens[start].text.strip('"').lower() in _LED:
+    if start < len(tokens) and tokens[start].text.strip('"').lower() in NOUNS:
         after = [token.text.strip('"').lower() for token in tokens[start + 1 : start + 4]]
         marks = next((count for count, mark in enumerate(after) if mark not in ("is", "are", "=", ":")), len(after))
         if marks or re.fullmatch(r"\(?[A-J]\)?", "".join(token.text for token in tokens[start + 1 :])):
             tokens = tokens[start + 1 + marks :]
-    elif start and tokens[start - 1].text.strip('"').lower() in _ABOUT:
+    elif start and tokens[start - 1].text.strip('"').lower() in ABOUT:
         tokens = tokens[start:]
     while tokens and tokens[0].text in (":", "=", "≈"):
         tokens = tokens[1:]
@@ -304,6 +203,6 @@ def _with_condition(tokens: list[Token]) -> list[Token]:
     r"""A condition in brackets at the end, as in `k\pi (k\in\mathbb{Z})`, follows a comma."""
     member = next((place for place, token in enumerate(tokens) if token.text == "∈"), 0)
     if member > 2 and tokens[member - 2].text == "(" and tokens[-1].text == ")":
-        if not any(token.text in ("(", ")") for token in tokens[member:-1]):
+        if all(token.text not in ("(", ")") for token in tokens[member:-1]):
             return [*tokens[: member - 2], Token(","), *tokens[member - 1 : -1]]
     return tokens

@@ -11,7 +11,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from logitmix.tasks.verify.tokens import FUNCTIONS, Token
+from logitmix.tasks.verify.spellings import FUNCTIONS
+from logitmix.tasks.verify.tokens import Token
 
 UNITS = {
     spelling: names.split()[0]

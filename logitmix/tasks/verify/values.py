@@ -15,7 +15,7 @@ from functools import lru_cache
 from math import comb, factorial, gcd, lcm
 from typing import Any
 
-from logitmix.tasks.verify.formulas import Node, has, symbols
+from logitmix.tasks.verify.trees import Node, has, symbols
 from logitmix.tasks.verify.tokens import Unreadable
 
 MAX_STEPS = 20_000  # evaluated nodes per comparison
