@@ -17,6 +17,7 @@ VERBS = {
     "serve": ("logitmix.cli.serve", "serve a mixture over an OpenAI-compatible API, with vLLM or transformers"),
     "export": ("logitmix.cli.export", "write one member of a mixture as an ordinary checkpoint"),
     "check-task": ("logitmix.cli.check_task", "show a task's splits and check its gold answers"),
+    "verify": ("logitmix.cli.verify", "compare two answers, and show how each is read"),
     "recipes": ("logitmix.cli.recipes", "list the recipes: settings of every run of the paper, by name"),
     "eval": ("logitmix.cli.eval", "evaluate policy, anchor and mixture on the same problems"),
     "sweep": ("logitmix.cli.sweep", "evaluate a pair at every alpha, mixed in logits, probabilities and weights"),

@@ -79,8 +79,7 @@ def decode_checkpoints(checkpoints: Sequence[str], options: ComplementOptions) -
     args, eval_limit = options.decoding, options.problems.eval_limit
     # before the first is decoded: a second that does not exist must not cost the hours of the first
     validate_same_tokenizer([require_tokenizer(source) for source in checkpoints])
-    data_args = options.problems.resolve(*checkpoints)
-    task = data_args.load()
+    data_args, task = options.problems.resolve_task(*checkpoints)
     problems = task.problems("test", eval_limit)
     arguments = {"command": "complement"}
     arguments |= flatten(options.comparison, options.problems, data_args, options.loading, args)

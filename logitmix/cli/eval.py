@@ -34,8 +34,7 @@ def run(options: EvalOptions) -> None:
 
     model_args, sampling, args = options.model, options.sampling, options.decoding
     validate_num_samples(sampling.num_samples, sampling.temperature)
-    data_args = options.problems.resolve(model_args.model_name_or_path, options.mixture.anchor)
-    task = data_args.load()
+    data_args, task = options.problems.resolve_task(model_args.model_name_or_path, options.mixture.anchor)
     problems = task.problems("test", options.problems.eval_limit)
     model = load_model(model_args, options.mixture)
     tokenizer = require_tokenizer(model_args.model_name_or_path)

@@ -64,8 +64,7 @@ def run(options: SweepOptions) -> None:
             raise unknown_name("mix", mix, MIXES, f"--mixes takes some of {', '.join(MIXES)}")
         for alpha in between:
             resolve_weights(alpha, None, 2, "logit" if mix == "merge" else mix)
-    data_args = options.problems.resolve(model_args.model_name_or_path, options.mixture.anchor)
-    task = data_args.load()
+    data_args, task = options.problems.resolve_task(model_args.model_name_or_path, options.mixture.anchor)
     problems = task.problems("test", options.problems.eval_limit)
     if len(problems) < 2:
         raise ValueError(

@@ -12,6 +12,7 @@ from logitmix.tasks.rows import Message, open_question, open_text
 from logitmix.tasks.templates import Prompt, Template
 from logitmix.tasks.verify import Grade, grade
 
+Verifier = Literal["strict", "lenient"]  # of `Grade.lenient_ok` only
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 
@@ -48,6 +49,7 @@ class Task(ABC):
 
     name: ClassVar[str]
     template: Template
+    verifier: Verifier = "strict"
 
     @abstractmethod
     def problems(self, split: Split, limit: int | None = None) -> list[Problem]:
@@ -94,7 +96,7 @@ class Task(ABC):
         TRL passes the completion of a chat as messages; the last one is graded.
         """
         text = response if isinstance(response, str) else response[-1]["content"]
-        return grade(self.template.through_stop(text), problem.answer, self.template)
+        return grade(self.template.through_stop(text), problem.answer, self.template, self.verifier == "lenient")
 
     def row(self, problem: Problem, completion: str) -> dict[str, Any]:
         """A row for TRL's `SFTTrainer`: both columns are texts, or both are messages if the template is a chat."""

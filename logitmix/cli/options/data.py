@@ -7,6 +7,7 @@ from typing import Any
 from logitmix.cli.options.validation import validate_at_least
 from logitmix.runs.files import RUN_FILE, read_jsonl
 from logitmix.tasks import TASKS, Task, load_task
+from logitmix.tasks.base import Verifier
 from logitmix.tasks.templates import TEMPLATES
 
 
@@ -110,9 +111,23 @@ class TestProblemArguments(CheckpointDataArguments):
     """Task and data; default: those of the run that made the checkpoint"""
 
     eval_limit: int = field(default=200, metadata={"help": "Number of test problems, from the first."})
+    verifier: Verifier = field(
+        default="strict",
+        metadata={
+            "help": "Of the lenient column: lenient also accepts radians for degrees, a ratio for a fraction, a decimal "
+            "rounded to three digits, and tuples in any order. The answer column and the reward are always strict."
+        },
+    )
 
     def __post_init__(self) -> None:
         validate_at_least(self, eval_limit=1)
+
+    def resolve_task(self, *checkpoints: str | None) -> tuple[DataArguments, Task]:
+        """The data to evaluate checkpoints on, as `resolve` finds it, and its task with this verifier."""
+        data = self.resolve(*checkpoints)
+        task = data.load()
+        task.verifier = self.verifier
+        return data, task
 
 
 def read_run_data(checkpoint: str) -> dict[str, Any] | None:

@@ -20,10 +20,14 @@ from logitmix.tasks.verify.spellings import FUNCTIONS, GREEK
 from logitmix.tasks.verify.tokens import Token, Unreadable, tokenize
 from logitmix.tasks.verify.trees import Node, has
 
+_CURRENCIES = frozenset("$€£¥₹")
 _ENDS = SEPARATORS | frozenset((")", "]", "}", "\\}", "&", "\\\\", "|"))
 _AFTER_FRENCH = _ENDS | {"", "∪", "∩", "\\setminus"}  # "[" before these closes an interval
 _SYMBOL = rf"(?:[a-zA-Z]|\\(?:{'|'.join(GREEK)}))'*(?:_(?:\{{[^{{}}]*\}}|[^{{}}])|'|\^\{{?(?:'|\*)\}}?)*"
-_SEGMENT = r"(?:\\(?:overline|vec|overrightarrow|widehat|bar|hat)\{?[a-zA-Z]+\}?|m?\\(?:angle|triangle)\{?[A-Z]{1,3}[0-9]?\}?|[A-Z]{1,4}'?)"
+_SEGMENT = (
+    r"(?:\\(?:overline|vec|overrightarrow|widehat|bar|hat)\{?[a-zA-Z]+\}?|m?\\(?:angle|triangle)\{?[A-Z]{1,3}[0-9]?\}?"
+    r"|[A-Z]{1,4}'?)"
+)
 _ATOM = rf"(?:\\Delta(?:{_SYMBOL})|{_SEGMENT}|{_SYMBOL})"
 _ANY = r"[^()=]*(?:\([^()]*\)[^()]*)*(?:=[^()]*)?"
 _NAME = re.compile(
@@ -82,10 +86,9 @@ class _Answers(Formulas):
         if not joiners:
             return groups[0][0]
         joiner = next((mark for mark in joiners if mark not in ",;"), ",")
-        if len(groups) > 1 and any(len(group) > 1 for group in groups):
-            if ";" in joiners or all(len(group) > 1 and all(part[0] == "rel" for part in group) for group in groups):
-                parts = tuple(group[0] if len(group) == 1 else ("list", ",", tuple(group)) for group in groups)
-                return ("list", joiner, parts)
+        related = all(len(group) > 1 and all(part[0] == "rel" for part in group) for group in groups)
+        if len(groups) > 1 and max(map(len, groups)) > 1 and (";" in joiners or related):
+            groups = [[group[0] if len(group) == 1 else ("list", ",", tuple(group))] for group in groups]
         return ("list", joiner, tuple(part for group in groups for part in group))
 
     def item(self) -> Node:
@@ -100,7 +103,7 @@ class _Answers(Formulas):
         while self.peek() in RELATIONS:
             operators.append(self.take())
             parts.append(self.side(end))
-        if self.peek() == "(" and operators == ["≡"] and self.peek(1) == "\\bmod" or self.peek() == "\\pmod":
+        if self.peek() == "\\pmod":
             raise Unreadable("congruences are compared as text")
         if not operators:
             return parts[0]
@@ -111,10 +114,8 @@ class _Answers(Formulas):
         depth = 0
         for place in range(self.place + (self.peek() == "]"), len(self.tokens)):
             token = self.tokens[place].text
-            if (
-                depth == 0
-                and (token in _ENDS if token != "|" else self.in_head)
-                or (depth == 0 and token[:4] == "\\end")
+            if (depth == 0 and (token in _ENDS if token != "|" else self.in_head)) or (
+                depth == 0 and token[:4] == "\\end"
             ):
                 return place
             if token in CLOSERS or token.startswith("\\begin"):
@@ -150,9 +151,10 @@ class _Answers(Formulas):
         if stop < end and self.tokens[stop].text in ("=", "∈", "≈", "⊆"):
             text = "".join(token.text for token in self.tokens[self.place : stop])
             if _NAME.fullmatch(text):
-                self.place = stop
-                text = re.sub(r"([_^])\{(\w)\}", r"\1\2", text)
-                return ("sym", text) if _SIMPLE.fullmatch(text) else ("name", text)
+                if _SIMPLE.fullmatch(text):
+                    self.place = stop
+                    return ("sym", text)
+                return self.name(re.sub(r"([_^])\{(\w)\}", r"\1\2", text), stop)
         tree = self.sets()
         if self.peek() == ":" and not self.in_head:
             parts = [tree]
@@ -164,6 +166,16 @@ class _Answers(Formulas):
             return ("tuple", "::", tuple(parts))
         return tree
 
+    def name(self, text: str, stop: int) -> Node:
+        """A quantity by name, and the formula that it also is, such as the product in xy = 6."""
+        inner = _Answers(self.tokens[self.place : stop])
+        self.place = stop
+        try:
+            meaning = inner.sum()
+        except Unreadable:
+            return ("name", text, ("sym", text))
+        return ("name", text, ("sym", text) if inner.peek() else meaning)
+
     def sets(self) -> Node:
         tree = self.amount()
         while self.peek() in ("∪", "∩", "\\setminus"):
@@ -173,15 +185,15 @@ class _Answers(Formulas):
 
     def amount(self) -> Node:
         """A formula with its unit, before it or after it."""
-        sign = self.take() if self.peek() == "-" and self.peek(1) in tuple("$€£¥₹") and self.peek(1) else ""
-        unit = self.take() if self.peek() in tuple("$€£¥₹") and self.peek() else ""
+        sign = self.take() if self.peek() == "-" and self.peek(1) in _CURRENCIES else ""
+        unit = self.take() if self.peek() in _CURRENCIES else ""
         tree = self.sum()
         if sign:
             tree = ("neg", tree)
         after = ""
         if self.peek() == "U" and self.peek(-1) in (")", "]", "\\}") and self.peek(1) in ("(", "[", "\\{"):
             self.tokens[self.place] = Token("∪")
-        elif self.peek() in ("%", *"$€£¥₹"):
+        elif self.peek() in ("%", *_CURRENCIES):
             after = self.take()
         elif self.place < len(self.tokens) and (named := self.unit_ahead()) is not None:
             after = named
@@ -233,7 +245,7 @@ class _Answers(Formulas):
     def starts_factor(self) -> bool:
         if self.peek() == "U" and self.peek(-1) in (")", "]") and self.peek(1) in ("(", "["):
             return False
-        if self.peek() == "|" and self.in_head or self.peek() == "[" and self.peek(1) in _AFTER_FRENCH:
+        if (self.peek() == "|" and self.in_head) or (self.peek() == "[" and self.peek(1) in _AFTER_FRENCH):
             return False
         return super().starts_factor()
 

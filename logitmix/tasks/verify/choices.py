@@ -1,6 +1,7 @@
 r"""Choices: answers to multiple-choice questions, which are letters.
 
-Accepted: `(B)`, `B.` and `B: 12` for `B`; `D, B` for `BD`; `12` for `B: 12`. Refused: `b` and `12` for `B`; `A or B` for `B`.
+Accepted: `(B)`, `B.` and `B: 12` for `B`; `D, B` for `BD`; `12` for `B: 12`.
+Refused: `b` and `12` for `B`; `A or B` for `B`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 r"""Compares two answers: which rule decides, by the kinds of both. docs/verifier.md has the table of kinds.
 
-A `Comparison` keeps its steps, which `logitmix verify` prints. `lenient` also accepts what people often, but not always,
-call equal: an angle in degrees and in radians, a ratio and a fraction, a decimal of three digits and its exact value, a
-tuple in another order.
+A `Comparison` keeps its steps, which `logitmix verify` prints. `lenient` also accepts what people often, but not
+always, call equal: an angle in degrees and in radians, a ratio and a fraction, a decimal of three digits and its exact
+value, a tuple in another order.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ from typing import NamedTuple
 
 from logitmix.tasks.verify.answers import read
 from logitmix.tasks.verify.choices import same_choice
-from logitmix.tasks.verify.trees import Node, has, substitute, symbols
+from logitmix.tasks.verify.evaluation import Undefined
 from logitmix.tasks.verify.lists import expanded, same_collection, same_matrix
 from logitmix.tasks.verify.reals import describes_set, same_reals
-from logitmix.tasks.verify.relations import is_point, same_relation, simplified
+from logitmix.tasks.verify.relations import coordinates, same_relation, simplified
 from logitmix.tasks.verify.tokens import Token, Unreadable, tokenize
+from logitmix.tasks.verify.trees import Node, has, substitute, symbols
 from logitmix.tasks.verify.units import same_unit
-from logitmix.tasks.verify.values import Undefined, constant, equal, rounded
+from logitmix.tasks.verify.values import constant, equal, rounded
 
 _COLLECTIONS = frozenset({"list", "set", "tuple"})
-_WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+_WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 _NUMBERS = {word: ("num", Fraction(value)) for value, word in enumerate(_WORDS)}
 _INTEGERS = frozenset({"k", "n", "m", "l", "an integer"})
 _INFINITE: tuple[Node, ...] = (("inf",), ("neg", ("inf",)))
@@ -58,7 +59,9 @@ class Comparison:
         if texts[0] == texts[1]:
             return self._decided((), (), "the same tokens", True)
         spelled = ["".join(text[1:] if text[0] == '"' and text[1:] else text for text in side) for side in texts]
-        choice = same_choice(*spelled, lambda one, other: self.same_tokens(tokenize(one), tokenize(other)))
+        choice = same_choice(
+            spelled[0], spelled[1], lambda one, other: self.same_tokens(tokenize(one), tokenize(other))
+        )
         if choice is not None:
             return self._decided((), (), "a choice is its letter", choice)
         if len(texts[0]) == 3 and texts[0][1] == "," and "".join(texts[0]).replace(",", ".") == spelled[1]:
@@ -69,6 +72,9 @@ class Comparison:
             self.unread = str(error)
             return False
         return self.same(*trees)
+
+    def _same_texts(self, prediction: str, gold: str) -> bool:
+        return self.same_tokens(tokenize(prediction), tokenize(gold))
 
     def same(self, left: Node, right: Node) -> bool:
         """Whether two trees are equal."""
@@ -93,41 +99,18 @@ class Comparison:
     def _rule(self, left: Node, right: Node) -> tuple[str, Callable[[Node, Node], bool]]:
         """The rule for two kinds, the first that fits."""
         kinds = {left[0], right[0]}
-        if left == right:
-            return "the same text", lambda one, other: True
-        if kinds == {"words"}:
-            return (
-                "words are compared letter by letter",
-                lambda one, other: one[2:] == other[2:] and one[1] == other[1],
-            )
+        if left == right or kinds == {"words"}:
+            return "words and equal trees are compared letter by letter", lambda one, other: one == other
         if describes_set(left) or describes_set(right):
             try:
                 verdict = same_reals(left, right)
-                return "sets of real numbers are equal as sets", lambda one, other: verdict
             except (Unreadable, Undefined):
                 pass  # a set of something else, or an inequality that is not solved
-            if {left[0], right[0]} == {"rel"} and left[1] == right[1] == ("∈",):
-                return "sets are compared by their elements", self._same_members
-            for one, other in ((left, right), (right, left)):
-                if one[0] == "rel" and one[1] == ("∈",) and other[0] != "rel":
-                    return "a member's set is the set", lambda a, b: self.same(
-                        *(x[2][1] if x is one else x for x in (a, b))
-                    )
-        for one, other in ((left, right), (right, left)):
-            if one[0] == "rel" and other[0] == "list" and is_point(one) and one[2][1][0] == "tuple":
-                named = (
-                    "list",
-                    ",",
-                    tuple(("rel", ("=",), pair) for pair in zip(one[2][0][2], one[2][1][2], strict=False)),
-                )
-                return "a point is the list of its coordinates", lambda a, b: self._same_collection(named, other)
-        if (
-            "rel" in kinds
-            and kinds <= {"rel", "list"}
-            and len(kinds) == 2
-            or kinds & _COLLECTIONS
-            and "rel" not in kinds
-        ):
+            else:
+                return "sets of real numbers are equal as sets", lambda one, other: verdict
+        if any(tree[0] == "rel" and tree[1] == ("∈",) for tree in (left, right)):
+            return "a member's set is the set", self._same_members
+        if kinds == {"rel", "list"} or (kinds & _COLLECTIONS and "rel" not in kinds):
             if kinds == {"matrix", "tuple"}:
                 return "a vector may be a tuple", lambda one, other: same_matrix(one, other, self.same)
             if self.lenient and "::" in (left[1], right[1]) and len(kinds) == 2:
@@ -151,9 +134,12 @@ class Comparison:
         return simplified(tree, self.same) if tree[0] == "rel" else tree
 
     def _same_members(self, left: Node, right: Node) -> bool:
-        return left[2][0] == right[2][0] and self.same(left[2][1], right[2][1])
+        if left[0] == right[0] == "rel":
+            return left[1] == right[1] and left[2][0] == right[2][0] and self.same(left[2][1], right[2][1])
+        return self.same(*(tree[2][1] if tree[0] == "rel" else tree for tree in (left, right)))
 
     def _same_collection(self, left: Node, right: Node) -> bool:
+        left, right = coordinates(left), coordinates(right)
         return same_collection(left, right, self.same, ordered=not self.lenient, inside=self.depth > 1)
 
     def _same_relation(self, left: Node, right: Node) -> bool:
@@ -175,7 +161,7 @@ class Comparison:
     def same_formula(self, left: Node, right: Node) -> bool:
         """Whether two formulas have the same value and no different units."""
         units = _unit(left), _unit(right)
-        left, right = (tree[2][0] if tree[0] == "unit" else tree for tree in (left, right))
+        left, right = ((tree[2][0] if tree[0] == "unit" else tree) for tree in (left, right))
         if units[0] != units[1] and "sym" in (left[0], right[0]):
             return False  # a letter alone has no unit
         if left in _INFINITE or right in _INFINITE:
@@ -186,7 +172,7 @@ class Comparison:
             return False
         if equal(left, right) or self._same_family(left, right):
             return True
-        for one, other, unit, without in ((left, right, *units), (right, left, *reversed(units))):
+        for one, other, unit, without in ((left, right, units[0], units[1]), (right, left, units[1], units[0])):
             if unit == "%" and not without and equal(("/", one, ("num", Fraction(100))), other):
                 return True  # "50%" and "50", where the question asks for a percentage, or "0.5"
             if self._is_rounded(one, other):
@@ -201,7 +187,7 @@ class Comparison:
         return rounded(text, constant(shifted), digits_needed=3 if self.lenient else 6)
 
     def _same_angle(self, left: Node, right: Node, units: tuple[str, str]) -> bool:
-        for one, other, unit, without in ((left, right, *units), (right, left, *reversed(units))):
+        for one, other, unit, without in ((left, right, units[0], units[1]), (right, left, units[1], units[0])):
             if (
                 unit == "°"
                 and without in ("", "radian")
@@ -243,16 +229,16 @@ def _without_conditions(tree: Node) -> Node:
     r"""A list without conditions such as `k\in\mathbb{Z}`, whose k then is an integer by any name."""
     parts = list(tree[2])
     for part in tree[2]:
-        if part[0] == "rel" and part[1] == ("∈",) and part[2][0][0] == "sym" and len(parts) > 1:
-            if part[2][1] in _NUMBER_SETS:
-                parts.remove(part)
-                if part[2][1][1] != "R":
-                    parts = [substitute(other, part[2][0][1], ("sym", "an integer")) for other in parts]
+        is_condition = part[0] == "rel" and part[1] == ("∈",) and part[2][0][0] == "sym" and part[2][1] in _NUMBER_SETS
+        if is_condition and len(parts) > 1:
+            parts.remove(part)
+            if part[2][1][1] != "R":
+                parts = [substitute(other, part[2][0][1], ("sym", "an integer")) for other in parts]
     return parts[0] if len(parts) == 1 else ("list", tree[1], tuple(parts))
 
 
 def _is_periodic(tree: Node, name: str) -> bool:
-    r"""Whether a formula is a family with a period in \pi or degrees, so that its variable is an integer by any name."""
+    r"""Whether a formula is a family with a period in \pi or degrees: its variable is an integer by any name."""
     at = [substitute(tree, name, ("num", Fraction(value))) for value in range(3)]
     steps: list[Node] = [("-", at[1], at[0]), ("-", at[2], at[1])]
     if symbols(steps[0]) or not equal(*steps):

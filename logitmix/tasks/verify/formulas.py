@@ -11,9 +11,9 @@ from logitmix.tasks.verify.tokens import MARKUP, Unreadable
 from logitmix.tasks.verify.trees import Node, operation
 from logitmix.tasks.verify.units import MULTIPLIERS, unit_of
 
-_FACTORS = frozenset(("∞", "(", "[", "{", "\\boxed", *(f"\\begin{{{kind}matrix}}" for kind in ("", "p", "b", "B", "v")))) | {
-    f"\\{name}" for name in ("frac", "sqrt", "surd", "binom", "lfloor", "lceil", "lvert", "sum", "prod", "lim", "pi")
-}
+_FACTORS = frozenset(
+    ("∞", "(", "[", "{", "\\boxed", *(f"\\begin{{{kind}matrix}}" for kind in ("", "p", "b", "B", "v")))
+) | {f"\\{name}" for name in ("frac", "sqrt", "surd", "binom", "lfloor", "lceil", "lvert", "sum", "prod", "lim", "pi")}
 
 
 class Formulas(Operands):
@@ -21,14 +21,14 @@ class Formulas(Operands):
 
     def sum(self) -> Node:
         tree = self.product()
-        while (operator := self.peek()) in ("+", "-", "±", "∓") and operator:
+        while (operator := self.peek()) in ("+", "-", "±", "∓"):
             self.take()
             right = self.product()
             tree = operation("pm", operator, tree, right) if operator in "±∓" else operation(operator, tree, right)
         return tree
 
     def product(self, signed: bool = False) -> Node:
-        if (sign := self.peek()) in ("+", "-", "±", "∓") and sign:
+        if (sign := self.peek()) in ("+", "-", "±", "∓"):
             if sign in "+-" and (signed or (self.peek(-1) == sign and not self.gap())):
                 raise Unreadable("two signs")
             self.take()
@@ -37,7 +37,7 @@ class Formulas(Operands):
         tree = self.power()
         while True:
             token = self.peek()
-            if token in ("*", "/", "\\bmod") and token:
+            if token in ("*", "/", "\\bmod"):
                 self.take()
                 sign = self.take() if self.peek() in ("+", "-") else ""
                 right = operation("neg", self.power()) if sign == "-" else self.power()
@@ -93,7 +93,7 @@ class Formulas(Operands):
                     raise Unreadable("degrees twice")
                 turn = ("/", ("*", tree, ("const", "pi")), ("num", Fraction(180)))
                 tree = turn if self.in_angle else operation("deg", tree)
-            elif token == "%" and self.peek(1) in ("+", "-", "*", "/", "^") and self.peek(1):
+            elif token == "%" and self.peek(1) in ("+", "-", "*", "/", "^"):
                 self.take()
                 tree = operation("/", tree, ("num", Fraction(100)))
             else:
@@ -102,7 +102,7 @@ class Formulas(Operands):
     def exponent(self) -> Node:
         """A group or one token; `2^-1` and `2^10` are read as if they had braces."""
         self.enter()
-        if (sign := self.peek()) in ("+", "-") and sign:
+        if (sign := self.peek()) in ("+", "-"):
             self.take()
             tree = self.exponent()
             tree = operation("neg", tree) if sign == "-" else tree

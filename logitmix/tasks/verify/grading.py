@@ -1,8 +1,8 @@
 r"""Grades a response: whether its answer is in the required format, and whether it is right.
 
-A response is untrusted text. A closed grammar reads answers: what it does not read, equals only its own text. All work is
-bounded by the length of the text and counted in steps, not seconds. docs/verifier.md lists the decisions on which public
-graders disagree.
+A response is untrusted text. A closed grammar reads answers: what it does not read, equals only its own text. All work
+is bounded by the length of the text and counted in steps, not seconds. docs/verifier.md lists the decisions on which
+public graders disagree.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from logitmix.tasks.templates import Template, last_boxed, unbox
+from logitmix.tasks.templates import Template, last_boxed
 from logitmix.tasks.verify.compare import Comparison
+from logitmix.tasks.verify.evaluation import TooLong
 from logitmix.tasks.verify.tokens import spell, tokenize
-from logitmix.tasks.verify.values import TooLong, start_steps
+from logitmix.tasks.verify.values import start_steps
 
 MAX_LENGTH = 500  # characters of an answer; the longest gold of MATH has 159
 MAX_TEXT = 20_000  # characters of the text that is searched for an answer
@@ -48,8 +49,8 @@ def grade(response: str, gold: str, template: Template, lenient: bool = False) -
     answer = strict if strict is not None else _find_answer(response)
     if answer is None:
         return Grade(format_ok=False, answer_ok=False, lenient_ok=False, answer=None, error=None)
-    right, error = _compare(answer, gold, Comparison())
-    loosely = right or (lenient and _compare(answer, gold, Comparison(lenient=True))[0])
+    right, error = compare(answer, gold, Comparison())
+    loosely = right or (lenient and compare(answer, gold, Comparison(lenient=True))[0])
     formatted = strict is not None
     return Grade(formatted, answer_ok=formatted and right, lenient_ok=loosely, answer=answer, error=error)
 
@@ -67,7 +68,7 @@ def answers_match(prediction: str, gold: str, lenient: bool = False) -> bool:
     >>> answers_match(r"180^\circ", r"\pi"), answers_match(r"180^\circ", r"\pi", lenient=True)
     (False, True)
     """
-    return _compare(prediction, gold, Comparison(lenient))[0]
+    return compare(prediction, gold, Comparison(lenient))[0]
 
 
 def normalise(answer: str) -> str:
@@ -86,7 +87,7 @@ def _find_answer(response: str) -> str | None:
     return str(numbers[-1]) if numbers else None
 
 
-def _compare(prediction: str, gold: str, comparison: Comparison) -> tuple[bool, str | None]:
+def compare(prediction: str, gold: str, comparison: Comparison) -> tuple[bool, str | None]:
     """Whether the answers match, and the error if the comparison reached no verdict."""
     if prediction.strip() == gold.strip():
         return re.search(r"\w|\\\{|∅", gold) is not None, None
@@ -123,7 +124,7 @@ def opened(text: str) -> str:
         before = text[: boxes[0][0]].rstrip(" $({")
         after = text[boxes[-1][1] :]
         closed = re.fullmatch(r"[\s$.)}!]*|\\[\])]\.?|", after) is not None
-        if _HEDGE.search(rest) and len(boxes) == 1 or not closed:
+        if (_HEDGE.search(rest) and len(boxes) == 1) or not closed:
             return text
         if len(boxes) > 1:
             if not _PROSE.fullmatch(rest) or _HEDGE.search(rest.replace(" or ", " ")):

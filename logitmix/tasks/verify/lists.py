@@ -1,16 +1,17 @@
 r"""Lists, sets, tuples and matrices, compared part by part.
 
-Accepted: `-2, 1` and `1,-2`; `\{1,1,2\}` and `\{2,1\}`; `1,2` and `(1,2)`; `x=2, y=3` and `(2,3)`; `x=1, x=2` and `1,2`;
-`(\pm1,0)` and `(1,0),(-1,0)`. Refused: `2,1` and `(1,2)`; `1,1,2` and `1,2,2`; `\{1,2\}` and `(1,2)`; `p\lor q` and `p\land q`.
+Accepted: `-2, 1` and `1,-2`; `\{1,1,2\}` and `\{2,1\}`; `1,2` and `(1,2)`; `x=2, y=3` and `(2,3)`; `x=1, x=2` and
+`1,2`; `(\pm1,0)` and `(1,0),(-1,0)`. Refused: `2,1` and `(1,2)`; `1,1,2` and `1,2,2`; `\{1,2\}` and `(1,2)`;
+`p\lor q` and `p\land q`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from logitmix.tasks.verify.trees import Node, has
 from logitmix.tasks.verify.relations import Same, name_of, value_of
 from logitmix.tasks.verify.tokens import Unreadable
+from logitmix.tasks.verify.trees import Node, has
 
 MAX_PARTS = 40
 MAX_SIGNS = 3
@@ -39,18 +40,20 @@ def same_collection(left: Node, right: Node, same: Same, ordered: bool = True, i
     parts = left[2], right[2]
     if "set" in kinds:
         parts = _distinct(parts[0], same), _distinct(parts[1], same)
-    if same_unordered(*parts, same):
+    if same_unordered(parts[0], parts[1], same):
         return True
     values = [tuple(value_of(part) for part in side) for side in parts]
     if len(parts[0]) == len(parts[1]) and (values[0] != parts[0]) != (values[1] != parts[1]):
         # "x=1, y=2" and "1, 2": names on one side only are removed, and then the order counts.
         if ordered and len({name_of(part) for side in parts for part in side} - {""}) > 1:
-            return _same_in_order(*values, same)
-        return same_unordered(*values, same)
+            return _same_in_order(values[0], values[1], same)
+        return same_unordered(values[0], values[1], same)
     names = [[name_of(part) for part in side] for side in parts]
     if all(all(side) for side in names) and len({name.partition("_")[0] for side in names for name in side}) == 1:
         # x_1 = 1, x_2 = 2 are the values of x
-        return ({*names[0]} == {names[0][0]} or {*names[1]} == {names[1][0]}) and same_unordered(*values, same)
+        return ({*names[0]} == {names[0][0]} or {*names[1]} == {names[1][0]}) and same_unordered(
+            values[0], values[1], same
+        )
     return False
 
 
@@ -111,7 +114,11 @@ def _same_tuple(left: Node, right: Node, same: Same, ordered: bool) -> bool:
         if len(parts[0]) == 2 and (left, right)[place][1] != "()":
             return False  # "1, 2" is the point (1, 2), not an interval
         parts = tuple(value_of(part) for part in parts[0]), tuple(value_of(part) for part in parts[1])
-    return _same_in_order(*parts, same) if ordered or "::" in (left[1], right[1]) else same_unordered(*parts, same)
+    return (
+        _same_in_order(parts[0], parts[1], same)
+        if ordered or "::" in (left[1], right[1])
+        else same_unordered(parts[0], parts[1], same)
+    )
 
 
 def _opened(brackets: str) -> str:

@@ -24,7 +24,7 @@ class Operands(Parser):
 
     def _primary(self) -> Node:
         token = self.take()
-        if token in ("(", "[", "{", "\\{", "]") and token:
+        if token in ("(", "[", "{", "\\{", "]"):
             return self.bracketed(token)
         if token in ("|", "\\lvert"):
             bars, self.in_bars = self.in_bars, token == "|"
@@ -227,7 +227,7 @@ class Operands(Parser):
         if exponent == ("neg", ("num", Fraction(1))) and name in ANGLES:
             name, exponent = f"a{name}", None
         inside, self.in_angle = self.in_angle, self.in_angle or name in ANGLES
-        if self.peek() in CLOSERS and self.peek():
+        if self.peek() in CLOSERS:
             tree = self.primary()
             arguments = tree[-1] if tree[0] in ("tuple", "list", "set") and name in LISTED else (tree,)
         else:

@@ -58,6 +58,9 @@ class Parser:
     def sum(self) -> Node:
         raise NotImplementedError
 
+    def exponent(self) -> Node:
+        raise NotImplementedError
+
     def product(self) -> Node:
         raise NotImplementedError
 

@@ -12,9 +12,10 @@ from __future__ import annotations
 from fractions import Fraction
 from itertools import pairwise
 
-from logitmix.tasks.verify.trees import STRUCTURES, Node, has, substitute, symbols
+from logitmix.tasks.verify.evaluation import Value, context, number
 from logitmix.tasks.verify.tokens import Unreadable
-from logitmix.tasks.verify.values import Value, close, context, number, value_at
+from logitmix.tasks.verify.trees import STRUCTURES, Node, has, substitute, symbols
+from logitmix.tasks.verify.values import close, value_at
 
 FLIPPED = {"<": ">", ">": "<", "≤": "≥", "≥": "≤", "=": "=", "≠": "≠"}
 _INFINITE: dict[Node, int] = {("inf",): 1, ("neg", ("inf",)): -1}
@@ -71,8 +72,11 @@ class _Reals:
             return []
         if kind == "tuple" and len(tree[2]) == 2 and tree[1] != "::":
             infinite = [_INFINITE.get(part, 0) for part in tree[2]]
-            if 1 in infinite[:1] or -1 in infinite[1:] or any(
-                side and mark in "[]" and mark == closed for side, mark, closed in zip(infinite, tree[1], "[]", strict=True)
+            if (
+                infinite[0] > 0
+                or infinite[1] < 0
+                or (infinite[0] and tree[1][0] == "[")
+                or (infinite[1] and tree[1][1] == "]")
             ):
                 raise Unreadable("an infinite end that is in the set")
             return [self._at(part) for part, side in zip(tree[2], infinite, strict=True) if not side]
@@ -104,12 +108,12 @@ class _Reals:
         return [(-slope + sign * context().sqrt(root)) / (2 * square) for sign in (1, -1)] if root >= 0 else []
 
     def _holds(self, tree: Node, sample: Value) -> bool:
-        kind, parts = tree[0], tree[2] if len(tree) > 2 else ()
+        kind, parts = tree[0], tree[-1]
         if kind == "numbers":
             return True
         if kind == "tuple":
-            low, high = ((-1 if parts[0] in _INFINITE else _order(self._at(parts[0]), sample)),
-                         (-1 if parts[1] in _INFINITE else _order(sample, self._at(parts[1]))))  # fmt: skip
+            low = -1 if parts[0] in _INFINITE else _order(self._at(parts[0]), sample)
+            high = -1 if parts[1] in _INFINITE else _order(sample, self._at(parts[1]))
             return low < (tree[1][0] == "[") and high < (tree[1][1] == "]")
         if kind == "set":
             return any(_order(self._at(part), sample) == 0 for part in parts)

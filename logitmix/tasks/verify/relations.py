@@ -1,7 +1,7 @@
 r"""Relations: the name in x = 5, chains of equations, and equations up to a factor.
 
-Accepted: `x=5` and `5`; `|AB|=1` and `1`; `f(m)=2m+1` and `f(n)=2n+1`; `y=2x+1` and `f(x)=2x+1`; `2x+4y=6` and `x+2y=3`;
-`x=\frac{10}{4}=2.5` and `2.5`. Refused: `11a+c=7` and `7`; `y=5` and `x=5`; `x=5=6` and `6`.
+Accepted: `x=5` and `5`; `|AB|=1` and `1`; `f(m)=2m+1` and `f(n)=2n+1`; `y=2x+1` and `f(x)=2x+1`; `2x+4y=6` and
+`x+2y=3`; `x=\frac{10}{4}=2.5` and `2.5`. Refused: `11a+c=7` and `7`; `y=5` and `x=5`; `x=5=6` and `6`.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from logitmix.tasks.verify.trees import STRUCTURES, Node, substitute, symbols
+from logitmix.tasks.verify.evaluation import context
 from logitmix.tasks.verify.reals import FLIPPED
-from logitmix.tasks.verify.values import context, ratio
+from logitmix.tasks.verify.trees import STRUCTURES, Node, substitute, symbols
+from logitmix.tasks.verify.values import ratio
 
 Same = Callable[[Node, Node], bool]
 _BOUND = re.compile(r"(\w+?'*)(?:\((\\?[a-zA-Z]+)\)|_\{?(\w)\}?)")
@@ -25,6 +26,14 @@ def name_of(tree: Node) -> str:
 def value_of(tree: Node) -> Node:
     """The value of a relation that names it: 5 for x = 5."""
     return tree[2][-1] if name_of(tree) else tree
+
+
+def coordinates(tree: Node) -> Node:
+    """The list of its coordinates for a named point, as x = 1, y = 2 for (x, y) = (1, 2)."""
+    if tree[0] == "rel" and is_point(tree) and tree[2][1][0] == "tuple" and len(tree[2][0][2]) == len(tree[2][1][2]):
+        pairs = zip(tree[2][0][2], tree[2][1][2], strict=True)
+        return ("list", ",", tuple(("rel", ("=",), pair) for pair in pairs))
+    return tree
 
 
 def is_point(tree: Node) -> bool:
@@ -106,7 +115,7 @@ def _proportional(left: Node, right: Node) -> bool:
     operators = left[1], right[1]
     if any(len(side) != 1 or side[0] not in FLIPPED for side in operators):
         return False
-    sides = [tuple(("sym", part[1]) if part[0] == "name" else part for part in tree[2]) for tree in (left, right)]
+    sides = [tuple(part[2] if part[0] == "name" else part for part in tree[2]) for tree in (left, right)]
     if any(part[0] in STRUCTURES for side in sides for part in side):
         return False
     factor = ratio(("-", *sides[0]), ("-", *sides[1]))

@@ -1,4 +1,4 @@
-r"""The names, signs and words that answers may use, and their other spellings. Each line of a table begins with its spelling."""
+r"""The names, signs and words that answers may use. A line of a table is a spelling, and then others of the same."""
 
 from __future__ import annotations
 
@@ -24,9 +24,7 @@ STYLES = (
     "displaystyle textstyle scriptstyle limits nolimits hfill rm bf it noindent quad qquad enspace thinspace medspace"
 )
 BOLD = _words(r"\mathbf \boldsymbol \bm \underline")
-ACCENTS = _words(
-    r"\overline \bar \vec \hat \tilde \dot \mathcal \overrightarrow \widehat \mathbb \angle \triangle"
-)
+ACCENTS = _words(r"\overline \bar \vec \hat \tilde \dot \mathcal \overrightarrow \widehat \mathbb \angle \triangle")
 
 SAME = _table(
     r"""
@@ -80,11 +78,10 @@ SAME = _table(
     """
 )
 
-_LETTERS = zip(
-    "α β γ δ ε ζ η θ κ λ μ ν ξ ρ σ τ φ χ ψ ω Δ Ω Γ Θ Λ Σ Φ Ψ π".split(" "),
-    "alpha beta gamma delta epsilon zeta eta theta kappa lambda mu nu xi rho sigma tau phi chi psi omega Delta Omega Gamma"
-    " Theta Lambda Sigma Phi Psi pi".split(" "),
-    strict=True,
+_LETTERS = "αβγδεζηθκλμνξρστφχψωΔΩΓΘΛΣΦΨπ"
+_LETTER_NAMES = (
+    "alpha beta gamma delta epsilon zeta eta theta kappa lambda mu nu xi rho sigma tau phi chi psi omega"
+    " Delta Omega Gamma Theta Lambda Sigma Phi Psi pi"
 )
 UNICODE = str.maketrans(
     {
@@ -96,11 +93,17 @@ UNICODE = str.maketrans(
         **dict.fromkeys("’‘′", "'"),
         **dict.fromkeys("“”„«»", '"'),
         **dict(zip("，；：（）［］｛｝＝＋％＜＞．。／￥、÷", ",;:()[]{}=+%<>../¥,/", strict=True)),
-        **{letter: f"\\{name} " for letter, name in _LETTERS},
+        **{letter: f"\\{name} " for letter, name in zip(_LETTERS, _LETTER_NAMES.split(), strict=True)},
         **{sign: f"_{{{digit}}}" for digit, sign in enumerate("₀₁₂₃₄₅₆₇₈₉")},
         **{sign: rf"\frac{{{top}}}{{{low}}}" for sign, top, low in ("½12", "⅓13", "⅔23", "¼14", "¾34", "⅕15", "⅛18")},
-        **{"√": "\\surd ", "∛": "\\sqrt[3]", "∜": "\\sqrt[4]", "ℝ": "\\mathbb{R}", "ℤ": "\\mathbb{Z}"},
-        **{"∠": "\\angle ", "△": "\\triangle ", "⁺": "^+"},
+        "√": "\\surd ",
+        "∛": "\\sqrt[3]",
+        "∜": "\\sqrt[4]",
+        "ℝ": "\\mathbb{R}",
+        "ℤ": "\\mathbb{Z}",
+        "∠": "\\angle ",
+        "△": "\\triangle ",
+        "⁺": "^+",
     }
 )
 SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")

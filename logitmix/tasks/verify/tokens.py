@@ -202,7 +202,7 @@ def _trimmed(tokens: list[Token]) -> list[Token]:
 def _with_condition(tokens: list[Token]) -> list[Token]:
     r"""A condition in brackets at the end, as in `k\pi (k\in\mathbb{Z})`, follows a comma."""
     member = next((place for place, token in enumerate(tokens) if token.text == "∈"), 0)
-    if member > 2 and tokens[member - 2].text == "(" and tokens[-1].text == ")":
-        if all(token.text not in ("(", ")") for token in tokens[member:-1]):
-            return [*tokens[: member - 2], Token(","), *tokens[member - 1 : -1]]
+    opens = member > 2 and tokens[member - 2].text == "(" and tokens[-1].text == ")"
+    if opens and all(token.text not in ("(", ")") for token in tokens[member:-1]):
+        return [*tokens[: member - 2], Token(","), *tokens[member - 1 : -1]]
     return tokens

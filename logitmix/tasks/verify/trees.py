@@ -1,7 +1,8 @@
 r"""Trees of answers, as tuples whose first element is their kind.
 
-`("num", Fraction)`, `("sym", name)`, `("const", "pi")`, `("+", left, right)`, `("call", name, arguments...)` are formulas.
-Kinds in `STRUCTURES` are answers with parts, which no operator takes: a kind, a text and its parts (`answers.py`).
+`("num", Fraction)`, `("sym", name)`, `("const", "pi")`, `("+", left, right)`, `("call", name, arguments...)` are
+formulas. Kinds in `STRUCTURES` are answers with parts, which no operator takes: a kind, a text and its parts, as
+`answers.py` lists them.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ def unit_of(tokens: Sequence[Token]) -> str | None:
         after = tokens[1].text if len(tokens) > 1 else ""
         if not (
             first in _PLAIN_LETTERS
-            and (gap and after in ("", "^", "/", "per", '"per') or after == "^" and first == "m")
+            and ((gap and after in ("", "^", "/", "per", '"per')) or (after == "^" and first == "m"))
         ):
             return None
     match = _PHRASE.fullmatch(phrase)
@@ -96,18 +96,13 @@ def unit_of(tokens: Sequence[Token]) -> str | None:
         return f"{name}{under}{match['power'] or shape}"
     if first[0] == '"' and len(first) == 2 and len(tokens) == 1:
         return f"?{first[1]}"  # \text{ N}
-    if _NOUNS.fullmatch(phrase) and not NOT_NOUNS.search(phrase):
-        if all(
-            len(token.text) > 1 and token.text not in FUNCTIONS and (token.text[0] == '"' or token.gap)
-            for token in tokens
-        ):
-            return "?" + re.sub(r"\W", "", phrase).casefold().rstrip("s")
+    words = all(len(text) > 1 and text not in FUNCTIONS and (text[0] == '"' or gap) for text, gap in tokens)
+    if words and _NOUNS.fullmatch(phrase) and not NOT_NOUNS.search(phrase):
+        return "?" + re.sub(r"\W", "", phrase).casefold().rstrip("s")
     return None
 
 
 def same_unit(left: str, right: str) -> bool:
     """Whether two units agree; a unit, or a power, that one of them leaves out is not compared."""
-    (name, power), (other, other_power) = (
-        re.fullmatch(r"(.*?)([0-9]?)", unit, re.DOTALL).groups() for unit in (left, right)
-    )  # type: ignore[union-attr]
+    (name, power), (other, other_power) = (re.findall(r"^(.*?)([0-9]?)$", unit)[0] for unit in (left, right))
     return (not name or not other or name == other) and (not power or not other_power or power == other_power)
