@@ -27,11 +27,11 @@ from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 
+from logitmix.tasks.verify.pool import Pool
 from math_verify import parse, verify
 
 from logitmix.tasks import answers_match
 from logitmix.tasks.templates import last_boxed
-from logitmix.tasks.verify.pool import Pool
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # for the labelled pairs and the mutations of the tests

@@ -177,13 +177,16 @@ R1 = Template(
     stop=("</answer>",),
 )
 
-# Exactly one box, anywhere: several boxes would let a response hedge, and what surrounds the last (`$`, `\]`, a unit,
+# Exactly one box, perhaps with one in it, anywhere: several boxes would let a response hedge, and what surrounds the last (`$`, `\]`, a unit,
 # a closing sentence) differs from model to model.
 BOXED = Template(
     name="boxed",
     prompt_format="{question}\n\nPlease reason step by step, and put your final answer within \\boxed{{}}.",
     completion_format="{solution}\n\nThe final answer is $\\boxed{{{answer}}}$.",
-    pattern=rf"(?:(?!\\boxed).)*+\\boxed\s*\{{(?P<answer>{_balanced(8)})\}}(?:(?!\\boxed).)*+",
+    pattern=(
+        rf"(?:(?!\\boxed|\\fbox).)*+\\boxed\s*\{{(?P<answer>\s*\\boxed\s*\{{{_balanced(8)}\}}\s*|{_balanced(8)})\}}"
+        r"(?:(?!\\boxed|\\fbox).)*+"
+    ),
     chat=True,
 )
 
@@ -192,7 +195,7 @@ BOXED_LINE = Template(
     name="boxed_line",
     prompt_format="{question}=?\n",
     completion_format="{solution}\n\\boxed{{{answer}}}",
-    pattern=r"(?:(?!\\boxed).)*\n\\boxed\{(?P<answer>[^{}\n]*)\}\s*",
+    pattern=r"(?:(?!\\boxed).)*\n\\boxed\{(?P<answer>[^{}\n]*|\\boxed\{[^{}\n]*\})\}\s*",
 )
 
 TEMPLATES = {template.name: template for template in (R1, BOXED, BOXED_LINE)}

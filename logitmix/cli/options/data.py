@@ -114,8 +114,8 @@ class TestProblemArguments(CheckpointDataArguments):
     verifier: Verifier = field(
         default="strict",
         metadata={
-            "help": "Of the lenient column: lenient also accepts radians for degrees, a ratio for a fraction, a decimal "
-            "rounded to three digits, and tuples in any order. The answer column and the reward are always strict."
+            "help": "Of the lenient column: lenient also accepts radians for degrees, a ratio for a fraction, a "
+            "decimal rounded to three digits, and tuples in any order. The answer column and the reward are strict."
         },
     )
 

@@ -36,7 +36,7 @@ _NAME = re.compile(
     rf"|(?:\||\\lvert)(?:{_ATOM}|[a-zA-Z][+-][a-zA-Z])(?:\||\\rvert)"
     rf"|\\frac\{{(?:\|?{_ATOM}\|?|d[a-z]?)\}}\{{(?:\|?{_ATOM}\|?|d[a-z])\}}|{_SEGMENT}[:/]{_SEGMENT}"
     rf"|\\?(?:sin|cos|tan|cot|sec|csc)(?:\^\{{?2\}}?)?{_ATOM}"
-    r"|[A-Z](?:[∪∩][A-Z])+|\"?[A-Za-z]{2,}(?:\"[A-Za-z]+|[A-Za-z ])*(?:_\w)?"
+    r"|[A-Z](?:[∪∩][A-Z])+|\"?(?!(?:not?|or|and|n?either|never|maybe)\b)[A-Za-z]{2,}(?:\"[A-Za-z]+|[A-Za-z ])*(?:_\w)?"
 )
 _SIMPLE = re.compile(r"[a-zA-Z]'*|\\(?!pi\b)[a-zA-Z]+")
 
@@ -196,8 +196,7 @@ class _Answers(Formulas):
         elif self.peek() in ("%", *_CURRENCIES):
             after = self.take()
         elif self.place < len(self.tokens) and (named := self.unit_ahead()) is not None:
-            after = named
-            self.place = self.item_end()
+            after, self.place = named
         if (unit and after) and after != unit and {"$": "?US"}.get(unit) != after:
             raise Unreadable("two units")
         if (unit or after) and (

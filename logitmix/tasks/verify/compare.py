@@ -17,7 +17,7 @@ from logitmix.tasks.verify.choices import same_choice
 from logitmix.tasks.verify.evaluation import Undefined
 from logitmix.tasks.verify.lists import expanded, same_collection, same_matrix
 from logitmix.tasks.verify.reals import describes_set, same_reals
-from logitmix.tasks.verify.relations import coordinates, same_relation, simplified
+from logitmix.tasks.verify.relations import coordinates, name_of, same_relation, simplified
 from logitmix.tasks.verify.tokens import Token, Unreadable, tokenize
 from logitmix.tasks.verify.trees import Node, has, substitute, symbols
 from logitmix.tasks.verify.units import same_unit
@@ -108,7 +108,7 @@ class Comparison:
                 pass  # a set of something else, or an inequality that is not solved
             else:
                 return "sets of real numbers are equal as sets", lambda one, other: verdict
-        if any(tree[0] == "rel" and tree[1] == ("∈",) for tree in (left, right)):
+        if any(tree[0] == "rel" and tree[1] == ("∈",) and name_of(tree) for tree in (left, right)):
             return "a member's set is the set", self._same_members
         if kinds == {"rel", "list"} or (kinds & _COLLECTIONS and "rel" not in kinds):
             if kinds == {"matrix", "tuple"}:

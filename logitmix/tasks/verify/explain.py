@@ -7,7 +7,7 @@ prediction: 0<x<2
 gold: (0,2)
     tokens: ( 0 , 2 )
     read as: tuple ( 0 ; 2 )
-step: relation 0 < x < 2 ~ tuple ( 0 ; 2 ): equal, because sets of real numbers are equal as sets
+step: relation 0 < x < 2 ~ tuple ( 0 ; 2 ): equal (sets of real numbers are equal as sets)
 verdict: equal
 """
 
@@ -19,6 +19,7 @@ from logitmix.tasks.verify.grading import compare, opened
 from logitmix.tasks.verify.tokens import Unreadable, spell, tokenize
 from logitmix.tasks.verify.trees import Node
 
+_WITH_PARTS = frozenset(("list", "set", "tuple", "rel", "unit", "∪", "∩", "\\setminus"))
 _KINDS = {"rel": "relation", "unit": "with unit", "name": "quantity", "numbers": "set of numbers"}
 
 
@@ -33,16 +34,17 @@ def explain(prediction: str, gold: str, lenient: bool = False) -> str:
             reading = f"nothing, only equal to its own text: {error}"
         lines += [f"{title}: {text}", f"    tokens: {spell(tokens)}", f"    read as: {reading}"]
     comparison = Comparison(lenient)
-    verdict, error = compare(prediction, gold, comparison)
-    for step in reversed(comparison.steps):
+    verdict, reason = compare(prediction, gold, comparison)
+    for step in comparison.steps:
         pair = f"{show(step.left)} ~ {show(step.right)}: " if step.left else ""
-        lines.append(f"{'  ' * step.depth}step: {pair}{_equal(step.verdict)}, because {step.rule}")
-    return "\n".join([*lines, f"verdict: {_equal(verdict)}" + (f" ({error})" if error else "")])
+        lines.append(f"{'  ' * step.depth}step: {pair}{_equal(step.verdict)} ({step.rule})")
+    return "\n".join([*lines, f"verdict: {_equal(verdict)}" + (f" ({reason})" if reason else "")])
 
 
 def show(tree: Node) -> str:
     """A tree in one line, its structures by name."""
-    kind, parts = tree[0], [show(part) for part in tree[-1]] if isinstance(tree[-1], tuple) else []
+    kind = tree[0]
+    parts = [show(part) for part in tree[2]] if kind in _WITH_PARTS else []
     if kind == "num":
         return str(tree[1])
     if kind in ("sym", "const", "sample"):
@@ -61,8 +63,10 @@ def show(tree: Node) -> str:
         return f"{_KINDS.get(kind, kind)} {tree[1] if kind == 'unit' else ''}{{ {' ; '.join(parts)} }}"
     if kind == "matrix":
         return "matrix [" + " | ".join(" ".join(map(show, row)) for row in tree[1]) + "]"
+    if kind in _WITH_PARTS:
+        return f" {kind} ".join(parts)
     inner = [show(part) if isinstance(part, tuple) else str(part) for part in tree[1:] if part != ""]
-    if kind in "+-*/^∪∩" and len(inner) == 2:
+    if kind in "+-*/^" and len(inner) == 2:
         return f"({inner[0]} {kind} {inner[1]})"
     return f"{tree[1]}({', '.join(inner[1:])})" if kind in ("call", "apply") else f"{kind}({', '.join(inner)})"
 

@@ -65,17 +65,17 @@ class Formulas(Operands):
             return self.unit_ahead() is None
         return token in _FACTORS or token in ACCENTS or token[1:] in GREEK or token[1:] in FUNCTIONS
 
-    def unit_ahead(self) -> str | None:
-        """The unit or counted thing that the rest of this part of the answer names, if it does."""
-        before = self.peek(-1)
+    def unit_ahead(self) -> tuple[str, int] | None:
+        """The unit or counted thing that the rest of this part of the answer names, if it does, and where it ends."""
+        before, opened = self.peek(-1), 0
         if not (before[-1:].isdecimal() or before in (")", "}", "\\pi", "°") or (before[:1].isalpha() and self.gap())):
             return None
         end = self.place
-        while end < len(self.tokens) and (self.tokens[end].text not in ENDS or self.tokens[end].text == "}"):
-            if self.tokens[end].text == "}" and not any(t.text == "{" for t in self.tokens[self.place : end]):
-                break
+        while end < len(self.tokens) and (opened or self.tokens[end].text not in ENDS):
+            opened += (self.tokens[end].text == "{") - (self.tokens[end].text == "}")
             end += 1
-        return unit_of(self.tokens[self.place : end]) if end > self.place else None
+        unit = unit_of(self.tokens[self.place : end]) if end > self.place else None
+        return None if unit is None else (unit, end)
 
     def power(self) -> Node:
         tree = self.primary()
@@ -99,12 +99,14 @@ class Formulas(Operands):
             else:
                 return tree
 
-    def exponent(self) -> Node:
+    def exponent(self, signed: bool = False) -> Node:
         """A group or one token; `2^-1` and `2^10` are read as if they had braces."""
         self.enter()
         if (sign := self.peek()) in ("+", "-"):
+            if signed:
+                raise Unreadable("two signs")
             self.take()
-            tree = self.exponent()
+            tree = self.exponent(signed=True)
             tree = operation("neg", tree) if sign == "-" else tree
         else:
             tree = self.primary()

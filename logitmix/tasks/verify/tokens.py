@@ -45,7 +45,7 @@ _TOKEN = re.compile(
     |(?P<number>[0-9]{{1,3}}(?:(?:,\\!|\{{\s*,\s*\}}|\\,)[0-9]{{3}})+(?![0-9])(?:\.[0-9]+)?
         |[0-9]*\.\([0-9]+\)|[0-9]*\.[0-9]*(?:\\overline\s*\{{[0-9]+\}}|\\dot\s*\{{?[0-9]\}}?(?:[0-9]*\\dot\s*\{{?[0-9]\}}?)?)
         |[0-9]+(?:\.[0-9]+|\.(?![0-9.]))?(?:[eE][+-]?[0-9]+(?![0-9a-zA-Z.]))?|\.[0-9]+)
-    |(?P<dropped>\\!|\\[()\[\]]|\$+|`|\\(?:text)?color\s*\{{\w+\}}|\\[hv]?phantom\s*(?:\{{[^{{}}]*\}}|[^\s{{}}])
+    |(?P<dropped>\\!|\\[()\[\]]|\$+|`|\\(?:text)?color\s*\{{[a-zA-Z]\w*\}}|\\[hv]?phantom\s*(?:\{{[^{{}}]*\}}|[^\s{{}}])
         |\\begin\s*\{{(?:align|aligned|equation|gather|gathered|split)\*?\}}
         |\\end\s*\{{(?:align|aligned|equation|gather|gathered|split)\*?\}})
     |(?P<text>\\(?:{TEXTS.replace(" ", "|")})\*?\s*\{{(?P<words>[^{{}}]*)\}})
@@ -177,8 +177,7 @@ def _number(found: str) -> str:
     if "\\o" in found or "\\d" in found:
         head, _, period = re.sub(r"\\(?:overline|dot)", "\0", found, count=1).partition("\0")
         return f"{head}({re.sub(r'[^0-9]', '', period)})"
-    found = re.sub(r",\\!|\{\s*,\s*\}|\\,", "", found)
-    return found.removesuffix(".") if found[-1] == "." else found
+    return re.sub(r",\\!|\{\s*,\s*\}|\\,", "", found)
 
 
 def _trimmed(tokens: list[Token]) -> list[Token]:
