@@ -9,6 +9,7 @@ from logitmix.cli.options.data import DataArguments
 from logitmix.cli.options.parser import parse
 from logitmix.tasks.check import check
 
+NUM_UNREAD = 5  # golds that are compared as text only; their number is printed before them
 NUM_DUPLICATES = 10  # near-duplicates that are printed; the table has their number
 
 
@@ -35,6 +36,11 @@ def run(args: DataArguments) -> int:
         print(f"{task.left_out:,} rows are left out: they are not problems of this task.")
     for problem in task.dropped.get("near-duplicates of test", ())[:NUM_DUPLICATES]:
         print(f"dropped, nearly in test: {' '.join(problem.question.split())[:100]}")
+    texts = [text for part in checked for text in part.unread]
+    if texts:
+        print(f"{len(texts):,} golds are compared as text only, since the verifier does not read them; the first:")
+        for text in texts[:NUM_UNREAD]:
+            print(text[:160])
     failures = [failure for part in checked for failure in part.failures]
     for failure in failures:
         print(failure)

@@ -7,15 +7,20 @@ from dataclasses import dataclass
 
 from logitmix.tasks.base import SPLITS, Problem, Task
 from logitmix.tasks.rows import written_by_program
+from logitmix.tasks.verify.grading import MAX_LENGTH, unread
 
 
 @dataclass(frozen=True)
 class Checked:
-    """A split of a task, or the problems dropped from all splits, with one sentence for each failure."""
+    """A split of a task, or the problems dropped from all splits, with one sentence for each failure.
+
+    unread: one sentence for each gold that the verifier's grammar does not read, so that it equals only its own text
+    """
 
     name: str
     problems: int
     failures: tuple[str, ...]
+    unread: tuple[str, ...] = ()
 
     @property
     def accepted(self) -> int:
@@ -39,12 +44,14 @@ def check(task: Task) -> list[Checked]:
 
 
 def _check(task: Task, name: str, problems: Sequence[Problem]) -> Checked:
-    failures = []
+    failures, texts = [], []
     for number, problem in enumerate(problems, start=1):
         failure = _failure(task, problem)
         if failure is not None:
             failures.append(f"{name} {number}: {failure}")
-    return Checked(name, len(problems), tuple(failures))
+        elif type(task).grade is Task.grade and (reason := unread(problem.answer)) is not None:
+            texts.append(f"{name} {number}: {problem.answer!r}: {reason}")
+    return Checked(name, len(problems), tuple(failures), tuple(texts))
 
 
 def _failure(task: Task, problem: Problem) -> str | None:
@@ -74,6 +81,6 @@ def _failure(task: Task, problem: Problem) -> str | None:
         return None
     grade = task.grade(respelled, problem)
     # a template of your own may have no place for dollar signs, and a long gold is compared letter by letter only
-    if grade.format_ok and not grade.answer_ok and grade.error is None:
+    if grade.format_ok and not grade.answer_ok and len(problem.answer) < MAX_LENGTH - 2:
         return f"the gold {problem.answer!r} is not matched by ${problem.answer}$, the same answer as a formula"
     return None

@@ -121,7 +121,8 @@ def test_boxed_prompts_a_chat_for_steps_and_a_box():
         ("\\boxed{\\frac{1}{2}", None),
         ("\\boxed{4}, or rather \\boxed{5}", None),
         ("\\boxed{4} \\boxed", None),
-        ("\\boxed{\\boxed{4}}", None),
+        ("\\boxed{\\boxed{4}}", "\\boxed{4}"),
+        ("\\boxed{5\\boxed{4}}", None),
     ],
 )
 def test_boxed_requires_exactly_one_box_with_matching_braces(response, answer):

@@ -45,8 +45,8 @@ def golds(name):
     return [row["answer"].rpartition("####")[2].strip() for row in rows("gsm8k/train.jsonl")]
 
 
-# Mutations that equal the gold, so accepting them is right: -0 is 0, and a plus-minus has no sign.
-EQUAL_MUTATIONS = {"sign": ("-0", "-\\pm", "-±")}
+# Mutations that equal the gold, so accepting them is right: -0 is 0, also in matrices, and a plus-minus has no sign.
+EQUAL_MUTATIONS = {"sign": ("-0", "-\\pm", "-±", "-\\begin{pmatrix} 0")}
 # Golds with a wrong mutation that is accepted: what follows "approximately" is not compared if an exact value precedes
 # it, and a sign inside \phantom is not printed.
 KNOWN_ERRORS = {r"\$\dfrac23 \approx \$0.67", r"\begin{pmatrix} 1 & -1 \\ 1 & \phantom -1 \end{pmatrix}"}

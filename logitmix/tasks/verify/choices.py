@@ -41,6 +41,11 @@ def same_choice(prediction: str, gold: str, same: Callable[[str, str], bool]) ->
     return same(other[2] if other else prediction, labelled[2])
 
 
+def is_choice(text: str) -> bool:
+    """Whether an answer is one letter or several, or a letter and its text."""
+    return bool(letters_of(text) or LABELLED.fullmatch(text))
+
+
 def letters_of(text: str) -> str:
     """The letters that an answer chooses, in capitals; empty if it is not a choice."""
     text = text.strip("{}" if text[:1] == "{" and text[-1:] == "}" else " ")

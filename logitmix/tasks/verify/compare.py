@@ -18,7 +18,7 @@ from logitmix.tasks.verify.evaluation import Undefined
 from logitmix.tasks.verify.lists import expanded, same_collection, same_matrix
 from logitmix.tasks.verify.reals import describes_set, same_reals
 from logitmix.tasks.verify.relations import coordinates, name_of, same_relation, simplified
-from logitmix.tasks.verify.tokens import Token, Unreadable, tokenize
+from logitmix.tasks.verify.tokens import Token, Unreadable, text_of, tokenize
 from logitmix.tasks.verify.trees import Node, has, substitute, symbols
 from logitmix.tasks.verify.units import same_unit
 from logitmix.tasks.verify.values import constant, equal, rounded
@@ -58,7 +58,7 @@ class Comparison:
             return False
         if texts[0] == texts[1]:
             return self._decided((), (), "the same tokens", True)
-        spelled = ["".join(text[1:] if text[0] == '"' and text[1:] else text for text in side) for side in texts]
+        spelled = text_of(prediction), text_of(gold)
         choice = same_choice(
             spelled[0], spelled[1], lambda one, other: self.same_tokens(tokenize(one), tokenize(other))
         )

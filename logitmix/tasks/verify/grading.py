@@ -11,9 +11,11 @@ import re
 from dataclasses import dataclass
 
 from logitmix.tasks.templates import Template, last_boxed
+from logitmix.tasks.verify.answers import read
+from logitmix.tasks.verify.choices import is_choice
 from logitmix.tasks.verify.compare import Comparison
 from logitmix.tasks.verify.evaluation import TooLong
-from logitmix.tasks.verify.tokens import spell, tokenize
+from logitmix.tasks.verify.tokens import Unreadable, spell, text_of, tokenize
 from logitmix.tasks.verify.values import start_steps
 
 MAX_LENGTH = 500  # characters of an answer; the longest gold of MATH has 159
@@ -71,6 +73,18 @@ def answers_match(prediction: str, gold: str, lenient: bool = False) -> bool:
     return compare(prediction, gold, Comparison(lenient))[0]
 
 
+def unread(answer: str) -> str | None:
+    """Why the grammar does not read an answer, which then equals only its own text; None if it reads it."""
+    if len(answer) > MAX_LENGTH:
+        return f"it has {len(answer)} characters; at most {MAX_LENGTH} are read"
+    tokens = tokenize(opened(answer))
+    try:
+        read(tuple(tokens))
+    except Unreadable as error:
+        return None if is_choice(text_of(tokens)) else str(error)
+    return None
+
+
 def normalise(answer: str) -> str:
     """The tokens of an answer, in one spelling."""
     return spell(tokenize(opened(answer)))
@@ -90,7 +104,7 @@ def _find_answer(response: str) -> str | None:
 def compare(prediction: str, gold: str, comparison: Comparison) -> tuple[bool, str | None]:
     """Whether the answers match, and the error if the comparison reached no verdict."""
     if prediction.strip() == gold.strip():
-        return re.search(r"\w|\\\{|∅", gold) is not None, None
+        return re.search(r"[^\s.,;:$]", gold) is not None, None
     if len(prediction) > MAX_LENGTH and not (len(prediction) <= MAX_TEXT and last_boxed(prediction)):
         return False, f"the answer has {len(prediction)} characters; at most {MAX_LENGTH} are compared"
     start_steps()

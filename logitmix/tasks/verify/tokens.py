@@ -42,9 +42,9 @@ class Token(NamedTuple):
 
 _TOKEN = re.compile(
     rf"""(?P<blank>(?:\s|~|\\(?:[,;:>\s]|(?:{STYLES.replace(" ", "|")})(?![a-zA-Z])))+)
-    |(?P<number>[0-9]{{1,3}}(?:(?:,\\!|\{{\s*,\s*\}}|\\,)[0-9]{{3}})+(?![0-9])(?:\.[0-9]+)?
+    |(?P<number>[0-9]{{1,3}}(?:(?:\s*,\s*\\!\s*|\{{\s*,\s*\}}|\\,)[0-9]{{3}})+(?![0-9])(?:\.[0-9]+)?
         |[0-9]*\.\([0-9]+\)|[0-9]*\.[0-9]*(?:\\overline\s*\{{[0-9]+\}}|\\dot\s*\{{?[0-9]\}}?(?:[0-9]*\\dot\s*\{{?[0-9]\}}?)?)
-        |[0-9]+(?:\.[0-9]+|\.(?![0-9.]))?(?:[eE][+-]?[0-9]+(?![0-9a-zA-Z.]))?|\.[0-9]+)
+        |[0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+(?![0-9a-zA-Z.]))?|\.[0-9]+)
     |(?P<dropped>\\!|\\[()\[\]]|\$+|`|\\(?:text)?color\s*\{{[a-zA-Z]\w*\}}|\\[hv]?phantom\s*(?:\{{[^{{}}]*\}}|[^\s{{}}])
         |\\begin\s*\{{(?:align|aligned|equation|gather|gathered|split)\*?\}}
         |\\end\s*\{{(?:align|aligned|equation|gather|gathered|split)\*?\}})
@@ -74,6 +74,11 @@ def tokenize(text: str) -> list[Token]:
 def spell(tokens: Sequence[Token]) -> str:
     """The tokens as a text, with single blanks."""
     return " ".join(token.text for token in tokens)
+
+
+def text_of(tokens: Sequence[Token]) -> str:
+    """The tokens as a text without blanks, and without the marks of words."""
+    return "".join(text[1:] if text[0] == '"' and text[1:] else text for text, _ in tokens)
 
 
 def _prepared(text: str) -> str:
@@ -145,7 +150,7 @@ def _lex(text: str, in_text: bool) -> list[Token]:
         tokens.append(Token(found, gap))
         gap = JOINED
     if fences:  # a bracket is open, or was never opened
-        tokens.append(Token("\\left"))
+        tokens.insert(0, Token("\\left"))
     return tokens
 
 
@@ -177,7 +182,7 @@ def _number(found: str) -> str:
     if "\\o" in found or "\\d" in found:
         head, _, period = re.sub(r"\\(?:overline|dot)", "\0", found, count=1).partition("\0")
         return f"{head}({re.sub(r'[^0-9]', '', period)})"
-    return re.sub(r",\\!|\{\s*,\s*\}|\\,", "", found)
+    return re.sub(r"\s*,\s*\\!\s*|\{\s*,\s*\}|\\,", "", found)
 
 
 def _trimmed(tokens: list[Token]) -> list[Token]:
