@@ -1,4 +1,4 @@
-"""Throughput of the verifier compared with plain math-verify, and of its pool by number of workers.
+"""Throughput of the verifier compared with plain math-verify, and its slowest pair.
 
     python benchmarks/verifier.py [--data ../shared/data] [--rounds 3] [--output benchmarks/results/verifier.md]
 
@@ -8,7 +8,6 @@ Both verifiers alternate in one process. The pairs:
 - restyled: the same answers in another notation
 - mutated: reference answers and wrong answers derived from them
 - hard: the labelled pairs of tests/helpers/hard_cases.py
-- pool: formulas that are all sent to the worker processes
 """
 
 import argparse
@@ -20,14 +19,12 @@ import random
 import statistics
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import date
 from importlib.metadata import version
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 
-from logitmix.tasks.verify.pool import Pool
 from math_verify import parse, verify
 
 from logitmix.tasks import answers_match
@@ -68,17 +65,10 @@ def rate(compare, cases_of_a_kind: list[tuple[str, str]]) -> float:
     return len(cases_of_a_kind) / (time.perf_counter() - start)
 
 
-def pool_rate(size: int, count: int) -> float:
-    pool = Pool(size=size)
-    work = [(f"(x+{n})^2", f"x^2+{2 * n}x+{n * n}") for n in range(count)]
-    with ThreadPoolExecutor(2 * size) as threads:
-        list(threads.map(lambda case: pool.compare(*case), work[: 8 * size]))  # starts the workers
-        start = time.perf_counter()
-        found = list(threads.map(lambda case: pool.compare(*case), work))
-        seconds = time.perf_counter() - start
-    pool.close()
-    assert all(right for right, _ in found)
-    return count / seconds
+def processor_seconds(case: tuple[str, str]) -> float:
+    start = time.process_time()
+    answers_match(*case)
+    return time.process_time() - start
 
 
 def main() -> None:
@@ -89,7 +79,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     logging.disable(logging.CRITICAL)
-    versions = ", ".join(f"{name} {version(name)}" for name in ("logitmix", "math-verify", "sympy", "mpmath"))
+    versions = ", ".join(f"{name} {version(name)}" for name in ("logitmix", "math-verify", "mpmath"))
     cores = len(os.sched_getaffinity(0))
     lines = [
         "# The verifier's throughput",
@@ -102,16 +92,16 @@ def main() -> None:
         "| pairs | number | logitmix | math-verify | ratio |",
         "|---|---|---|---|---|",
     ]
-    answers_match("[1,2]\\cap[0,1]", "\\{1\\}")  # exclude imports and the start of the first worker
+    answers_match("[1,2]\\cap[0,1]", "\\{1\\}")  # exclude imports
     plain_math_verify("1+x", "x+1")
-    for kind, chosen in pairs(options.data, options.count).items():
+    chosen_pairs = pairs(options.data, options.count)
+    slowest = max((processor_seconds(case), case) for case in chain(*chosen_pairs.values()))
+    for kind, chosen in chosen_pairs.items():
         rounds = [(rate(answers_match, chosen), rate(plain_math_verify, chosen)) for _ in range(options.rounds)]
         speed, baseline = (statistics.median(side) for side in zip(*rounds, strict=True))
         least = min(one / other for one, other in rounds)
         lines.append(f"| {kind} | {len(chosen)} | {speed:,.0f} | {baseline:,.0f} | {least:.1f} |")
-    lines += ["", "| pool workers | comparisons a second |", "|---|---|"]
-    for size in range(1, cores + 1):
-        lines.append(f"| {size} | {statistics.median(pool_rate(size, 300) for _ in range(options.rounds)):,.0f} |")
+    lines += ["", f"The slowest pair takes {slowest[0]:.2f} s of the processor: `{slowest[1][0]}` and `{slowest[1][1]}`."]
     text = "\n".join(lines) + "\n"
     print(text)
     if options.output:

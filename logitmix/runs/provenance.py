@@ -13,7 +13,7 @@ from typing import Any
 
 PACKAGES = (
     *("logitmix", "torch", "transformers", "trl", "accelerate", "peft", "datasets", "tokenizers", "safetensors"),
-    *("numpy", "math-verify"),
+    *("numpy", "mpmath"),
 )
 
 

@@ -78,9 +78,7 @@ class Evaluation:
         self.bound: dict[str, Value] = {}  # the index of a sum or limit
 
     def of(self, tree: Node) -> Value:
-        self.steps += 1
-        if self.steps > MAX_STEPS:
-            raise TooLong(f"the comparison takes more than {MAX_STEPS:,} steps")
+        self.charge(1)
         mp, kind = context(), tree[0]
         if kind in ("num", "sample"):
             return tree[1]
@@ -109,6 +107,11 @@ class Evaluation:
             return -values[0] if kind == "neg" else values[0]
         return _operation(kind, *values)
 
+    def charge(self, steps: int) -> None:
+        self.steps += steps
+        if self.steps > MAX_STEPS:
+            raise TooLong(f"the comparison takes more than {MAX_STEPS:,} steps")
+
     def power(self, base: Value, exponent: Value) -> Value:
         mp = context()
         if base == 0:
@@ -118,6 +121,7 @@ class Evaluation:
         if isinstance(exponent, Fraction) and exponent.denominator == 1:
             size = abs(exponent.numerator)
             if isinstance(base, Fraction) and size * _bits(base) <= 20_000:
+                self.charge(size * _bits(base) // 100)
                 return base**exponent.numerator
         base_number, exponent_number = number(base), number(exponent)
         if abs(exponent_number * mp.log(abs(base_number))) > 100_000:
@@ -152,6 +156,9 @@ class Evaluation:
         if name in ("sqrt", "cbrt"):
             return self.power(first, Fraction(1, 2 if name == "sqrt" else 3))
         arguments = [number(part) for part in parts]
+        self.charge(4)
+        if abs(arguments[0]) > mp.mpf(10) ** 1000:
+            raise Unreadable("the number is too large")
         if name in ("exp", "sinh", "cosh", "tanh") and abs(arguments[0]) > 100_000:
             raise Unreadable("the number is too large")
         try:
@@ -174,6 +181,7 @@ class Evaluation:
                 raise Undefined(f"{name} of what is no integer")
             return Fraction(whole[0] % whole[1] if name == "mod" else (gcd if name == "gcd" else lcm)(*whole))
         if exact and min(whole) >= 0 and max(whole) <= 3000:
+            self.charge(max(whole) // 10)
             return Fraction(factorial(whole[0]) if name == "!" else comb(*whole))
         if exact or max(abs(number(part)) for part in parts) > 100:
             raise Unreadable("the factorial or binomial is too large")
