@@ -101,7 +101,10 @@ def main() -> None:
         speed, baseline = (statistics.median(side) for side in zip(*rounds, strict=True))
         least = min(one / other for one, other in rounds)
         lines.append(f"| {kind} | {len(chosen)} | {speed:,.0f} | {baseline:,.0f} | {least:.1f} |")
-    lines += ["", f"The slowest pair takes {slowest[0]:.2f} s of the processor: `{slowest[1][0]}` and `{slowest[1][1]}`."]
+    lines += [
+        "",
+        f"The slowest pair takes {slowest[0]:.2f} s of the processor: `{slowest[1][0]}` and `{slowest[1][1]}`.",
+    ]
     text = "\n".join(lines) + "\n"
     print(text)
     if options.output:
