@@ -11,6 +11,7 @@ from logitmix.tasks.names import unknown_name
 
 VERBS = {
     "quickstart": ("logitmix.cli.quickstart", "train a tiny mixture from nothing, on a CPU, without downloads"),
+    "fetch-example": ("logitmix.cli.fetch_example", "fetch a small real language model, as a folder"),
     "sft": ("logitmix.cli.sft", "fine-tune an anchor on a task's demonstrations"),
     "train": ("logitmix.cli.train", "train the mixture of a policy and a frozen anchor with GRPO"),
     "distill": ("logitmix.cli.distill", "make one ordinary model out of a mixture"),
@@ -40,7 +41,7 @@ LIBRARY_SETTINGS = {
 SERVERS = ("serve", "lm-eval")  # print what they do themselves
 
 USAGE = "usage: logitmix VERB [flags]      (`logitmix VERB --help` lists the flags of a verb)\n\n" + "".join(
-    f"  {verb:<12}{description}\n" for verb, (_, description) in VERBS.items()
+    f"  {verb:<15}{description}\n" for verb, (_, description) in VERBS.items()
 )
 
 
