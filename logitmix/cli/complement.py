@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,6 +46,7 @@ def main(argv: Sequence[str]) -> None:
 
 def run(options: ComplementOptions) -> None:
     from logitmix.evaluation.complement import complement
+    from logitmix.evaluation.explanations import explain
     from logitmix.evaluation.report.tables import print_complement
     from logitmix.evaluation.sources import find_responses, select_pair
 
@@ -59,7 +60,8 @@ def run(options: ComplementOptions) -> None:
     decoded = decode_checkpoints(checkpoints, options) if checkpoints else {}
     (name_a, a), (name_b, b) = select_pair(sources, decoded)
     result = complement(a, b, name_a, name_b)
-    print_complement(result, name_a, name_b)
+    named = [replace(row, name=name) for name, rows in (("A", a), ("B", b)) for row in rows]
+    print_complement(result, name_a, name_b, explain(named))
     if options.decoding.output_dir is not None:
         path = Path(options.decoding.output_dir) / COMPLEMENT_FILE
         path.parent.mkdir(parents=True, exist_ok=True)

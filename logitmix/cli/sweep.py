@@ -47,8 +47,9 @@ def main(argv: Sequence[str]) -> None:
 def run(options: SweepOptions) -> None:
     """Decode and grade, print the tables and write responses, rates and a figure; an interrupted sweep continues."""
     from logitmix.evaluation.decode import make_decoder
+    from logitmix.evaluation.explanations import explain
     from logitmix.evaluation.report.figures import plot_sweep
-    from logitmix.evaluation.report.tables import print_choices, print_sweep_intervals
+    from logitmix.evaluation.report.tables import print_choices, print_notes, print_sweep_intervals
     from logitmix.evaluation.responses import open_responses
     from logitmix.evaluation.sweep import MEMBERS, MIXES, choose_alpha, sweep_rates
     from logitmix.evaluation.sweep_decoding import Decoders, decode_sweep
@@ -91,6 +92,7 @@ def run(options: SweepOptions) -> None:
     title = f"{task.name}, {len(problems)} test problems, greedy"
     print_sweep_intervals(title, table)
     print_choices(choices)
+    print_notes(explain(responses.rows))
     if responses.path is not None:
         folder = responses.path.parent
         lines = {"rates": table, "choices": [asdict(choice) for choice in choices]}

@@ -4,11 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from logitmix.evaluation.decode import Response
+from logitmix.evaluation.metrics import FIELDS
 from logitmix.evaluation.statistics import (
     CONFIDENCE,
     Estimate,
     difference_from_noise,
     mcnemar_exact,
+    mean_estimate,
     paired_rates,
     wilson_estimate,
 )
@@ -28,25 +30,47 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Complement:
-    """Tables 1 to 3 for policies a and b on n problems.
+class MeanDifference:
+    """Means of policies a and b over the same problems, and that of b - a."""
 
-    `answer` is right in the format, `lenient` right anywhere in the text. `both`, `only_a`, `only_b` and `neither`
-    count problems by which policies are answer-correct. `disagreement` is the share where exactly one is, `either`
-    where at least one is: what a perfect choice between the two would reach. `noise` is the smallest difference of the
-    answer rates that McNemar's exact test tells from 0 with this number of problems and this disagreement.
+    a: Estimate
+    b: Estimate
+    b_minus_a: Estimate
+
+
+@dataclass(frozen=True)
+class Cross:
+    """Problems by which of two policies has them right.
+
+    `disagreement` is the share where exactly one has, `either` where at least one has: what a perfect choice between
+    the two would reach.
     """
 
-    n: int
-    format: Difference
-    answer: Difference
-    lenient: Difference
     both: int
     only_a: int
     only_b: int
     neither: int
     disagreement: Estimate
     either: Estimate
+
+
+@dataclass(frozen=True)
+class Complement(Cross):
+    """Tables 1 to 3 for policies a and b on n problems.
+
+    `answer` is right in the format, `lenient` right anywhere in the text, `truncated` cut by the length limit. The
+    counts of `Cross` are those of right answers in the format, and `lenient_cross` counts right answers anywhere in
+    the text. `noise` is the smallest difference of the answer rates that McNemar's exact test tells from 0 with this
+    number of problems and this disagreement.
+    """
+
+    n: int
+    format: Difference
+    answer: Difference
+    lenient: Difference
+    truncated: Difference
+    mean_length: MeanDifference
+    lenient_cross: Cross
     noise: float
 
 
@@ -59,22 +83,36 @@ def complement(a: Sequence[Response], b: Sequence[Response], name_a: str = "a", 
     pairs = pair_responses(a, b, name_a, name_b)
     n = len(pairs)
     validate_enough_problems(n)
-    formats, answers, lenient = (
-        [(getattr(x, key), getattr(y, key)) for x, y in pairs] for key in ("format_ok", "answer_ok", "lenient_ok")
-    )
-    both, only_a, only_b = (answers.count(pair) for pair in ((True, True), (True, False), (False, True)))
+    by_rate = {rate: [(getattr(x, key), getattr(y, key)) for x, y in pairs] for rate, key in FIELDS.items()}
+    strict = cross(by_rate["answer"])
     return Complement(
+        **vars(strict),
         n=n,
-        format=_difference(formats),
-        answer=_difference(answers),
-        lenient=_difference(lenient),
-        both=both,
-        only_a=only_a,
-        only_b=only_b,
-        neither=n - both - only_a - only_b,
-        disagreement=wilson_estimate(only_a + only_b, n),
-        either=wilson_estimate(both + only_a + only_b, n),
-        noise=difference_from_noise(n, (only_a + only_b) / n),
+        format=_difference(by_rate["format"]),
+        answer=_difference(by_rate["answer"]),
+        lenient=_difference(by_rate["lenient"]),
+        truncated=_difference(by_rate["truncated"]),
+        mean_length=MeanDifference(
+            a=mean_estimate([x.length for x, _ in pairs]),
+            b=mean_estimate([y.length for _, y in pairs]),
+            b_minus_a=mean_estimate([y.length - x.length for x, y in pairs]),
+        ),
+        lenient_cross=cross(by_rate["lenient"]),
+        noise=difference_from_noise(n, (strict.only_a + strict.only_b) / n),
+    )
+
+
+def cross(outcomes: Sequence[tuple[bool, bool]]) -> Cross:
+    """Count problems by which of two policies has them right, from a pair of outcomes of each."""
+    n = len(outcomes)
+    both, only_a, only_b = (outcomes.count(pair) for pair in ((True, True), (True, False), (False, True)))
+    return Cross(
+        both,
+        only_a,
+        only_b,
+        n - both - only_a - only_b,
+        wilson_estimate(only_a + only_b, n),
+        wilson_estimate(both + only_a + only_b, n),
     )
 
 

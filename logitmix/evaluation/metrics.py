@@ -6,10 +6,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from logitmix.evaluation.statistics import Estimate, paired_bootstrap, pass_at_k, wilson_estimate
+from logitmix.evaluation.statistics import Estimate, mean_estimate, paired_bootstrap, pass_at_k, wilson_estimate
 
 if TYPE_CHECKING:  # rates need no torch
     from logitmix.evaluation.decode import Response
+
+
+# The field of a response behind each rate
+FIELDS = {"format": "format_ok", "answer": "answer_ok", "lenient": "lenient_ok", "truncated": "truncated"}
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,15 @@ def estimate(responses: Iterable[Response], key: str) -> Estimate:
     if all(share in (0, 1) for share in shares):
         return wilson_estimate(int(sum(shares)), len(shares))
     return paired_bootstrap(shares, [0.0] * len(shares))
+
+
+def estimates(responses: Iterable[Response]) -> dict[str, Estimate]:
+    """Every rate of `Rates` and the mean length, each with its 95 % interval, under their names there."""
+    graded = list(responses)
+    found = {rate: estimate(graded, field) for rate, field in FIELDS.items()}
+    by_problem = group_by(graded, "problem").values()
+    lengths = [sum(sample.length for sample in samples) / len(samples) for samples in by_problem]
+    return found | {"mean_length": mean_estimate(lengths)}
 
 
 def pass_rates(responses: Iterable[Response]) -> dict[int, float]:

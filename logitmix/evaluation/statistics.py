@@ -51,6 +51,23 @@ def wilson_estimate(successes: int, n: int) -> Estimate:
     return Estimate(successes / n, low, high)
 
 
+def mean_estimate(values: ArrayLike, confidence: float = CONFIDENCE) -> Estimate:
+    """The mean of independent numbers with its normal interval, `mean ± z s / sqrt(n)`; of one number, that number.
+
+    >>> mean_estimate([80, 90, 100]).low
+    78.68...
+
+    Raises `ValueError` for no numbers.
+    """
+    numbers = np.asarray(values, dtype=float)
+    if numbers.size == 0:
+        raise ValueError("there are no numbers to compute a mean of; evaluate at least one problem")
+    mean = float(numbers.mean())
+    error = float(numbers.std(ddof=1)) / sqrt(numbers.size) if numbers.size > 1 else 0.0
+    half = _quantile(confidence) * error
+    return Estimate(mean, mean - half, mean + half)
+
+
 def mcnemar_exact(only_a: int, only_b: int) -> float:
     """Two-sided p-value of McNemar's exact test that two policies are right equally often on the same problems.
 

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from logitmix.evaluation.decode import Response
-from logitmix.evaluation.metrics import estimate, rates
+from logitmix.evaluation.metrics import estimate, estimates, rates
 from logitmix.evaluation.statistics import Estimate, mcnemar_exact
 
 MIXES = ("logit", "prob", "merge")
@@ -30,7 +30,7 @@ class Choice:
 
 
 def sweep_rates(responses: Sequence[Response]) -> list[dict[str, Any]]:
-    """A row for each mix and alpha with `scheme`, `alpha`, the rates, and the ends of their intervals.
+    """A row for each mix and alpha with `scheme`, `alpha`, the rates, and the ends of their intervals: `format_low`, …
 
     The responses of `policy` and `anchor` count for every mix, at alpha 0 and 1.
     """
@@ -38,8 +38,7 @@ def sweep_rates(responses: Sequence[Response]) -> list[dict[str, Any]]:
     for mix, by_alpha in by_mix(responses).items():
         for alpha, group in sorted(by_alpha.items()):
             line = {"scheme": mix, "alpha": alpha} | asdict(rates(group))
-            for key in ("format", "answer"):
-                value = estimate(group, f"{key}_ok")
+            for key, value in estimates(group).items():
                 line |= {f"{key}_low": value.low, f"{key}_high": value.high}
             table.append(line)
     return table

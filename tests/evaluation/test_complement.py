@@ -132,6 +132,8 @@ def test_comparing_two_checkpoints(checkpoints, tmp_path, capsys):
     assert main(argv) == 0
     printed = capsys.readouterr().out
     assert f"A: {checkpoints['base']}" in printed
+    assert "Who is right, anywhere in the text" in printed
+    assert "B: 100 % were cut at 4 tokens: raise --max_new_tokens." in printed
     rows = [json.loads(line) for line in (folder / "responses.jsonl").read_text().splitlines()]
     assert [row["name"] for row in rows] == [checkpoints["base"]] * 6 + [checkpoints["mixture"]] * 6
     assert json.loads((folder / "complement.json").read_text())["n"] == 6

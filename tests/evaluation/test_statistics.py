@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import scipy.stats
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from logitmix.evaluation import statistics
@@ -22,6 +22,8 @@ from logitmix.evaluation.statistics import (
     wilson_interval,
 )
 
+settings.register_profile("any load", deadline=None)
+settings.load_profile("any load")
 counts = st.integers(0, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
 
 

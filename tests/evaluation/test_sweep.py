@@ -115,6 +115,9 @@ def test_the_command_sweeps_all_mixes_and_continues_after_an_interruption(pair, 
     flags = ("--alphas", "0.5", "0.25", "--output_dir", str(folder))
     assert sweep(pair, *flags) == 0
     printed = capsys.readouterr().out
+    for measure in ("format %", "answer %", "lenient %", "cut %", "tokens"):
+        assert f"3 test problems, greedy: {measure}" in " ".join(printed.split())
+    assert "merge at 0.25, 0.5: 100 % were cut at 6 tokens: raise --max_new_tokens." in printed
     path = folder / "responses.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     expected = [

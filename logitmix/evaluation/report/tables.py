@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from logitmix.evaluation.explanations import explain
 from logitmix.evaluation.metrics import Rates, estimate, group_by, pass_rates, rates
 from logitmix.evaluation.report.pages import visible
 from logitmix.evaluation.statistics import Estimate
@@ -19,7 +20,15 @@ if TYPE_CHECKING:  # reports need no torch
     from logitmix.evaluation.inspect import Inspection
     from logitmix.evaluation.sweep import Choice
 
-RATE_COLUMNS = ("format %", "answer %", "lenient %", "cut %", "tokens")
+# Rates in the order of the tables, by their names in `Rates`
+MEASURES = {
+    "format": "format %",
+    "answer": "answer %",
+    "lenient": "lenient %",
+    "truncated": "cut %",
+    "mean_length": "tokens",
+}
+RATE_COLUMNS = tuple(MEASURES.values())
 CARRIER_STYLES = {"both": "", "policy": "blue", "anchor": "yellow", "neither": "magenta"}
 
 
@@ -61,6 +70,7 @@ def print_evaluation(title: str, responses: Sequence[Response]) -> None:
         cells = [interval(estimate(group, key)) for key in ("format_ok", "answer_ok")]
         table.add_row(name, *cells, percent(r.lenient), percent(r.truncated), f"{r.mean_length:.1f}")
     Console().print(table)
+    print_notes(explain(responses))
     passes = {name: pass_rates(group) for name, group in groups.items()}
     ks = list(next(iter(passes.values())))
     if len(ks) == 1:
@@ -74,29 +84,39 @@ def print_evaluation(title: str, responses: Sequence[Response]) -> None:
     Console().print(table)
 
 
-def print_complement(c: Complement, name_a: str, name_b: str) -> None:
-    """Print the paper's tables 1 to 3: rates, differences, the cross table, and whether they are beyond noise."""
-    table = Table(title=f"A and B on the same {c.n} problems", title_justify="left")
+def print_complement(c: Complement, name_a: str, name_b: str, notes: Sequence[str] = ()) -> None:
+    """Print the paper's tables 1 to 3: rates, differences, the cross tables, and whether they are beyond noise."""
+    table = Table(
+        title=f"A and B on the same {c.n} problems",
+        title_justify="left",
+        caption="[ ]: 95 % interval; p: McNemar's exact test",
+        caption_justify="left",
+    )
     table.add_column("", no_wrap=True)
-    for column in ("format %", "answer %", "lenient %"):
+    for column in ("A", "B", "B - A", "p"):
         table.add_column(column, justify="right")
-    columns = (c.format, c.answer, c.lenient)
-    table.add_row("A", *(interval(column.a) for column in columns))
-    table.add_row("B", *(interval(column.b) for column in columns))
-    table.add_row("B - A", *(interval(column.b_minus_a) for column in columns))
-    table.add_row("p, McNemar's exact", *(p_value(column.p_value) for column in columns))
+    for difference, title in zip((c.format, c.answer, c.lenient, c.truncated), MEASURES.values(), strict=False):
+        values = map(interval, (difference.a, difference.b, difference.b_minus_a))
+        table.add_row(title, *values, p_value(difference.p_value))
+    length = c.mean_length
+    table.add_row(MEASURES["mean_length"], *map(mean_interval, (length.a, length.b, length.b_minus_a)), "")
     console = Console()
     console.print(table)
-    table = Table(title="Problems by who has them right, in the format", title_justify="left")
-    for column in ("", "B right", "B wrong"):
-        table.add_column(column, justify="right")
-    table.add_row("A right", str(c.both), str(c.only_a))
-    table.add_row("A wrong", str(c.only_b), str(c.neither))
-    console.print(table)
+    for where, counts in (("in the format", c), ("anywhere in the text", c.lenient_cross)):
+        table = Table(title=f"Who is right, {where}", title_justify="left", min_width=38)
+        for column in ("", "B right", "B wrong"):
+            table.add_column(column, justify="right")
+        table.add_row("A right", str(counts.both), str(counts.only_a))
+        table.add_row("A wrong", str(counts.only_b), str(counts.neither))
+        console.print(table)
     for name, source in (("A", name_a), ("B", name_b)):
         console.print(f"{name}: {source}", soft_wrap=True, markup=False, highlight=False)
-    for line in complement_notes(c):
-        console.print(line, soft_wrap=True, highlight=False)
+    print_notes([*complement_notes(c), *notes])
+
+
+def print_notes(notes: Sequence[str]) -> None:
+    for line in notes:
+        Console().print(line, soft_wrap=True, markup=False, highlight=False)
 
 
 def complement_notes(c: Complement) -> list[str]:
@@ -108,29 +128,36 @@ def complement_notes(c: Complement) -> list[str]:
         if c.noise <= 1
         else "they disagree too rarely for any difference to be beyond noise"
     )
+    lenient = c.lenient_cross
     return [
         f"One alone is right on {c.only_a + c.only_b} problems, {interval(c.disagreement)} %; at least one of the two "
         f"on {interval(c.either)} %.",
         f"The answer rates differ by {gap:+.1f} points (B - A), {verdict}: with {c.n} problems and this disagreement, "
         f"{smallest} (95 %).",
+        f"Anywhere in the text, one alone is right on {lenient.only_a + lenient.only_b} problems, "
+        f"{interval(lenient.disagreement)} %; at least one of the two on {interval(lenient.either)} %.",
     ]
 
 
 def print_sweep_intervals(title: str, sweep: Sequence[Mapping[str, Any]]) -> None:
-    """Print the paper's table 4 with intervals: answer rates by alpha and scheme, then format rates."""
+    """Print the paper's table 4 with intervals: a table of every measure, by alpha and scheme."""
     schemes = list(dict.fromkeys(row["scheme"] for row in sweep))
     console = Console()
-    for key in ("answer", "format"):
-        table = Table(title=f"{title}: {key} %", title_justify="left")
+    for key, measure in MEASURES.items():
+        table = Table(title=f"{title}: {measure}", title_justify="left")
         table.add_column("alpha", justify="right")
         for scheme in schemes:
             table.add_column(scheme, justify="right")
         for alpha in sorted({row["alpha"] for row in sweep}):
             cells = {row["scheme"]: row for row in sweep if row["alpha"] == alpha}
-            estimates = [
-                Estimate(row[key], row[f"{key}_low"], row[f"{key}_high"]) for row in map(cells.get, schemes) if row
-            ]
-            table.add_row(f"{alpha:g}", *map(interval, estimates))
+            as_text = mean_interval if key == "mean_length" else interval
+            table.add_row(
+                f"{alpha:g}",
+                *(
+                    as_text(Estimate(row[key], row[f"{key}_low"], row[f"{key}_high"])) if row else ""
+                    for row in map(cells.get, schemes)
+                ),
+            )
         console.print(table)
 
 
@@ -192,3 +219,8 @@ def percent(share: float) -> str:
 def interval(estimate: Estimate) -> str:
     """An estimate in per cent: `81.5 [76, 86]`."""
     return f"{percent(estimate.value)} [{100 * estimate.low:.0f}, {100 * estimate.high:.0f}]"
+
+
+def mean_interval(estimate: Estimate) -> str:
+    """The estimate of a mean: `85.1 [80, 91]`."""
+    return f"{estimate.value:.1f} [{estimate.low:.0f}, {estimate.high:.0f}]"
