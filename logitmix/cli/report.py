@@ -30,8 +30,8 @@ def main(argv: Sequence[str]) -> None:
 
 
 def run(args: ReportArguments) -> None:
-    from logitmix.evaluation.report.curves import group_by_arm, read_runs
-    from logitmix.evaluation.report.training_report import write_training_report
+    from logitmix.evaluation.report.curves import read_runs
+    from logitmix.evaluation.report.training_report import select_drawn, write_training_report
     from logitmix.runs.console import console
     from logitmix.runs.folder import find_run_or_model
 
@@ -44,7 +44,7 @@ def run(args: ReportArguments) -> None:
             f"{folder} holds a run or a model ({found}); give the report its own folder: {folder / 'report'}"
         )
     validate_distinct(args.runs, "run")
-    arms = group_by_arm(run for source in args.runs for run in read_runs(source))
-    num_figures = write_training_report(folder, args.title, arms)
+    arms, notes = select_drawn([run for source in args.runs for run in read_runs(source)])
+    num_figures = write_training_report(folder, args.title, arms, notes)
     page = folder / "report.html"
     console.print(f"{page}, report.csv and {num_figures} figures (PNG and SVG) are in {folder}.", soft_wrap=True)

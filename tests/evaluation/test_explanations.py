@@ -30,7 +30,7 @@ def group(name, alpha=0.0, n=100, format=0, answer=0, lenient=0, cut=0, limit=96
                 "x: 82 % were cut at 96 tokens: raise --max_new_tokens.",
             ],
         ),
-        ({"format": 3, "answer": 2, "lenient": 40}, ["x: 3 % in the format, 40 % right without it: the template is not"]),
+        ({"format": 3, "answer": 2, "lenient": 40}, ["x: 3 % in the format, 40 % right without it: the"]),
         (
             {"format": 100, "lenient": 43},
             ["x: 100 % in the format, 0 % right in it and 43 % anywhere in the text: the answer is not where"],
@@ -82,7 +82,7 @@ def test_the_interval_of_a_mean_is_the_normal_one():
 
 
 def test_complement_counts_right_answers_anywhere_in_the_text_and_compares_cuts_and_lengths():
-    """A base that is right without the format, and an SFT model in the format: strictly, one of them is never right."""
+    """A base that is right without the format, and an SFT model in the format: one is never right in the format."""
     base, sft = group("base", lenient=43, cut=80), group("sft", format=100, answer=7, lenient=7)
     c = complement(base, sft)
     assert (c.both, c.only_a, c.only_b, c.neither) == (0, 0, 7, 93)

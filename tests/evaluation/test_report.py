@@ -177,19 +177,64 @@ def test_the_page_in_a_browser(runs):
             assert len(requests) == 1
 
 
+def without_evaluations(folder: Path, **more) -> Path:
+    (write_run(folder, seed=7, **more) / "evaluations.jsonl").unlink()
+    return folder
+
+
+def test_a_run_without_evaluations_is_drawn_without_the_held_out_curves_and_that_is_said(runs, capsys):
+    folder = without_evaluations(runs / "unjudged", alpha=0.9)
+    status, out = report(runs, str(folder))
+    assert status == 0
+    drawn = {path.stem for path in out.glob("*.png")}
+    assert drawn == {"alpha", "reward", "format_rate", "kl", "length", "entropy"}
+    said = "unjudged has no evaluations, so its held-out curves are missing; --eval_every STEPS of logitmix train"
+    assert said in capsys.readouterr().out
+    page = " ".join(ParsedPage((out / "report.html").read_text(encoding="utf-8")).text.split())
+    assert said in page
+    assert "unjudged18––––" in page.replace(" ", "")
+    with (out / "report.csv").open(encoding="utf-8") as file:
+        assert {row["of"] for row in csv.DictReader(file)} == {"metrics"}
+
+
+def test_such_a_run_blocks_no_others(runs, capsys):
+    """Beside whole runs: one without evaluations in their arm, one that has begun, and an SFT run."""
+    without_evaluations(runs / "fixed-7")
+    (runs / "begun").mkdir()
+    (runs / "begun" / "metrics.jsonl").write_text("")
+    (runs / "sft").mkdir()
+    (runs / "sft" / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    status, out = report(runs)
+    assert status == 0
+    with (out / "report.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert {Path(row["run"]).name for row in rows} == {"fixed-0", "fixed-1", "fixed-7", "other", "plain"}
+    page = ParsedPage((out / "report.html").read_text(encoding="utf-8")).text
+    assert "fixed-0, 2 seeds" in page, "in the held-out curves"
+    assert "fixed-0, 3 seeds" in page, "in the curves of the rollouts"
+
+    status, _ = report(runs, str(runs / "begun"), str(runs / "sft"), str(runs / "other"))
+    assert status == 0
+    printed = capsys.readouterr().out
+    assert f"{runs / 'begun'} has logged nothing yet, and is left out." in printed
+    assert f"{runs / 'sft'} has no evaluations" in printed
+    assert (out / "loss.png").exists()
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
         ("no/such/run", "no/such/run is not a folder; give the --output_dir of a training run"),
-        ("sft", "has no evaluations (evaluations.jsonl); train with --eval_every STEPS"),
-        ("begun", "is still empty; wait for the first evaluation"),
+        ("empty", "empty holds no run with rewards or evaluations (neither metrics.jsonl nor evaluations.jsonl)"),
+        ("begun", "begun: nothing is logged there yet; wait for the first step or evaluation"),
+        ("started", "started: nothing is logged there yet"),
     ],
 )
-def test_runs_without_evaluations_are_rejected(runs, capsys, source, message):
-    (runs / "sft").mkdir()
-    (runs / "sft" / "metrics.jsonl").write_text('{"step": 1}\n')
-    (runs / "begun").mkdir()
-    (runs / "begun" / "evaluations.jsonl").write_text("")
+def test_a_folder_without_anything_to_draw_is_rejected(runs, capsys, source, message):
+    for name, file in (("empty", None), ("begun", "evaluations.jsonl"), ("started", "run.jsonl")):
+        (runs / name).mkdir()
+        if file is not None:
+            (runs / name / file).write_text("")
     status, out = report(runs, source if "/" in source else str(runs / source))
     assert status == 2
     assert message in capsys.readouterr().err.splitlines()[-1]

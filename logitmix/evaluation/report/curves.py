@@ -26,10 +26,22 @@ class Run:
     metrics: list[dict[str, Any]]
 
     @property
-    def name(self) -> str:
-        """The model whose held-out accuracy is reported: the mixture, or the model if there is no anchor."""
+    def name(self) -> str | None:
+        """The model whose held-out accuracy is reported: the mixture, or the model if there is no anchor.
+
+        None without evaluations.
+        """
         names = {row["name"] for row in self.evaluations}
-        return "mixture" if "mixture" in names else sorted(names)[0]
+        return "mixture" if "mixture" in names else min(names, default=None)
+
+    @property
+    def trains_by_reward(self) -> bool:
+        return bool(self.evaluations) or any("reward" in row for row in self.metrics)
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether any panel shows a number of the run."""
+        return any(points(self, panel.source, key) for panel in PANELS for key in panel.keys)
 
     @property
     def updates(self) -> float:
@@ -118,13 +130,20 @@ PANELS = (
     Panel("length", "Length of the rollouts", "tokens", ("completions/mean_length",)),
     Panel("cut", "Rollouts cut at the limit", "of all (%)", ("completions/clipped_ratio",), **PER_CENT),
     Panel("entropy", "Entropy", "nats a token", ("entropy",)),
+    Panel("loss", "Loss", "loss of the update", ("loss",)),
 )
+
+
+LOGS = (EVALUATIONS_FILE, METRICS_FILE)
 
 
 def read_runs(argument: str) -> list[Run]:
     """The run in a folder, or all runs in its subfolders; `NAME=` before the folder names the arm.
 
-    Raises `ValueError` for a folder that does not exist or has no evaluations.
+    Of subfolders, those with rewards or evaluations are taken: an SFT run is drawn if it is named itself. A run may
+    have logged nothing yet (`Run.is_drawn`).
+
+    Raises `ValueError` for a folder that does not exist or holds no run.
     """
     label, equals, path = argument.partition("=")
     if not equals or Path(argument).is_dir():
@@ -132,14 +151,16 @@ def read_runs(argument: str) -> list[Run]:
     folder = Path(path)
     if not folder.is_dir():
         raise ValueError(f"{path} is not a folder; give the --output_dir of a training run")
-    if not (folder / EVALUATIONS_FILE).exists():
-        inside = sorted(file.parent for file in folder.glob(f"*/{EVALUATIONS_FILE}"))
-        if not inside:
-            raise ValueError(
-                f"{path} has no evaluations ({EVALUATIONS_FILE}); train with --eval_every STEPS, which writes them"
-            )
-        return [_read(inner, label) for inner in inside]
-    return [_read(folder, label)]
+    if any((folder / name).exists() for name in LOGS):
+        return [_read(folder, label)]
+    inside = sorted({file.parent for name in LOGS for file in folder.glob(f"*/{name}")})
+    runs = [run for run in (_read(inner, label) for inner in inside) if run.trains_by_reward]
+    if not runs and not (folder / RUN_FILE).exists():
+        raise ValueError(
+            f"{path} holds no run with rewards or evaluations (neither {METRICS_FILE} nor {EVALUATIONS_FILE}); give "
+            "the --output_dir of a training run, or a folder of them"
+        )
+    return runs or [_read(folder, label)]
 
 
 def _read(folder: Path, label: str) -> Run:
@@ -147,8 +168,6 @@ def _read(folder: Path, label: str) -> Run:
         name: read_jsonl(folder / name) if (folder / name).exists() else []
         for name in (RUN_FILE, EVALUATIONS_FILE, METRICS_FILE)
     }
-    if not lines[EVALUATIONS_FILE]:
-        raise ValueError(f"{folder / EVALUATIONS_FILE} is still empty; wait for the first evaluation")
     arguments = lines[RUN_FILE][-1]["arguments"] if lines[RUN_FILE] else {}
     return Run(folder, label or None, arguments, lines[EVALUATIONS_FILE], lines[METRICS_FILE])
 

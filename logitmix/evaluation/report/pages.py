@@ -34,9 +34,15 @@ def inspection_page(inspection: Inspection, question: str, policy: str, anchor: 
     )
 
 
-def report_page(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], svgs: Mapping[str, str]) -> str:
-    """The page of a report: a table, and the figures by name, as SVG."""
-    return _render("report.html", title=title, columns=columns, rows=rows, figures=_embed_svgs(svgs))
+def report_page(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    svgs: Mapping[str, str],
+    notes: Sequence[str] = (),
+) -> str:
+    """The page of a report: a table, notes below it, and the figures by name, as SVG."""
+    return _render("report.html", title=title, columns=columns, rows=rows, figures=_embed_svgs(svgs), notes=notes)
 
 
 class Table(NamedTuple):

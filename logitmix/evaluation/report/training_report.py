@@ -4,16 +4,36 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-from logitmix.evaluation.report.curves import PANELS, Arm, curve, panel_lines, points
+from logitmix.evaluation.report.curves import PANELS, Arm, Run, curve, group_by_arm, panel_lines, points
 from logitmix.evaluation.report.figures import plot_panel
 from logitmix.evaluation.report.pages import report_page
-from logitmix.evaluation.report.tables import interval, print_rows
+from logitmix.evaluation.report.tables import interval, print_notes, print_rows
 from logitmix.evaluation.statistics import Estimate, wilson_interval
 
 COLUMNS = ("arm", "seeds", "step", "first answer %", "last answer %", "best answer %", "last format %")
+MISSING = "–"
 
 
-def write_training_report(folder: Path, title: str, arms: Sequence[Arm]) -> int:
+def select_drawn(runs: Sequence[Run]) -> tuple[list[Arm], list[str]]:
+    """The arms of the runs that have logged anything, and a line for each run whose curves are missing.
+
+    Raises `ValueError` if no run has logged anything.
+    """
+    drawn = [run for run in runs if run.is_drawn]
+    empty = [f"{run.folder} has logged nothing yet, and is left out." for run in runs if not run.is_drawn]
+    if not drawn:
+        folders = ", ".join(str(run.folder) for run in runs)
+        raise ValueError(f"{folders}: nothing is logged there yet; wait for the first step or evaluation")
+    partial = [
+        f"{run.folder} has no evaluations, so its held-out curves are missing; --eval_every STEPS of logitmix train "
+        "makes them."
+        for run in drawn
+        if not run.evaluations
+    ]
+    return group_by_arm(drawn), [*partial, *empty]
+
+
+def write_training_report(folder: Path, title: str, arms: Sequence[Arm], notes: Sequence[str] = ()) -> int:
     """Write the figures, `report.csv` and `report.html` into the folder, print the table, and count the figures."""
     folder.mkdir(parents=True, exist_ok=True)
     svgs = {}
@@ -25,29 +45,32 @@ def write_training_report(folder: Path, title: str, arms: Sequence[Arm]) -> int:
             svgs[panel.file] = svg.read_text(encoding="utf-8")
     rows = [summarise(arm) for arm in arms]
     write_csv(folder / "report.csv", arms)
-    (folder / "report.html").write_text(report_page(title, COLUMNS, rows, svgs), encoding="utf-8")
+    (folder / "report.html").write_text(report_page(title, COLUMNS, rows, svgs, notes), encoding="utf-8")
     print_rows(title, COLUMNS, rows)
+    print_notes(notes)
     return len(svgs)
 
 
 def summarise(arm: Arm) -> list[str]:
-    """A row of the table: answer rates at the first, the last and the best step, and the format rate at the last."""
+    """A row of the table: answer rates at the first, the last and the best step, and the format rate at the last.
+
+    An arm without evaluations has no rates.
+    """
+    named = [arm.label, str(len(arm.runs)), ", ".join(dict.fromkeys(run.progress for run in arm.runs))]
     answers, formats = curve(arm, "main", "answer"), curve(arm, "main", "format")
-    assert answers is not None
-    assert formats is not None
+    if answers is None or formats is None:
+        return named + [MISSING] * (len(COLUMNS) - len(named))
     best = max(range(len(answers.steps)), key=lambda i: answers.mean[i])
 
     def cell(values: tuple[float, float, float]) -> str:
         if answers.seeds == 1:
-            n = next(row["n"] for row in arm.runs[0].evaluations if row["name"] == arm.runs[0].name)
+            n = next(row["n"] for run in arm.runs for row in run.evaluations if row["name"] == run.name)
             return interval(Estimate(values[0], *wilson_interval(round(values[0] * n), n)))
         return interval(Estimate(*values))
 
     at = list(zip(answers.mean, answers.low, answers.high, strict=True))
     return [
-        arm.label,
-        str(len(arm.runs)),
-        ", ".join(dict.fromkeys(run.progress for run in arm.runs)),
+        *named,
         cell(at[0]),
         cell(at[-1]),
         f"{cell(at[best])} at {answers.steps[best]:g}",
@@ -63,7 +86,7 @@ def write_csv(path: Path, arms: Sequence[Arm]) -> None:
         for arm in arms:
             for run in arm.runs:
                 for panel in PANELS:
-                    source = run.name if panel.source == "main" else panel.source
+                    source = panel.source if panel.source != "main" else run.name or panel.source
                     for key in panel.keys:
                         for step, value in points(run, panel.source, key).items():
                             seed = run.arguments.get("seed", "")
