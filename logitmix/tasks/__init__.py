@@ -17,10 +17,12 @@ from logitmix.tasks.hendrycks_math import HendrycksMath
 from logitmix.tasks.jsonl import JsonLines
 from logitmix.tasks.mmlu import Mmlu
 from logitmix.tasks.names import unknown_name
-from logitmix.tasks.templates import BOXED, BOXED_LINE, R1, Prompt, Template, load_template
+from logitmix.tasks.templates import ANSWER_IS, BOXED, BOXED_LINE, R1, Prompt, Template, load_template
 from logitmix.tasks.verify import Grade, answers_match, grade
+from logitmix.tasks.word_problems import WordProblems
 
 __all__ = [
+    "ANSWER_IS",
     "BOXED",
     "BOXED_LINE",
     "R1",
@@ -39,13 +41,16 @@ __all__ = [
     "Split",
     "Task",
     "Template",
+    "WordProblems",
     "answers_match",
     "grade",
     "load_task",
     "load_template",
 ]
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Arithmetic, HendrycksMath, CnK12, Mmlu, Gsm8k, JsonLines)}
+TASKS: dict[str, type[Task]] = {
+    task.name: task for task in (Arithmetic, WordProblems, HendrycksMath, CnK12, Mmlu, Gsm8k, JsonLines)
+}
 
 
 def load_task(

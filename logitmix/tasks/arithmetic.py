@@ -94,7 +94,7 @@ class Arithmetic(Task):
         drawn: dict[str, Problem] = {}
         while len(drawn) < count:
             question = self._question(rng)
-            if question not in drawn and _split_of(question) == split:
+            if question not in drawn and split_of(question) == split:
                 solution, answer = _solve(question)
                 drawn[question] = Problem(question, answer, solution)
         return list(drawn.values())
@@ -104,7 +104,7 @@ class Arithmetic(Task):
         return str(numbers[0]) + "".join(f"{rng.choice('+-')}{number}" for number in numbers[1:])
 
 
-def _split_of(question: str) -> Split:
+def split_of(question: str) -> Split:
     """The split of a question depends on the question only, so no seed trains on another's test questions."""
     place = int.from_bytes(hashlib.blake2b(question.encode(), digest_size=4).digest()) / 2**32
     if place < SHARES["train"]:

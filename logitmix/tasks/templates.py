@@ -198,7 +198,16 @@ BOXED_LINE = Template(
     pattern=r"(?:(?!\\boxed).)*\n\\boxed\{(?P<answer>[^{}\n]*|\\boxed\{[^{}\n]*\})\}\s*",
 )
 
-TEMPLATES = {template.name: template for template in (R1, BOXED, BOXED_LINE)}
+# For small instruct models: many end that way when they are told to, and reason in as many lines as they like.
+ANSWER_IS = Template(
+    name="answer_is",
+    prompt_format='{question}\n\nEnd with "The answer is" and the answer.',
+    completion_format="{solution}\nThe answer is {answer}.",
+    pattern=r"(?:(?![Tt]he answer is).)*+[Tt]he answer is:? *(?P<answer>(?:(?![Tt]he answer is)[^\n])+?)\.?\s*",
+    chat=True,
+)
+
+TEMPLATES = {template.name: template for template in (R1, BOXED, BOXED_LINE, ANSWER_IS)}
 
 
 def load_template(name_or_file: str) -> Template:
