@@ -15,6 +15,7 @@ from logitmix.runs.console import console
 
 if TYPE_CHECKING:
     from logitmix.evaluation.decode import Response
+    from logitmix.evaluation.openings import Opening
 
 COMPLEMENT_FILE = "complement.json"
 
@@ -47,7 +48,8 @@ def main(argv: Sequence[str]) -> None:
 def run(options: ComplementOptions) -> None:
     from logitmix.evaluation.complement import complement
     from logitmix.evaluation.explanations import explain
-    from logitmix.evaluation.report.tables import print_complement
+    from logitmix.evaluation.openings import summarise
+    from logitmix.evaluation.report.tables import opening_notes, print_complement
     from logitmix.evaluation.sources import find_responses, select_pair
 
     sources = options.comparison.sources
@@ -57,24 +59,35 @@ def run(options: ComplementOptions) -> None:
     sources = [source if find_responses(source) else find_model(source) for source in sources]
     options.comparison.sources = sources
     checkpoints = [source for source in sources if find_responses(source) is None]
-    decoded = decode_checkpoints(checkpoints, options) if checkpoints else {}
+    decoded, openings = decode_checkpoints(checkpoints, options) if checkpoints else ({}, {})
     (name_a, a), (name_b, b) = select_pair(sources, decoded)
     result = complement(a, b, name_a, name_b)
     named = [replace(row, name=name) for name, rows in (("A", a), ("B", b)) for row in rows]
-    print_complement(result, name_a, name_b, explain(named))
+    measured = [openings[name] for name in (name_a, name_b) if openings.get(name)]
+    margins = {name: asdict(summarise(found)) for name, found in openings.items() if found}
+    notes = opening_notes(*measured) if len(measured) == 2 else []
+    print_complement(result, name_a, name_b, [*notes, *explain(named)])
     if options.decoding.output_dir is not None:
         path = Path(options.decoding.output_dir) / COMPLEMENT_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"a": name_a, "b": name_b} | asdict(result), indent=2) + "\n")
+        path.write_text(
+            json.dumps({"a": name_a, "b": name_b} | asdict(result) | {"openings": margins}, indent=2) + "\n"
+        )
         console.print(f"The numbers are in {path}.", soft_wrap=True)
 
 
-def decode_checkpoints(checkpoints: Sequence[str], options: ComplementOptions) -> dict[str, "list[Response]"]:
-    """Greedy responses of the checkpoints, by source, or by member for a single mixture. One is loaded at a time."""
+def decode_checkpoints(
+    checkpoints: Sequence[str], options: ComplementOptions
+) -> tuple[dict[str, "list[Response]"], dict[str, "list[Opening]"]]:
+    """Greedy responses of the checkpoints, and how they open the format of the first problems.
+
+    Both are by source, or by member for a single mixture. One checkpoint is loaded at a time.
+    """
     from accelerate import PartialState
 
     from logitmix.evaluation.decode import get_alphas, make_batches, make_decoder, make_requests
     from logitmix.evaluation.metrics import group_by
+    from logitmix.evaluation.openings import NUM_PROBLEMS, measure_openings
     from logitmix.evaluation.responses import Responses, open_responses
     from logitmix.mixture.loading import load_member, require_tokenizer, validate_same_tokenizer
 
@@ -86,6 +99,7 @@ def decode_checkpoints(checkpoints: Sequence[str], options: ComplementOptions) -
     arguments = {"command": "complement"}
     arguments |= flatten(options.comparison, options.problems, data_args, options.loading, args)
     responses: Responses | None = None
+    openings: dict[str, list[Opening]] = {}
     for source in checkpoints:
         model = load_member(source, **options.loading.init_kwargs).to(PartialState().device)
         alphas = get_alphas(model)
@@ -97,12 +111,15 @@ def decode_checkpoints(checkpoints: Sequence[str], options: ComplementOptions) -
             alphas = {name: alphas[name] for name in ("policy", "anchor")}
         else:  # a mixture is compared as a whole
             alphas = {source: alphas.get("mixture")}
-        decode = make_decoder(
-            model, require_tokenizer(source), task, problems, args.max_new_tokens, decoding=args.decoding
-        )
+        tokenizer = require_tokenizer(source)
+        decode = make_decoder(model, tokenizer, task, problems, args.max_new_tokens, decoding=args.decoding)
         batches = make_batches(make_requests(alphas, len(problems)), args.batch_size)
         expected = dict.fromkeys(alphas if len(checkpoints) == 1 else checkpoints, len(problems))
         responses = responses or open_responses(args.output_dir, arguments, expected)
         responses.add(f"{Path(source).name} on {task.name}", batches, decode)
+        model.eval()
+        for name, alpha in alphas.items():
+            forward = {} if alpha is None else {"alpha": alpha}
+            openings[name] = measure_openings(model, tokenizer, task, problems[:NUM_PROBLEMS], **forward)
     assert responses is not None
-    return group_by(responses.rows, "name")
+    return group_by(responses.rows, "name"), openings

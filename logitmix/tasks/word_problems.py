@@ -1,4 +1,4 @@
-"""One-step word problems with numbers up to ten, generated offline from a seed; the smallest instruct models read them.
+"""One-step word problems with numbers up to ten, generated offline from a seed; for the smallest instruct models.
 
     Mia has 7 apples and finds 5 more. How many apples does she have now?
 
@@ -62,8 +62,8 @@ class WordProblems(Task):
     def __init__(self, seed: int = 0, largest: int = 10, operations: str = "+-") -> None:
         if largest < 10 or not operations or not set(operations) <= set("+-*/"):
             raise ValueError(
-                f"largest is {largest} and operations {operations!r}; largest must be at least 10, and operations some "
-                "of +-*/"
+                f"largest is {largest} and operations {operations!r}; largest must be at least 10, and operations "
+                "some of +-*/"
             )
         self.seed, self.largest = seed, largest
         self.stories = [story for story in STORIES if story[0] in operations]

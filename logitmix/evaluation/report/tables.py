@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -18,7 +19,9 @@ if TYPE_CHECKING:  # reports need no torch
     from logitmix.evaluation.complement import Complement
     from logitmix.evaluation.decode import Response
     from logitmix.evaluation.inspect import Inspection
+    from logitmix.evaluation.openings import Opening
     from logitmix.evaluation.sweep import Choice
+    from logitmix.evaluation.template_trials import Trial
 
 # Rates in the order of the tables, by their names in `Rates`
 MEASURES = {
@@ -29,6 +32,7 @@ MEASURES = {
     "mean_length": "tokens",
 }
 RATE_COLUMNS = tuple(MEASURES.values())
+MARGIN = "margin: of the format's weakest opening token over the next best token, in nats, after a worked solution"
 CARRIER_STYLES = {"both": "", "policy": "blue", "anchor": "yellow", "neither": "magenta"}
 
 
@@ -84,6 +88,21 @@ def print_evaluation(title: str, responses: Sequence[Response]) -> None:
     Console().print(table)
 
 
+def print_trial_rates(title: str, trials: Sequence[Trial]) -> None:
+    """Print the rates of each template that was tried, and the margin of its opening's weakest token."""
+    table = Table(title=title, title_justify="left", caption=MARGIN, caption_justify="left")
+    table.add_column("template", no_wrap=True)
+    for column in (*RATE_COLUMNS, "margin", "of"):
+        table.add_column(column, justify="right" if column != "of" else "left")
+    for trial in trials:
+        if trial.refusal is None:
+            r = rates(trial.responses)
+            shares = map(percent, (r.format, r.answer, r.lenient, r.truncated))
+            margin = ("", "") if trial.margin is None else (f"{trial.margin.nats:+.1f}", visible(trial.margin.token))
+            table.add_row(trial.template, *shares, f"{r.mean_length:.1f}", margin[0], Text(margin[1]))
+    Console().print(table)
+
+
 def print_complement(c: Complement, name_a: str, name_b: str, notes: Sequence[str] = ()) -> None:
     """Print the paper's tables 1 to 3: rates, differences, the cross tables, and whether they are beyond noise."""
     table = Table(
@@ -136,6 +155,24 @@ def complement_notes(c: Complement) -> list[str]:
         f"{smallest} (95 %).",
         f"Anywhere in the text, one alone is right on {lenient.only_a + lenient.only_b} problems, "
         f"{interval(lenient.disagreement)} %; at least one of the two on {interval(lenient.either)} %.",
+    ]
+
+
+def opening_notes(a: Sequence[Opening], b: Sequence[Opening]) -> list[str]:
+    """How surely A and B open the format, and the weight from which on their geometric mixture does."""
+    from logitmix.evaluation.openings import sufficient_weight, summarise  # needs torch, and reports do not
+
+    margins = {"A": summarise(a), "B": summarise(b)}
+    parts = [f"{who} {margin.nats:+.1f} nats at {visible(margin.token)!r}" for who, margin in margins.items()]
+    line = f"Margin of the format's weakest opening token, after a worked solution: {', '.join(parts)}."
+    weak, strong = sorted(margins, key=lambda who: margins[who].nats)
+    weight = sufficient_weight(*((a, b) if strong == "B" else (b, a)))
+    if weight == 0:
+        return [f"{line} Both open it by themselves."]
+    if weight == inf:
+        return [f"{line} Neither opens it by itself: no weight makes sure that a mixture does."]
+    return [
+        f"{line} A geometric mixture opens it from a weight of {weight:.2f} for {strong} on; {weak} alone does not."
     ]
 
 
