@@ -19,6 +19,7 @@ from logitmix.mixture.diagnostics import MixtureDiagnostics
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.training.batch import Batch, TokenScores, own_tokens
 from logitmix.training.monitoring import finite
+from logitmix.training.monitoring.advice import AdviceCallback
 from logitmix.training.monitoring.clock import Clock, OptimizerClock
 
 PHASES = ("rollouts", "rewards", "scoring", "update")
@@ -36,6 +37,7 @@ class Monitor:
         self.trainer = trainer
         self.clock = Clock(trainer.accelerator.device)
         trainer.add_callback(OptimizerClock(self.clock))
+        trainer.add_callback(AdviceCallback())
         self._tokens = {"rollouts": 0.0, "update": 0.0}  # of all processes, since the last log
         self._batches: list[Batch] = []  # of the update in progress
         self.decoding = DecodingStatistics()  # counts rollouts, in vLLM only if members take turns
