@@ -22,6 +22,7 @@ VERBS = {
     "recipes": ("logitmix.cli.recipes", "list the recipes: settings of every run of the paper, by name"),
     "eval": ("logitmix.cli.eval", "evaluate policy, anchor and mixture on the same problems"),
     "sweep": ("logitmix.cli.sweep", "evaluate a pair at every alpha, mixed in logits, probabilities and weights"),
+    "realign": ("logitmix.cli.realign", "predict rates and divergences at other alphas, without decoding them"),
     "inspect": ("logitmix.cli.inspect", "show a response token by token, and which member chose each token"),
     "report": ("logitmix.cli.report", "plot the curves of training runs"),
     "reproduce": ("logitmix.cli.reproduce", "run every arm of the paper and check its claims"),

@@ -49,7 +49,7 @@ def run(options: SweepOptions) -> None:
     from logitmix.evaluation.decode import make_decoder
     from logitmix.evaluation.explanations import explain
     from logitmix.evaluation.report.figures import plot_sweep
-    from logitmix.evaluation.report.tables import print_choices, print_notes, print_sweep_intervals
+    from logitmix.evaluation.report.tables import BETA_NOTE, print_choices, print_notes, print_sweep_intervals
     from logitmix.evaluation.responses import open_responses
     from logitmix.evaluation.sweep import MEMBERS, MIXES, choose_alpha, sweep_rates
     from logitmix.evaluation.sweep_decoding import Decoders, decode_sweep
@@ -92,7 +92,7 @@ def run(options: SweepOptions) -> None:
     title = f"{task.name}, {len(problems)} test problems, greedy"
     print_sweep_intervals(title, table)
     print_choices(choices)
-    print_notes(explain(responses.rows))
+    print_notes([*([BETA_NOTE] if "logit" in mixes else []), *explain(responses.rows)])
     if responses.path is not None:
         folder = responses.path.parent
         lines = {"rates": table, "choices": [asdict(choice) for choice in choices]}

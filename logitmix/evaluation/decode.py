@@ -130,10 +130,17 @@ class Decoder:
         responses: dict[int, Response] = {}
 
         def ended(i: int, ids: list[int]) -> None:
-            responses[i] = self._respond(batch[i], ids)
+            responses[i] = self.respond(batch[i], ids)
             assert on_response is not None
             on_response(i, responses[i])
 
+        completions = self.complete(batch, None if on_response is None else ended)
+        return [responses.get(i) or self.respond(batch[i], ids) for i, ids in enumerate(completions)]
+
+    def complete(
+        self, batch: Sequence[Request], on_completion: Callable[[int, list[int]], None] | None = None
+    ) -> list[list[int]]:
+        """The tokens of the response to each request, with the one that ended it."""
         was_training = self.model.training
         self.model.eval()
         with _seeded(f"{self.seed}/{batch[0]}") if self.settings["do_sample"] else nullcontext():
@@ -144,13 +151,13 @@ class Decoder:
                 dict(self.settings),
                 self.task.template.stop,
                 self.decoding,
-                on_completion=None if on_response is None else ended,
+                on_completion=on_completion,
                 **(_alphas(batch) if self.takes_alpha else {}),
             )
         self.model.train(was_training)
-        return [responses.get(i) or self._respond(batch[i], ids) for i, ids in enumerate(completions)]
+        return completions
 
-    def _respond(self, request: Request, ids: list[int]) -> Response:
+    def respond(self, request: Request, ids: list[int]) -> Response:
         problem = self.problems[request.problem]
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
         grade = self.task.grade(text, problem)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # reports need no torch
     from logitmix.evaluation.decode import Response
     from logitmix.evaluation.inspect import Inspection
     from logitmix.evaluation.openings import Opening
+    from logitmix.evaluation.realignment import Prediction
     from logitmix.evaluation.sweep import Choice
     from logitmix.evaluation.template_trials import Trial
 
@@ -177,12 +178,16 @@ def opening_notes(a: Sequence[Opening], b: Sequence[Opening]) -> list[str]:
 
 
 def print_sweep_intervals(title: str, sweep: Sequence[Mapping[str, Any]]) -> None:
-    """Print the paper's table 4 with intervals: a table of every measure, by alpha and scheme."""
+    """Print the paper's table 4 with intervals: a table of every measure, by alpha and scheme.
+
+    Beside alpha stands by how much it multiplies the beta of a KL penalty, in geometric mixtures.
+    """
     schemes = list(dict.fromkeys(row["scheme"] for row in sweep))
     console = Console()
     for key, measure in MEASURES.items():
         table = Table(title=f"{title}: {measure}", title_justify="left")
         table.add_column("alpha", justify="right")
+        table.add_column("beta ×", justify="right")
         for scheme in schemes:
             table.add_column(scheme, justify="right")
         for alpha in sorted({row["alpha"] for row in sweep}):
@@ -190,12 +195,36 @@ def print_sweep_intervals(title: str, sweep: Sequence[Mapping[str, Any]]) -> Non
             as_text = mean_interval if key == "mean_length" else interval
             table.add_row(
                 f"{alpha:g}",
+                "∞" if alpha >= 1 else f"{1 / (1 - alpha):.3g}",
                 *(
                     as_text(Estimate(row[key], row[f"{key}_low"], row[f"{key}_high"])) if row else ""
                     for row in map(cells.get, schemes)
                 ),
             )
         console.print(table)
+
+
+def print_predictions(title: str, predictions: Sequence[Prediction], betas: Sequence[float]) -> None:
+    """Print what is expected at each alpha; rates are left out where too few rollouts count."""
+    table = Table(
+        title=title,
+        title_justify="left",
+        caption="beta: of the KL penalty that an alpha stands for; KL: to the anchor, nats a token; n: effective "
+        "number of rollouts, with no rates where it is too small",
+        caption_justify="left",
+    )
+    for column in ("alpha", "beta", "KL", "n", "format %", "answer %"):
+        table.add_column(column, justify="right")
+    for p, beta in zip(predictions, betas, strict=True):
+        shares = ("–" if rate is None else interval(rate) for rate in (p.format, p.answer))
+        table.add_row(f"{p.alpha:g}", f"{beta:.3g}", f"{p.kl:.3f}", f"{p.effective:.0f}", *shares)
+    Console().print(table)
+
+
+BETA_NOTE = (
+    "beta ×: of a policy trained with a KL penalty beta to this anchor, scheme logit at alpha stands for beta / (1 - "
+    "alpha); logitmix realign predicts its rates."
+)
 
 
 def print_choices(choices: Sequence[Choice]) -> None:

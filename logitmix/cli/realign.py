@@ -1,0 +1,94 @@
+"""`logitmix realign`: what other alphas stand for, and what is expected of them, from rollouts at one alpha."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from logitmix.cli.options.data import TestProblemArguments
+from logitmix.cli.options.model import AnchorArguments, MixtureArguments, ModelArguments, load_mixture
+from logitmix.cli.options.parser import parse
+from logitmix.cli.options.validation import validate_at_least
+from logitmix.runs.console import console
+
+
+@dataclass
+class RealignArguments:
+    """Realignment"""
+
+    alpha: float = field(default=0.5, metadata={"help": "Weight of the anchor at which the rollouts are sampled."})
+    alphas: list[float] = field(
+        default_factory=lambda: [i / 10 for i in range(11)], metadata={"help": "Weights to predict."}
+    )
+    beta: float = field(
+        default=1.0, metadata={"help": "Strength of the KL to the anchor that the policy was trained with."}
+    )
+    trained_alpha: float = field(
+        default=0.0, metadata={"help": "Weight of the anchor in that training; 0 for a policy trained alone."}
+    )
+    kl_budget: float | None = field(
+        default=None, metadata={"help": "Find the smallest alpha within this KL to the anchor, in nats a token."}
+    )
+    num_samples: int = field(default=4, metadata={"help": "Rollouts of each problem, sampled at temperature 1."})
+    seed: int = field(default=0, metadata={"help": "Seed of the rollouts."})
+    max_new_tokens: int | None = field(
+        default=None,
+        metadata={"help": "Longest rollout, in tokens; default: 512, or what the context leaves if that is less."},
+    )
+    batch_size: int = field(default=64, metadata={"help": "Number of rollouts sampled at a time."})
+    output_file: str | None = field(default=None, metadata={"help": "JSON file for the numbers; default: none."})
+
+    def __post_init__(self) -> None:
+        validate_at_least(self, num_samples=1, batch_size=1)
+        for alpha in (self.alpha, *self.alphas):
+            if not 0 <= alpha <= 1:
+                raise ValueError(f"alpha {alpha:g} is not from 0, the policy alone, to 1, the anchor alone")
+        if self.output_file is not None and not Path(self.output_file).parent.is_dir():
+            raise ValueError(f"--output_file {self.output_file} is in no folder; give a file in a folder that exists")
+        if self.kl_budget is not None and not self.kl_budget > 0:
+            raise ValueError(f"kl_budget is {self.kl_budget}, but must be above 0; only the anchor itself has none")
+
+
+@dataclass
+class RealignOptions:
+    realignment: RealignArguments
+    problems: TestProblemArguments
+    model: ModelArguments
+    mixture: AnchorArguments
+
+
+def main(argv: Sequence[str]) -> None:
+    description = (
+        "From one set of rollouts, predict rates and divergences of a geometric mixture at other alphas, and say "
+        "which strength of a KL penalty each stands for."
+    )
+    run(parse("realign", description, RealignOptions, argv))
+
+
+def run(options: RealignOptions) -> None:
+    from logitmix.evaluation.decode import make_decoder
+    from logitmix.evaluation.realignment import predict, sample_rollouts
+    from logitmix.evaluation.report.tables import print_predictions
+    from logitmix.mixture.loading import require_tokenizer
+    from logitmix.mixture.realignment import equivalent_beta
+
+    args, source = options.realignment, options.model.model_name_or_path
+    betas = [equivalent_beta(args.beta, alpha, args.trained_alpha) for alpha in args.alphas]
+    task = options.problems.resolve(source, options.mixture.anchor).load()
+    problems = task.problems("test", options.problems.eval_limit)
+    model = load_mixture(options.model, MixtureArguments(options.mixture.anchor))
+    model.config.scheme = "logit"  # beta and the reweighting are those of geometric mixtures
+    decoder = make_decoder(
+        model, require_tokenizer(source), task, problems, args.max_new_tokens, temperature=1.0, seed=args.seed
+    )
+    rollouts = sample_rollouts(decoder, args.alpha, args.num_samples, args.batch_size)
+    predictions, budget_alpha = predict(model, rollouts, args.alphas, args.kl_budget)
+    title = f"{task.name}, predicted from {len(rollouts.responses)} rollouts at alpha {args.alpha:g}"
+    print_predictions(title, predictions, betas)
+    if budget_alpha is not None:
+        print(f"The smallest alpha within {args.kl_budget:g} nats a token of the anchor is {budget_alpha:.3f}.")
+    if args.output_file is not None:
+        rows = [asdict(p) | {"beta": b if p.alpha < 1 else None} for p, b in zip(predictions, betas, strict=True)]
+        numbers = {"rollouts": len(rollouts.responses), "alpha": args.alpha, "kl_budget_alpha": budget_alpha}
+        Path(args.output_file).write_text(json.dumps(numbers | {"predictions": rows}, indent=2) + "\n")
+        console.print(f"The numbers are in {args.output_file}.", soft_wrap=True)

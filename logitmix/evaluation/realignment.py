@@ -1,0 +1,134 @@
+"""Rates and divergences at alphas that were not decoded, from one set of rollouts at one alpha.
+
+Shape legend: A alphas, N rollouts, T tokens of a rollout, K tokens of all rollouts, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import sqrt
+
+import torch
+from torch import Tensor
+
+from logitmix.evaluation.decode import Decoder, Request, Response, make_batches
+from logitmix.evaluation.statistics import Estimate
+from logitmix.mixture.mixing import mix_logits
+from logitmix.mixture.modeling import LogitMixForCausalLM
+from logitmix.mixture.realignment import alpha_for_kl, kl_to_anchor, reweighting
+from logitmix.runs.console import progress_bar
+
+LEAST_EFFECTIVE = 30.0  # an interval of fewer effective samples says nothing
+KEPT_TOKENS = 512  # whose members' log-probabilities are kept for a KL budget: 200 MB at 49,152 tokens
+Z = 1.959964
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Sampled responses at one alpha: their tokens, and their grades."""
+
+    alpha: float
+    prompt_ids: list[list[int]]
+    completion_ids: list[list[int]]
+    responses: list[Response]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What is expected of decoding at `alpha`.
+
+    `kl` is KL(mixture ‖ anchor) in nats a token, on the tokens of the rollouts. `effective` is the effective sample
+    size of the rollouts for this alpha; `format` and `answer` are None where it is below `LEAST_EFFECTIVE`.
+    """
+
+    alpha: float
+    kl: float
+    effective: float
+    format: Estimate | None
+    answer: Estimate | None
+
+
+def sample_rollouts(decoder: Decoder, alpha: float, num_samples: int, batch_size: int) -> Rollouts:
+    """Sample responses to every problem from the mixture at `alpha`."""
+    requests = [Request("mixture", alpha, i, s) for i in range(len(decoder.problems)) for s in range(num_samples)]
+    rollouts = Rollouts(alpha, [decoder.prompt_ids[request.problem] for request in requests], [], [])
+    with progress_bar() as bar:
+        shown = bar.add_task("rollouts", total=len(requests), info="")
+        for batch in make_batches(requests, batch_size):
+            ids = decoder.complete(batch)
+            rollouts.completion_ids.extend(ids)
+            rollouts.responses.extend(decoder.respond(*pair) for pair in zip(batch, ids, strict=True))
+            bar.advance(shown, len(batch))
+    return rollouts
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Log-probabilities `[A, N]` of rollouts at each alpha, and the mean KL to the anchor over all tokens, `[A]`.
+
+    `policy_KV` and `anchor_KV` are the members' log-probabilities at K of the tokens, evenly spread.
+    """
+
+    log_probs_AN: Tensor
+    kls_A: Tensor
+    policy_KV: Tensor
+    anchor_KV: Tensor
+
+    def alpha_for(self, kl_budget: float) -> float:
+        """The smallest alpha whose KL to the anchor, on the K tokens, is within the budget."""
+        return alpha_for_kl(lambda alpha: float(kl_to_anchor(self.policy_KV, self.anchor_KV, alpha).mean()), kl_budget)
+
+
+@torch.no_grad()
+def score(model: LogitMixForCausalLM, rollouts: Rollouts, alphas: Sequence[float]) -> Scores:
+    """Score rollouts under the geometric mixture at each alpha. Members run once a rollout, for all alphas."""
+    log_probs_AN = torch.zeros(len(alphas), len(rollouts.completion_ids), dtype=torch.float64)
+    sums_A, tokens = torch.zeros(len(alphas), dtype=torch.float64), sum(map(len, rollouts.completion_ids))
+    every, kept = -(-tokens // KEPT_TOKENS), []
+    pairs = zip(rollouts.prompt_ids, rollouts.completion_ids, strict=True)
+    for n, (prompt, completion) in enumerate(pairs):
+        ids_1T = torch.tensor([[*prompt, *completion]], device=model.device)
+        policy_TV, anchor_TV = (
+            model(input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T), use_cache=False, alpha=member)
+            .logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
+            for member in (0.0, 1.0)
+        )  # fmt: skip
+        targets_T1 = ids_1T[0, len(prompt) :, None]
+        for a, alpha in enumerate(alphas):
+            mixed_TV = mix_logits((policy_TV, anchor_TV), (1 - alpha, alpha), "logit").log_softmax(-1)
+            log_probs_AN[a, n] = mixed_TV.gather(1, targets_T1).double().sum()
+            sums_A[a] += kl_to_anchor(policy_TV, anchor_TV, alpha).double().sum()
+        kept.append((policy_TV[::every], anchor_TV[::every]))
+    policy_KV, anchor_KV = (torch.cat(rows) for rows in zip(*kept, strict=True))
+    return Scores(log_probs_AN, sums_A / tokens, policy_KV, anchor_KV)
+
+
+def predict(
+    model: LogitMixForCausalLM, rollouts: Rollouts, alphas: Sequence[float], kl_budget: float | None = None
+) -> tuple[list[Prediction], float | None]:
+    """A prediction for each alpha, and the alpha that keeps the KL to the anchor within `kl_budget`, if given."""
+    scores = score(model, rollouts, [rollouts.alpha, *alphas])
+    own_N, *others = scores.log_probs_AN
+    found = [
+        _prediction(alpha, float(kl), reweighting(own_N, other_N), rollouts.responses)
+        for alpha, kl, other_N in zip(alphas, scores.kls_A[1:], others, strict=True)
+    ]
+    return found, None if kl_budget is None else scores.alpha_for(kl_budget)
+
+
+def _prediction(alpha: float, kl: float, weights_N: Tensor, responses: Sequence[Response]) -> Prediction:
+    effective = float(1 / weights_N.square().sum())
+    if effective < LEAST_EFFECTIVE:
+        return Prediction(alpha, kl, effective, None, None)
+    rates = (
+        reweighted_rate(weights_N, torch.tensor([getattr(response, key) for response in responses]))
+        for key in ("format_ok", "answer_ok")
+    )
+    return Prediction(alpha, kl, effective, *rates)
+
+
+def reweighted_rate(weights_N: Tensor, outcomes_N: Tensor) -> Estimate:
+    """The rate of outcomes under the normalised weights, with its 95 % interval: the delta method's standard error."""
+    outcomes_N = outcomes_N.to(weights_N)
+    rate = float((weights_N * outcomes_N).sum())
+    half = Z * sqrt(float((weights_N * (outcomes_N - rate)).square().sum()))
+    return Estimate(rate, max(0.0, rate - half), min(1.0, rate + half))

@@ -1,0 +1,228 @@
+"""alpha against beta on a bandit, in closed form; rates by reweighting against exact ones and against decoding."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from logitmix.cli.__main__ import main
+from logitmix.evaluation.decode import Request, make_decoder
+from logitmix.evaluation.realignment import LEAST_EFFECTIVE, predict, reweighted_rate, sample_rollouts, score
+from logitmix.mixture.diagnostics import mixture_diagnostics
+from logitmix.mixture.mixing import mix_logits
+from logitmix.mixture.modeling import LogitMixForCausalLM
+from logitmix.mixture.realignment import (
+    alpha_for_kl,
+    equivalent_alpha,
+    equivalent_beta,
+    kl_to_anchor,
+    reweighting,
+)
+from logitmix.paper.tiny_model import character_tokenizer, tiny_model
+from logitmix.tasks import Arithmetic
+from tests.helpers.commands import error_of
+
+ARMS = 30
+
+
+@pytest.fixture
+def bandit():
+    """The anchor's log-probabilities and the rewards of a bandit's arms, in float64."""
+    draw = torch.Generator().manual_seed(0)
+    anchor = torch.randn(ARMS, generator=draw, dtype=torch.float64).log_softmax(0)
+    return anchor, torch.rand(ARMS, generator=draw, dtype=torch.float64)
+
+
+def optimum(anchor, reward, beta):
+    return (anchor + reward / beta).log_softmax(0)
+
+
+def mixed(policy, anchor, alpha):
+    return ((1 - alpha) * policy + alpha * anchor).log_softmax(0)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.8])
+@pytest.mark.parametrize("trained_alpha", [0.0, 0.5])
+def test_decoding_at_alpha_is_the_optimum_at_the_equivalent_beta(bandit, alpha, trained_alpha):
+    anchor, reward = bandit
+    beta = 0.2
+    trained = optimum(anchor, reward, beta)  # the mixture at trained_alpha, which the training optimises
+    policy = ((trained - trained_alpha * anchor) / (1 - trained_alpha)).log_softmax(0)
+    expected = optimum(anchor, reward, equivalent_beta(beta, alpha, trained_alpha))
+    torch.testing.assert_close(mixed(policy, anchor, alpha), expected)
+    target = equivalent_beta(beta, alpha, trained_alpha)
+    assert equivalent_alpha(beta, target, trained_alpha) == pytest.approx(alpha, abs=1e-12)
+
+
+def test_limits_and_errors_of_the_equivalence():
+    assert equivalent_beta(0.1, 1.0) == math.inf
+    assert equivalent_beta(0.1, 0.5) == pytest.approx(0.2)
+    assert equivalent_beta(0.1, 0.0, 0.5) == pytest.approx(0.05)
+    with pytest.raises(ValueError, match=r"beta 0.1 is below 0.2, that of the policy alone"):
+        equivalent_alpha(0.2, 0.1)
+    for arguments in ((0.0, 0.5), (0.1, 1.5), (0.1, 0.5, 1.0)):
+        with pytest.raises(ValueError, match="must be"):
+            equivalent_beta(*arguments)
+
+
+def test_the_kl_to_the_anchor_falls_with_alpha_at_the_rate_of_a_variance(bandit):
+    anchor, reward = bandit
+    policy, step = optimum(anchor, reward, 0.1), 1e-5
+    for alpha in (0.0, 0.3, 0.7):
+        m = mixed(policy, anchor, alpha).exp()
+        gap = policy - anchor
+        variance = (m * gap**2).sum() - (m * gap).sum() ** 2
+        slope = (kl_to_anchor(policy, anchor, alpha + step) - kl_to_anchor(policy, anchor, alpha)) / step
+        assert slope.item() == pytest.approx(-(1 - alpha) * variance.item(), rel=1e-3)
+    assert kl_to_anchor(policy, anchor, 1.0) == 0
+
+
+def test_the_alpha_of_a_budget_uses_it_up(bandit):
+    anchor, reward = bandit
+    policy = optimum(anchor, reward, 0.1)
+
+    def kl(alpha):
+        return kl_to_anchor(policy, anchor, alpha).item()
+
+    for budget in (0.01, 0.3):
+        assert kl(alpha_for_kl(kl, budget)) == pytest.approx(budget, rel=1e-6)
+    assert alpha_for_kl(kl, 100.0) == 0.0
+    with pytest.raises(ValueError, match="must be above 0"):
+        alpha_for_kl(kl, 0.0)
+
+
+def test_a_token_that_a_member_rules_out_has_no_kl_of_nan():
+    policy, anchor = torch.tensor([[0.0, 1.0, -math.inf]]), torch.tensor([[0.0, 0.5, -math.inf]])
+    for alpha in (0.0, 0.5, 1.0):
+        assert 0 <= kl_to_anchor(policy, anchor, alpha).item() < 1
+
+
+def test_reweighted_rates_match_exact_ones_of_the_bandit(bandit):
+    """Each arm as often as its probability at alpha 0.5 says, so that nothing is left to chance."""
+    anchor, reward = bandit
+    policy, right = optimum(anchor, reward, 0.2), reward > 0.6
+    drawn_from = mixed(policy, anchor, 0.5)
+    arms = torch.repeat_interleave(torch.arange(ARMS), (drawn_from.exp() * 100_000).round().long())
+    for alpha in (0.3, 0.5, 0.7):
+        other = mixed(policy, anchor, alpha)
+        weights = reweighting(drawn_from[arms], other[arms])
+        estimate = reweighted_rate(weights, right[arms])
+        assert estimate.value == pytest.approx(other.exp()[right].sum().item(), abs=1e-4)
+        assert estimate.low < estimate.value < estimate.high
+        exact = 1 / ((other - drawn_from).exp() * other.exp()).sum().item()  # share of samples that count
+        assert (1 / weights.square().sum() / len(arms)).item() == pytest.approx(exact, abs=1e-3)
+
+
+def test_the_interval_at_equal_weights_is_the_binomial_one():
+    outcomes = torch.arange(100) < 30
+    estimate = reweighted_rate(torch.full((100,), 0.01, dtype=torch.float64), outcomes)
+    assert estimate.value - estimate.low == pytest.approx(1.959964 * (0.3 * 0.7 / 100) ** 0.5)
+
+
+# --- rollouts of models -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return character_tokenizer(Arithmetic.alphabet)
+
+
+@pytest.fixture(scope="module")
+def pair(tokenizer):
+    members = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        members.append(tiny_model(len(tokenizer)).eval())
+    return LogitMixForCausalLM.from_members(*members).eval()
+
+
+def rollouts_at(pair, tokenizer, alpha, problems, samples, seed, tokens):
+    task = Arithmetic()
+    decoder = make_decoder(pair, tokenizer, task, task.problems("test", problems), tokens, 1.0, seed)
+    return sample_rollouts(decoder, alpha, samples, 64)
+
+
+@torch.no_grad()
+def test_scores_match_the_mixture_at_each_alpha(pair, tokenizer):
+    rollouts = rollouts_at(pair, tokenizer, 0.5, 2, 2, 0, 5)
+    alphas = (0.0, 0.5, 1.0)
+    scores = score(pair, rollouts, alphas)
+    for a, alpha in enumerate(alphas):
+        kls = []
+        for n, (prompt, completion) in enumerate(zip(rollouts.prompt_ids, rollouts.completion_ids, strict=True)):
+            ids, total = torch.tensor([prompt + completion]), 0.0
+            policy, anchor = (member(ids).logits[0].double() for member in pair.members)
+            mixture = mix_logits([policy, anchor], (1 - alpha, alpha))
+            for t, token in enumerate(completion, start=len(prompt) - 1):
+                total += mixture[t].log_softmax(-1)[token].item()
+                kls.append(mixture_diagnostics([policy[t], anchor[t]], mixture[t]).kl_K[1].item())
+            assert scores.log_probs_AN[a, n].item() == pytest.approx(total, abs=1e-3)
+        assert scores.kls_A[a].item() == pytest.approx(sum(kls) / len(kls), abs=1e-4)
+    budget = scores.kls_A[1].item()
+    assert scores.alpha_for(budget) == pytest.approx(0.5, abs=1e-3)
+
+
+def test_predicted_rates_match_decoded_ones(pair, tokenizer):
+    """Of the event that a response holds a digit, for want of right answers of random members."""
+    drawn, fresh = (rollouts_at(pair, tokenizer, alpha, 8, 100, seed, 3) for alpha, seed in ((0.5, 0), (0.7, 1)))
+
+    def events(rollouts):
+        return torch.tensor([any(c.isdigit() for c in row.response[:2]) for row in rollouts.responses])
+
+    own, other = score(pair, drawn, (0.5, 0.7)).log_probs_AN
+    predicted = reweighted_rate(reweighting(own, other), events(drawn))
+    decoded = events(fresh).double().mean().item()
+    error = ((predicted.high - predicted.low) / 3.92) ** 2 + decoded * (1 - decoded) / len(fresh.responses)
+    assert abs(predicted.value - decoded) < 4 * error**0.5
+
+
+def test_rates_are_refused_where_few_rollouts_count(pair, tokenizer):
+    rollouts = rollouts_at(pair, tokenizer, 0.5, 2, 20, 0, 8)
+    near, far = predict(pair, rollouts, (0.5, 1.0))[0]
+    assert near.effective == pytest.approx(40)
+    assert near.answer is not None
+    assert far.effective < LEAST_EFFECTIVE
+    assert (far.format, far.answer) == (None, None)
+
+
+def test_a_rollout_is_seeded_and_keeps_its_tokens(pair, tokenizer):
+    first, again = (rollouts_at(pair, tokenizer, 0.5, 2, 3, 7, 6) for _ in range(2))
+    assert first.completion_ids == again.completion_ids
+    assert len({tuple(ids) for ids in first.completion_ids}) > 1
+    assert [Request("mixture", 0.5, r.problem, r.sample) for r in first.responses] == [
+        Request("mixture", 0.5, i, s) for i in range(2) for s in range(3)
+    ]
+    for ids, row in zip(first.completion_ids, first.responses, strict=True):
+        assert tokenizer.decode(ids, skip_special_tokens=True) == row.response
+
+
+# --- the command --------------------------------------------------------------------------------------------------
+
+
+def test_the_command_prints_and_writes_the_predictions(members, tmp_path, capsys):
+    base, sft = members
+    path = tmp_path / "realign.json"
+    argv = ["realign", "--model_name_or_path", base, "--anchor", sft, "--eval_limit", "10", "--max_new_tokens", "4"]
+    argv += ["--alphas", "0.5", "1.0", "--beta", "0.1", "--kl_budget", "0.05", "--output_file", str(path)]
+    assert main(argv) == 0
+    printed = capsys.readouterr().out
+    assert "predicted from 40 rollouts at alpha 0.5" in " ".join(printed.split())
+    assert "The smallest alpha within 0.05 nats a token of the anchor is 0." in printed
+    numbers = json.loads(path.read_text())
+    assert [(row["alpha"], row["beta"]) for row in numbers["predictions"]] == [(0.5, 0.2), (1.0, None)]
+    assert 0 < numbers["kl_budget_alpha"] < 1
+    assert numbers["predictions"][1]["kl"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--alphas", "1.5"], "alpha 1.5 is not from 0"),
+        (["--kl_budget", "0"], "kl_budget is 0.0, but must be above 0"),
+        (["--beta", "-1"], "beta is -1.0, but must be above 0"),
+        (["--output_file", "no/such/folder.json"], "is in no folder"),
+    ],
+)
+def test_wrong_values_are_refused(members, capsys, flags, message):
+    assert message in error_of(capsys, ["realign", "--model_name_or_path", members[0], "--anchor", members[1], *flags])
