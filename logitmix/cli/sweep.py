@@ -28,6 +28,13 @@ class SweepArguments:
             "anchor."
         },
     )
+    halve_from: int | None = field(
+        default=None,
+        metadata={
+            "help": "Decode every alpha on this many problems first, then the better half of them on twice as many, "
+            "and so on; default: every alpha on all problems."
+        },
+    )
 
 
 @dataclass
@@ -51,7 +58,7 @@ def run(options: SweepOptions) -> None:
     from logitmix.evaluation.report.figures import plot_sweep
     from logitmix.evaluation.report.tables import BETA_NOTE, print_choices, print_notes, print_sweep_intervals
     from logitmix.evaluation.responses import open_responses
-    from logitmix.evaluation.sweep import MEMBERS, MIXES, choose_alpha, sweep_rates
+    from logitmix.evaluation.sweep import MEMBERS, MIXES, choose_alpha, dropped_notes, plan_rounds, sweep_rates
     from logitmix.evaluation.sweep_decoding import Decoders, decode_sweep
     from logitmix.mixture.configuration import resolve_weights
     from logitmix.mixture.loading import require_tokenizer
@@ -72,6 +79,7 @@ def run(options: SweepOptions) -> None:
             f"eval_limit is {options.problems.eval_limit}, but alpha is chosen on half of the problems and reported "
             "on the other half; raise it above 1"
         )
+    rounds = plan_rounds(len(between), len(problems), options.sweep.halve_from)
     pair = load_mixture(model_args, MixtureArguments(options.mixture.anchor))
     tokenizer = require_tokenizer(model_args.model_name_or_path)
     (policy, anchor), way_out = pair.members, "leave the merge out, with --mixes logit prob"
@@ -84,15 +92,17 @@ def run(options: SweepOptions) -> None:
     )
     arguments = {"command": "sweep"}
     arguments |= flatten(options.problems, data_args, model_args, options.mixture, options.sweep, args)
-    expected = dict.fromkeys(MEMBERS, len(problems)) | dict.fromkeys(mixes, len(between) * len(problems))
+    decoded = sum(part.num_alphas * (part.stop - part.start) for part in rounds)
+    expected = dict.fromkeys(MEMBERS, len(problems)) | dict.fromkeys(mixes, decoded)
     responses = open_responses(args.output_dir, arguments, expected)
-    decode_sweep(responses, decoders, len(problems), mixes, between, args.batch_size)
+    decode_sweep(responses, decoders, len(problems), mixes, between, args.batch_size, rounds)
 
     table, choices = sweep_rates(responses.rows), choose_alpha(responses.rows)
     title = f"{task.name}, {len(problems)} test problems, greedy"
     print_sweep_intervals(title, table)
     print_choices(choices)
-    print_notes([*([BETA_NOTE] if "logit" in mixes else []), *explain(responses.rows)])
+    notes = [BETA_NOTE] if "logit" in mixes else []
+    print_notes([*notes, *dropped_notes(responses.rows), *explain(responses.rows)])
     if responses.path is not None:
         folder = responses.path.parent
         lines = {"rates": table, "choices": [asdict(choice) for choice in choices]}

@@ -47,8 +47,8 @@ def sweep_rates(responses: Sequence[Response]) -> list[dict[str, Any]]:
 def choose_alpha(responses: Sequence[Response]) -> list[Choice]:
     """For each mix, the alpha with the best answer rate on even-numbered problems, and its rate on the others.
 
-    Among equal rates the smallest alpha wins. The best of many rates is biased on the problems that chose it, and
-    unbiased on the other half.
+    Among equal rates the smallest alpha wins. Alphas that successive halving dropped are not candidates. The best of
+    many rates is biased on the problems that chose it, and unbiased on the other half.
 
     Raises `ValueError` for fewer than two problems.
     """
@@ -58,7 +58,12 @@ def choose_alpha(responses: Sequence[Response]) -> list[Choice]:
         )
     choices = []
     for mix, by_alpha in by_mix(responses).items():
-        on_even = {alpha: estimate(_half(group, 0), "answer_ok") for alpha, group in sorted(by_alpha.items())}
+        whole = max(map(len, by_alpha.values()))
+        on_even = {
+            alpha: estimate(_half(group, 0), "answer_ok")
+            for alpha, group in sorted(by_alpha.items())
+            if len(group) == whole
+        }
         alpha = max(on_even, key=lambda candidate: on_even[candidate].value)
         other = {candidate: _half(by_alpha[candidate], 1) for candidate in (alpha, *MEMBERS.values())}
         on_odd = {candidate: estimate(group, "answer_ok") for candidate, group in other.items()}
@@ -77,6 +82,67 @@ def by_mix(responses: Iterable[Response]) -> dict[str, dict[float, list[Response
         named.setdefault(response.name, {}).setdefault(response.alpha, []).append(response)
     members = {alpha: named[name][alpha] for name, alpha in MEMBERS.items()}
     return {mix: named.get(mix, {}) | members for mix in MIXES if mix in named}
+
+
+@dataclass(frozen=True)
+class Round:
+    """A round of successive halving: this many alphas are decoded on the problems from `start` to before `stop`."""
+
+    num_alphas: int
+    start: int
+    stop: int
+
+
+def plan_rounds(num_alphas: int, num_problems: int, first: int | None) -> list[Round]:
+    """Successive halving (Karnin et al. 2013): all alphas on the first problems, then the better half on twice as many
+    in all, and so on; the alphas of the last round are decoded on all problems. Without `first`, one round of all.
+
+    Raises `ValueError` for a first round of fewer than 4 problems, or of more than there are.
+    """
+    if first is None:
+        return [Round(num_alphas, 0, num_problems)]
+    if not 4 <= first <= num_problems:
+        raise ValueError(
+            f"halve_from is {first}, but the first round needs at least 4 problems and at most the {num_problems} of "
+            "the sweep"
+        )
+    rounds, start, stop = [], 0, first
+    while start < num_problems:
+        if num_alphas <= 1:
+            stop = num_problems
+        rounds.append(Round(num_alphas, start, min(stop, num_problems)))
+        num_alphas, start, stop = -(-num_alphas // 2), rounds[-1].stop, 2 * stop
+    return rounds
+
+
+def best_alphas(responses: Iterable[Response], mix: str, alphas: Sequence[float], count: int) -> list[float]:
+    """The `count` alphas of a mix with the best answer rate so far, in rising order; among equal rates those with the
+    better lenient rate, then the smaller ones.
+
+    Only even-numbered problems count, so that the rate on the others stays unbiased (`choose_alpha`).
+    """
+    even = [response for response in responses if response.name == mix and response.problem % 2 == 0]
+
+    def key(alpha: float) -> tuple[float, float, float]:
+        r = rates(response for response in even if response.alpha == alpha)
+        return (-r.answer, -r.lenient, alpha)
+
+    return sorted(sorted(alphas, key=key)[:count])
+
+
+def dropped_notes(responses: Sequence[Response]) -> list[str]:
+    """A line for each mix with alphas that halving dropped: on how many problems each was decoded."""
+    notes = []
+    for mix, by_alpha in by_mix(responses).items():
+        counts = {alpha: len(group) for alpha, group in sorted(by_alpha.items())}
+        dropped = [alpha for alpha in counts if counts[alpha] < max(counts.values())]
+        if dropped:
+            on = [
+                f"{', '.join(f'{alpha:g}' for alpha in dropped if counts[alpha] == n)} after {n} problems"
+                for n in sorted({counts[alpha] for alpha in dropped})
+            ]
+            notes.append(f"{mix}: dropped alpha {'; '.join(on)}.")
+    return notes
 
 
 def _half(responses: Sequence[Response], remainder: int) -> list[Response]:

@@ -7,7 +7,7 @@ import torch
 
 from logitmix.cli.__main__ import main
 from logitmix.evaluation.decode import Response, make_batches, make_decoder, make_requests
-from logitmix.evaluation.sweep import choose_alpha, sweep_rates
+from logitmix.evaluation.sweep import Round, best_alphas, choose_alpha, dropped_notes, plan_rounds, sweep_rates
 from logitmix.mixture.merging import merge_weights, set_merge
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.paper.tiny_model import character_tokenizer, tiny_model
@@ -89,6 +89,35 @@ def test_every_mix_includes_the_members_at_alpha_0_and_1():
     assert all(row["answer_low"] <= row["answer"] <= row["answer_high"] for row in table)
 
 
+def test_halving_doubles_the_problems_of_half_of_the_alphas():
+    assert plan_rounds(9, 200, None) == [Round(9, 0, 200)]
+    assert plan_rounds(9, 200, 20) == [Round(9, 0, 20), Round(5, 20, 40), Round(3, 40, 80), Round(2, 80, 160),
+                                       Round(1, 160, 200)]  # fmt: skip
+    assert plan_rounds(4, 1000, 10) == [Round(4, 0, 10), Round(2, 10, 20), Round(1, 20, 1000)]
+    assert plan_rounds(9, 20, 20) == [Round(9, 0, 20)]
+    for first in (3, 21):
+        with pytest.raises(ValueError, match=rf"halve_from is {first}, but the first round needs at least 4"):
+            plan_rounds(9, 20, first)
+
+
+def test_halving_keeps_the_best_alphas_on_even_problems_only():
+    n = 8
+    rows = responses("logit", 0.2, [i % 2 == 1 for i in range(n)]) + responses("logit", 0.4, [i < 2 for i in range(n)])
+    rows += responses("logit", 0.6, [i == 0 for i in range(n)]) + responses("logit", 0.8, [i < 6 for i in range(n)])
+    assert best_alphas(rows, "logit", [0.2, 0.4, 0.6, 0.8], 2) == [0.4, 0.8]
+    assert best_alphas(rows, "logit", [0.8, 0.4], 1) == [0.8]
+
+
+def test_dropped_alphas_are_named_and_never_chosen():
+    n = 40
+    rows = responses("policy", 0.0, [False] * n) + responses("anchor", 1.0, [False] * n)
+    rows += responses("logit", 0.3, [True] * 10) + responses("logit", 0.6, [i % 3 == 0 for i in range(n)])
+    (choice,) = choose_alpha(rows)
+    assert choice.alpha == 0.6
+    assert dropped_notes(rows) == ["logit: dropped alpha 0.3 after 10 problems."]
+    assert [row["n"] for row in sweep_rates(rows)] == [40, 10, 40, 40]
+
+
 # --- the command --------------------------------------------------------------------------------------------------
 
 
@@ -140,6 +169,31 @@ def test_the_command_sweeps_all_mixes_and_continues_after_an_interruption(pair, 
         assert sweep(pair, *flags) == 0
         assert path.read_text() == whole
         assert capsys.readouterr().out == printed
+
+
+def test_the_command_halves_and_continues_after_an_interruption(pair, tmp_path, capsys):
+    folder = tmp_path / "sweep"
+    flags = ("--alphas", "0.2", "0.4", "0.6", "--eval_limit", "10", "--halve_from", "4", "--output_dir", str(folder))
+    assert sweep(pair, *flags) == 0
+    printed = capsys.readouterr().out
+    path = folder / "responses.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for mix in ("logit", "prob", "merge"):
+        problems = {}
+        for row in rows:
+            if row["name"] == mix:
+                problems.setdefault(row["alpha"], []).append(row["problem"])
+        assert sorted(map(len, problems.values())) == [4, 8, 10]
+        assert all(found == list(range(len(found))) for found in problems.values())
+        assert f"{mix}: dropped alpha " in printed
+    whole = path.read_text()
+    for kept in (36,):
+        path.write_text("\n".join(whole.splitlines()[:kept]) + "\n")
+        assert sweep(pair, *flags) == 0
+        assert path.read_text() == whole
+        assert capsys.readouterr().out == printed
+    assert sweep(pair, "--halve_from", "4") == 2
+    assert "halve_from is 4, but the first round needs" in capsys.readouterr().err
 
 
 def test_the_responses_match_those_of_each_mix_alone(pair, tmp_path):

@@ -195,7 +195,7 @@ def print_sweep_intervals(title: str, sweep: Sequence[Mapping[str, Any]]) -> Non
             as_text = mean_interval if key == "mean_length" else interval
             table.add_row(
                 f"{alpha:g}",
-                "∞" if alpha >= 1 else f"{1 / (1 - alpha):.3g}",
+                "∞" if alpha == 1 else f"{1 / (1 - alpha):.3g}" if alpha < 1 else "–",
                 *(
                     as_text(Estimate(row[key], row[f"{key}_low"], row[f"{key}_high"])) if row else ""
                     for row in map(cells.get, schemes)
