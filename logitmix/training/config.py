@@ -39,9 +39,11 @@ class LogitMixGRPOConfig(ResumableConfig, GRPOConfig):
         scheme: `"logit"` (default) or `"prob"`; a mixture that is given as the model has its own.
         alpha_controller: schedule of alpha over the outer steps, from `alpha`: `"fixed"` (Algorithm 1), `"adaptive"`
             (Algorithm 2, eq. 9), `"validation_weighted"` (the authors' later variant), `"linear"` or `"cosine"` to
-            `alpha_end`, or `"piecewise"` through `alpha_points`.
+            `alpha_end`, `"piecewise"` through `alpha_points`, or `"kl_budget"`.
         alpha_end: alpha at the end of the run.
         alpha_points: `STEP:ALPHA` in updates; alpha is linear between the points, from `alpha` at step 0.
+        kl_budget: `"kl_budget"` sets alpha after each outer step to the smallest at which KL(mixture ‖ anchor), in
+            nats a token of the rollouts, is within the budget; at most 0.95.
         validation_size: questions that `"adaptive"` and `"validation_weighted"` decode after each outer step.
         adaptive_offset: c_o of eq. 9, in questions: the net gain at which alpha is 0.5.
         adaptive_scale: c_d of eq. 9, in questions: the larger, the less alpha follows the gain.
@@ -90,6 +92,10 @@ class LogitMixGRPOConfig(ResumableConfig, GRPOConfig):
     alpha_points: list[str] | None = field(
         default=None,
         metadata={"help": "STEP:ALPHA ...; for the controller piecewise, linear between points."},
+    )
+    kl_budget: float | None = field(
+        default=None,
+        metadata={"help": "KL to the anchor in nats a token, which alpha keeps; for the controller kl_budget."},
     )
     validation_size: int = field(
         default=100, metadata={"help": "Validation questions; for the controllers adaptive and validation_weighted."}

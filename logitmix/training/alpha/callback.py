@@ -12,6 +12,7 @@ from trl import GRPOTrainer
 
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.training.alpha.controllers import (
+    KL_BUDGET,
     SCHEDULES,
     VALIDATING,
     Counts,
@@ -23,6 +24,7 @@ from logitmix.training.alpha.controllers import (
     standardised_gain,
     validation_weighted,
 )
+from logitmix.training.alpha.kl_budget import alpha_within_budget
 from logitmix.training.alpha.validation import FreshQuestions, HeldOut, Rows, updates_per_outer_step, validate
 from logitmix.training.config import LogitMixGRPOConfig
 
@@ -59,6 +61,8 @@ class AlphaControl(TrainerCallback):
         if self.questions is not None:
             done = state.global_step // updates_per_outer_step(trainer.args)
             self._set(state, self._validated_alpha(self.questions.after(done - 1)))
+        elif trainer.args.alpha_controller == KL_BUDGET:
+            self._set(state, alpha_within_budget(trainer, trainer.monitor.last_tokens, trainer.args.kl_budget))
         else:
             self._set(state, scheduled_alpha(trainer.args, state.global_step, state.max_steps))
 
@@ -106,6 +110,7 @@ def validate_alpha_controller(
     for option, value, readers in (
         ("alpha_end", args.alpha_end, ("linear", "cosine")),
         ("alpha_points", args.alpha_points, ("piecewise",)),
+        ("kl_budget", args.kl_budget, (KL_BUDGET,)),
     ):
         if (value is not None) != (controller in readers):
             raise ValueError(
@@ -133,6 +138,13 @@ def validate_alpha_controller(
         )
     if args.alpha_end is not None and not 0 <= args.alpha_end < 1:
         raise ValueError(f"alpha_end is {args.alpha_end}; training needs 0 <= alpha < 1")
+    if args.kl_budget is not None and not args.kl_budget > 0:
+        raise ValueError(f"kl_budget is {args.kl_budget}, but must be above 0; only the anchor itself has no KL")
+    if controller == KL_BUDGET and model.config.scheme != "logit":
+        raise ValueError(
+            f"alpha_controller 'kl_budget' needs scheme 'logit', whose KL to the anchor falls with alpha; scheme is "
+            f"{model.config.scheme!r}"
+        )
     if args.alpha_points is not None:
         parse_points(args.alpha_points)
     if controller in VALIDATING:

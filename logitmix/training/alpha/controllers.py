@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, get_args
 
-Controller = Literal["fixed", "adaptive", "validation_weighted", "linear", "cosine", "piecewise"]
+Controller = Literal["fixed", "adaptive", "validation_weighted", "linear", "cosine", "piecewise", "kl_budget"]
 CONTROLLERS: tuple[str, ...] = get_args(Controller)
 VALIDATING = ("adaptive", "validation_weighted")
 SCHEDULES = ("linear", "cosine", "piecewise")
+KL_BUDGET = "kl_budget"
 
 _TEMPERATURE = 0.25
 _LOWEST, _HIGHEST = 0.05, 0.95

@@ -22,6 +22,7 @@ from logitmix.training.monitoring import finite
 from logitmix.training.monitoring.advice import AdviceCallback
 from logitmix.training.monitoring.clock import Clock, OptimizerClock
 
+TOKENS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "tool_mask")
 PHASES = ("rollouts", "rewards", "scoring", "update")
 
 
@@ -40,6 +41,7 @@ class Monitor:
         trainer.add_callback(AdviceCallback())
         self._tokens = {"rollouts": 0.0, "update": 0.0}  # of all processes, since the last log
         self._batches: list[Batch] = []  # of the update in progress
+        self.last_tokens: Batch = {}  # tokens and masks of the micro-batch that the loss was last computed on
         self.decoding = DecodingStatistics()  # counts rollouts, in vLLM only if members take turns
 
     def timed(self, phase: str) -> AbstractContextManager[None]:
@@ -124,6 +126,7 @@ class Monitor:
         if not self.trainer.model.training:
             return
         self._batches.append(batch)
+        self.last_tokens = {key: batch[key] for key in TOKENS if key in batch}
         mask_BT = own_tokens(batch).bool()
         log_probs_BT = scores.log_probs.detach()
         old_BT = batch.get("old_per_token_logps", log_probs_BT)
