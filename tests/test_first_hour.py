@@ -6,10 +6,21 @@ import time
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from logitmix.cli.__main__ import main
+from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.paper.example_models import fetch_example
 from tests.helpers.paths import ROOT
+from tests.helpers.servers import TransformersServer
+
+ARMS = {
+    "adaptive_mixing": ["--anchor", "runs/words-sft", "--alpha_controller", "adaptive", "--validation_size", "2"],
+    "prob_mixing": ["--anchor", "runs/words-sft", "--scheme", "prob"],
+    "base_anchor": ["--anchor", "models/smollm2"],
+    "grpo": ["--loss_type", "grpo"],
+    "grpo_kl": ["--loss_type", "grpo", "--beta", "0.01"],
+}  # fixed mixing is the page's own
 
 # Sizes of the page, made smaller: the test checks that the commands work
 SMALLER = {
@@ -57,3 +68,30 @@ def test_every_command_of_the_first_hour_runs(working_directory, monkeypatch, ca
     assert seen == expected
     assert Path("models/words-policy/model.safetensors").exists()
     assert Path("report/report.html").exists()
+    train = next(flags for _, verb, *flags in commands() if verb == "train")
+    for arm, changes in ARMS.items():
+        anchor = train.index("--anchor")
+        flags = [*train[:anchor], *train[anchor + 2 :], *SMALLER["train"], *changes, "--output_dir", f"runs/{arm}"]
+        if "--anchor" not in changes:  # from the SFT model, whose adapter goes on
+            flags[flags.index("--model_name_or_path") + 1] = "runs/words-sft"
+            flags.remove("--use_peft")
+        assert main(["train", *flags]) == 0, (arm, capsys.readouterr().err[-2000:])
+
+
+@pytest.mark.slow
+def test_the_model_is_served_without_vllm(working_directory):
+    pytest.importorskip("fastapi", reason="what serving needs is not installed: pip install 'logitmix[serve]'")
+    import httpx
+
+    model = working_directory / "models" / "smollm2"
+    mixture = working_directory / "models" / "mixture"
+    LogitMixForCausalLM.from_members(str(model), str(model)).save_pretrained(mixture)
+    AutoTokenizer.from_pretrained(model).save_pretrained(mixture)
+    server = TransformersServer(mixture, working_directory / "log.txt")
+    try:
+        question = {"model": "mixture", "messages": [{"role": "user", "content": "What is 2+3?"}], "max_tokens": 4}
+        answer = httpx.post(f"{server.url}/v1/chat/completions", json=question, timeout=600)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["choices"][0]["message"]["content"]
+    finally:
+        server.kill()
