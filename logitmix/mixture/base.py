@@ -8,7 +8,7 @@ sees its own range of layers. Members run through their own forward, so whatever
 states instead.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -24,6 +24,7 @@ from logitmix.mixture.configuration import LogitMixConfig
 from logitmix.mixture.dtypes import dtypes_of
 from logitmix.mixture.head import HeadTransform, infer_head_transform
 from logitmix.mixture.mixing import mix_logits
+from logitmix.mixture.quantization import num_bytes, save_quantized
 from logitmix.mixture.references import REFERENCES
 
 
@@ -73,6 +74,13 @@ class MixtureBase(PreTrainedModel):
         if self.adapters is not None:
             self.adapters.train_only("policy")
 
+    def attach(self, models: Mapping[str, PreTrainedModel]) -> None:
+        """Make each model the member of its name, frozen where it is an anchor."""
+        for name, model in models.items():
+            self.add_module(name, model)
+            setattr(self.config, name, model.config)
+        self._freeze_anchors()
+
     def train(self, mode: bool = True) -> Self:
         """Set the policy's training mode; the anchors stay in evaluation mode (no dropout, no checkpointing)."""
         super().train(mode)
@@ -121,6 +129,12 @@ class MixtureBase(PreTrainedModel):
                     "build the mixture with from_members(…, peft_config=…)"
                 )
         self.config.member_dtypes = dtypes_of(self.members)
+        quantized = {name: getattr(self, name) for name in self.config.quantized_models}
+        if quantized:
+            state = kwargs.get("state_dict")
+            is_main = kwargs.get("is_main_process", True)
+            state = self.state_dict() if state is None else state
+            kwargs["state_dict"] = save_quantized(quantized, state, save_directory, is_main_process=is_main)
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             Path(save_directory, REFERENCES).unlink(missing_ok=True)  # of a checkpoint that was here before
@@ -141,7 +155,7 @@ class MixtureBase(PreTrainedModel):
         num_sharing = len(self.config.members) - len(self.config.model_names)
         adapters = {id(p) for _, layer in adapter_layers(self.policy) for p in adapter_parameters(layer)}
         base = {id(p): p for p in self.policy.parameters() if id(p) not in adapters}
-        return sum(map(_num_bytes, held.values())), num_sharing * sum(map(_num_bytes, base.values()))
+        return sum(map(num_bytes, held.values())), num_sharing * sum(map(num_bytes, base.values()))
 
     # --- running the members ----------------------------------------------------------------------------------
 
@@ -239,10 +253,6 @@ def _is_active(weights: Tensor) -> list[bool]:
     """Whether each member runs: its weight is not 0 for every sequence. If all are 0, the policy gives the shape."""
     is_active: list[bool] = (weights.reshape(-1, weights.shape[-1]) != 0).any(0).tolist()
     return is_active if any(is_active) else [True, *is_active[1:]]
-
-
-def _num_bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def concatenate_outputs(outputs: list[Any], field: str) -> tuple[Tensor, ...] | None:

@@ -140,6 +140,12 @@ class LogitMixConfig(PreTrainedConfig):
         return [name for name in self.members if self.model_of(name) == name]
 
     @property
+    def quantized_models(self) -> list[str]:
+        """Those of `model_names` with quantised weights, as their own configurations say."""
+        configs = {name: getattr(self, name, None) for name in self.model_names}
+        return [name for name, config in configs.items() if getattr(config, "quantization_config", None) is not None]
+
+    @property
     def member_configs(self) -> list[PreTrainedConfig]:
         """The configurations of the models that run the members, in the order of `weights`."""
         return [getattr(self, self.model_of(name)) for name in self.members]

@@ -22,6 +22,7 @@ from logitmix.mixture.architecture import validate_architecture
 from logitmix.mixture.configuration import LogitMixConfig, member_names
 from logitmix.mixture.dtypes import member_kwargs, validate_shared
 from logitmix.mixture.opening import describe, first_line, open_model, validate_files
+from logitmix.mixture.quantization import loading_kwargs, member_quantizations
 from logitmix.mixture.tokenizers import declared_ends, end_token_ids, leave_texts_open
 
 Member: TypeAlias = PreTrainedModel | str | os.PathLike[str]
@@ -43,7 +44,10 @@ def load_members(
     do not fit or have no effect.
     """
     _validate_sources(sources, peft_config)
+    quantizations = member_quantizations(kwargs.pop("quantization_config", None), sources)
     options = member_kwargs(kwargs, sources)
+    for name, quantization in quantizations.items():
+        options[name] |= loading_kwargs(quantization)
     # Tokenizers first: they are small, and may rule out models that then need not load
     paths = [source.name_or_path if isinstance(source, PreTrainedModel) else str(source) for source in sources]
     trusted = {"trust_remote_code": kwargs.get("trust_remote_code", False)}
@@ -79,6 +83,10 @@ def load_members(
             adapters[name] = NO_ADAPTER
         if name in adapters:
             validate_shared(name, options[name], policy)
+            if name in quantizations and "policy" not in quantizations:
+                raise ValueError(
+                    f"{name} shares the policy's weights, which are not quantised; leave out its quantisation"
+                )
             members.append(policy)
         else:
             members.append(source if isinstance(source, PreTrainedModel) else load_member(path, True, **options[name]))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -36,6 +36,7 @@ from logitmix.mixture.frozen import frozen_sources, load_with_references
 from logitmix.mixture.loading import Member, load_members, load_tokenizer
 from logitmix.mixture.mixing import Scheme, Weights, mix_logits
 from logitmix.mixture.opening import validate_loaded
+from logitmix.mixture.quantization import open_quantized
 from logitmix.mixture.references import read_references
 from logitmix.mixture.scoring import score_and_diagnose_labels, score_labels
 from logitmix.mixture.tokenizers import declared_ends
@@ -71,7 +72,7 @@ class LogitMixForCausalLM(MixtureBase, MixtureGenerationMixin):
     _supports_attention_backend = True
     _can_compile_fullgraph = False
 
-    def __init__(self, config: LogitMixConfig, members: Sequence[PreTrainedModel] | None = None) -> None:
+    def __init__(self, config: LogitMixConfig, members: Sequence[nn.Module] | None = None) -> None:
         super().__init__(config)
         if members is None:
             members = [
@@ -80,6 +81,8 @@ class LogitMixForCausalLM(MixtureBase, MixtureGenerationMixin):
                     dtype=config.dtype_of(config.model_of(name)),
                     attn_implementation=get_implementation(member_config, "attn_implementation"),
                 )
+                if config.model_of(name) not in config.quantized_models
+                else nn.Identity()  # in its place, until `from_pretrained` has opened it
                 for name, member_config in zip(config.members, config.member_configs, strict=True)
             ]
             for name, adapter in config.adapters.items():
@@ -88,8 +91,9 @@ class LogitMixForCausalLM(MixtureBase, MixtureGenerationMixin):
         for name, member in zip(config.members, members, strict=True):
             if name in config.model_names:
                 self.add_module(name, member)
-                setattr(config, name, member.config)
-                avoid_weight_copies(member)
+                if isinstance(member, PreTrainedModel):
+                    setattr(config, name, member.config)
+                    avoid_weight_copies(member)
         self.adapters = Adapters(self.policy, config.members) if config.adapters else None
         self._keep_in_fp32_modules_strict = set(ADAPTER_WEIGHTS if config.adapters else [])
         self.tokenizer: PreTrainedTokenizerBase | None = None
@@ -168,6 +172,7 @@ class LogitMixForCausalLM(MixtureBase, MixtureGenerationMixin):
             model, info = load_with_references(load, local, references, *args, **kwargs)
         else:
             model, info = load(folder, *args, output_loading_info=True, **kwargs)
+            model.attach(open_quantized(model.config, folder, **kwargs))
         if not asks_for_info:
             validate_loaded(info, str(folder))
         model._freeze_anchors()

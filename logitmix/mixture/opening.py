@@ -18,7 +18,7 @@ from peft import PeftConfig, PeftModel
 from peft.utils import load_peft_weights
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from logitmix.mixture.torch_patches import avoid_weight_copies
 
@@ -66,11 +66,38 @@ def open_model(source: str, **kwargs: Any) -> PreTrainedModel:
         ) from error
     except torch.OutOfMemoryError:
         raise
-    except _UNREADABLE as error:
+    except (*_UNREADABLE, ImportError, ValueError) as error:
+        if _is_quantized(source, options):
+            raise ValueError(
+                f"the model at {source!r} cannot be held with quantised weights here ({type(error).__name__}: "
+                f"{first_line(error)}); install what it needs, choose another quantisation, or do without"
+            ) from error
+        if not isinstance(error, _UNREADABLE):
+            raise
         raise _unreadable(source, error) from error
     validate_loaded(info, source)
     avoid_weight_copies(model)
+    _keep_unpacked(model)
     return model
+
+
+def _keep_unpacked(model: PreTrainedModel) -> None:
+    """Keep bitsandbytes from packing 4-bit weights in the first forward pass on a CPU.
+
+    That rounds their scales to bfloat16, so that a saved model would differ from a loaded one, and fails where a size
+    is not a multiple of 32.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _is_quantized(source: str, options: Mapping[str, Any]) -> bool:
+    """Whether a model is saved, or is to be loaded, with quantised weights."""
+    if options.get("quantization_config") is not None:
+        return True
+    own = {key: options[key] for key in ("subfolder", "revision", "token", "cache_dir") if key in options}
+    return bool(PreTrainedConfig.get_config_dict(source, **own)[0].get("quantization_config"))
 
 
 def validate_files(folder: str, *patterns: str) -> None:
