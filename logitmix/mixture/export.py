@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from logitmix.mixture.adapters import NO_ADAPTER, adapter_layers, has_adapter
 from logitmix.mixture.base import MixtureBase
+from logitmix.mixture.quantization import save_model
 from logitmix.mixture.transformers_patches import mark_adapters_loaded
 
 
@@ -24,7 +25,7 @@ def export_member(mixture: MixtureBase, name: str, folder: str | os.PathLike[str
     model: PreTrainedModel = getattr(mixture, mixture.config.model_of(name))
     adapter = mixture.config.adapters.get(name)
     if adapter is None:
-        model.save_pretrained(folder)
+        save_model(model, folder)
     elif adapter == NO_ADAPTER or merge:
         merge_into_copy(model, name).save_pretrained(folder)
     elif not model.peft_config[name].base_model_name_or_path:

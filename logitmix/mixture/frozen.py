@@ -26,8 +26,11 @@ from logitmix.mixture.base import MixtureBase
 from logitmix.mixture.configuration import LogitMixConfig
 from logitmix.mixture.dtypes import name_of
 from logitmix.mixture.loading import load_member
+from logitmix.mixture.opening import open_model
+from logitmix.mixture.quantization import as_quantization, loading_kwargs, open_quantized, quantization_method
 from logitmix.mixture.references import (
     STORE,
+    Weight,
     find_source,
     fingerprints,
     frozen_files,
@@ -77,19 +80,24 @@ def save_store(mixture: MixtureBase, run: Path, staging: Path) -> dict[str, Any]
     frozen = frozen_names(mixture)
     state = {name: weight for name, weight in mixture.state_dict().items() if name in frozen}
     mixture.save_pretrained(staging, state_dict=state)
-    written = weight_files(staging)
-    weights = {name: weight for path in written for name, weight in read_header(path).items()}
+    quantized = [name for name in mixture.config.quantized_models if (staging / name).is_dir()]
+    written = [path for each in ("", *quantized) for path in weight_files(staging / each) if path.exists()]
+    weights = read_headers(written, mixture.config)
     sha256 = fingerprints(weights, lambda name: owner_of(name, mixture.config))
     key = fingerprints(weights)[""][:16]
     folder = run / STORE
     folder.mkdir(exist_ok=True)
+    targets = {path: path.name.replace("model", key, 1) for path in written if path.parent == staging}
+    for model in quantized:
+        (folder / model).mkdir(exist_ok=True)
+        targets |= {path: f"{model}/{path.name}" for path in (staging / model).iterdir()}
     files = {}
-    for path in written:
-        target = folder / path.name.replace("model", key, 1)
-        files[target.name] = path.stat().st_size
+    for path, name in targets.items():
+        files[name] = path.stat().st_size
         sync(path)
-        os.replace(path, target)
-    sync(folder)
+        os.replace(path, folder / name)
+    for each in (*(folder / model for model in quantized), folder):
+        sync(each)
     return {"files": files, "run": os.path.abspath(run), "sha256": sha256}
 
 
@@ -180,10 +188,36 @@ def read_store(checkpoint: Path, references: Mapping[str, Any], config: LogitMix
     if files is None:
         return None
     own = {name for path in weight_files(checkpoint) for name in read_header(path)}
-    weights = {n: weight for path in files for n, weight in read_header(path).items() if n not in own}
+    weights = {name: weight for name, weight in read_headers(files, config).items() if name not in own}
     found = fingerprints(weights, lambda name: owner_of(name, config))
     validate_fingerprints(found, references["store"]["sha256"], str(files[0]))
-    return {name: weight.path for name, weight in weights.items()}
+    quantized = config.quantized_models
+    return {name: weight.path for name, weight in weights.items() if name.partition(".")[0] not in quantized}
+
+
+def read_headers(files: Sequence[Path], config: LogitMixConfig) -> dict[str, Weight]:
+    """The weights in these files, by their names in the mixture; a quantised member has files in its own folder."""
+    weights = {}
+    for path in files:
+        if path.suffix == ".safetensors":
+            prefix = f"{path.parent.name}." if path.parent.name in config.quantized_models else ""
+            weights |= {prefix + name: weight for name, weight in read_header(path).items()}
+    return weights
+
+
+def open_frozen(
+    checkpoint: Path, references: Mapping[str, Any] | None, config: LogitMixConfig
+) -> dict[str, PreTrainedModel]:
+    """The quantised members of a checkpoint, which refers to them, or holds them if `references` is None."""
+    if references is None or not config.quantized_models:
+        return open_quantized(config, checkpoint)
+    files = frozen_files(checkpoint, references)
+    if files is None:
+        return {
+            name: _load_source(checkpoint, references["sources"], config, name) for name in config.quantized_models
+        }
+    folders = {path.parent.name: path.parent for path in files}
+    return {name: open_model(str(folders[name])) for name in config.quantized_models}
 
 
 def load_with_references(
@@ -200,6 +234,7 @@ def load_with_references(
         config, kwargs = LogitMixConfig.from_pretrained(folder, return_unused_kwargs=True, **kwargs)
     state = whole_state_dict(folder, references, config)
     model, info = load(None, *args, config=config, state_dict=state, output_loading_info=True, **kwargs)
+    model.attach(open_frozen(folder, references, model.config))
     model.name_or_path = model.config.name_or_path = str(folder)
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -247,15 +282,25 @@ def _load_from_sources(
     """The frozen weights of a checkpoint, from the folders that its members were loaded from."""
     state: dict[str, Tensor] = {}
     for name in config.model_names:
-        if name == "policy" and not config.adapters:
+        if (name == "policy" and not config.adapters) or name in config.quantized_models:
             continue
-        model = load_member(_find_source(checkpoint, name, sources[name]), dtype=sources[name]["dtype"])
+        model = _load_source(checkpoint, sources, config, name)
         for member, adapter in config.adapters.items() if name == "policy" else ():
             if adapter != NO_ADAPTER:
                 own = None if member == "policy" else _find_source(checkpoint, member, sources[member])
                 add_adapter(model, member, adapter_config_from_dict(adapter), own)
         state |= {f"{name}.{key}": weight for key, weight in model.state_dict().items()}
     return state
+
+
+def _load_source(
+    checkpoint: Path, sources: Mapping[str, Mapping[str, Any]], config: LogitMixConfig, name: str
+) -> PreTrainedModel:
+    """The model of a member, loaded as when the run began."""
+    path, options = _find_source(checkpoint, name, sources[name]), {"dtype": sources[name]["dtype"]}
+    if name in config.quantized_models and quantization_method(path) is None:
+        options |= loading_kwargs(as_quantization(getattr(config, name).quantization_config))
+    return load_member(path, **options)
 
 
 def _find_source(checkpoint: Path, name: str, saved: Mapping[str, Any]) -> str:

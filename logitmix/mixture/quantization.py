@@ -135,12 +135,17 @@ def loading_kwargs(quantization: QuantizationConfigMixin) -> dict[str, Any]:
     return {"quantization_config": quantization, "device_map": device_map}
 
 
-def num_bytes(tensor: Tensor) -> int:
-    """The bytes that a weight takes; torchao's are tensors made of others, and claim the size of the original."""
-    if not hasattr(tensor, "__tensor_flatten__"):
-        return tensor.numel() * tensor.element_size()
-    names, _ = tensor.__tensor_flatten__()
-    return sum(num_bytes(getattr(tensor, name)) for name in names)
+def plain_tensors(weight: Tensor) -> list[Tensor]:
+    """The tensors that a weight is made of: itself, or those inside one of torchao."""
+    if not hasattr(weight, "__tensor_flatten__"):
+        return [weight]
+    names, _ = weight.__tensor_flatten__()
+    return [tensor for name in names for tensor in plain_tensors(getattr(weight, name))]
+
+
+def num_bytes(weight: Tensor) -> int:
+    """The bytes that a weight takes."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in plain_tensors(weight))
 
 
 # --- saving and opening ---------------------------------------------------------------------------------------------
@@ -154,10 +159,16 @@ def save_quantized(
     for name, model in models.items():
         own = [key for key in rest if key.startswith(f"{name}.")]
         if own:
-            model.save_pretrained(Path(folder, name), **kwargs)
+            save_model(model, Path(folder, name), **kwargs)
         for key in own:
             del rest[key]
     return rest
+
+
+def save_model(model: PreTrainedModel, folder: str | os.PathLike[str], **kwargs: Any) -> None:
+    """`save_pretrained`, also of weights that were loaded quantised, whose names transformers cannot revert."""
+    is_quantized = getattr(model.config, "quantization_config", None) is not None
+    model.save_pretrained(folder, **({"save_original_format": False} if is_quantized else {}), **kwargs)
 
 
 def open_quantized(mixture: LogitMixConfig, source: Any, **kwargs: Any) -> dict[str, PreTrainedModel]:

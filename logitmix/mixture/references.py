@@ -82,8 +82,10 @@ def _find_store(checkpoint: Path, store: Mapping[str, Any]) -> list[Path] | None
         files = [run / STORE / name for name in store["files"]]
         if all(path.is_file() for path in files):
             return files
-        if is_whole(run):
-            return weight_files(run)
+        # a quantised member has a folder of its own, also within the model
+        nested = [run / name for name in store["files"] if "/" in name]
+        if is_whole(run) and all(path.is_file() for path in nested):
+            return weight_files(run) + nested
     return None
 
 
@@ -119,10 +121,11 @@ def store_fault(checkpoint: Path) -> str | None:
     """
     references = read_references(checkpoint)
     files = None if references is None else frozen_files(checkpoint, references)
+    sizes = {} if references is None or references["store"] is None else references["store"]["files"]
     for path in files or ():
-        size = references["store"]["files"].get(path.name) if references is not None else None
-        if size is not None and path.stat().st_size != size:
-            return f"its {STORE}/{path.name} has {path.stat().st_size} of {size} bytes"
+        name = next((name for name in sizes if path.parts[-1 - name.count("/") :] == tuple(name.split("/"))), None)
+        if name is not None and path.stat().st_size != sizes[name]:
+            return f"its {STORE}/{name} has {path.stat().st_size} of {sizes[name]} bytes"
     return None
 
 

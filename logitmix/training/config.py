@@ -36,6 +36,9 @@ class LogitMixGRPOConfig(ResumableConfig, GRPOConfig):
             that is given as the model.
         anchor_dtype: dtype of the anchor's weights. Default its checkpoint's own; the policy's if that has fewer bits,
             or if the anchor is an adapter.
+        anchor_quantization: hold the anchor's linear layers in fewer bits: `"int8"` or `"int4"` (torchao),
+            `"bitsandbytes-8bit"` or `"bitsandbytes-4bit"`, or a `quantization_config` of transformers as a dict or
+            JSON. A checkpoint that is quantised already needs none.
         scheme: `"logit"` (default) or `"prob"`; a mixture that is given as the model has its own.
         alpha_controller: schedule of alpha over the outer steps, from `alpha`: `"fixed"` (Algorithm 1), `"adaptive"`
             (Algorithm 2, eq. 9), `"validation_weighted"` (the authors' later variant), `"linear"` or `"cosine"` to
@@ -83,6 +86,13 @@ class LogitMixGRPOConfig(ResumableConfig, GRPOConfig):
     anchor_dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = field(
         default=None,
         metadata={"help": "Dtype of the anchor; default its checkpoint's, but no wider than the policy's."},
+    )
+    anchor_quantization: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "Hold the anchor in fewer bits: int8, int4, bitsandbytes-8bit, bitsandbytes-4bit, or a "
+            "quantization_config of transformers as JSON."
+        },
     )
     scheme: Scheme | None = field(default=None, metadata={"help": "How to mix the members; default logit."})
     alpha_controller: Controller = field(default="fixed", metadata={"help": "Schedule of alpha over the run."})
@@ -173,6 +183,8 @@ def build_model(
                 "give only one"
             )
         with_anchor_dtype = init_kwargs | {"dtype": member_dtypes(args, init_kwargs["dtype"], model)}
+        if args.anchor_quantization is not None:
+            with_anchor_dtype["quantization_config"] = {"anchor_0": args.anchor_quantization}
         alpha, scheme = 0.5 if args.alpha is None else args.alpha, args.scheme or "logit"
         with explained_init_kwargs(init_kwargs):
             model = LogitMixForCausalLM.from_members(

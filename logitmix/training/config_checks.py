@@ -13,6 +13,7 @@ from logitmix.mixture.adapters import CHANGES_BASE
 from logitmix.mixture.context import context_length, validate_fits_context
 from logitmix.mixture.decoding.loop import Decoding, validate_decoding
 from logitmix.mixture.modeling import LogitMixForCausalLM
+from logitmix.mixture.quantization import as_quantization
 from logitmix.training.alpha.controllers import CONTROLLERS
 from logitmix.training.config import (
     GROUP_LOSS,
@@ -67,6 +68,11 @@ def validate_config(args: LogitMixGRPOConfig, model: PreTrainedModel, given: Map
     }.items():
         if getattr(args, option):
             raise ValueError(f"{option}={getattr(args, option)!r} cannot be used with a mixture: {reason}")
+    if "policy" in model.config.quantized_models and "policy" not in model.config.adapters:
+        raise ValueError(
+            "the policy has quantised weights, which cannot train; quantise the anchor alone (anchor_quantization), "
+            "or train an adapter (peft_config)"
+        )
     if model.config.weights[0] <= 0:
         raise ValueError(
             f"the policy's weight in the mixture is {model.config.weights[0]}; it is a factor of the gradient, so "
@@ -96,6 +102,8 @@ def validate_options(args: LogitMixGRPOConfig) -> None:
     validate_choices(args)
     validate_numbers(args)
     validate_options_are_read(args)
+    if args.anchor_quantization is not None:
+        as_quantization(args.anchor_quantization)
     validate_sampling_is_scored(args)
     validate_sampling(args)
 

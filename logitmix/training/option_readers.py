@@ -20,7 +20,7 @@ class Reader(NamedTuple):
 
 
 READERS = (
-    Reader(("anchor_dtype",), lambda args: args.anchor is not None, "anchor"),
+    Reader(("anchor_dtype", "anchor_quantization"), lambda args: args.anchor is not None, "anchor"),
     Reader(
         ("adaptive_offset", "adaptive_scale"),
         lambda args: args.alpha_controller in VALIDATING,

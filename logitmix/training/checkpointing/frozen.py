@@ -18,9 +18,11 @@ from torch import Tensor
 from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 
+from logitmix.mixture.configuration import LogitMixConfig
 from logitmix.mixture.frozen import (
     describe_sources,
     frozen_names,
+    open_frozen,
     read_store,
     relative_to,
     save_store,
@@ -45,6 +47,11 @@ class FrozenWeights:
         self.trainer = trainer
         self.mode = getattr(args, "save_frozen", "always") if isinstance(model, LogitMixForCausalLM) else "always"
         is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        if is_sharded and isinstance(model, LogitMixForCausalLM) and model.config.quantized_models:
+            raise ValueError(
+                f"{model.config.quantized_models[0]} has quantised weights, which FSDP and DeepSpeed cannot shard; "
+                "leave out its quantisation, or train with DDP"
+            )
         if self.mode == "never":
             _validate_never(trainer, is_sharded)
         # what is pushed during training has to load without the run's folder
@@ -81,6 +88,10 @@ class FrozenWeights:
         Raises `ValueError` where they are missing, or a member has changed since the run began.
         """
         references, model = read_references(checkpoint), self.trainer.model
+        if isinstance(model, LogitMixForCausalLM) and model.config.quantized_models:
+            saved = LogitMixConfig.from_pretrained(checkpoint)
+            opened = open_frozen(checkpoint, references, saved)
+            model.attach({name: member.to(model.device) for name, member in opened.items()})
         if references is None:
             return
         validate_sources(model, references["sources"])
@@ -100,9 +111,11 @@ class FrozenWeights:
 
     def drop_loaded(self, missing: list[str]) -> list[str]:
         """Of the weights that a checkpoint lacks, those that it does not refer to either."""
+        model = self.trainer.model
         if self.mode == "always":
-            return missing
-        frozen = frozen_names(self.trainer.model)
+            quantized = model.config.quantized_models if isinstance(model, LogitMixForCausalLM) else ()
+            return [name for name in missing if name.partition(".")[0] not in quantized]
+        frozen = frozen_names(model)
         return [name for name in missing if name not in frozen]
 
     # --- the model at the end -----------------------------------------------------------------------------------
@@ -117,10 +130,14 @@ class FrozenWeights:
         """Remove the copy: the model that was just saved holds its weights."""
         if self.mode != "once" or self._store is None:
             return
-        for path in weight_files(self.run):
+        nested = [name for name in self._store["files"] if "/" in name]
+        for path in (*weight_files(self.run), *(self.run / name for name in nested)):
             sync(path)
         for name in self._store["files"]:
             (self.run / STORE / name).unlink(missing_ok=True)
+        for folder in {(self.run / STORE / name).parent for name in nested}:
+            if not any(folder.iterdir()):
+                folder.rmdir()
         if not any((self.run / STORE).iterdir()):
             (self.run / STORE).rmdir()
         self._store = None

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from trl import GRPOTrainer
 
+from logitmix.mixture.quantization import plain_tensors
+
 WAY_OUT = "Inspect the batch, then resume from the last checkpoint with another setting, such as a lower learning_rate"
 
 
@@ -23,7 +25,8 @@ def broken_parameter(model: nn.Module) -> str | None:
     8 bits are skipped.
     """
     local = [(name, p.to_local() if isinstance(p, DTensor) else p) for name, p in model.named_parameters()]
-    named = [(name, p.detach()) for name, p in local if p.numel() and p.is_floating_point() and p.element_size() > 1]
+    plain = [(name, tensor.detach()) for name, parameter in local for tensor in plain_tensors(parameter)]
+    named = [(name, p) for name, p in plain if p.numel() and p.is_floating_point() and p.element_size() > 1]
     if not named:  # partitioned by ZeRO-3
         return None
     finite = [torch.isfinite(parameter).all() for _, parameter in named]

@@ -131,6 +131,11 @@ def mixture_for_vllm(model: LogitMixForCausalLM, tokenizer: Any, args: LogitMixG
     """
     generation = partial(MixtureVLLMGeneration, alternates=alternates(args, model))
     state, folder, original_name = PartialState(), Path(args.output_dir) / ".vllm", model.name_or_path
+    if model.config.quantized_models:
+        raise ValueError(
+            f"{model.config.quantized_models[0]} has quantised weights, and vLLM holds the members of a mixture in "
+            "one dtype; leave out its quantisation, or use_vllm"
+        )
     if args.vllm_mode == "colocate":
         validate_architectures(model.config)
         if state.is_main_process:
