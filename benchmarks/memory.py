@@ -38,6 +38,7 @@ MEMORY = {
     "trl": "TRL with KL: policy and reference",
     "fp32": "mixture, float32 anchor",
     "bf16": "mixture, bfloat16 anchor",
+    "int8": "mixture, int8 anchor (torchao)",
     "trl-lora": "TRL with KL: LoRA",
     "lora": "mixture, LoRA pair on one base",
 }
@@ -45,6 +46,7 @@ DISK = {"always": "whole checkpoints", "once": "frozen member stored once"}
 # the largest ratio of a value to another's
 BARS = (
     ("memory", "bf16", "trl", 0.85),
+    ("memory", "int8", "trl", 0.80),
     ("memory", "lora", "trl-lora", 1.02),
     ("disk", "once", "always", 0.62),
     ("saving the weights", "once", "always", 0.60),
@@ -78,7 +80,9 @@ def trainer_of(arm: str, args: argparse.Namespace, folder: Path, run: Path, **mo
     if is_trl:
         config: Any = GRPOConfig(str(run), beta=0.01, model_init_kwargs={"dtype": "float32"}, **settings)
     else:
-        anchor = arm if arm in MEMORY else "fp32"
+        anchor = {"int8": "bf16"}.get(arm, arm if arm in MEMORY else "fp32")
+        if arm == "int8":
+            settings["anchor_quantization"] = "int8"
         config = LogitMixGRPOConfig(str(run), anchor=str(folder / anchor), **settings)
     prompt = " ".join(f"w{2 + i % 50}" for i in range(32))
     return (GRPOTrainer if is_trl else LogitMixGRPOTrainer)(

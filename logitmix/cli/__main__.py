@@ -19,6 +19,7 @@ VERBS = {
     "export": ("logitmix.cli.export", "write one member of a mixture as an ordinary checkpoint"),
     "check-task": ("logitmix.cli.check_task", "show a task's splits and check its gold answers"),
     "verify": ("logitmix.cli.verify", "compare two answers, and show how each is read"),
+    "check-quantization": ("logitmix.cli.check_quantization", "show what quantising an anchor changes"),
     "recipes": ("logitmix.cli.recipes", "list the recipes: settings of every run of the paper, by name"),
     "eval": ("logitmix.cli.eval", "evaluate policy, anchor and mixture on the same problems"),
     "sweep": ("logitmix.cli.sweep", "evaluate a pair at every alpha, mixed in logits, probabilities and weights"),
@@ -42,7 +43,7 @@ LIBRARY_SETTINGS = {
 SERVERS = ("serve", "lm-eval")  # print what they do themselves
 
 USAGE = "usage: logitmix VERB [flags]      (`logitmix VERB --help` lists the flags of a verb)\n\n" + "".join(
-    f"  {verb:<15}{description}\n" for verb, (_, description) in VERBS.items()
+    f"  {verb:<20}{description}\n" for verb, (_, description) in VERBS.items()
 )
 
 

@@ -91,7 +91,7 @@ def run(options: TrainOptions, command: Sequence[str]) -> None:
     problems, validation_problems = split_validation(task, task_args.train_limit, size)
     trainer = build_trainer(task, problems, model_args.model_name_or_path, args, validation_problems, peft_config)
     if trainer.is_world_process_zero():
-        print_shared_memory(trainer.model)
+        print_saved_memory(trainer.model)
     data = {"train": problems, "validation": validation_problems}
     callbacks: list[TrainerCallback] = [CompletionsFile(trainer, eval_args.num_completions_to_save)]
     if eval_args.eval_every:
@@ -117,10 +117,19 @@ def validate_recipe_anchor(recipe: str | None, models: Sequence[str | None]) -> 
         )
 
 
-def print_shared_memory(model: "PreTrainedModel") -> None:
-    """Print the memory saved by members that share one base; nothing if none do."""
+def print_saved_memory(model: "PreTrainedModel") -> None:
+    """Print the memory that members take which share one base or are quantised; nothing if none are."""
     from logitmix.mixture.modeling import LogitMixForCausalLM
+    from logitmix.mixture.quantization import num_bytes
 
     if isinstance(model, LogitMixForCausalLM) and model.anchors != model.members[1:]:
         held, saved = model.weight_bytes()
         console.print(f"Members share one base: weights take {held / 1e9:.3g} GB, not {(held + saved) / 1e9:.3g} GB.")
+    if isinstance(model, LogitMixForCausalLM):
+        for name in model.config.quantized_models:
+            size = sum(map(num_bytes, getattr(model, name).parameters()))
+            console.print(
+                f"{name} is quantised, in {size / 1e9:.3g} GB. `logitmix check-quantization` compares it with the "
+                "original on the task's questions.",
+                soft_wrap=True,
+            )

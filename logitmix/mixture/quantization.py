@@ -98,11 +98,12 @@ def member_quantizations(given: Any, sources: Sequence[Any]) -> dict[str, Quanti
     by_name = {name: as_quantization(value) for name, value in given.items() if value is not None}
     for name, source in zip(names, sources, strict=True):
         if name in by_name:
-            _validate_can_be_quantized(name, source)
+            validate_can_be_quantized(name, source)
     return by_name
 
 
-def _validate_can_be_quantized(name: str, source: Any) -> None:
+def validate_can_be_quantized(name: str, source: Any) -> None:
+    """Raise `ValueError` for a member that is loaded already, quantised already, or an adapter to be merged."""
     if isinstance(source, PreTrainedModel):
         raise ValueError(
             f"{name} is a loaded model, which is not quantised any more; load it with quantization_config, or pass "
