@@ -127,6 +127,13 @@ class FusedScorer:
         log_probs_BT, entropy_BT = _scatter(log_probs_N, scored_BT), _scatter(entropy_N, scored_BT)
         return Scores(log_probs_BT, entropy_BT, diagnostics, kept, aux_losses[0] if aux_losses else None)
 
+    def anchor_states(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> AnchorStates:
+        """The states that a call with `keep_anchor_states` returns, without scoring anything."""
+        config, scored_BT = self.model.config, labels[:, 1:] != -100
+        active = [n for n, w in zip(config.members[1:], config.weights[1:], strict=True) if w != 0]
+        hidden = {name: self.hidden_states(name, input_ids, attention_mask, scored_BT) for name in active}
+        return _split_by_sequence(hidden, scored_BT)
+
     def head(self, name: str) -> Head:
         """The head of the member `name`, with its present parameters."""
         model_name = self.model.config.model_of(name)

@@ -67,6 +67,8 @@ class LogitMixGRPOConfig(ResumableConfig, GRPOConfig):
             members whose output head the fused one does not support.
         anchor_states: the anchors' last hidden states, once scoring has computed them: `"keep"` them for the updates,
             `"offload"` them to host memory until then, or `"recompute"` them. With `loss_head="fused"`.
+        offload_anchor: keep the anchor in host memory while the policy is updated; it returns to sample and score.
+            Its output head stays. On a CPU nothing moves.
         score_truncated: allow `top_k`, `top_p` and `min_p`, and score rollouts under the distribution that they leave:
             the mixture on the kept tokens, renormalised. All updates score a rollout on the tokens that were kept when
             it was sampled, so that the mean of the ratio is 1. For mixtures, with rollouts by `generate`.
@@ -153,6 +155,9 @@ class LogitMixGRPOConfig(ResumableConfig, GRPOConfig):
     anchor_states: AnchorStatesOption = field(
         default="keep",
         metadata={"help": "The anchors' hidden states: 'keep' from scoring, 'offload' to the host, or 'recompute'."},
+    )
+    offload_anchor: bool = field(
+        default=False, metadata={"help": "Keep the anchor in host memory while the policy is updated."}
     )
     save_frozen: SaveFrozen = field(
         default="once",

@@ -50,10 +50,11 @@ from logitmix.training.fsdp import prepare_fsdp
 from logitmix.training.model_card import write_model_card
 from logitmix.training.monitoring.finite import require_finite_parameters
 from logitmix.training.monitoring.monitor import Monitor
+from logitmix.training.offload import AnchorOffload
 from logitmix.training.rollouts.dynamic_sampling import QuestionStream, has_spread, refill
 from logitmix.training.rollouts.vllm import mixture_for_vllm, sampling_parameters
 from logitmix.training.sampling_checks import validate_suppressed_tokens
-from logitmix.training.scoring import MixtureScorer, loss_coefficients, on_supports
+from logitmix.training.scoring import MixtureScorer, loss_coefficients, on_supports, scored_inputs
 from logitmix.training.tokenizer import prepare_tokenizer
 from logitmix.training.trl_patches import PatchedGRPOTrainer, reference_is_a_copy, without_reference_model
 
@@ -110,6 +111,7 @@ class LogitMixGRPOTrainer(PatchedGRPOTrainer):
         require_finite_parameters(self.model)
 
         self.scorer = MixtureScorer(model, args) if is_mixture else None
+        self.offload = AnchorOffload.of(self)
         self.anchor_states: list | None = None  # of the outer step being sampled, if they are kept
         self.supports: list | None = None  # of its completions, with `score_truncated`
         states = self.rollout_states() | ({} if self.scorer is None else self.scorer.states())
@@ -191,6 +193,7 @@ class LogitMixGRPOTrainer(PatchedGRPOTrainer):
     def make_batch(self, rows: list[dict[str, Any]]) -> Batch:
         """Sample G rollouts a question, reward and score them, choose the questions that count, and weigh them."""
         validate_no_images(self, rows, "the outer step's row")
+        self.offload.fetch()
         batch, rewards_NF = self._sample_batch(rows)
         kept_Q = None
         if self.model.training:
@@ -208,6 +211,8 @@ class LogitMixGRPOTrainer(PatchedGRPOTrainer):
         keeps_states = self.scorer is not None and self.scorer.keeps_anchor_states and self.model.training
         self.anchor_states = [] if keeps_states else None
         batch, rewards_NF = self.trl_batch(rows)
+        if self.args.offload_anchor and keeps_states and not self.anchor_states:  # nothing had to be scored
+            self.anchor_states = self.scorer.anchor_states(batch, self.accelerator)
         if self.anchor_states:
             batch["anchor_states"] = self.anchor_states
         if self.supports is not None:
@@ -259,11 +264,8 @@ class LogitMixGRPOTrainer(PatchedGRPOTrainer):
 
         The fused loss head computes its gradient in the forward pass where it knows the derivative of the loss.
         """
-        input_ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
-        attention_mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+        input_ids, attention_mask, labels = scored_inputs(batch)
         T = batch["completion_ids"].shape[1]
-        labels = input_ids.masked_fill(attention_mask == 0, -100)
-        labels[:, :-T] = -100
         options: dict[str, Any] = {"compute_aux_loss": self.aux_loss_enabled, "supports": batch.get("supports")}
         if torch.is_grad_enabled():
             options["diagnose"] = all(self.model.config.weights)
@@ -293,6 +295,7 @@ class LogitMixGRPOTrainer(PatchedGRPOTrainer):
             # a checkpoint of logitmix 0.1.0 holds advantages that are weighted already
             weights_B = batch.get("question_weights", torch.ones_like(batch["advantages"]))
             batch = batch | {"advantages": batch["advantages"] * weights_B}
+        self.offload.release()
         scores = None if self.scorer is None else self.score(model, batch, loss_type)
         loss, scores = self.trl_loss(model, batch, loss_type, scores)
         self.monitor.observe_loss(batch, scores, loss.detach())

@@ -9,6 +9,7 @@ from itertools import islice
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from trl.trainer.utils import FusedCausalLMOutput
 
@@ -121,10 +122,30 @@ class MixtureScorer:
             aux_loss=aux_losses[0] if aux_losses else None,
         )
 
+    @torch.no_grad()
+    def anchor_states(self, batch: Batch, accelerator: Accelerator) -> AnchorStates:
+        """The anchors' states at the tokens of a batch that nothing has scored, a micro-batch at a time."""
+        assert self._fused is not None
+        states: AnchorStates = []
+        parts = (tensor.split(self.args.per_device_train_batch_size) for tensor in scored_inputs(batch))
+        with accelerator.autocast():
+            for inputs in zip(*parts, strict=True):
+                states += self._stored(self._fused.anchor_states(*inputs))
+        return states
+
     def _stored(self, states: AnchorStates) -> AnchorStates:
         if self.args.anchor_states != "offload":
             return states
         return [{name: hidden.to("cpu") for name, hidden in of_sequence.items()} for of_sequence in states]
+
+
+def scored_inputs(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, attention mask and labels `[B, T]` of the prompts and completions of a batch; completions are scored."""
+    input_ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    attention_mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+    labels = input_ids.masked_fill(attention_mask == 0, -100)
+    labels[:, : -batch["completion_ids"].shape[1]] = -100
+    return input_ids, attention_mask, labels
 
 
 def on_supports(model: Callable[..., Any], supports: Sequence[SequenceSupport]) -> Callable[..., Any]:

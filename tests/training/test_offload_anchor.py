@@ -1,0 +1,77 @@
+"""The anchor is in host memory during updates, and nothing that is computed changes."""
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from logitmix.mixture.modeling import LogitMixForCausalLM
+from logitmix.mixture.quantization import as_quantization
+from logitmix.training.offload import AnchorOffload
+from tests.helpers.grpo import mixture, trainer_of
+from tests.helpers.members import INPUT, logits, tiny_member
+
+ALIGNED = {"max_steps": 2}  # the batch of an outer step is one update's: nothing is scored before it
+STALE = {"max_steps": 4, "num_iterations": 2, "steps_per_generation": 2, "per_device_train_batch_size": 8}
+
+
+@pytest.mark.parametrize("options", [ALIGNED, STALE, STALE | {"anchor_states": "offload"}], ids=str)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_updates_never_run_the_anchor_and_train_the_same_weights(tmp_path, options, autocast):
+    expected = trainer_of(tmp_path / "a", bf16=autocast, **options)
+    expected.train()
+    made = trainer_of(tmp_path / "b", bf16=autocast, offload_anchor=True, **options)
+    loss, runs = made.loss, []
+
+    def loss_of(*args):
+        result = loss(*args)
+        runs.append(made.offload.is_away)
+        return result
+
+    made.loss = loss_of
+    made.train()
+    assert runs
+    assert all(runs), "an update has fetched the anchor"
+    for name, weight in made.model.state_dict().items():
+        torch.testing.assert_close(weight, expected.model.state_dict()[name], atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_an_anchor_that_is_away_returns_when_it_runs():
+    model = mixture()
+    whole, anchor = logits(model), model.anchor_0
+    offload = AnchorOffload(model.anchors)
+    head = sum(p.nbytes for p in anchor.get_output_embeddings().parameters())
+    assert offload.num_bytes == sum(p.nbytes for p in anchor.parameters()) - head
+    for run in (
+        lambda: logits(model),
+        lambda: model.generate(**INPUT, max_new_tokens=2, decoding="alternating"),
+        lambda: anchor.get_decoder()(**INPUT),
+    ):
+        offload.release()
+        assert offload.is_away
+        run()
+        assert not offload.is_away
+    assert torch.equal(logits(model), whole)
+
+
+def test_what_cannot_be_offloaded_is_refused(tmp_path):
+    policy = tiny_member("qwen2", 0)
+    shared = LogitMixForCausalLM.from_members(policy, policy, peft_config=LoraConfig(r=2))
+    for options, reason in (
+        ({"anchor_states": "recompute"}, "the updates run the anchor"),
+        ({"loss_head": "reference"}, "the updates run the anchor"),
+        ({"model": shared}, "the anchor shares the policy's weights"),
+        ({"model": tiny_member("qwen2", 0)}, "there is no anchor"),
+    ):
+        with pytest.raises(ValueError, match=f"offload_anchor is set, but .*{reason}"):
+            trainer_of(tmp_path, offload_anchor=True, **options)
+
+
+def test_a_quantised_anchor_stays(tmp_path):
+    pytest.importorskip("torchao")
+    for name, seed in (("policy", 0), ("anchor", 1)):
+        tiny_member("qwen2", seed).save_pretrained(tmp_path / name)
+    model = LogitMixForCausalLM.from_members(
+        str(tmp_path / "policy"), str(tmp_path / "anchor"), quantization_config={"anchor_0": as_quantization("int8")}
+    )
+    with pytest.raises(ValueError, match="anchor_0 has quantised weights, which stay"):
+        trainer_of(tmp_path, model, offload_anchor=True)
