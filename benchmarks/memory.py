@@ -39,6 +39,8 @@ MEMORY = {
     "fp32": "mixture, float32 anchor",
     "bf16": "mixture, bfloat16 anchor",
     "int8": "mixture, int8 anchor (torchao)",
+    "bf16-offload": "mixture, bfloat16 anchor, --offload_anchor",
+    "int8-offload": "mixture, int8 anchor, --offload_anchor",
     "trl-lora": "TRL with KL: LoRA",
     "lora": "mixture, LoRA pair on one base",
 }
@@ -46,7 +48,9 @@ DISK = {"always": "whole checkpoints", "once": "frozen member stored once"}
 # the largest ratio of a value to another's
 BARS = (
     ("memory", "bf16", "trl", 0.85),
+    ("memory", "bf16-offload", "trl", 0.85),
     ("memory", "int8", "trl", 0.80),
+    ("memory", "int8-offload", "trl", 0.80),
     ("memory", "lora", "trl-lora", 1.02),
     ("disk", "once", "always", 0.62),
     ("saving the weights", "once", "always", 0.60),
@@ -80,9 +84,12 @@ def trainer_of(arm: str, args: argparse.Namespace, folder: Path, run: Path, **mo
     if is_trl:
         config: Any = GRPOConfig(str(run), beta=0.01, model_init_kwargs={"dtype": "float32"}, **settings)
     else:
-        anchor = {"int8": "bf16"}.get(arm, arm if arm in MEMORY else "fp32")
-        if arm == "int8":
+        kind = arm.removesuffix("-offload")
+        anchor = {"int8": "bf16"}.get(kind, kind if arm in MEMORY else "fp32")
+        if kind == "int8":
             settings["anchor_quantization"] = "int8"
+        if arm != kind:
+            settings["offload_anchor"] = True
         config = LogitMixGRPOConfig(str(run), anchor=str(folder / anchor), **settings)
     prompt = " ".join(f"w{2 + i % 50}" for i in range(32))
     return (GRPOTrainer if is_trl else LogitMixGRPOTrainer)(
@@ -134,6 +141,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=64, help="Tokens of a completion.")
     parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--measure", choices=["memory", "disk"], help="Only one of the two; default: both.")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--arm", choices=[*MEMORY, *DISK], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -146,7 +154,7 @@ def main() -> None:
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         save_members(args, Path(folder))
-        for arm in [*MEMORY, *DISK]:
+        for arm in [*(MEMORY if args.measure != "disk" else ()), *(DISK if args.measure != "memory" else ())]:
             command = [sys.executable, *sys.argv, "--arm", arm, "--folder", folder]
             output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             results[arm] = json.loads(output.splitlines()[-1])
@@ -166,19 +174,22 @@ def processor() -> str:
 
 def table(results: dict[str, dict[str, float]], args: argparse.Namespace) -> str:
     size = sum(p.numel() for p in member(args, 0).parameters())
-    lines = ["| training step | memory, GB | of TRL's |", "|---|---|---|"]
-    for arm, title in MEMORY.items():
-        other = "trl-lora" if "lora" in arm else "trl"
-        ratio = results[arm]["memory"] / results[other]["memory"]
-        lines.append(f"| {title} | {results[arm]['memory'] / 1e9:.2f} | {ratio:.2f} |")
-    columns = [key for key in results["once"] if key != "disk"]
-    lines += ["", "| checkpoints | disk, GB | " + " | ".join(f"{c}, s" for c in columns) + " |", "|---" * 6 + "|"]
-    for arm, title in DISK.items():
-        cells = [f"{results[arm][c]:.2f}" for c in columns]
-        lines.append(f"| {title} | {results[arm]['disk'] / 1e9:.2f} | " + " | ".join(cells) + " |")
+    lines: list[str] = []
+    if "trl" in results:
+        lines += ["| training step | memory, GB | of TRL's |", "|---|---|---|"]
+        for arm, title in MEMORY.items():
+            other = "trl-lora" if "lora" in arm else "trl"
+            ratio = results[arm]["memory"] / results[other]["memory"]
+            lines.append(f"| {title} | {results[arm]['memory'] / 1e9:.2f} | {ratio:.2f} |")
+    if "once" in results:
+        columns = [key for key in results["once"] if key != "disk"]
+        lines += ["", "| checkpoints | disk, GB | " + " | ".join(f"{c}, s" for c in columns) + " |", "|---" * 6 + "|"]
+        for arm, title in DISK.items():
+            cells = [f"{results[arm][c]:.2f}" for c in columns]
+            lines.append(f"| {title} | {results[arm]['disk'] / 1e9:.2f} | " + " | ".join(cells) + " |")
     lines += ["", "| bar | limit | measured | |", "|---|---|---|---|"]
     titles = MEMORY | DISK
-    for what, arm, other, limit in BARS:
+    for what, arm, other, limit in (bar for bar in BARS if bar[1] in results):
         ratio = results[arm][what] / results[other][what]
         met = "met" if ratio <= limit else "**missed**"
         lines.append(f"| {what}: {titles[arm]}, of {titles[other]} | {limit:.2f} | {ratio:.2f} | {met} |")
@@ -190,7 +201,7 @@ def table(results: dict[str, dict[str, float]], args: argparse.Namespace) -> str
             f"transformers {version('transformers')}, trl {version('trl')}. Members of {size / 1e6:.0f} M parameters "
             f"(hidden size {args.hidden_size}, {args.layers} layers, vocabulary {args.vocab_size}, tied), LoRA of "
             f"rank {args.rank} on all linear layers; {args.rows} rollouts of {args.tokens} tokens in an update. By "
-            f"`python benchmarks/memory.py --layers {args.layers}`, whose docstring defines the columns.",
+            f"`python benchmarks/memory.py {' '.join(sys.argv[1:])}`, whose docstring defines the columns.",
             "",
             *lines,
         ]

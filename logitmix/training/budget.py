@@ -5,24 +5,25 @@ Sizes are those of a decoder like Qwen2 (grouped-query attention, a gated MLP, R
 bf16 autocast, otherwise equal.
 
 Weights, gradients and AdamW's moments are exact. The rest counts the tensors that PyTorch keeps, and
-tests/training/test_budget.py compares it with them. The CUDA context and fragmentation are not counted.
+tests/training/test_budget.py compares it with them, and the peak of whole runs with their processes' on a CPU. There
+Python and its libraries count too; on a GPU its context and fragmentation do not.
 """
 
-import json
-from dataclasses import dataclass, replace
-from functools import cache
-from typing import Any, Literal
-
-import torch
-from peft import PeftConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from dataclasses import dataclass
+from typing import Literal
 
 from logitmix.loss_head.chunking import CHUNK_BYTES
+from logitmix.training.model_shape import ModelShape
 
 # tile of TRL's fused head: tokens x rows of the vocabulary
 _TILE_TOKENS, _TILE_ROWS = 4096, 32768
 
-Phase = Literal["always", "sampling", "update"]
+# What importing the trainer takes in the memory of a process
+_LIBRARIES = 560_000_000
+
+# An update's forward pass begins with the activations, and its backward pass frees them while gradients grow
+Phase = Literal["always", "sampling", "scoring", "forward", "update", "saving"]
+PHASES: tuple[Phase, ...] = ("sampling", "scoring", "forward", "update", "saving")
 
 
 @dataclass(frozen=True)
@@ -56,21 +57,6 @@ class Batches:
 
 
 @dataclass(frozen=True)
-class ModelShape:
-    """The sizes of a model that determine its memory. `embedding` counts token embeddings and head, once if tied."""
-
-    parameters: int
-    embedding: int
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_size: int
-    vocabulary: int
-
-
-@dataclass(frozen=True)
 class Setup:
     """The settings of a run that determine its memory.
 
@@ -84,6 +70,13 @@ class Setup:
     sharded:   whether processes shard weights, gradients and moments (FSDP, ZeRO-3) or hold copies (DDP)
     adapter:   float32 numbers of the LoRA adapter that is trained instead of the policy; 0 for none
     one_base:  whether the anchor is the policy's model with another adapter, or without
+    anchor_bits, base_bits: bits per number of quantised linear layers, of the anchor and of a base with adapters
+    offload:   whether the anchor leaves the device for updates, but for its head
+    scores:    whether log-probabilities of the old policy or a reference are computed before the updates
+    accumulates: whether an update adds the gradients of several forward passes
+    moments:   bytes that the optimizer holds for each number that trains
+    device:    `"cuda"` or `"cpu"`
+    engine:    bytes of an engine of vLLM on the same device, which sleeps during updates if `engine_sleeps`
     """
 
     members: tuple[ModelShape, ...]
@@ -101,6 +94,20 @@ class Setup:
     one_base: bool = False
     anchor_weight: int = 0
     reference_adapter: bool = False
+    anchor_bits: float = 0
+    base_bits: float = 0
+    offload: bool = False
+    scores: bool = True
+    accumulates: bool = True
+    moments: float | None = None
+    device: str = "cuda"
+    engine: float = 0
+    engine_sleeps: bool = False
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers train."""
+        return self.adapter or self.members[0].parameters
 
     @property
     def weights(self) -> list[int]:
@@ -119,41 +126,6 @@ class Part:
     name: str
     size: float
     phase: Phase
-
-
-def model_shape(config: PreTrainedConfig) -> ModelShape:
-    """The sizes of a model of this configuration, counted on the meta device without allocating memory."""
-    return _model_shape(config.to_json_string())
-
-
-@cache
-def _model_shape(content: str) -> ModelShape:
-    model = _on_meta(json.loads(content))
-    text = model.config.get_text_config(decoder=True)
-    embeddings = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
-    return ModelShape(
-        parameters=sum(p.numel() for p in model.parameters()),
-        embedding=sum(p.numel() for p in embeddings),
-        hidden=text.hidden_size,
-        intermediate=text.intermediate_size,
-        layers=text.num_hidden_layers,
-        heads=text.num_attention_heads,
-        kv_heads=text.num_key_value_heads,
-        head_size=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
-        vocabulary=text.vocab_size,
-    )
-
-
-def adapter_size(config: PreTrainedConfig, peft_config: PeftConfig) -> int:
-    """The number of values that an adapter trains on a model of this configuration."""
-    # a saved adapter is marked as one for inference, whose weights do not train
-    model = get_peft_model(_on_meta(config.to_dict()), replace(peft_config, inference_mode=False))
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def _on_meta(config: dict[str, Any]) -> PreTrainedModel:
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
 
 
 def layer_bytes(setup: Setup) -> int:
@@ -196,26 +168,37 @@ def head_bytes(setup: Setup) -> int:
     policy, vocabulary = setup.members[0], min(shape.vocabulary for shape in setup.members)
     tokens = setup.rows * (setup.completion if len(setup.members) > 1 else setup.length)
     if len(setup.members) > 1:
-        logits = 2 * min(4 * tokens * vocabulary, CHUNK_BYTES["cuda"])
+        logits = 2 * min(4 * tokens * vocabulary, CHUNK_BYTES[setup.device])
     else:
         logits = min(tokens, _TILE_TOKENS) * min(vocabulary, _TILE_ROWS) * setup.compute
     rows = tokens if setup.adapter else vocabulary + tokens  # with an adapter the head is frozen
     return logits + 4 * policy.hidden * rows
 
 
+def model_bytes(shape: ModelShape, weight: int, bits: float = 0) -> float:
+    """Bytes of a model's weights. Quantised are its linear layers, not its embeddings and head."""
+    return shape.parameters * weight if not bits else shape.embedding * weight + _layers(shape) * bits / 8
+
+
+def _layers(shape: ModelShape) -> int:
+    return shape.parameters - shape.embedding
+
+
 def memory(setup: Setup) -> list[Part]:
     """The parts of a device's memory; see `peak` for their maximum."""
     policy, shares = setup.members[0], setup.processes if setup.sharded else 1
     trained = (setup.adapter * 4 if setup.adapter else policy.parameters * setup.weight) / shares
-    frozen = () if setup.one_base else setup.members[1:]
+    moments = 2 * trained if setup.moments is None else setup.numbers * setup.moments / shares
     parts = [
-        Part("policy's weights", policy.parameters * setup.weight / shares, "always"),
-        *(Part("anchor's weights", s.parameters * setup.weights[1] / shares, "always") for s in frozen),
-        Part("AdamW's two moments", 2 * trained, "always"),
+        Part("policy's weights", model_bytes(policy, setup.weight, setup.base_bits) / shares, "always"),
+        *_anchors(setup, shares),
+        Part("AdamW's two moments" if setup.moments is None else "the optimizer's state", moments, "always"),
         Part("gradients", trained, "update"),
-        Part("activations", activation_bytes(setup), "update"),
-        Part("logits and loss", head_bytes(setup), "update"),
+        Part("activations", activation_bytes(setup), "forward"),
+        Part("logits and loss", head_bytes(setup), "forward"),
     ]
+    if setup.accumulates:
+        parts.append(Part("gradients, of earlier passes", trained, "forward"))
     if setup.adapter:
         parts.insert(1, Part("adapter", trained, "always"))
     if setup.reference is not None:
@@ -224,11 +207,38 @@ def memory(setup: Setup) -> list[Part]:
         parts.insert(2, Part("reference: a frozen copy of the adapter", trained, "always"))
     if setup.processes > 1 and not setup.sharded:
         parts.append(Part("gradients, to exchange", trained, "update"))
+    if setup.engine:
+        parts.append(Part("vLLM's share", setup.engine, "sampling" if setup.engine_sleeps else "always"))
+    if setup.device == "cpu":
+        parts.insert(0, Part("Python and its libraries", _LIBRARIES, "always"))
     if setup.sampled:
         parts += _sampling(setup)
+        parts += _scoring(setup) if setup.scores else []
     copies = _weight_copies(setup)
-    phases: tuple[Phase, ...] = ("sampling", "update") if setup.sampled else ("update",)
-    return parts + [Part(name, size, phase) for name, size in copies.items() for phase in phases]
+    phases: list[Phase] = [phase for phase in ("sampling", "scoring") if any(p.phase == phase for p in parts)]
+    return parts + [Part(name, size, phase) for name, size in copies.items() for phase in (*phases, "forward")]
+
+
+def _anchors(setup: Setup, shares: int) -> list[Part]:
+    """The weights of anchors with a model of their own; with `offload` only their heads stay for updates."""
+    parts = []
+    for shape in () if setup.one_base else setup.members[1:]:
+        size = model_bytes(shape, setup.weights[1], setup.anchor_bits) / shares
+        head = min(shape.vocabulary * shape.hidden, shape.embedding) * setup.weights[1] if setup.offload else size
+        parts.append(Part("anchor's weights" if not setup.offload else "anchor's head", head, "always"))
+        if setup.offload:
+            rest: tuple[Phase, ...] = ("sampling", "scoring")
+            parts += [Part("anchor's other weights", size - head, phase) for phase in rest]
+    return parts
+
+
+def _scoring(setup: Setup) -> list[Part]:
+    """A forward pass of each member without gradients, one after another, and a chunk of logits."""
+    tokens, policy = setup.rows * setup.length, setup.members[0]
+    layer = max(tokens * (4 * s.intermediate * setup.compute + 6 * s.hidden * setup.weight) for s in setup.members)
+    logits = 2 * min(4 * setup.rows * setup.completion * policy.vocabulary, CHUNK_BYTES[setup.device])
+    states = sum(setup.sampled * setup.completion * s.hidden * setup.compute for s in setup.members[1:])
+    return [Part("a layer, and logits", layer + logits, "scoring"), Part("kept states of anchors", states, "forward")]
 
 
 def _sampling(setup: Setup) -> list[Part]:
@@ -258,7 +268,29 @@ def _weight_copies(setup: Setup) -> dict[str, float]:
     return {"weights, cast": (setup.adapter or setup.members[0].parameters) * setup.compute}
 
 
+def phase_bytes(parts: list[Part]) -> dict[str, float]:
+    """Bytes of each phase, with what is always held."""
+    always = sum(p.size for p in parts if p.phase == "always")
+    return {phase: always + sum(p.size for p in parts if p.phase == phase) for phase in PHASES}
+
+
 def peak(parts: list[Part]) -> float:
-    """Peak bytes: what is always held, plus the larger of sampling and update."""
-    sampling, update = (sum(p.size for p in parts if p.phase == phase) for phase in ("sampling", "update"))
-    return sum(p.size for p in parts if p.phase == "always") + max(sampling, update)
+    """Peak bytes: those of the phase that needs most."""
+    return max(phase_bytes(parts).values())
+
+
+def disk_bytes(setup: Setup, checkpoints: int, save_frozen: str, with_optimizer: bool) -> dict[str, float]:
+    """Bytes that a run leaves on disk: `checkpoints` of them, the frozen weights kept beside them, and the model.
+
+    The frozen weights are stored before the first checkpoint and become part of the model, so that they take no disk
+    twice at the end.
+    """
+    policy = setup.members[0]
+    trained = setup.adapter * 4 if setup.adapter else policy.parameters * setup.weight
+    frozen = model_bytes(policy, setup.weight, setup.base_bits) if setup.adapter else 0.0
+    if not setup.one_base:
+        frozen += sum(model_bytes(s, setup.weights[1], setup.anchor_bits) for s in setup.members[1:])
+    moments = setup.numbers * (8 if setup.moments is None and setup.weight == 4 else setup.moments or 4)
+    whole = trained + frozen
+    each = (whole if save_frozen == "always" else trained) + (moments if with_optimizer else 0)
+    return {"checkpoints": checkpoints * each, "model": trained if save_frozen == "never" else whole}

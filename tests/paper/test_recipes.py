@@ -18,7 +18,8 @@ from logitmix.paper.quickstart_config import QuickstartConfig
 from logitmix.paper.recipes import ARMS, CELLS, FOLDER, NAMES, PAPER_CELLS, SOURCES, TITLES, load_recipe
 from logitmix.paper.tiny_model import character_tokenizer, tiny_model
 from logitmix.tasks import Arithmetic
-from logitmix.training.budget import Batches, model_shape
+from logitmix.training.budget import Batches
+from logitmix.training.model_shape import model_shape
 
 LAYERS = sorted(path.relative_to(FOLDER) for path in FOLDER.rglob("*.yaml"))
 PAPER_RUNS = [f"{cell}/{arm}" for cell in PAPER_CELLS for arm in ARMS]

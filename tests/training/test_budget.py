@@ -17,15 +17,15 @@ from logitmix.tasks import Arithmetic
 from logitmix.training.budget import (
     Batches,
     Setup,
-    adapter_size,
     head_bytes,
     kv_cache_bytes,
     layer_bytes,
     memory,
-    model_shape,
     peak,
+    phase_bytes,
 )
 from logitmix.training.config import LogitMixGRPOConfig
+from logitmix.training.model_shape import adapter_size, model_shape
 from logitmix.training.task_trainer import build_trainer
 from tests.helpers.memory_peak import PeakMemory
 
@@ -219,10 +219,8 @@ def test_sharing_divides_the_state_and_copying_it_exchanges_gradients():
 def test_the_peak_is_the_worse_of_sampling_and_updating():
     small = memory(setup_of(config(), config(), sampled=1, prompt=1))
     large = memory(setup_of(config(), config(), sampled=1000, prompt=1))
-    updating = sum(part.size for part in small if part.phase != "sampling")
-    sampling = sum(part.size for part in large if part.phase != "update")
-    assert peak(small) == updating
-    assert peak(large) == sampling > updating
+    assert peak(small) == phase_bytes(small)["forward"] > phase_bytes(small)["sampling"]
+    assert peak(large) == phase_bytes(large)["sampling"] > phase_bytes(large)["forward"]
 
 
 def test_the_batches_of_the_paper():
