@@ -74,11 +74,18 @@ class MixtureBase(PreTrainedModel):
         if self.adapters is not None:
             self.adapters.train_only("policy")
 
+    @property
+    def has_quantized_base(self) -> bool:
+        """Whether the policy is an adapter on a model with quantised weights."""
+        return self.adapters is not None and "policy" in self.config.quantized_models
+
     def attach(self, models: Mapping[str, PreTrainedModel]) -> None:
         """Make each model the member of its name, frozen where it is an anchor."""
         for name, model in models.items():
             self.add_module(name, model)
             setattr(self.config, name, model.config)
+        if "policy" in models and self.config.adapters:
+            self.adapters = Adapters(self.policy, self.config.members)
         self._freeze_anchors()
 
     def train(self, mode: bool = True) -> Self:
@@ -130,6 +137,13 @@ class MixtureBase(PreTrainedModel):
                 )
         self.config.member_dtypes = dtypes_of(self.members)
         quantized = {name: getattr(self, name) for name in self.config.quantized_models}
+        if self.has_quantized_base:
+            if kwargs.get("state_dict") is None:
+                raise ValueError(
+                    "the policy is an adapter on a quantised base, which a mixture is not saved with; save its "
+                    "adapter, with export_member('policy', folder), or train it, whose checkpoints refer to the base"
+                )
+            del quantized["policy"]
         if quantized:
             state = kwargs.get("state_dict")
             is_main = kwargs.get("is_main_process", True)

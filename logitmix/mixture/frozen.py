@@ -233,8 +233,11 @@ def load_with_references(
     if not isinstance(config, LogitMixConfig):
         config, kwargs = LogitMixConfig.from_pretrained(folder, return_unused_kwargs=True, **kwargs)
     state = whole_state_dict(folder, references, config)
+    trained = {} if "policy" not in config.quantized_models else {name: state.pop(name) for name in list(state)}
     model, info = load(None, *args, config=config, state_dict=state, output_loading_info=True, **kwargs)
     model.attach(open_frozen(folder, references, model.config))
+    if trained:  # of an adapter on a quantised base
+        model.load_state_dict({name: weight[:] for name, weight in trained.items()}, strict=False)
     model.name_or_path = model.config.name_or_path = str(folder)
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -285,10 +288,6 @@ def _load_from_sources(
         if (name == "policy" and not config.adapters) or name in config.quantized_models:
             continue
         model = _load_source(checkpoint, sources, config, name)
-        for member, adapter in config.adapters.items() if name == "policy" else ():
-            if adapter != NO_ADAPTER:
-                own = None if member == "policy" else _find_source(checkpoint, member, sources[member])
-                add_adapter(model, member, adapter_config_from_dict(adapter), own)
         state |= {f"{name}.{key}": weight for key, weight in model.state_dict().items()}
     return state
 
@@ -300,7 +299,12 @@ def _load_source(
     path, options = _find_source(checkpoint, name, sources[name]), {"dtype": sources[name]["dtype"]}
     if name in config.quantized_models and quantization_method(path) is None:
         options |= loading_kwargs(as_quantization(getattr(config, name).quantization_config))
-    return load_member(path, **options)
+    model = load_member(path, **options)
+    for member, adapter in config.adapters.items() if name == "policy" else ():
+        if adapter != NO_ADAPTER:
+            own = None if member == "policy" else _find_source(checkpoint, member, sources[member])
+            add_adapter(model, member, adapter_config_from_dict(adapter), own)
+    return model
 
 
 def _find_source(checkpoint: Path, name: str, saved: Mapping[str, Any]) -> str:

@@ -86,7 +86,7 @@ class LogitMixForCausalLM(MixtureBase, MixtureGenerationMixin):
                 for name, member_config in zip(config.members, config.member_configs, strict=True)
             ]
             for name, adapter in config.adapters.items():
-                if adapter != NO_ADAPTER:
+                if adapter != NO_ADAPTER and isinstance(members[0], PreTrainedModel):
                     add_adapter(members[0], name, adapter_config_from_dict(adapter))
         for name, member in zip(config.members, members, strict=True):
             if name in config.model_names:

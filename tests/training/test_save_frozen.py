@@ -82,6 +82,24 @@ def test_the_disk_of_a_run(tmp_path):
     assert sizes["once"] <= 0.62 * sizes["always"]
 
 
+@pytest.mark.parametrize("mode", ["once", "always", "never"])
+def test_the_disk_that_a_checkpoint_is_said_to_take_is_what_it_writes(members, tmp_path, mode):
+    run, needed = tmp_path / mode, []
+    trainer = trainer_of(run, built(members), **STEPS, save_frozen=mode)
+    save = trainer._save_checkpoint
+
+    def saved(*args):
+        needed.append(trainer.checkpointing._bytes_to_save())
+        before = sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
+        save(*args)
+        written = sum(path.stat().st_size for path in run.rglob("*") if path.is_file()) - before
+        needed[-1] = needed[-1] / written
+
+    trainer._save_checkpoint = saved
+    trainer.train()
+    assert needed == pytest.approx([1, 1], abs=0.25), "the rest are small files, large beside these members"
+
+
 def test_a_run_may_be_moved_and_a_checkpoint_copied_out_of_it(tmp_path):
     trainer = trained(tmp_path / "run")
     expected = logits(trainer.model)

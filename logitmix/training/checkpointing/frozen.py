@@ -31,6 +31,7 @@ from logitmix.mixture.frozen import (
     without_source,
 )
 from logitmix.mixture.modeling import LogitMixForCausalLM
+from logitmix.mixture.quantization import plain_tensors
 from logitmix.mixture.references import REFERENCES, STORE, frozen_files, read_references, sync, weight_files
 from logitmix.training.checkpointing.folders import STAGING, saved_checkpoints
 
@@ -52,6 +53,8 @@ class FrozenWeights:
                 f"{model.config.quantized_models[0]} has quantised weights, which FSDP and DeepSpeed cannot shard; "
                 "leave out its quantisation, or train with DDP"
             )
+        if isinstance(model, LogitMixForCausalLM) and model.has_quantized_base:
+            self.mode = "never"  # the base is on disk already, and is quantised again when it is loaded
         if self.mode == "never":
             _validate_never(trainer, is_sharded)
         # what is pushed during training has to load without the run's folder
@@ -73,6 +76,14 @@ class FrozenWeights:
         """The weights that a checkpoint holds."""
         return trained_state_dict(self.trainer.model)
 
+    def weights_to_save(self) -> list[Tensor]:
+        """The weights that the next checkpoint writes: also the frozen ones, unless it refers to what is on disk."""
+        model = self.trainer.model
+        refers = self.mode == "never" or (self.mode == "once" and self._store is not None)
+        weights = self.trained().values() if refers else (*model.parameters(), *model.buffers())
+        plain = [tensor for weight in weights for tensor in plain_tensors(weight)]
+        return list({tensor.data_ptr(): tensor for tensor in plain}.values())
+
     def write_references(self, folder: Path, final: Path) -> None:
         """Write `frozen.json` to `folder`, which becomes `final`, and before it the copy that it refers to."""
         if self.mode == "once" and self._store is None:
@@ -91,7 +102,7 @@ class FrozenWeights:
         if isinstance(model, LogitMixForCausalLM) and model.config.quantized_models:
             saved = LogitMixConfig.from_pretrained(checkpoint)
             opened = open_frozen(checkpoint, references, saved)
-            model.attach({name: member.to(model.device) for name, member in opened.items()})
+            model.attach({name: m.to(model.device) for name, m in opened.items() if name != "policy"})
         if references is None:
             return
         validate_sources(model, references["sources"])

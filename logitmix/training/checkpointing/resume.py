@@ -27,6 +27,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import logging
 from trl.trainer.utils import RepeatSampler
 
+from logitmix.mixture.quantization import num_bytes
 from logitmix.training.checkpointing.folders import (
     STAGING,
     STATE_FILE,
@@ -121,11 +122,10 @@ class Checkpointing:
                 state.save_to_json(str(staged / STATE_FILE))
 
     def _bytes_to_save(self) -> int:
-        """With the frozen weights, which the first checkpoint writes too."""
-        tensors = [*self.trainer.model.parameters(), *self.trainer.model.buffers()]
+        tensors = self.frozen.weights_to_save()
         for state in self.trainer.optimizer.state.values():
             tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return sum(map(num_bytes, tensors))
 
     def save_progress(self, checkpoint: str) -> None:
         """Write this process's progress: what later steps and logs depend on beyond what transformers saves."""
