@@ -4,8 +4,11 @@ import copy
 import os
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, TypeAlias
 
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from peft import LoraConfig, PeftConfig
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -23,6 +26,7 @@ from logitmix.mixture.configuration import LogitMixConfig, member_names
 from logitmix.mixture.dtypes import member_kwargs, validate_shared
 from logitmix.mixture.opening import describe, first_line, open_model, validate_files
 from logitmix.mixture.quantization import loading_kwargs, member_quantizations
+from logitmix.mixture.references import same_model
 from logitmix.mixture.tokenizers import declared_ends, end_token_ids, leave_texts_open
 
 Member: TypeAlias = PreTrainedModel | str | os.PathLike[str]
@@ -77,7 +81,7 @@ def load_members(
     members = [policy]
     adapters: dict[str, Any] = {}
     for name, source, path, config in zip(names[1:], sources[1:], paths[1:], saved[1:], strict=True):
-        if has_adapter and config is not None and _is_same_source(str(config.base_model_name_or_path), base):
+        if has_adapter and config is not None and is_same_source(str(config.base_model_name_or_path), base):
             adapters[name] = add_adapter(policy, name, config, path)
         elif has_adapter and _is_base_of_policy(source, sources[0], base):
             adapters[name] = NO_ADAPTER
@@ -111,12 +115,27 @@ def _is_base_of_policy(anchor: Member, policy: Member, base: str) -> bool:
     """
     if isinstance(anchor, PreTrainedModel) or isinstance(policy, PreTrainedModel):
         return anchor is policy
-    return _is_same_source(str(anchor), base)
+    return is_same_source(str(anchor), base)
 
 
-def _is_same_source(source: str, other: str) -> bool:
-    """Whether two folders or hub ids are the same."""
-    return source == other or (os.path.isdir(source) and os.path.realpath(source) == os.path.realpath(other))
+def is_same_source(source: str, other: str) -> bool:
+    """Whether two folders or hub ids are the same model: by name, or as copies of one another on this machine."""
+    if source == other:
+        return True
+    folders = [_folder_of(source), _folder_of(other)]
+    if None in folders:
+        return False
+    first, second = (Path(os.path.realpath(str(folder))) for folder in folders)
+    return first == second or same_model(first, second)
+
+
+def _folder_of(source: str) -> str | None:
+    if os.path.isdir(source):
+        return source
+    try:
+        return str(snapshot_download(source, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
 
 
 def _validate_sources(sources: Sequence[Member], peft_config: PeftConfig | None) -> None:

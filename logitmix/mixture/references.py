@@ -11,6 +11,7 @@ its end. A checkpoint then holds what trains, and `frozen.json`:
 bytes, however they are divided into files.
 """
 
+import filecmp
 import hashlib
 import json
 import mmap
@@ -205,6 +206,24 @@ def _model_files(folder: Path) -> Iterator[Path]:
             if found:
                 yield from found
                 return
+
+
+def same_model(folder: Path, other: Path) -> bool:
+    """Whether two folders hold the same weights, in equal files, with the same configuration."""
+    names = [path.name for path in _model_files(folder)]
+    if not names or names != [path.name for path in _model_files(other)]:
+        return False
+    if _configuration(folder) != _configuration(other):
+        return False
+    return all(filecmp.cmp(folder / name, other / name, shallow=False) for name in names)  # up to a difference
+
+
+def _configuration(folder: Path) -> dict[str, Any] | None:
+    path = folder / "config.json"
+    if not path.is_file():
+        return None
+    values: dict[str, Any] = json.loads(path.read_text())
+    return {key: value for key, value in values.items() if key not in ("_name_or_path", "transformers_version")}
 
 
 def sync(path: Path) -> None:

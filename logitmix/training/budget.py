@@ -18,8 +18,8 @@ from logitmix.training.model_shape import ModelShape
 # tile of TRL's fused head: tokens x rows of the vocabulary
 _TILE_TOKENS, _TILE_ROWS = 4096, 32768
 
-# What importing the trainer takes in the memory of a process
-_LIBRARIES = 560_000_000
+# What a process of `logitmix train` takes with a model of no size
+_LIBRARIES = 710_000_000
 
 # An update's forward pass begins with the activations, and its backward pass frees them while gradients grow
 Phase = Literal["always", "sampling", "scoring", "forward", "update", "saving"]

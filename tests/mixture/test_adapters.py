@@ -303,3 +303,19 @@ def test_an_adapter_of_another_shape_or_a_missing_base_is_rejected(folders, tmp_
     path.write_text(json.dumps(config | {"base_model_name_or_path": str(tmp_path / "gone")}))
     with pytest.raises(ValueError, match=r"base of the adapter '.*anchor_adapter', '.*gone', cannot be loaded"):
         LogitMixForCausalLM.from_members(folders["base"], folders["anchor adapter"], peft_config=lora())
+
+
+def test_an_adapter_on_a_copy_of_the_policys_model_shares_its_base(tmp_path):
+    base = tiny_member("qwen2", 0)
+    base.save_pretrained(tmp_path / "base")
+    made = LogitMixForCausalLM.from_members(
+        str(tmp_path / "base"), str(tmp_path / "base"), peft_config=LoraConfig(r=2, init_lora_weights=False)
+    )
+    made.export_member("policy", tmp_path / "adapter")
+    shutil.copytree(tmp_path / "base", tmp_path / "copy")
+    options = {"peft_config": LoraConfig(r=2)}
+    shared = LogitMixForCausalLM.from_members(str(tmp_path / "copy"), str(tmp_path / "adapter"), **options)
+    assert shared.anchors == []
+    assert torch.equal(logits(shared, weights=[0, 1]), logits(made, weights=[1, 0]))
+    tiny_member("qwen2", 5).save_pretrained(tmp_path / "copy")
+    assert LogitMixForCausalLM.from_members(str(tmp_path / "copy"), str(tmp_path / "adapter"), **options).anchors

@@ -187,7 +187,7 @@ def test_a_number_of_processes_that_does_not_divide_the_batch_is_rejected(capsys
             ["sft", "--recipe", "math/3b/sft", "--dry_run", "--anchor", "sft"],
             "'anchor' on the command line; `logitmix sft --help`",
         ),
-        (["recipes", "math"], "takes no arguments, got 'math'"),
+        (["recipes", "math"], "takes no arguments but --fits SIZE, got 'math'"),
     ],
 )
 def test_wrong_input_prints_one_error_line(argv, message, capsys):

@@ -27,7 +27,8 @@ def members(tmp_path_factory):
 def trainer(members, run, quantization, anchor, **kwargs):
     return trainer_of(
         run, str(members / "base"), anchor=str(members / anchor),
-        peft_config=LoraConfig(r=2, target_modules="all-linear"), model_init_kwargs={"quantization_config": quantization}, save_strategy="steps", save_steps=1,
+        peft_config=LoraConfig(r=2, target_modules="all-linear"),
+        model_init_kwargs={"quantization_config": quantization}, save_strategy="steps", save_steps=1,
         lr_scheduler_type="constant", **kwargs,
     )  # fmt: skip
 

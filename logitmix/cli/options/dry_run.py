@@ -20,6 +20,7 @@ from logitmix.cli.options.model import ModelArguments
 from logitmix.cli.options.recipe import RecipeArguments
 from logitmix.mixture.adapters import read_adapter_config
 from logitmix.mixture.configuration import LogitMixConfig
+from logitmix.mixture.loading import is_same_source
 from logitmix.paper.recipes import load_recipe
 from logitmix.training.alpha.controllers import VALIDATING, validate_alpha
 from logitmix.training.budget import Batches, Setup
@@ -88,7 +89,9 @@ def dry_run_train(
         prompt=recipe_args.prompt_length,
         completion=args.max_completion_length,
         adapter=0 if adapter is None else adapter_size(configs[0], adapter),
-        one_base=adapter is not None and args.anchor is not None and _base_of(args.anchor) == _base_of(policy),
+        one_base=adapter is not None
+        and args.anchor is not None
+        and is_same_source(_base_of(args.anchor), _base_of(policy)),
         **anchor_sizes(args, model_args.dtype, configs, is_adapter=adapter_at(args.anchor) is not None),
         **vllm_sizes(args, recipe_args),
         **device_sizes(recipe_args, model_args, args),

@@ -168,13 +168,13 @@ def suggest_change(parts: list[Part], setup: Setup, available: float) -> str:
     )
 
 
-def device_bytes(size: str | None) -> int | None:
+def device_bytes(size: str | None, flag: str = "--device_memory") -> int | None:
     """The memory of a device in bytes: as given (`80GiB`), or else the GPU's; None without a GPU."""
     if size is not None:
         try:
             return int(convert_file_size_to_int(size))
         except ValueError as error:
-            raise ValueError(f"--device_memory is {size!r}; write it as 80GiB or 80GB") from error
+            raise ValueError(f"{flag} is {size!r}; write it as 80GiB or 80GB") from error
     return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
 
