@@ -48,12 +48,12 @@ class MixtureFields:
             await self.app(scope, receive, send)
             return
         body = await _read_body(receive)
-        request = _parse_object(body)
+        request = parse_object(body)
         if request is None:  # vLLM reports the error
             await self.app(scope, _replay_body(body, receive), send)
             return
         try:
-            weights = _move_mixture_fields(request, config)
+            weights = move_mixture_fields(request, config)
             wants_member_logprobs = _take_member_logprobs(request, scope["path"])
         except ValueError as error:
             await _send_error(send, str(error))
@@ -66,7 +66,7 @@ class MixtureFields:
             await self._call_app(request, scope, receive, send)
 
     async def _call_app(self, request: dict[str, Any], scope: Message, receive: Receive, send: Send) -> None:
-        body = _to_json(request)
+        body = to_json(request)
         await self.app(_with_content_length(scope, body), _replay_body(body, receive), send)
 
     async def _respond_with_member_logprobs(
@@ -100,7 +100,7 @@ def _take_member_logprobs(request: dict[str, Any], path: str) -> bool:
     return is_set
 
 
-def _move_mixture_fields(request: dict[str, Any], config: LogitMixConfig) -> list[float] | None:
+def move_mixture_fields(request: dict[str, Any], config: LogitMixConfig) -> list[float] | None:
     """Move the mixture's fields to `vllm_xargs`, which vLLM passes on as `extra_args`; return the weights."""
     fields = {key: request.pop(key) for key in REQUEST_FIELDS if key in request}
     given = request.get("vllm_xargs")
@@ -125,7 +125,7 @@ async def _add_member_logprobs(engine: Any, body: bytes, members: list[str], kee
             choice.pop("token_ids")
     if not keep_ids:
         response.pop("prompt_token_ids", None)
-    return _to_json(response)
+    return to_json(response)
 
 
 async def _score(engine: Any, prompt: list[int], completion: list[int], member: str) -> list[float]:
@@ -175,7 +175,7 @@ def _set_content_length(headers: Iterable[tuple[bytes, bytes]], body: bytes) -> 
     return [*others, (b"content-length", str(len(body)).encode())]
 
 
-def _parse_object(body: bytes) -> dict[str, Any] | None:
+def parse_object(body: bytes) -> dict[str, Any] | None:
     """The JSON object in a body, or None if it holds none."""
     try:
         value = json.loads(body)
@@ -184,13 +184,13 @@ def _parse_object(body: bytes) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _to_json(value: Any) -> bytes:
+def to_json(value: Any) -> bytes:
     return json.dumps(value).encode()  # in ASCII, since a text may hold half of a surrogate pair
 
 
 async def _send_error(send: Send, message: str) -> None:
     error = {"error": {"message": message, "type": "BadRequestError", "param": None, "code": 400}}
-    await _send_response(send, 400, [(b"content-type", b"application/json")], _to_json(error))
+    await _send_response(send, 400, [(b"content-type", b"application/json")], to_json(error))
 
 
 async def _send_response(send: Send, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:

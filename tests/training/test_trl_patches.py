@@ -127,9 +127,7 @@ def test_the_version_that_the_patches_were_written_against_is_the_one_installed(
 def test_rollouts_in_vllm_find_the_names_of_trl_that_they_replace():
     assert_has("trl", VLLMGeneration, "_iter_named_params", "sync_weights", "generate")
     assert_source_has("trl", VLLMGeneration, "self._llm_weights_sleeping", "self._iter_named_params()")
-    assert_source_has(
-        "trl", VLLMGeneration._init_vllm, "self.llm = LLM("
-    )  # the module's name, which takes more arguments
+    assert_source_has("trl", VLLMGeneration._init_vllm, "self.llm = LLM(")  # a name of its module
     assert_source_has("trl", VLLMGeneration.__init__, "self.mode = ", "self._init_vllm()")
     assert_has("trl", grpo_trainer, "VLLMGeneration")
     assert_source_has("trl", GRPOTrainer.__init__, "VLLMGeneration(")
