@@ -13,6 +13,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed; `make test-serving` h
 import torch
 
 from logitmix.mixture.modeling import LogitMixForCausalLM
+from logitmix.serving.alternating import alternating_decoding, decoding_statistics
 from logitmix.serving.engine_v2 import from_columns, mix_rows, to_columns
 from tests.helpers.adapters import save_adapter
 from tests.helpers.engines import ALPHAS, PROMPTS, assert_matches_transformers, engine, generate, greedy_params
@@ -73,6 +74,23 @@ def test_one_request_and_a_batch_sample_the_same_in_cuda_graphs(tmp_path):
         alone = [generate(llm, [prompt], [p])[0] for prompt, p in zip(PROMPTS, params, strict=True)]
     for one, other in zip(together, alone, strict=True):
         assert one.outputs[0].token_ids == other.outputs[0].token_ids
+
+
+def test_a_mixture_that_drafts_for_itself_matches_transformers_in_cuda_graphs(tmp_path):
+    """Graphs of the mixture and of its draft share layers, but read their inputs at addresses of their own."""
+    mixture = build_mixture("qwen2", "llama", alpha=0.4)
+    mixture.save_pretrained(tmp_path)
+    speculative = {"method": "draft_model", "model": str(tmp_path), "num_speculative_tokens": 2}
+    with engine(tmp_path, enforce_eager=False, speculative_config=speculative, **MEMORY) as llm:
+        assert_matches_transformers(mixture, llm, max_tokens=30)
+
+
+def test_members_that_take_turns_match_transformers_in_cuda_graphs(tmp_path):
+    mixture = build_mixture("qwen2", "llama", alpha=0.4)
+    mixture.save_pretrained(tmp_path)
+    with engine(tmp_path, enforce_eager=False, **alternating_decoding(), **MEMORY) as llm:
+        assert_matches_transformers(mixture, llm, max_tokens=30)
+        assert sum(decoding_statistics(llm).drafted) > 0
 
 
 @pytest.mark.parametrize("scheme", ["logit", "prob"])
