@@ -177,8 +177,8 @@ R1 = Template(
     stop=("</answer>",),
 )
 
-# Exactly one box, perhaps with one in it, anywhere: several boxes would let a response hedge, and what surrounds the last (`$`, `\]`, a unit,
-# a closing sentence) differs from model to model.
+# Exactly one box, perhaps with one in it, anywhere: several boxes would let a response hedge, and what surrounds the
+# last (`$`, `\]`, a unit, a closing sentence) differs from model to model.
 BOXED = Template(
     name="boxed",
     prompt_format="{question}\n\nPlease reason step by step, and put your final answer within \\boxed{{}}.",

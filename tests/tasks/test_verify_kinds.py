@@ -1,4 +1,4 @@
-r"""The grammar of answers: what it reads is compared by its kind, and what it does not read equals only its own text."""
+r"""The grammar of answers: what it reads is compared by its kind; what it does not read equals only its own text."""
 
 import random
 import re
@@ -39,151 +39,17 @@ def test_a_decimal_comma_is_read_only_where_the_gold_has_a_point():
 
 
 GOLDS = ["42", "-7", "3.5", r"\frac{22}{31}", "(3,17)", "1,2", "x>3", "x^2+41x", r"\{4,9\}", "[2,9)"]
-MARKUP = [
-    r"^{\top}",
-    r"^{\bmod",
-    r"^\circ",
-    r"^",
-    r"_",
-    r"\cap",
-    r"\cup",
-    r"\log",
-    r"\ln",
-    r"\sin",
-    r"\lim",
-    r"\sum",
-    r"\int",
-    r"\frac",
-    r"\sqrt",
-    r"\binom",
-    r"\overline{",
-    r"\hat{",
-    r"\vec{",
-    r"\mathrm{",
-    r"\mathbb{R}",
-    r"\mathbb{Z}",
-    r"\mathbf{",
-    r"\text{}",
-    r"\text{or}",
-    r"\text{and}",
-    r"\text{not}",
-    r"\boxed{",
-    r"\left(",
-    r"\right)",
-    r"/\right",
-    r"\left|",
-    r"\|",
-    r"|",
-    r"&",
-    r"\\",
-    r"\cdot",
-    r"\circ",
-    r"\%",
-    r"%",
-    r"\$",
-    r"$",
-    r"€",
-    r"\lor",
-    r"\land",
-    r"\neg",
-    r"\not",
-    r"\forall",
-    r"\to",
-    r"\implies",
-    r"\mid",
-    r"\prime",
-    r"\dagger",
-    r"\star",
-    r"\oplus",
-    r"\perp",
-    r"\mod",
-    r"\pmod{",
-    r"\choose",
-    r"\phantom{",
-    r"\hspace{1cm}",
-    r"\quad",
-    r"\displaystyle",
-    r"\limits",
-    r"\rm",
-    r"\color{red}",
-    r"\underbrace{",
-    r"\overset",
-    r"\tag{1}",
-    r"\begin{array}",
-    r"\end{array}",
-    r"\begin{cases}",
-    r"\lfloor",
-    r"\rceil",
-    r"\langle",
-    r"#",
-    r"@",
-    r"`",
-    r'"',
-    r"'",
-    r"?",
-    r"!",
-    r":",
-    r";",
-    r",",
-    r".",
-    r"--",
-    r"++",
-    r"+",
-    r"-",
-    r"*",
-    r"/",
-    r"=",
-    r"<",
-    r">",
-    r"\le",
-    r"\in",
-    r"\infty",
-    r"\pi",
-    r"\alpha",
-    r"\theta",
-    r"\pm",
-    r"\ne",
-    r"\approx",
-    r"\equiv",
-    r"\sim",
-    r"\Delta",
-    r"\nabla",
-    r"(",
-    r")",
-    r"[",
-    r"]",
-    r"{",
-    r"}",
-    r"{}",
-    r"\{",
-    r"0",
-    r"1",
-    r"2",
-    r"9",
-    r"x",
-    r"e",
-    r"i",
-    r"<b>",
-    r"<sup>",
-    r"</sup>",
-    r"<br>",
-    r"&nbsp;",
-    r"\(",
-    r"\)",
-    r"\[",
-    r"\]",
-    r"**",
-    r"\,",
-    r"\;",
-    r"\!",
-    r"~",
-    r"\cm",
-    r"cm",
-    r"\unit{cm}",
-    r"\ldots",
-    r"...",
-]
-# What changes nothing: blanks, styles, delimiters of formulas, closing marks, units, and signs and zeros before numbers
+MARKUP_TEXT = r"""
+    ^{\top} ^{\bmod ^\circ ^ _ \cap \cup \log \ln \sin \lim \sum \int \frac \sqrt \binom \overline{ \hat{ \vec{ \mathrm{
+    \mathbb{R} \mathbb{Z} \mathbf{ \text{} \text{or} \text{and} \text{not} \boxed{ \left( \right) /\right \left| \| | &
+    \\ \cdot \circ \% % \$ $ € \lor \land \neg \not \forall \to \implies \mid \prime \dagger \star \oplus \perp \mod
+    \pmod{ \choose \phantom{ \hspace{1cm} \quad \displaystyle \limits \rm \color{red} \underbrace{ \overset \tag{1}
+    \begin{array} \end{array} \begin{cases} \lfloor \rceil \langle # @ ` " ' ? ! : ; , . -- ++ + - * / = < > \le \in
+    \infty \pi \alpha \theta \pm \ne \approx \equiv \sim \Delta \nabla ( ) [ ] { } {} \{ 0 1 2 9 x e i <b> <sup> </sup>
+    <br> &nbsp; \( \) \[ \] ** \, \; \! ~ \cm cm \unit{cm} \ldots ...
+"""
+MARKUP = MARKUP_TEXT.split()
+# What changes nothing: blanks, styles, delimiters of formulas, closing marks, and units
 NEUTRAL = re.compile(
     r"\\[,;!]|~|\\(?:quad|displaystyle|limits|rm)(?![a-z])|\\color\{red\}|\\text\{\}|\\?\$|\\[()\[\]]|`|€|\\%|%|\^\\circ|cm"
     r"|\\phantom\{?|\{\}"
@@ -191,7 +57,7 @@ NEUTRAL = re.compile(
 
 
 def plainly(text):
-    """An independent reading of an accepted answer: neutral marks removed, numbers as fractions, and arithmetic done."""
+    """An independent reading of an accepted answer: neutral marks removed, numbers as fractions, arithmetic done."""
     text = re.sub(r",?\\text\{(?:or|and)\}", ",", NEUTRAL.sub("", text))
     text = re.sub(r"(?:\\text\{|(?<=[0-9]))(?:[a-z]{3,})?\}?(?=[,)]|$)", "", text)  # a counted thing
     for found, plain in (
