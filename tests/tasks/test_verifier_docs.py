@@ -8,7 +8,8 @@ from logitmix.tasks import answers_match
 from tests.helpers.paths import ROOT
 
 DOCS = ROOT / "docs" / "verifier.md"
-ROWS = re.findall(r"^\| `(.+?)` \| `(.+?)` \| (yes|no) \|", DOCS.read_text(encoding="utf-8"), re.MULTILINE)
+TABLE = DOCS.read_text(encoding="utf-8").replace(r"\|", "|")  # a bar in a table is escaped
+ROWS = re.findall(r"^\| `(.+?)` \| `(.+?)` \| (yes|no) \|", TABLE, re.MULTILINE)
 
 
 def test_the_table_has_rows():

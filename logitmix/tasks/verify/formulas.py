@@ -75,7 +75,9 @@ class Formulas(Operands):
             opened += (self.tokens[end].text == "{") - (self.tokens[end].text == "}")
             end += 1
         unit = unit_of(self.tokens[self.place : end]) if end > self.place else None
-        return None if unit is None else (unit, end)
+        if unit is None or (unit[:1] == "?" and before[:1].isalpha()):  # letters are not counted
+            return None
+        return unit, end
 
     def power(self) -> Node:
         tree = self.primary()

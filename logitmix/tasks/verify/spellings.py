@@ -13,6 +13,7 @@ def _words(text: str) -> frozenset[str]:
 
 ANGLES = _words("sin cos tan cot sec csc")
 INVERSES = {f"{prefix}{name}": f"a{name}" for prefix in ("arc", "a") for name in ANGLES}
+INVERSES |= {"tg": "tan", "ctg": "cot", "arctg": "atan", "arcctg": "acot", "cosec": "csc"}
 LISTED = _words("max min gcd lcm")
 FUNCTIONS = ANGLES | INVERSES.keys() | LISTED | _words("sinh cosh tanh ln exp log lg abs sqrt cbrt det")
 GREEK = _words(
@@ -50,7 +51,7 @@ SAME = _table(
     % \% percent pct percentage percents
     ° \degree
     ' \prime
-    | \vert \mid ∣ \|
+    | \vert \mid ∣
     ( \langle \lparen
     ) \rangle \rparen
     [ \lbrack

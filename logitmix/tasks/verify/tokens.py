@@ -63,6 +63,7 @@ _MATHS = {"\\(": "\\)", "\\)": "\\(", "\\[": "\\]", "\\]": "\\["}  # delimiters 
 _GROUPED = re.compile(r"(?<![\w.,}])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")
 _SPACED = re.compile(r"\s*[-+]?[0-9]{1,3}(?:(?:\s|~|\\[ ,;:])[0-9]{3})+(?:\.[0-9]+)?\s*")
 # Single letters of a text that are units after a number; others are variables.
+_CONDITIONS = frozenset("∈<>≤≥≠")
 _UNIT_LETTERS = frozenset("mgslhLNJWVAKCFTPHZ")
 
 
@@ -169,6 +170,8 @@ def _opens_amount(tokens: list[Token], rest: str) -> bool:
 def _lex_text(words: str, tokens: list[Token], gap: int, after: str) -> int:
     """Append the tokens of a text; returns what precedes the next token."""
     inner = _lex(words, in_text=True)
+    if words.count("(") != words.count(")") and not re.fullmatch(r"\s*[A-J]\)\s*", words):
+        inner = [Token("\\text"), *inner]  # a bracket that leaves its text: not read
     before = tokens[-1].text[-1] if tokens else ""
     if len(inner) == 1 and inner[0].text in _UNIT_LETTERS and after != "_" and re.match(r"[0-9)}°]", before):
         inner = [Token(f'"{inner[0].text}')]
@@ -198,15 +201,18 @@ def _trimmed(tokens: list[Token]) -> list[Token]:
             tokens = tokens[start + 1 + marks :]
     elif start and tokens[start - 1].text.strip('"').lower() in ABOUT:
         tokens = tokens[start:]
-    while tokens and tokens[0].text in (":", "=", "≈"):
+    if tokens and tokens[0].text in (":", "=", "≈"):
         tokens = tokens[1:]
     return _with_condition(tokens)
 
 
 def _with_condition(tokens: list[Token]) -> list[Token]:
-    r"""A condition in brackets at the end, as in `k\pi (k\in\mathbb{Z})`, follows a comma."""
-    member = next((place for place, token in enumerate(tokens) if token.text == "∈"), 0)
-    opens = member > 2 and tokens[member - 2].text == "(" and tokens[-1].text == ")"
-    if opens and all(token.text not in ("(", ")") for token in tokens[member:-1]):
-        return [*tokens[: member - 2], Token(","), *tokens[member - 1 : -1]]
-    return tokens
+    r"""A condition in brackets at the end, as in `k\pi (k\in\mathbb{Z})` or `x^2 (x>0)`, follows a comma."""
+    if len(tokens) < 5 or tokens[-1].text != ")":
+        return tokens
+    texts = [token.text for token in tokens[:-1]]
+    opening = len(texts) - 1 - texts[::-1].index("(") if "(" in texts else 0
+    inside = texts[opening:]
+    if opening == 0 or ")" in inside or texts[opening - 1] in ("=", "{", ",") or not _CONDITIONS.intersection(inside):
+        return tokens
+    return [*tokens[:opening], Token(","), *tokens[opening + 1 : -1]]

@@ -104,5 +104,7 @@ def unit_of(tokens: Sequence[Token]) -> str | None:
 
 def same_unit(left: str, right: str) -> bool:
     """Whether two units agree; a unit, or a power, that one of them leaves out is not compared."""
+    if "/" in left + right:
+        return left == right or not left or not right
     (name, power), (other, other_power) = (re.findall(r"^(.*?)([0-9]?)$", unit)[0] for unit in (left, right))
     return (not name or not other or name == other) and (not power or not other_power or power == other_power)
