@@ -40,13 +40,14 @@ def test_a_decimal_comma_is_read_only_where_the_gold_has_a_point():
 
 GOLDS = ["42", "-7", "3.5", r"\frac{22}{31}", "(3,17)", "1,2", "x>3", "x^2+41x", r"\{4,9\}", "[2,9)"]
 MARKUP_TEXT = r"""
-    ^{\top} ^{\bmod ^\circ ^ _ \cap \cup \log \ln \sin \lim \sum \int \frac \sqrt \binom \overline{ \hat{ \vec{ \mathrm{
-    \mathbb{R} \mathbb{Z} \mathbf{ \text{} \text{or} \text{and} \text{not} \boxed{ \left( \right) /\right \left| \|
-    | & \\ \cdot \circ \% % \$ $ € \lor \land \neg \not \forall \to \implies \mid \prime \dagger \star \oplus \perp \mod
-    \pmod{ \choose \phantom{ \hspace{1cm} \quad \displaystyle \limits \rm \color{red} \underbrace{ \overset \tag{1}
-    \begin{array} \end{array} \begin{cases} \lfloor \rceil \langle # @ ` " ' ? ! : ; , . -- ++ + - * / = < > \le \in
-    \infty \pi \alpha \theta \pm \ne \approx \equiv \sim \Delta \nabla ( ) [ ] { } {} \{ 0 1 2 9 x e i <b> <sup> </sup>
-    <br> &nbsp; \( \) \[ \] ** \, \; \! ~ \cm cm \unit{cm} \ldots ...
+    ^{\top} ^{\bmod ^\circ ^ _ \cap \cup \log \ln \sin \lim \sum \int \frac \sqrt \binom \overline{ \hat{ \vec{
+    \mathrm{ \mathbb{R} \mathbb{Z} \mathbf{ \text{} \text{or} \text{and} \text{not} \boxed{ \left( \right)
+    /\right \left| \| | & \\ \cdot \circ \% % \$ $ € \lor \land \neg \not \forall \to \implies \mid \prime
+    \dagger \star \oplus \perp \mod \pmod{ \choose \phantom{ \hspace{1cm} \quad \displaystyle \limits \rm
+    \color{red} \underbrace{ \overset \tag{1} \begin{array} \end{array} \begin{cases} \lfloor \rceil \langle # @
+    ` " ' ? ! : ; , . -- ++ + - * / = < > \le \in \infty \pi \alpha \theta \pm \ne \approx \equiv \sim \Delta
+    \nabla ( ) [ ] { } {} \{ 0 1 2 9 x e i <b> <sup> </sup> <br> &nbsp; \( \) \[ \] ** \, \; \! ~ \cm cm
+    \unit{cm} \ldots ...
 """
 MARKUP = MARKUP_TEXT.split()
 # What changes nothing: blanks, styles, delimiters of formulas, closing marks, and units

@@ -155,6 +155,11 @@ class _Answers(Formulas):
                     self.place = stop
                     return ("sym", text)
                 return self.name(re.sub(r"([_^])\{(\w)\}", r"\1\2", text), stop)
+        if any(len(token.text) > 3 or token.text[0] == '"' for token in self.tokens[self.place : stop]) and (
+            words := self.words(stop)
+        ):
+            self.place = stop
+            return words
         tree = self.sets()
         if self.peek() == ":" and not self.in_head:
             parts = [tree]
@@ -185,10 +190,10 @@ class _Answers(Formulas):
 
     def amount(self) -> Node:
         """A formula with its unit, before it or after it."""
-        sign = self.take() if self.peek() == "-" and self.peek(1) in _CURRENCIES else ""
+        sign = self.take() if self.peek() in ("-", "+") and self.peek(1) in _CURRENCIES else ""
         unit = self.take() if self.peek() in _CURRENCIES else ""
         tree = self.sum()
-        if sign:
+        if sign == "-":
             tree = ("neg", tree)
         after = ""
         if self.peek() == "U" and self.peek(-1) in (")", "]", "\\}") and self.peek(1) in ("(", "[", "\\{"):

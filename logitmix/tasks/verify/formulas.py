@@ -32,7 +32,7 @@ class Formulas(Operands):
             if sign in "+-" and (signed or (self.peek(-1) == sign and not self.gap())):
                 raise Unreadable("two signs")
             self.take()
-            tree = self.product(signed=True)
+            tree = operation("neg", self.product(signed=True))[1]
             return tree if sign == "+" else operation("neg", tree) if sign == "-" else operation("pm", sign, tree)
         tree = self.power()
         while True:

@@ -77,7 +77,10 @@ def same_relation(left: Node, right: Node, same: Same) -> bool:
             return same(relation[2][1], other)
         # "2+3=5" for 5; but "11a+c=7" is not "7".
         return (
-            relation[1] == ("=",) and other[0] not in STRUCTURES and same(*relation[2]) and same(relation[2][1], other)
+            relation[1] == ("=",)
+            and other[0] not in STRUCTURES - {"unit"}
+            and same(*relation[2])
+            and same(relation[2][1], other)
         )
     if left[1] == right[1] and all(same(*pair) for pair in zip(left[2], right[2], strict=True)):
         return True

@@ -110,6 +110,7 @@ UNICODE = str.maketrans(
 SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 
 # What may come before an answer: words that lead to a noun and "is", and words that say how exact the answer is
-LEADING = _words(r"so thus hence therefore the final correct right best \and")
+CONCLUDING = _words(r"so thus hence therefore \therefore")
+LEADING = _words(r"the final correct right best \and")
 NOUNS = _words("answer answers option options choice choices result results solution solutions")
 ABOUT = _words("approximately about roughly exactly")

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from logitmix.tasks.verify.spellings import (
     ABOUT,
     BOLD,
+    CONCLUDING,
     FUNCTIONS,
     LEADING,
     NOUNS,
@@ -95,7 +96,8 @@ def _prepared(text: str) -> str:
     for mark in ("**", '"', "``"):
         if text.startswith(mark) and text.endswith(mark) and len(text) > 2 * len(mark) and text.count(mark) == 2:
             text = text[len(mark) : -len(mark)].strip()
-    if "," in text and not re.search(r"[(\[]|\\\{", text):
+    text = text.replace("{,}", ",\\!")
+    if "," in text and not re.search(r"(?<!\\)[(\[]|\\\{", text):
         text = _GROUPED.sub(lambda digits: digits[0].replace(",", ""), text)
     if _SPACED.fullmatch(text.strip("$")):
         text = re.sub(r"[\s~]|\\[ ,;:]", "", text)
@@ -104,7 +106,7 @@ def _prepared(text: str) -> str:
 
 def _lex(text: str, in_text: bool) -> list[Token]:
     tokens: list[Token] = []
-    gap, odd = JOINED, text.count("$") % 2 == 1
+    gap, odd = JOINED, (text.count("$") - text.count("\\$")) % 2 == 1
     stray = {mark for mark in _MATHS if text.count(mark) != text.count(_MATHS[mark])} | ({"$", "`"} if odd else {"`"})
     fences: list[str] = []  # what follows each \\left that is still open
     for match in _TOKEN.finditer(text):
@@ -170,7 +172,7 @@ def _opens_amount(tokens: list[Token], rest: str) -> bool:
 def _lex_text(words: str, tokens: list[Token], gap: int, after: str) -> int:
     """Append the tokens of a text; returns what precedes the next token."""
     inner = _lex(words, in_text=True)
-    if words.count("(") != words.count(")") and not re.fullmatch(r"\s*[A-J]\)\s*", words):
+    if words.count("(") != words.count(")") and not re.fullmatch(r"\s*[A-J]?[()]\s*", words):
         inner = [Token("\\text"), *inner]  # a bracket that leaves its text: not read
     before = tokens[-1].text[-1] if tokens else ""
     if len(inner) == 1 and inner[0].text in _UNIT_LETTERS and after != "_" and re.match(r"[0-9)}°]", before):
@@ -192,8 +194,11 @@ def _trimmed(tokens: list[Token]) -> list[Token]:
     while tokens and (tokens[-1].text in (".", ",", ";", ":") or tokens[-1].text == "\\\\"):
         tokens = tokens[:-1]
     start = 0
-    while start < len(tokens) and tokens[start].text.strip('"').lower() in LEADING | ABOUT:
+    while start < len(tokens) and tokens[start].text.strip('"').lower() in LEADING | ABOUT | CONCLUDING:
         start += 1
+        if tokens[start - 1].text.strip('"').lower() in CONCLUDING:
+            start += start < len(tokens) and tokens[start].text == ","
+            tokens, start = tokens[start:], 0
     if start < len(tokens) and tokens[start].text.strip('"').lower() in NOUNS:
         after = [token.text.strip('"').lower() for token in tokens[start + 1 : start + 4]]
         marks = next((count for count, mark in enumerate(after) if mark not in ("is", "are", "=", ":")), len(after))
