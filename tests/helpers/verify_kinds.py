@@ -288,6 +288,46 @@ A\cup B ~ A\cup B
 x>-2,x\ne1,x\ne3 ~ (-2,1)\cup(1,3)\cup(3,\infty)
 (1,2)\cup(2,3) ~ (1,3)\setminus\{2\}
 x\geq 1 ~ x\in[1,+\infty)
+x^2 (x>0) ~ x^2, x>0
+y=x^2\;(x\ne 0) ~ y=x^2,x\neq0
+\{1,2,3\}\cup\{4,5\} ~ \{1,2,3,4,5\}
+\{1,2\}\cap\{2,3\} ~ \{2\}
+\operatorname{tg}x ~ \tan x
+\operatorname{arctg}2 ~ \arctan 2
+[1,2,3] ~ 1,2,3
+x ∈ {1, 2} ~ \{1,2\}
+$3$ and $4$ ~ 3,4
+3$\sqrt{2}$ ~ 3\sqrt2
+\left\lceil 2.3\right\rceil ~ 3
+(1;2) ~ (1,2)
+[1; 2) ~ [1,2)
+x=2 or -2 ~ \pm2
+1.0e-3 ~ 0.001
+∠ABC=60° ~ 60
+2\vec{a}+3\vec{b} ~ 3\vec{b}+2\vec{a}
+\lvert x-1\rvert ~ |1-x|
+P(\overline{A})=0.3 ~ 0.3
+f(x)=x^2,x>0 ~ f(x)=x^2, x>0
+a=2,b=-1 ~ b=-1,a=2
+(a+b)^3 ~ a^3+3a^2b+3ab^2+b^3
+\frac{1}{1+\frac{1}{x}} ~ \frac{x}{x+1}
+S=\pi r^2 ~ \pi r^2
+x^2+y^2-2x+4y=0 ~ (x-1)^2+(y+2)^2=5
+3 \text{ cm by } 4 \text{ cm} ~ 3 \text{ cm by } 4 \text{ cm}
+4\sqrt{3}\text{ square units} ~ 4\sqrt3
+\text{7 hours} ~ 7
+\$12.50 ~ 12.5
+\text{Sunday} ~ Sunday
+x\in\emptyset ~ \emptyset
+\left(-\infty ,\,-\frac{1}{2}\right] ~ x\le -\frac12
+-\frac{1}{2}\le x ~ x\geq-0.5
+n=4k+1,k\in\mathbb{N} ~ n=4m+1, m\in\mathbb{N}
+\cos^2 x-\sin^2 x ~ \cos 2x
+\frac{2\tan x}{1-\tan^2 x} ~ \tan 2x
+10\sqrt{3}\text{ m} ~ 10\sqrt3\text{ meters}
+\pm5 ~ \mp5
+H<sub>2</sub>O ~ H_2O
+-(-42) ~ 42
 """
 
 OTHER = r"""
@@ -485,4 +525,172 @@ A\cup B ~ A\cap B
 A\cup B ~ A\cup C
 \begin{pmatrix}1&2\\3&4\end{pmatrix}^2 ~ \begin{pmatrix}1&4\\9&16\end{pmatrix}
 x \in [1,2] ~ y \in [1,2]
+x^2 (x>0) ~ x^2
+y=x^2 (x>0) ~ y=x^2 (x<0)
+(3\mathrm{,17)} ~ (3,17)
+\approx\approx 5 ~ 5
+\{1,2\}\cup\{3\} ~ \{1,2\}
+f(x)>0 ~ f(x)<0
+\operatorname{tg}x ~ \operatorname{ctg}x
+[1,2,3] ~ [3,2,1]
+x\in\{1,2\} ~ \{1,3\}
+3\%\text{ of }5 ~ 3
+1 \pm 2 ~ 1 \pm 3
+2^{x+1} ~ 2^x+1
+12\text{ m/s} ~ 12\text{ m/s}^2
+5\text{ kg} ~ 5\text{ g}
+x=1\land y=2 ~ x=1\lor y=2
+\frac{1}{2}\text{ or }\frac13 ~ \frac12
+(A)(B) ~ A
+A\text{ or }C ~ A
+1-\frac{1}{2} ~ 1\frac12
+-1\frac12 ~ -\frac12
+10^{1.5} ~ 10^15
+3.14\pi ~ 3.14
+\sqrt{x}+1 ~ \sqrt{x+1}
+e^{2x} ~ e^2x
+\log_3 9x ~ \log_3 9 x^2
+42\text{ or }43 ~ 42
+42; 43 ~ 42
+\text{between 41 and 43} ~ 42
+42\pm1 ~ 42
+[42,42] ~ 42
+\{42\} ~ 43
+42=43 ~ 43
+42\ne43 ~ 42
+x\ne 42 ~ 42
+x>42 ~ 42
+x\approx 41.9 ~ 42
+42\equiv 0 ~ 42
+42\mid 84 ~ 42
+42\sim 43 ~ 42
+42 \Rightarrow 43 ~ 43
+42\to 43 ~ 43
+42^{1} ~ 43
+42_2 ~ 42
+042_ ~ 42
+4\ 2 ~ 42
+4.2 ~ 42
+4,2 ~ 42
+42,0 ~ 42
+0,42 ~ 42
+4 2/1 ~ 42
+42 (mod 5) ~ 42
+42\text{ (approx)} ~ 42
+42k ~ 42
+42i ~ 42
+42e ~ 42
+42\pi ~ 42
+42\% ~ 4.2
+\sqrt{42} ~ 42
+|42 ~ 42
+42| ~ 42
+(42 ~ 42
+42) ~ 42
+{42 ~ 42
+42} ~ 42
+[42 ~ 42
+\frac{42}{} ~ 42
+\frac{}{42} ~ 42
+42/ ~ 42
+/42 ~ 42
+42- ~ 42
+*42 ~ 42
+42\cdot ~ 42
+42\times ~ 42
+42. 43 ~ 42
+42 and more ~ 42
+42 or more ~ 42
+at least 42 ~ 42
+\le 42 ~ 42
+\text{not }42 ~ 42
+\neg42 ~ 42
+-(-(-42)) ~ 42
+42\text{th root} ~ 42
+\text{42 squared} ~ 42
+42 choose 2 ~ 42
+42 factorial ~ 42
+42 million ~ 42
+42 percent ~ 4.2
+42 mod 5 ~ 42
+42 base 5 ~ 42
+42 hundredths ~ 42
+42<43 ~ 42
+x=42,43 ~ 42
+f(42) ~ 42
+\{42,42,43\} ~ \{42\}
+42\cup43 ~ 42
+42\setminus43 ~ 42
+42\bmod 100 ~ 43
+42\underline{} ~ 42
+\underline{\quad} 42 ~ 42
+42\hspace{3mm} ~ 42
+42\vspace ~ 42
+42\label{x} ~ 42
+42\tag{1} ~ 42
+42\mathbb ~ 42
+42\overline{3} ~ 42
+4\overline{2} ~ 42
+42\vec ~ 42
+\vec{42} ~ 42
+42\infty ~ 42
+42\emptyset ~ 42
+42\mathcal{O} ~ 42
+42\angle ~ 42
+42\nabla ~ 42
+42\\43 ~ 42
+42&43 ~ 42
+42#1 ~ 42
+42@ ~ 42
+42^ ~ 42
+42_ ~ 42
+42" ~ 42
+42`` ~ 42
+42:00 ~ 42
+42:1 ~ 42
+42'' ~ 42
+42° ~ 42\text{ cm}
+\text{4}2 ~ 42
+4\mathbf{2} ~ 42
+4$$2 ~ 42
+4\(2\) ~ 42
+4\displaystyle 2 ~ 42
+4\phantom{x}2 ~ 42
+4\color{red}2 ~ 42
+4\right.2 ~ 42
+4\left.2\right. ~ 42
+\boxed{4}2 ~ 42
+4\boxed{2} ~ 42
+\boxed{4}\boxed{2} ~ 42
+42 \boxed{41} ~ 42
+\boxed{42} \boxed{41} ~ 42
+\boxed{42} \text{ or } 41 ~ 42
+41 \boxed{42} ~ 42
+41, so \boxed{42} ~ 42
+\boxed{42}\% ~ 4200
+\boxed{42}! ~ 42
+\boxed{42}^2 ~ 42
+-\boxed{42} ~ 42
+2\boxed{42} ~ 42
+\frac{\boxed{42}}{2} ~ 42
+\sqrt{\boxed{42}} ~ 42
+x>\boxed{42} ~ 42
+x\ne\boxed{42} ~ 42
+not \boxed{42} ~ 42
+\boxed{42} is wrong ~ 42
+p\to q ~ p\land q
+p\leftrightarrow q ~ p\to q
+p\land q\lor r ~ p\lor q\land r
+\forall x ~ \exists x
+\sin^{-1}x ~ \frac{1}{\sin x}
+x^{-1} ~ x
+x<sup>3</sup> ~ x<sup>2</sup>
+H<sub>2</sub>O ~ H_3O
+5\text{ hours} ~ 5\text{ minutes}
+5\text{ °C} ~ 5\text{ °F}
+5\% ~ 5^\circ
+€5 ~ £5
++5 ~ -5
+\pm5 ~ 5
+\mp5 ~ -5
 """

@@ -18,19 +18,16 @@ def both_ways(case):
     return {answers_match(*case), answers_match(*reversed(case))}
 
 
-@pytest.mark.parametrize("case", cases(SAME), ids=lambda case: " ~ ".join(case))
-def test_two_ways_to_write_a_kind_of_value_match(case):
-    assert both_ways(case) == {True}
+def test_two_ways_to_write_a_kind_of_value_match():
+    assert [case for case in cases(SAME) if both_ways(case) != {True}] == []
 
 
-@pytest.mark.parametrize("case", cases(OTHER), ids=lambda case: " ~ ".join(case))
-def test_unread_markup_and_other_values_do_not_match(case):
-    assert both_ways(case) == {False}
+def test_unread_markup_and_other_values_do_not_match():
+    assert [case for case in cases(OTHER) if both_ways(case) != {False}] == []
 
 
-@pytest.mark.parametrize("case", cases(EQUAL) + cases(DIFFERENT), ids=lambda case: " ~ ".join(case))
-def test_verdicts_are_symmetric(case):
-    assert len(both_ways(case)) == 1
+def test_verdicts_are_symmetric():
+    assert [case for case in cases(EQUAL) + cases(DIFFERENT) if len(both_ways(case)) > 1] == []
 
 
 def test_a_decimal_comma_is_read_only_where_the_gold_has_a_point():
@@ -192,6 +189,5 @@ def test_an_explanation_names_tokens_readings_rules_and_the_verdict():
     assert explain("42?", "42").endswith("verdict: different ('?' is left over)")
 
 
-@pytest.mark.parametrize("case", cases(EQUAL) + cases(SAME), ids=lambda case: " ~ ".join(case))
-def test_an_explanation_has_the_verdict_of_the_comparison(case):
-    assert explain(*case).endswith("verdict: equal")
+def test_an_explanation_has_the_verdict_of_the_comparison():
+    assert [case for case in cases(EQUAL) + cases(SAME) if not explain(*case).endswith("verdict: equal")] == []

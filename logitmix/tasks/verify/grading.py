@@ -15,7 +15,7 @@ from logitmix.tasks.verify.answers import read
 from logitmix.tasks.verify.choices import is_choice
 from logitmix.tasks.verify.compare import Comparison
 from logitmix.tasks.verify.evaluation import TooLong
-from logitmix.tasks.verify.tokens import Unreadable, spell, text_of, tokenize
+from logitmix.tasks.verify.tokens import Unreadable, text_of, tokenize
 from logitmix.tasks.verify.values import start_steps
 
 MAX_LENGTH = 500  # characters of an answer; the longest gold of MATH has 159
@@ -85,11 +85,6 @@ def unread(answer: str) -> str | None:
     return None
 
 
-def normalise(answer: str) -> str:
-    """The tokens of an answer, in one spelling."""
-    return spell(tokenize(opened(answer)))
-
-
 def _find_answer(response: str) -> str | None:
     """The most likely answer of a response outside the format: its last answer block, last box or last number."""
     blocks = re.findall(r"<answer>((?:(?!</?answer>).)*)</answer>", response, re.DOTALL)
@@ -137,7 +132,7 @@ def opened(text: str) -> str:
         contents = [unbox_one(text[start:end]) for start, end in boxes]
         before = text[: boxes[0][0]].rstrip(" $({")
         after = text[boxes[-1][1] :]
-        closed = re.fullmatch(r"[\s$.)}!]*|\\[\])]\.?|", after) is not None
+        closed = re.fullmatch(r"[\s$.)}]*|\\[\])]\.?|", after) is not None
         if (_HEDGE.search(rest) and len(boxes) == 1) or not closed:
             return text
         if len(boxes) > 1:
