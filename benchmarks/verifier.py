@@ -29,6 +29,7 @@ from math_verify import parse, verify
 
 from logitmix.tasks import answers_match
 from logitmix.tasks.templates import last_boxed
+from logitmix.tasks.verify import answers, values
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # for the labelled pairs and the mutations of the tests
@@ -58,6 +59,8 @@ def pairs(data: Path, count: int) -> dict[str, list[tuple[str, str]]]:
 
 
 def rate(compare, cases_of_a_kind: list[tuple[str, str]]) -> float:
+    answers.read.cache_clear()  # each round reads and evaluates anew
+    values._cached_value.cache_clear()
     start = time.perf_counter()
     for case in cases_of_a_kind:
         with suppress(Exception):  # raised by math-verify; its time counts
@@ -87,7 +90,7 @@ def main() -> None:
         f"`python benchmarks/verifier.py --count {options.count} --rounds {options.rounds}`, {date.today()}; "
         f"{platform.machine()}, {cores} cores, Python {platform.python_version()}; {versions}.",
         f"Comparisons a second, one process, medians over {options.rounds} rounds in turns; the least ratio.",
-        "The machine was shared: rates are low, ratios fair.",
+        f"Load of the machine at the start: {os.getloadavg()[0]:.1f} on {cores} cores; rates are low, ratios fair.",
         "",
         "| pairs | number | logitmix | math-verify | ratio |",
         "|---|---|---|---|---|",
