@@ -23,8 +23,8 @@ class ReproduceArguments:
     scale: str = field(
         default="tiny",
         metadata={
-            "help": "tiny: arithmetic on a CPU; smoke: every part once, in a minute; math-3b and so on: a cell of the "
-            "paper, on GPUs."
+            "help": "tiny: arithmetic on a CPU; smollm2: a real model on a CPU, after fetch-example; smoke: every "
+            "part once, in a minute; math-3b and so on: a cell of the paper, on GPUs."
         },
     )
     seeds: int = field(

@@ -45,7 +45,8 @@ class Stage:
     def command(self) -> list[str]:
         """The command line that makes the stage by hand."""
         settings = ({} if self.recipe is None else {"recipe": self.recipe}) | dict(self.settings)
-        return ["logitmix", self.verb, *(word for key, value in settings.items() for word in (f"--{key}", str(value)))]
+        words = ((f"--{key}", *(value if isinstance(value, list) else [value])) for key, value in settings.items())
+        return ["logitmix", self.verb, *(str(word) for flag in words for word in flag)]
 
 
 def plan_stages(
@@ -81,6 +82,8 @@ def _plan_seed(preset: Preset, seed: int, folder: Path, eval_limit: int | None, 
         "dtype": "bfloat16" if arm_settings["bf16"] else "float32",
         "output_dir": str(folder / SWEEP),
     }
+    if arm_settings.get("use_peft"):
+        sweep["mixes"] = ["logit", "prob"]  # members that share one base have no weights of their own to merge
     of_mixtures = {} if decoding is None else {"decoding": decoding}
 
     def arm(name: str) -> Stage:

@@ -42,7 +42,8 @@ TITLES = {
 }
 PAPER_CELLS = tuple(map("/".join, product(("math", "cn_k12", "mmlu"), ("1.5b", "3b", "7b"))))
 TINY_CELL = "arithmetic/tiny"  # for a laptop; `logitmix quickstart` trains it
-CELLS = (*PAPER_CELLS, TINY_CELL)
+SMOLLM2_CELL = "word_problems/smollm2"  # a real model on a CPU; `logitmix fetch-example` fetches it
+CELLS = (*PAPER_CELLS, TINY_CELL, SMOLLM2_CELL)
 NAMES = tuple(f"{cell}/{arm}" for cell, arm in product(CELLS, (SFT, *ARMS)))
 
 # Counted per process: several processes divide the recipe's value, which is for one, so that an update stays the same
