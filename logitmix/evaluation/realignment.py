@@ -12,9 +12,8 @@ from torch import Tensor
 
 from logitmix.evaluation.decode import Decoder, Request, Response, make_batches
 from logitmix.evaluation.statistics import Estimate
-from logitmix.mixture.mixing import mix_logits
 from logitmix.mixture.modeling import LogitMixForCausalLM
-from logitmix.mixture.realignment import alpha_for_kl, kl_to_anchor, reweighting
+from logitmix.mixture.realignment import alpha_for_kl, kl_divergence, kl_to_anchor, log_mixture, reweighting
 from logitmix.runs.console import progress_bar
 
 LEAST_EFFECTIVE = 30.0  # an interval of fewer effective samples says nothing
@@ -54,10 +53,9 @@ def sample_rollouts(decoder: Decoder, alpha: float, num_samples: int, batch_size
     with progress_bar() as bar:
         shown = bar.add_task("rollouts", total=len(requests), info="")
         for batch in make_batches(requests, batch_size):
-            ids = decoder.complete(batch)
+            ids = decoder.complete(batch, lambda *_: bar.advance(shown))
             rollouts.completion_ids.extend(ids)
             rollouts.responses.extend(decoder.respond(*pair) for pair in zip(batch, ids, strict=True))
-            bar.advance(shown, len(batch))
     return rollouts
 
 
@@ -94,9 +92,9 @@ def score(model: LogitMixForCausalLM, rollouts: Rollouts, alphas: Sequence[float
         )  # fmt: skip
         targets_T1 = ids_1T[0, len(prompt) :, None]
         for a, alpha in enumerate(alphas):
-            mixed_TV = mix_logits((policy_TV, anchor_TV), (1 - alpha, alpha), "logit").log_softmax(-1)
+            mixed_TV = log_mixture(policy_TV, anchor_TV, alpha)
             log_probs_AN[a, n] = mixed_TV.gather(1, targets_T1).double().sum()
-            sums_A[a] += kl_to_anchor(policy_TV, anchor_TV, alpha).double().sum()
+            sums_A[a] += kl_divergence(mixed_TV, anchor_TV).double().sum()
         kept.append((policy_TV[::every], anchor_TV[::every]))
     policy_KV, anchor_KV = (torch.cat(rows) for rows in zip(*kept, strict=True))
     return Scores(log_probs_AN, sums_A / tokens, policy_KV, anchor_KV)

@@ -49,11 +49,18 @@ def kl_to_anchor(policy: Tensor, anchor: Tensor, alpha: float) -> Tensor:
 
     It falls as alpha rises: its derivative is `-(1 - alpha) Var_m(log policy - log anchor)`.
     """
-    log_anchor = anchor.log_softmax(-1)
-    log_mixture = mix_logits((policy.log_softmax(-1), log_anchor), (1 - alpha, alpha), "logit").log_softmax(-1)
-    probabilities = log_mixture.exp()
-    gap = (log_mixture - log_anchor).masked_fill(probabilities == 0, 0.0)
-    return (probabilities * gap).sum(-1).clamp(min=0)
+    return kl_divergence(log_mixture(policy, anchor, alpha), anchor.log_softmax(-1))
+
+
+def log_mixture(policy: Tensor, anchor: Tensor, alpha: float) -> Tensor:
+    """Log-probabilities of the geometric mixture at `alpha`; logits are `[..., V]`."""
+    return mix_logits((policy, anchor), (1 - alpha, alpha), "logit").log_softmax(-1)
+
+
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """`KL(p ‖ q)` over the last axis, from log-probabilities; a token that p rules out counts as 0."""
+    p = log_p.exp()
+    return (p * (log_p - log_q).masked_fill(p == 0, 0.0)).sum(-1).clamp(min=0)
 
 
 def alpha_for_kl(kl: Callable[[float], float], budget: float, steps: int = 30) -> float:
