@@ -28,9 +28,9 @@ _SMOKE = {"max_steps": 2, "per_device_train_batch_size": 16, "num_generations": 
 _SMOKE |= {"eval_limit": 8, "validation_size": 4}
 PRESETS = {
     "smoke": Preset(TINY_CELL, "Every part once, in a minute; its numbers mean nothing", 12, {"max_steps": 6}, _SMOKE),
-    "smollm2": Preset(SMOLLM2_CELL, "Word problems with SmolLM2-135M-Instruct on a CPU"),
     "tiny": Preset(TINY_CELL, "Arithmetic on a CPU", 600, {}, {"eval_every": 2, "eval_limit": 500}),
 } | {cell.replace("/", "-"): Preset(cell, "A cell of the paper, on GPUs") for cell in PAPER_CELLS}
+PRESETS["smollm2"] = Preset(SMOLLM2_CELL, "Word problems with SmolLM2-135M-Instruct on a CPU")
 
 
 def load_preset(name: str) -> Preset:
