@@ -60,8 +60,9 @@ def compare_quantized(
             kls.append(kl_N)
             agreements.append(agrees_N)
     kl_N, agrees_N = torch.cat(kls), torch.cat(agreements)
-    sizes = tuple(sum(map(num_bytes, model.parameters())) for model in (original, quantized))
-    return Change(len(kl_N), kl_N.mean().item(), kl_N.max().item(), agrees_N.float().mean().item(), sizes)
+    size, quantized_size = (sum(map(num_bytes, model.parameters())) for model in (original, quantized))
+    agreement = agrees_N.float().mean().item()
+    return Change(len(kl_N), kl_N.mean().item(), kl_N.max().item(), agreement, (size, quantized_size))
 
 
 @torch.no_grad()

@@ -197,7 +197,7 @@ def read_store(checkpoint: Path, references: Mapping[str, Any], config: LogitMix
 
 def read_headers(files: Sequence[Path], config: LogitMixConfig) -> dict[str, Weight]:
     """The weights in these files, by their names in the mixture; a quantised member has files in its own folder."""
-    weights = {}
+    weights: dict[str, Weight] = {}
     for path in files:
         if path.suffix == ".safetensors":
             prefix = f"{path.parent.name}." if path.parent.name in config.quantized_models else ""

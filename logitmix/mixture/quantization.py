@@ -34,7 +34,7 @@ def _int4() -> TorchAoConfig:
 
     if torch.cuda.is_available():
         return TorchAoConfig(Int4WeightOnlyConfig(group_size=32, int4_packing_format="tile_packed_to_4d"))
-    return TorchAoConfig(IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)))
+    return TorchAoConfig(IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)))  # type: ignore[attr-defined]
 
 
 def _nf4() -> BitsAndBytesConfig:

@@ -94,7 +94,7 @@ class AnchorOffload:
 
     @cached_property
     def _stream(self) -> torch.cuda.Stream:
-        return torch.cuda.Stream(self._device)
+        return torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
 
     @cached_property
     def _pinned(self) -> list[Tensor]:

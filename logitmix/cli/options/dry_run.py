@@ -176,6 +176,11 @@ def _base_of(source: str) -> str:
     return source if adapter is None else str(adapter.base_model_name_or_path)
 
 
+def shares_base(anchor: str, policy: str) -> bool:
+    """Whether the anchor is an adapter on the policy's base, or that base."""
+    return is_same_source(_base_of(anchor), _base_of(policy))
+
+
 def _recipe_config(source: str, recipe: str) -> PreTrainedConfig | None:
     """The configuration in a recipe for its own base and SFT model; None for other models."""
     stage = load_recipe(f"{recipe.rpartition('/')[0]}/sft")
