@@ -34,7 +34,8 @@ def _int4() -> TorchAoConfig:
 
     if torch.cuda.is_available():
         return TorchAoConfig(Int4WeightOnlyConfig(group_size=32, int4_packing_format="tile_packed_to_4d"))
-    return TorchAoConfig(IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)))  # type: ignore[attr-defined]
+    int4: torch.dtype = torch.int4  # type: ignore[attr-defined]
+    return TorchAoConfig(IntxWeightOnlyConfig(weight_dtype=int4, granularity=PerGroup(32)))
 
 
 def _nf4() -> BitsAndBytesConfig:

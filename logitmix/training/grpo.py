@@ -208,11 +208,11 @@ class LogitMixGRPOTrainer(PatchedGRPOTrainer):
 
     def _sample_batch(self, rows: list[dict[str, Any]]) -> tuple[Batch, Tensor]:
         """TRL's batch and rewards, with the anchors' states where scoring the old policy has computed them."""
-        keeps_states = self.scorer is not None and self.scorer.keeps_anchor_states and self.model.training
-        self.anchor_states = [] if keeps_states else None
+        scorer = self.scorer if self.model.training else None
+        self.anchor_states = [] if scorer is not None and scorer.keeps_anchor_states else None
         batch, rewards_NF = self.trl_batch(rows)
-        if self.args.offload_anchor and keeps_states and not self.anchor_states:  # nothing had to be scored
-            self.anchor_states = self.scorer.anchor_states(batch, self.accelerator)
+        if self.args.offload_anchor and scorer is not None and not self.anchor_states:  # nothing had to be scored
+            self.anchor_states = scorer.anchor_states(batch, self.accelerator)
         if self.anchor_states:
             batch["anchor_states"] = self.anchor_states
         if self.supports is not None:
@@ -265,7 +265,6 @@ class LogitMixGRPOTrainer(PatchedGRPOTrainer):
         The fused loss head computes its gradient in the forward pass where it knows the derivative of the loss.
         """
         input_ids, attention_mask, labels = scored_inputs(batch)
-        T = batch["completion_ids"].shape[1]
         options: dict[str, Any] = {"compute_aux_loss": self.aux_loss_enabled, "supports": batch.get("supports")}
         if torch.is_grad_enabled():
             options["diagnose"] = all(self.model.config.weights)
@@ -276,9 +275,8 @@ class LogitMixGRPOTrainer(PatchedGRPOTrainer):
             scores = model(
                 input_ids=input_ids, attention_mask=attention_mask, labels=labels, fused_lm_head=True, **options
             )
-        return TokenScores(
-            scores.log_probs[:, -T:], scores.entropy[:, -T:], scores.aux_loss, diagnostics=scores.diagnostics
-        )
+        log_probs, entropy = (x[:, -batch["completion_ids"].shape[1] :] for x in (scores.log_probs, scores.entropy))
+        return TokenScores(log_probs, entropy, scores.aux_loss, diagnostics=scores.diagnostics)
 
     # --- the loss (eq. 6) ---------------------------------------------------------------------------------------
 
@@ -293,8 +291,7 @@ class LogitMixGRPOTrainer(PatchedGRPOTrainer):
         if loss_type == GROUP_LOSS:
             loss_type = "dapo"
             # a checkpoint of logitmix 0.1.0 holds advantages that are weighted already
-            weights_B = batch.get("question_weights", torch.ones_like(batch["advantages"]))
-            batch = batch | {"advantages": batch["advantages"] * weights_B}
+            batch = batch | {"advantages": batch["advantages"] * batch.get("question_weights", 1)}
         self.offload.release()
         scores = None if self.scorer is None else self.score(model, batch, loss_type)
         loss, scores = self.trl_loss(model, batch, loss_type, scores)

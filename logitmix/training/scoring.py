@@ -127,10 +127,11 @@ class MixtureScorer:
         """The anchors' states at the tokens of a batch that nothing has scored, a micro-batch at a time."""
         assert self._fused is not None
         states: AnchorStates = []
-        parts = (tensor.split(self.args.per_device_train_batch_size) for tensor in scored_inputs(batch))
+        inputs, rows = scored_inputs(batch), self.args.per_device_train_batch_size
         with accelerator.autocast():
-            for inputs in zip(*parts, strict=True):
-                states += self._stored(self._fused.anchor_states(*inputs))
+            for start in range(0, len(inputs[0]), rows):
+                part = (tensor[start : start + rows] for tensor in inputs)
+                states += self._stored(self._fused.anchor_states(*part))
         return states
 
     def _stored(self, states: AnchorStates) -> AnchorStates:
