@@ -46,7 +46,7 @@ def test_the_common_flags_exist():
 
 
 @pytest.mark.parametrize(
-    "verb", [verb for verb in VERBS if verb not in ("train", "sft", "serve", "recipes", "lm-eval")]
+    "verb", [verb for verb in VERBS if verb not in ("train", "sft", "serve", "recipes", "verify", "lm-eval")]
 )
 def test_help_does_not_import_torch(verb):
     code = f"""

@@ -3,6 +3,8 @@
 import pytest
 
 from logitmix.cli.__main__ import main
+from logitmix.cli.options import data as data_options
+from logitmix.tasks import Problem
 
 
 @pytest.mark.parametrize(
@@ -39,3 +41,13 @@ def test_the_help_says_what_lenient_means(capsys):
 def test_wrong_arguments_are_one_error_line(argv, message, capsys):
     assert main(["verify", *argv]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_verifier_of_an_evaluation_reaches_its_task():
+    grades = []
+    for verifier in ("strict", "lenient"):
+        data, task = data_options.TestProblemArguments(task="arithmetic", verifier=verifier).resolve_task(None)
+        assert data.task == task.name == "arithmetic"
+        grades.append(task.grade("half\n\\boxed{1:2}", Problem("1/2", "0.5")))
+    assert [grade.answer_ok for grade in grades] == [False, False]
+    assert [grade.lenient_ok for grade in grades] == [False, True]

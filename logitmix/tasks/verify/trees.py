@@ -20,6 +20,8 @@ def operation(kind: str, *parts: Any) -> Node:
     for part in parts:
         if isinstance(part, tuple) and part[0] in STRUCTURES:
             raise Unreadable(f"a {part[0]} stands where a number is expected")
+    if kind in ("^", "call") and any(isinstance(part, tuple) and has(part, "deg") for part in parts):
+        raise Unreadable("degrees stand inside a power or a function")
     return (kind, *parts)
 
 
