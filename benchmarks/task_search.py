@@ -36,8 +36,8 @@ def measure(source: str, task: Task, questions: int, max_new_tokens: int) -> tup
 def train_anchor(args: argparse.Namespace, task: str, template: str, steps: int) -> str:
     folder = Path(args.folder) / f"{task}-{template}-{steps}"
     settings = {
-        "model_name_or_path": args.model, "task": task, "template": template, "train_limit": 8 * steps, "use_peft": True,
-        "max_steps": steps,
+        "model_name_or_path": args.model, "task": task, "template": template, "train_limit": 8 * steps,
+        "max_steps": steps, "use_peft": True,
         "learning_rate": args.learning_rate, "per_device_train_batch_size": 8, "gradient_checkpointing": False,
         "bf16": False, "use_cpu": True, "report_to": "none", "save_strategy": "no", "output_dir": str(folder),
     }  # fmt: skip
