@@ -8,7 +8,7 @@ import json
 import os
 import pickle
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,16 @@ def open_model(source: str, **kwargs: Any) -> PreTrainedModel:
     validate_loaded(info, source)
     avoid_weight_copies(model)
     _keep_unpacked(model)
+    if options.get("quantization_config") is not None:
+        unmap(model.parameters())
     return model
+
+
+def unmap(weights: Iterable[Tensor]) -> None:
+    """Copy weights on a CPU out of the file that they are mapped from, which one of them keeps in memory."""
+    for weight in weights:
+        if type(weight.data) is Tensor and weight.device.type == "cpu":
+            weight.data = weight.data.clone()
 
 
 def _keep_unpacked(model: PreTrainedModel) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from logitmix.mixture.modeling import LogitMixForCausalLM
+from logitmix.mixture.opening import unmap
 from logitmix.mixture.quantization import plain_tensors
 
 _ALIGNMENT = 64
@@ -34,6 +35,7 @@ class AnchorOffload:
         self.is_away, self._folder = False, folder
         kept = {id(p) for anchor in anchors for p in anchor.get_output_embeddings().parameters()}
         weights = {id(p): p for anchor in anchors for p in anchor.parameters() if id(p) not in kept}
+        unmap(p for anchor in anchors for p in anchor.parameters() if id(p) in kept)
         self._tensors = [tensor for weight in weights.values() for tensor in plain_tensors(weight)]
         self._device = self._tensors[0].device if self._tensors else torch.device("cpu")
         for anchor in anchors:
