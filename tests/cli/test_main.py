@@ -102,8 +102,8 @@ def test_an_interrupted_training_saves_a_checkpoint_and_the_printed_command_cont
     assert process.returncode == 130, stderr
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     step = int(checkpoint.name.removeprefix("checkpoint-"))
-    printed = next(line.strip() for line in stderr.splitlines() if line.strip().startswith("logitmix train"))
-    assert printed.endswith("--resume_from_checkpoint true")
+    (printed,) = [line.strip() for line in stderr.splitlines() if line.endswith("--resume_from_checkpoint true")]
+    assert printed.startswith("logitmix train ")
     assert main([*printed.split()[1:], "--max_steps", str(step + 1)]) == 0
     assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()][-1] == step + 1
     starts = [json.loads(line) for line in (tmp_path / "run" / "run.jsonl").read_text().splitlines()]
