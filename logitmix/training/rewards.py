@@ -28,7 +28,8 @@ class TaskReward:
     """A reward function for TRL: `r = 1` for a right answer in the required format, else 0 (eq. 4).
 
     It also logs the shares of format-correct, answer-correct and leniently correct completions, and in
-    `verifier/errors` and `verifier/timeouts` how many completions got 0 because the verifier reached no verdict.
+    `verifier/errors` and `verifier/timeouts` how many completions got 0 because the verifier reached no verdict. Those
+    that are not format-correct would get 0 anyway, and are not counted.
     """
 
     __name__ = "task_reward"
@@ -46,7 +47,7 @@ class TaskReward:
     ) -> list[float]:
         cases = zip(completions, question, answer, strict=True)
         grades = [self.task.grade(completion, Problem(text, gold)) for completion, text, gold in cases]
-        errors = [grade.error for grade in grades if grade.error is not None]
+        errors = [grade.error for grade in grades if grade.format_ok and grade.error is not None]
         if log_metric is not None:
             for name in ("format_ok", "answer_ok", "lenient_ok"):
                 log_metric(name.replace("_ok", "_rate"), sum(getattr(g, name) for g in grades) / len(grades))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from logitmix.tasks import BOXED_LINE, Arithmetic, Grade
+from logitmix.tasks import BOXED_LINE, Arithmetic, Grade, Problem
 from logitmix.tasks.verify.grading import TOO_LONG
 from logitmix.training.rewards import TaskReward
 
@@ -43,6 +43,13 @@ def test_cases_without_a_verdict_are_0_counted_and_warned_of_above_one_per_cent(
     errors = iter([f"{TOO_LONG} 20,000 steps", "'?' is left over", *[None] * 197])
     with pytest.warns(UserWarning, match=r"no verdict on 2 of 199 completions, which count as wrong; the first: "):
         reward(task, ["\n\\boxed{3}"] * 199)
+
+
+def test_completions_out_of_the_format_are_not_counted_as_without_a_verdict(task):
+    assert task.grade(r"\boxed{3\foo}", Problem("1+2", "3")).error
+    rewards, logged = reward(task, [r"\boxed{3\foo}"])
+    assert rewards == [0.0]
+    assert logged["verifier/errors"] == 0
 
 
 def test_a_batch_in_which_every_column_has_not_one_row_is_refused(task):
