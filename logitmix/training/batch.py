@@ -17,7 +17,7 @@ Batch = dict[str, Any]
 | `prompt_ids`, `prompt_mask` | `[B, P]` | |
 | `completion_ids`, `completion_mask` | `[B, T]` | |
 | `tool_mask` | `[B, T]` | 0 at tokens that a tool wrote; absent without tools |
-| `old_per_token_logps` | `[B, T]` | under the mixture that sampled; absent where the first update uses them all |
+| `old_per_token_logps` | `[B, T]` | under the mixture that sampled; absent where TRL needs none: `target.py` |
 | `ref_per_token_logps` | `[B, T]` | under the anchor; with `beta > 0` |
 | `advantages` | `[B]` | eq. 4 |
 | `question_weights` | `[B]` | eq. 6's normaliser; with `loss_type="group"` |

@@ -23,6 +23,7 @@ LossHead = Literal["fused", "reference"]
 AnchorStatesOption = Literal["keep", "offload", "recompute"]
 DynamicSampling = Literal["off", "filter", "refill"]
 SaveFrozen = Literal["once", "always", "never"]
+TrainTarget = Literal["mixture", "policy"]
 
 
 @dataclass
@@ -72,6 +73,9 @@ class LogitMixGRPOConfig(ResumableConfig, GRPOConfig):
         score_truncated: allow `top_k`, `top_p` and `min_p`, and score rollouts under the distribution that they leave:
             the mixture on the kept tokens, renormalised. All updates score a rollout on the tokens that were kept when
             it was sampled, so that the mean of the ratio is 1. For mixtures, with rollouts by `generate`.
+        train_target: whose log-probabilities the loss has. `"mixture"`: both sides of the ratio are of the mixture
+            (eq. 6). `"policy"`: rollouts are sampled from the mixture, and the ratio is the policy alone over the
+            mixture that sampled, an importance weight that is clipped, or truncated with `loss_type="cispo"`.
         save_frozen: where the weights that never train are saved: `"once"` in the run's folder, with checkpoints that
             refer to them and a whole model at the end; `"always"` in every checkpoint; or `"never"`: checkpoints and
             the model refer to the folders that the members were loaded from. Sharded runs, and those that push
@@ -162,6 +166,12 @@ class LogitMixGRPOConfig(ResumableConfig, GRPOConfig):
     save_frozen: SaveFrozen = field(
         default="once",
         metadata={"help": "Save frozen weights 'once' in a run, 'always' in each checkpoint, or 'never'."},
+    )
+    train_target: TrainTarget = field(
+        default="mixture",
+        metadata={
+            "help": "Train the 'mixture', or the 'policy' alone on rollouts of the mixture, by importance weights."
+        },
     )
     score_truncated: bool = field(
         default=False,

@@ -22,6 +22,7 @@ from logitmix.training.config import (
     LogitMixGRPOConfig,
     LossHead,
     SaveFrozen,
+    TrainTarget,
 )
 from logitmix.training.option_readers import validate_options_are_read
 from logitmix.training.option_types import set_types
@@ -49,6 +50,7 @@ def validate_config(args: LogitMixGRPOConfig, model: PreTrainedModel, given: Map
         raise ValueError("use_vllm is set, but vLLM is not installed: pip install vllm, or leave out use_vllm")
     validate_evaluation(args, given.get("eval_dataset"))
     validate_kl(args, model)
+    validate_train_target(args, model)
     validate_adapter(args, model, given.get("peft_config"))
     if given.get("quantization_config") is not None:
         raise ValueError(
@@ -170,6 +172,7 @@ def validate_choices(args: LogitMixGRPOConfig) -> None:
         ("loss_head", get_args(LossHead)),
         ("anchor_states", get_args(AnchorStatesOption)),
         ("save_frozen", get_args(SaveFrozen)),
+        ("train_target", get_args(TrainTarget)),
         ("decoding", get_args(Decoding)),
         ("dynamic_sampling", get_args(DynamicSampling)),
         ("loss_type", (GROUP_LOSS, *LOSS_TYPES_OF_TRL)),
@@ -206,6 +209,22 @@ def validate_kl(args: LogitMixGRPOConfig, model: PreTrainedModel) -> None:
             "anchor; TRL's own reference, a copy of the initial model, would be the initial mixture, which is not "
             "kept. Set kl_to='anchor', or beta=0 as in the paper, where the anchor already holds the policy"
         )
+
+
+def validate_train_target(args: LogitMixGRPOConfig, model: PreTrainedModel) -> None:
+    """Raise `ValueError` where the policy alone would be trained with wrong importance weights, or without any."""
+    if args.train_target == "mixture":
+        return
+    obstacles = {
+        "the model has no anchor and is the policy already; set anchor": not isinstance(model, LogitMixForCausalLM),
+        "score_truncated is set, and sampling leaves out tokens of the policy; sample all": args.score_truncated,
+        f"beta is {args.beta}, whose KL is estimated on tokens of the policy itself; set use_bias_correction_kl": (
+            args.beta != 0 and not args.use_bias_correction_kl
+        ),
+    }
+    for obstacle, is_met in obstacles.items():
+        if is_met:
+            raise ValueError(f"train_target is 'policy', but {obstacle}, or set train_target='mixture'")
 
 
 def validate_sampling(args: LogitMixGRPOConfig) -> None:

@@ -9,9 +9,7 @@ It differs from canonical GRPO in four points (Gan & Zhu, arXiv 2605.20555, eq. 
 - the loss has no KL term, and its gradient reaches the policy only, with the factor 1 - alpha: `loss`.
 
 `make_batch` runs once an outer step, `loss` once a micro-batch. Advantages, buffering, logging and several processes
-are TRL's. A model without an anchor trains as in TRL, with this
-normaliser unless another `loss_type` is set. Separate classes handle the rest: `checkpointing`, `monitor`, and the
-callback of `alpha/`.
+are TRL's. A model without an anchor trains as in TRL, with this normaliser unless another `loss_type` is set.
 
 Shape legend: Q questions, G rollouts each, N = Q·G rollouts of all processes, B those of a process, T completion
 tokens, F reward functions.
@@ -55,6 +53,7 @@ from logitmix.training.rollouts.dynamic_sampling import QuestionStream, has_spre
 from logitmix.training.rollouts.vllm import mixture_for_vllm, sampling_parameters
 from logitmix.training.sampling_checks import validate_suppressed_tokens
 from logitmix.training.scoring import MixtureScorer, loss_coefficients, on_supports, scored_inputs
+from logitmix.training.target import add_sampling_log_probs, target_weights
 from logitmix.training.tokenizer import prepare_tokenizer
 from logitmix.training.trl_patches import PatchedGRPOTrainer, reference_is_a_copy, without_reference_model
 
@@ -126,10 +125,9 @@ class LogitMixGRPOTrainer(PatchedGRPOTrainer):
             disable_dropout(self.model)
         if in_vllm:
             added_tokens = self.text_tokenizer.get_added_vocab()
-            parameters = sampling_parameters(
+            self.vllm_generation.generation_kwargs = sampling_parameters(
                 args.generation_kwargs, self.stop_strings, self.eos_token_ids, added_tokens
             )
-            self.vllm_generation.generation_kwargs = parameters
         elif not self.use_vllm:
             self.generation_kwargs["eos_token_id"] = self.eos_token_ids
 
@@ -211,6 +209,7 @@ class LogitMixGRPOTrainer(PatchedGRPOTrainer):
         scorer = self.scorer if self.model.training else None
         self.anchor_states = [] if scorer is not None and scorer.keeps_anchor_states else None
         batch, rewards_NF = self.trl_batch(rows)
+        add_sampling_log_probs(self, batch)
         if self.args.offload_anchor and scorer is not None and not self.anchor_states:  # nothing had to be scored
             self.anchor_states = scorer.anchor_states(batch, self.accelerator)
         if self.anchor_states:
@@ -260,14 +259,15 @@ class LogitMixGRPOTrainer(PatchedGRPOTrainer):
         return scores
 
     def score(self, model: Any, batch: Batch, loss_type: str) -> TokenScores:
-        """Log-probabilities of the mixture with gradients, one forward of the (wrapped) model.
+        """Log-probabilities of the mixture (`train_target`: of the policy) with gradients, one forward of the model.
 
         The fused loss head computes its gradient in the forward pass where it knows the derivative of the loss.
         """
         input_ids, attention_mask, labels = scored_inputs(batch)
-        options: dict[str, Any] = {"compute_aux_loss": self.aux_loss_enabled, "supports": batch.get("supports")}
+        weights, supports = target_weights(self), batch.get("supports")
+        options: dict[str, Any] = {"compute_aux_loss": self.aux_loss_enabled, "supports": supports, "weights": weights}
         if torch.is_grad_enabled():
-            options["diagnose"] = all(self.model.config.weights)
+            options["diagnose"] = weights is None and all(self.model.config.weights)
             if self.args.loss_head == "fused":
                 options["coefficients"] = loss_coefficients(self, batch, labels[:, 1:] != -100, loss_type)
                 options["anchor_states"] = batch.get("anchor_states")

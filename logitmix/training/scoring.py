@@ -59,7 +59,8 @@ class MixtureScorer:
     def keeps_anchor_states(self) -> bool:
         """Whether updates reuse the anchors' states. A refill exchanges rows after scoring, and states with them."""
         args = self.args
-        return self._fused is not None and args.anchor_states != "recompute" and args.dynamic_sampling != "refill"
+        reuses = args.anchor_states != "recompute" and args.train_target == "mixture"
+        return self._fused is not None and reuses and args.dynamic_sampling != "refill"
 
     def states(self) -> dict[str, State]:
         """What a checkpoint holds of the scoring: the matrix libraries, which round differently.
