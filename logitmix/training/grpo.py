@@ -3,8 +3,8 @@
 It differs from canonical GRPO in four points (Gan & Zhu, arXiv 2605.20555, eq. 3-6):
 
 - rollouts are sampled token by token from the mixture `softmax((1 - alpha) z_policy + alpha z_anchor)`: `sample`;
-- both sides of the ratio, and so its clip, are probabilities of the mixture, never of the policy alone: `score` of the
-  present policy, `score_tokens` of the old one;
+- both sides of the ratio, and so its clip, are probabilities of the mixture, not of the policy alone (`target.py` has
+  the exception): `score` of the present policy, `score_tokens` of the old one;
 - the normaliser is per question, the tokens of that question's G rollouts (`loss_type="group"`): `question_weights`;
 - the loss has no KL term, and its gradient reaches the policy only, with the factor 1 - alpha: `loss`.
 
