@@ -22,7 +22,6 @@ from transformers import (
 )
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMode
-from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from logitmix.mixture.adapters import ADAPTER_WEIGHTS, NO_ADAPTER, Adapters, adapter_config_from_dict, add_adapter
@@ -36,6 +35,7 @@ from logitmix.mixture.frozen import frozen_sources, load_with_references
 from logitmix.mixture.loading import Member, load_members, load_tokenizer
 from logitmix.mixture.mixing import Scheme, Weights, mix_logits
 from logitmix.mixture.opening import validate_loaded
+from logitmix.mixture.outputs import MixtureOutput
 from logitmix.mixture.quantization import open_quantized
 from logitmix.mixture.references import read_references
 from logitmix.mixture.scoring import score_and_diagnose_labels, score_labels
@@ -215,7 +215,7 @@ class LogitMixForCausalLM(MixtureBase, MixtureGenerationMixin):
         alpha: Alpha | None = None,
         weights: Weights | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> MixtureOutput:
         """The mixture's logits `[B, T, V]` in float32, in the usual output of a causal language model.
 
         `alpha` is a number or `[B]`; `weights` are `[K]` or `[B, K]`. `hidden_states` and `attentions`, if requested,
@@ -230,7 +230,7 @@ class LogitMixForCausalLM(MixtureBase, MixtureGenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=mixed, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
+        return MixtureOutput(
             loss=loss,
             logits=mixed,
             past_key_values=past_key_values,
