@@ -64,9 +64,9 @@ def main() -> None:
         "",
         f"`python benchmarks/distilled_quickstart.py FOLDER`, {date.today()}, {processor()['name']}, torch "
         f"{version('torch')}, transformers {version('transformers')}, trl {version('trl')}.",
-        "Answer rates in % on 500 test problems, greedy; 95 % paired intervals. Tokens: sampled in the training of each.",
+        "Answer rates in % on 500 test problems, greedy; 95 % paired intervals. Tokens: sampled in training.",
         "",
-        "| seed | student | mixture | merged | policy | anchor | student - mixture | mixture tokens | student tokens |",
+        "| seed | student | mixture | merged | policy | anchor | difference | mixture tokens | student tokens |",
         "|---|---|---|---|---|---|---|---|---|",
         *(row_of(args.folder, seed) for seed in args.seeds),
     ]
