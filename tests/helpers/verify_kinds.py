@@ -328,6 +328,11 @@ n=4k+1,k\in\mathbb{N} ~ n=4m+1, m\in\mathbb{N}
 \pm5 ~ \mp5
 H<sub>2</sub>O ~ H_2O
 -(-42) ~ 42
+\sum_{i=1}^{3} i ~ 6
+\prod_{i=1}^{4} i^2 ~ 576
+\{(1,2)\} ~ (1,2)
+\text{no solution} ~ \emptyset
+\text{No solutions} ~ \{\}
 """
 
 OTHER = r"""
@@ -693,4 +698,9 @@ H<sub>2</sub>O ~ H_3O
 +5 ~ -5
 \pm5 ~ 5
 \mp5 ~ -5
+\sum_{i=1}^{3} i ~ 3i
+\{(1,2)\} ~ (2,1)
+\{(1,2),(3,4)\} ~ (1,2)
+\{(0,1)\} ~ 0<x<1
+\text{no solution} ~ 0
 """

@@ -42,7 +42,7 @@ _SIMPLE = re.compile(r"[a-zA-Z]'*|\\(?!pi\b)[a-zA-Z]+")
 
 _WORDS: dict[str, Node] = {
     **dict.fromkeys(("allrealnumbers", "allreals", "reals", "realnumbers"), ("numbers", "R")),
-    **dict.fromkeys(("emptyset",), ("set", "", ())),
+    **dict.fromkeys(("emptyset", "nosolution", "nosolutions"), ("set", "", ())),
 }
 
 

@@ -82,8 +82,10 @@ class Evaluation:
         mp, kind = context(), tree[0]
         if kind in ("num", "sample"):
             return tree[1]
+        if kind in ("sym", "const") and tree[1] in self.bound:  # also an index i
+            return self.bound[tree[1]]
         if kind == "sym":
-            return self.bound[tree[1]] if tree[1] in self.bound else _variable(tree[1], self.point)
+            return _variable(tree[1], self.point)
         if kind == "const":
             return {"pi": +mp.pi, "e": +mp.e, "i": mp.mpc(0, 1)}[tree[1]]
         if kind == "matrix":

@@ -31,6 +31,9 @@ def same_collection(left: Node, right: Node, same: Same, ordered: bool = True, i
     if max(len(left[2]), len(right[2])) > MAX_PARTS:
         raise Unreadable(f"more than {MAX_PARTS} parts are compared as text only")
     if kinds == {"tuple", "set"}:
+        elements, point = (left[2], right) if left[0] == "set" else (right[2], left)
+        if len(elements) == 1 and elements[0][0] == "tuple":
+            return not inside and same(elements[0], point)
         return not ordered and same_unordered(left[2], right[2], same)
     if "tuple" in kinds:
         return _same_tuple(left, right, same, ordered)
