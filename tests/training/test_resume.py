@@ -157,7 +157,7 @@ def test_what_trl_leaves_out_of_a_checkpoint_is_missed(run, never_killed):
 def test_no_room_for_a_checkpoint_stops_the_run_and_leaves_the_last_one_whole(run, never_killed):
     run.die(die_at=("open", f"{STAGING}/checkpoint-4/config.json"))
     message = run.fail(*RESUME, file_size=500_000)
-    assert f"checkpoint-4 could not be written to {run.folder}: it takes about 4.5" in message
+    assert f"checkpoint-4 could not be written to {run.folder}: it takes about 3.3" in message
     assert f"{run.folder}/checkpoint-3 is whole, so the run can resume from it" in message
     assert fault(run.folder / "checkpoint-3") is None
     assert not (run.folder / STAGING).exists()
