@@ -5,13 +5,17 @@ BIN := .venv/bin
 # tests of one scope share their engine or server
 SERVING := OMP_NUM_THREADS=1 .venv-serving/bin/python -m pytest tests/serving --numprocesses 2 --dist loadscope
 
-.PHONY: quickstart test test-architectures test-serving test-serving-slow test-wheel docs lint flags
+.PHONY: quickstart test test-slow test-architectures test-serving test-serving-slow test-wheel docs lint flags
 
 quickstart: .venv/installed
 	$(BIN)/logitmix quickstart
 
 test: lint
-	$(BIN)/python -m pytest --numprocesses 2 -m "not sweep"
+	$(BIN)/python -m pytest --numprocesses 2 -m "not sweep and not slow"
+
+# Trainings that are killed and resumed, in several processes, and whole pages of the documentation
+test-slow: .venv/installed
+	$(BIN)/python -m pytest --numprocesses 2 -m slow
 
 # Every causal architecture of the installed transformers, as docs/architectures.md lists them
 test-architectures: .venv/installed

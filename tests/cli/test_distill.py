@@ -61,6 +61,7 @@ def whole(folders, tmp_path_factory) -> Path:
     return run
 
 
+@pytest.mark.slow
 def test_the_student_is_one_ordinary_model(folders, whole):
     load = "from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained({folder!r})"
     assert generate_without_logitmix(whole, load) == "Qwen2ForCausalLM 1"
@@ -100,6 +101,7 @@ def test_a_resumed_run_matches_an_uninterrupted_one(folders, whole, tmp_path, lm
     assert runs[0] == runs[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("student", ["policy", "merged"])
 def test_an_adapter_loads_with_peft_alone(folders, tmp_path, student):
     run = tmp_path / "run"
