@@ -59,7 +59,8 @@ def run(argv: list[str]) -> int:
 
     bitsandbytes counts as not installed: PEFT would import it beside adapters, which takes 0.35 GB.
     """
-    script = "import resource,sys; sys.modules['bitsandbytes'] = None; from logitmix.cli.__main__ import main; assert main(sys.argv[1:]) == 0; "
+    script = "import resource,sys; sys.modules['bitsandbytes'] = None; from logitmix.cli.__main__ import main; "
+    script += "assert main(sys.argv[1:]) == 0; "
     script += "print('PEAK', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     output = subprocess.run(
         [sys.executable, "-c", script, *argv],
