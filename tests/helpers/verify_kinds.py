@@ -333,6 +333,10 @@ H<sub>2</sub>O ~ H_2O
 \{(1,2)\} ~ (1,2)
 \text{no solution} ~ \emptyset
 \text{No solutions} ~ \{\}
+b<a ~ a>b
+a+b<c ~ c>a+b
+June 1 ~ \text{June 1}
+12:00 \text{ noon} ~ 12:00 noon
 """
 
 OTHER = r"""
@@ -703,4 +707,9 @@ H<sub>2</sub>O ~ H_3O
 \{(1,2),(3,4)\} ~ (1,2)
 \{(0,1)\} ~ 0<x<1
 \text{no solution} ~ 0
+b<a ~ a<b
+b<a ~ a\ge b
+b<a ~ c>b
+June 1 ~ \text{June 2}
+X\foo ~ x\foo
 """

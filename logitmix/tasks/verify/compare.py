@@ -66,12 +66,18 @@ class Comparison:
             return self._decided((), (), "a choice is its letter", choice)
         if len(texts[0]) == 3 and texts[0][1] == "," and "".join(texts[0]).replace(",", ".") == spelled[1]:
             return self._decided((), (), "a decimal comma", True)
-        try:
-            trees = read(tuple(prediction)), read(tuple(gold))
-        except Unreadable as error:
-            self.unread = str(error)
-            return False
-        return self.same(*trees)
+        trees, reasons = [], []
+        for side in (prediction, gold):
+            try:
+                trees.append(read(tuple(side)))
+            except Unreadable as error:
+                reasons.append(str(error))
+        if len(trees) == 2:
+            return self.same(*trees)
+        self.unread = reasons[0]
+        if len(reasons) == 2 and _words(prediction) == _words(gold):
+            return self._decided((), (), "the same text, in words or in a formula", True)
+        return False
 
     def _same_texts(self, prediction: str, gold: str) -> bool:
         return self.same_tokens(tokenize(prediction), tokenize(gold))
@@ -107,7 +113,10 @@ class Comparison:
             except (Unreadable, Undefined):
                 pass  # a set of something else, or an inequality that is not solved
             else:
-                return "sets of real numbers are equal as sets", lambda one, other: verdict
+                both = symbols(left)
+                # a > b and b < a are sets of different variables
+                if verdict or kinds != {"rel"} or len(both) < 2 or both != symbols(right):
+                    return "sets of real numbers are equal as sets", lambda one, other: verdict
         if any(tree[0] == "rel" and tree[1] == ("∈",) and name_of(tree) for tree in (left, right)):
             return "a member's set is the set", self._same_members
         if kinds == {"rel", "list"} or (kinds & _COLLECTIONS and "rel" not in kinds):
@@ -223,6 +232,11 @@ def _decimal(tree: Node) -> tuple[str, int]:
         if exponent[0] == "num" and exponent[1].denominator == 1 and exponent[1] < 100:
             return _decimal(tree[1])[0], sign * int(exponent[1])
     return "", 0
+
+
+def _words(tokens: list[Token]) -> list[str]:
+    """Words, digits and signs of a text, the same with and without LaTeX's markup of words."""
+    return re.findall(r"\\?[a-zA-Z]+|\S", " ".join(token.text for token in tokens).replace('"', ""))
 
 
 def _without_conditions(tree: Node) -> Node:
