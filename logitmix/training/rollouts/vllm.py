@@ -153,7 +153,7 @@ def mixture_for_vllm(model: LogitMixForCausalLM, tokenizer: Any, args: LogitMixG
 
 
 def alternates(args: LogitMixGRPOConfig, model: LogitMixForCausalLM) -> bool:
-    """Whether the members take turns in vLLM: with `decoding="auto"` on a CPU, where that was measured to be faster.
+    """Whether the members take turns in vLLM: with `decoding="auto"` on a CPU only.
 
     Raises `ValueError` if `decoding="alternating"` is not possible.
     """
