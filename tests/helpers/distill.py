@@ -5,6 +5,7 @@ from datasets import Dataset
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.training.distillation import LogitMixDistillationConfig, MixtureDistillationTrainer
 from logitmix.training.students import build_student
+from tests.helpers.arguments import SMALL_RUN
 from tests.helpers.grpo import PROMPTS, mixture
 from tests.helpers.members import character_tokenizer
 
@@ -18,13 +19,7 @@ def distiller_of(
         "max_completion_length": 7,
         "max_steps": 2,
         "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "report_to": [],
-        "disable_tqdm": True,
+        **SMALL_RUN,
     } | kwargs
     result = MixtureDistillationTrainer(
         build_student(teacher, student) if isinstance(student, str) else student,

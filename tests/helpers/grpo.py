@@ -11,6 +11,7 @@ from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.mixture.padding import left_pad
 from logitmix.training.config import LogitMixGRPOConfig
 from logitmix.training.grpo import LogitMixGRPOTrainer
+from tests.helpers.arguments import SMALL_RUN
 from tests.helpers.members import character_tokenizer, tiny_member
 
 PROMPTS = ["ab=", "12+34-5=", "x"]
@@ -45,13 +46,7 @@ def trainer_of(
         "max_completion_length": 9,
         "max_steps": 2,
         "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "report_to": [],
-        "disable_tqdm": True,
+        **SMALL_RUN,
     } | kwargs
     config = (LogitMixGRPOConfig if trainer is LogitMixGRPOTrainer else GRPOConfig)(str(tmp_path), **arguments)
     result = trainer(

@@ -19,6 +19,7 @@ from logitmix.mixture.generation import generate_completions
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.training.config import LogitMixGRPOConfig
 from logitmix.training.grpo import LogitMixGRPOTrainer
+from tests.helpers.arguments import SMALL_RUN
 from tests.helpers.members import character_tokenizer, tiny_member
 from tests.helpers.paths import ROOT
 
@@ -128,13 +129,7 @@ def trainer_of(folder, prompts=PROMPTS, sharded=False, tied=False, adapters=Fals
         "learning_rate": 0.1,
         "optim": "sgd",  # Adam would make the sign of a gradient's rounding error into a step
         "max_grad_norm": 0.0,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "report_to": [],
-        "disable_tqdm": True,
+        **SMALL_RUN,
     } | kwargs
     args = LogitMixGRPOConfig(str(folder), **arguments)
     if sharded:

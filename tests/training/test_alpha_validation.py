@@ -13,6 +13,7 @@ from logitmix.training.alpha.controllers import VALIDATING, Counts, adaptive, va
 from logitmix.training.alpha.validation import FreshQuestions, HeldOut, validate
 from logitmix.training.config import LogitMixGRPOConfig
 from logitmix.training.grpo import LogitMixGRPOTrainer
+from tests.helpers.arguments import SMALL_RUN
 from tests.helpers.grpo import PROMPTS, count_vowels, mixture
 from tests.helpers.members import character_tokenizer, tiny_member
 from tests.helpers.torchrun import run_two_processes
@@ -44,13 +45,7 @@ def controlled(
         "max_completion_length": 9,
         "max_steps": 12,
         "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "report_to": [],
-        "disable_tqdm": True,
+        **SMALL_RUN,
         # so few questions give small counts: c_o and c_d go with them
         **({"validation_size": len(QUESTIONS), "adaptive_offset": 1, "adaptive_scale": 3} if validating else {}),
     }

@@ -11,20 +11,12 @@ from trl import DistillationConfig, DistillationTrainer
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
 from logitmix.training.students import build_student
+from tests.helpers.arguments import SMALL_RUN
 from tests.helpers.distill import distiller_of
 from tests.helpers.grpo import PROMPTS, mixture
 from tests.helpers.members import character_tokenizer, tiny_member
 
-FAST = {
-    "per_device_train_batch_size": 2,
-    "max_steps": 1,
-    "save_strategy": "no",
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "report_to": [],
-    "disable_tqdm": True,
-}
+FAST = SMALL_RUN | {"per_device_train_batch_size": 2, "max_steps": 1}
 CHAT = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 
 
