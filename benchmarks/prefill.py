@@ -45,6 +45,7 @@ def member(args: argparse.Namespace, seed: int) -> LlamaForCausalLM:
 def prefill(kind: str, args: argparse.Namespace) -> Callable[[], Any]:
     """A function that runs the prompts through both members."""
     ids = torch.randint(49152, (args.prompts, args.length), generator=torch.Generator().manual_seed(0)).to(args.device)
+    ids = ids.repeat_interleave(args.group, dim=0)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "logits_to_keep": 1, "use_cache": True}
     members = [member(args, seed) for seed in (0, 1)]
     if kind == "mixture":
@@ -84,7 +85,7 @@ def measure_times(args: argparse.Namespace) -> dict[str, list[float]]:
 def measure_peak(kind: str, args: argparse.Namespace) -> float:
     """In a process of its own."""
     command = [sys.executable, __file__, "--peak_of", kind]
-    for name in ("device", "dtype", "layers", "prompts", "length", "threads"):
+    for name in ("device", "dtype", "layers", "prompts", "length", "group", "threads"):
         command += [f"--{name}", str(getattr(args, name))]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return float(json.loads(printed.splitlines()[-1]))
@@ -101,8 +102,8 @@ def table(args: argparse.Namespace) -> str:
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
     return f"""# Prefill
 
-`python benchmarks/prefill.py --layers {args.layers} --rounds {args.rounds}`: {args.prompts} prompts of {args.length}
-tokens, two members of SmolLM2-135M's shape, {args.dtype}, threads: {args.threads}, {where}.
+`python benchmarks/prefill.py --layers {args.layers} --rounds {args.rounds} --prompts {args.prompts} --group {args.group}`:
+{args.prompts} prompts of {args.length} tokens, {args.group} rows each, two members of SmolLM2-135M's shape, {args.dtype}, threads: {args.threads}, {where}.
 
 | | both members in plain transformers | mixture | ratio | bar |
 |---|---|---|---|---|
@@ -123,6 +124,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--prompts", type=int, default=60)
     parser.add_argument("--length", type=int, default=55)
+    parser.add_argument("--group", type=int, default=1, help="rows with each prompt, as for a group of rollouts")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path)

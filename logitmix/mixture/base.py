@@ -24,6 +24,7 @@ from logitmix.mixture.configuration import LogitMixConfig
 from logitmix.mixture.dtypes import dtypes_of
 from logitmix.mixture.head import HeadTransform, infer_head_transform
 from logitmix.mixture.mixing import mix_logits
+from logitmix.mixture.prefill import repeated_prefill
 from logitmix.mixture.quantization import num_bytes, save_quantized
 from logitmix.mixture.references import REFERENCES
 
@@ -209,13 +210,19 @@ class MixtureBase(PreTrainedModel):
         if past_key_values is not None and not torch.compiler.is_compiling():
             validate_cached_tokens({name: caches[name] for name in active}, input_ids, attention_mask)
 
+        prompts = None
+        if not self._returns_states():
+            prompts = repeated_prefill(
+                input_ids, attention_mask, position_ids, past_key_values, logits_to_keep, kwargs
+            )
         inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "position_ids": position_ids,
-            "use_cache": use_cache,
-            "return_dict": True,
-        } | kwargs
+        }
+        if prompts is not None:
+            inputs = {key: None if each is None else prompts.select(each) for key, each in inputs.items()}
+        inputs |= {"use_cache": use_cache, "return_dict": True} | kwargs
         head_transform = self._shared_linear_head(active) if mix_before_head else None
         outputs: dict[str, Any] = {}
         for name in active:
@@ -225,18 +232,26 @@ class MixtureBase(PreTrainedModel):
                     outputs[name] = model.get_decoder()(**inputs, **own)
                 else:
                     outputs[name] = model(**inputs, **own, logits_to_keep=logits_to_keep)
+        rows = slice(None) if prompts is None else prompts.prompt_B
+        if prompts is not None and past_key_values is not None:
+            past_key_values.batch_select_indices(prompts.prompt_B)
         V = self.config.vocab_size
         if head_transform is not None:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            hidden = [output.last_hidden_state[:, kept] for output in outputs.values()]
+            hidden = [output.last_hidden_state[:, kept][rows] for output in outputs.values()]
             mixed = self._mix_before_head(hidden, weights[..., torch.tensor(is_active)], head_transform)
             logits, weights = [mixed[..., :V]], torch.ones(1)
         else:
             # again, because the forward of some members (Whisper's) ignores logits_to_keep
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else slice(None)
-            by_name = {name: output.logits[:, kept, :V] for name, output in outputs.items()}
+            by_name = {name: output.logits[:, kept, :V][rows] for name, output in outputs.items()}
             logits = [by_name.get(name, by_name[active[0]]) for name in self.config.members]
         return logits, weights, past_key_values, list(outputs.values())
+
+    def _returns_states(self) -> bool:
+        """Whether the members return hidden states or attentions without being asked."""
+        configs = [member.config for member in self.members]
+        return any(config.output_hidden_states or config.output_attentions for config in configs)
 
     def _shared_linear_head(self, active: Sequence[str]) -> HeadTransform | None:
         """The transform of the head that all active members share; None if they do not, or it is not linear."""

@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 
 from logitmix.mixture.base import MixtureBase
 from logitmix.mixture.padding import position_ids_from_mask
+from logitmix.mixture.prefill import distinct_prompts
 
 
 class RewindableMember:
@@ -42,12 +43,16 @@ class RewindableMember:
 
         `mask_BC` is 0 for padding, which only the first call may have, on the left.
         """
+        prompts = distinct_prompts(ids_BC, mask_BC) if self.is_empty and min(ids_BC.shape) > 1 else None
         self._mask_BT = mask_BC if self.is_empty else torch.cat([self._mask_BT, mask_BC], dim=1)
+        mask_BT = self._mask_BT
+        if prompts is not None:
+            ids_BC, mask_BT = prompts.select(ids_BC), prompts.select(mask_BT)
         with self._mixture.as_member(self._name) as member:
             output = member(
                 input_ids=ids_BC,
-                attention_mask=self._mask_BT,
-                position_ids=position_ids_from_mask(self._mask_BT)[:, -ids_BC.shape[1] :],
+                attention_mask=mask_BT,
+                position_ids=position_ids_from_mask(mask_BT)[:, -ids_BC.shape[1] :],
                 past_key_values=self._cache,
                 use_cache=True,
                 logits_to_keep=keep,
@@ -55,6 +60,9 @@ class RewindableMember:
             )
         # again, because the forward of some members ignores logits_to_keep
         logits_BKV: Tensor = output.logits[:, -keep:, : self._mixture.config.vocab_size]
+        if prompts is not None:
+            self._cache.batch_select_indices(prompts.prompt_B)
+            logits_BKV = prompts.expand(logits_BKV)
         return logits_BKV
 
     def take_back(self, counts_B: Tensor) -> None:
