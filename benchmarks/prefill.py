@@ -102,8 +102,10 @@ def table(args: argparse.Namespace) -> str:
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
     return f"""# Prefill
 
-`python benchmarks/prefill.py --layers {args.layers} --rounds {args.rounds} --prompts {args.prompts} --group {args.group}`:
-{args.prompts} prompts of {args.length} tokens, {args.group} rows each, two members of SmolLM2-135M's shape, {args.dtype}, threads: {args.threads}, {where}.
+`python benchmarks/prefill.py --layers {args.layers} --rounds {args.rounds} --prompts {args.prompts} \
+--group {args.group}`:
+{args.prompts} prompts of {args.length} tokens, {args.group} rows each, two members of SmolLM2-135M's shape,
+{args.dtype}, threads: {args.threads}, {where}.
 
 | | both members in plain transformers | mixture | ratio | bar |
 |---|---|---|---|---|

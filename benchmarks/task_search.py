@@ -40,7 +40,7 @@ def write_demonstrations(kind: str, task: Task, path: Path) -> None:
     """The training problems as the JSON lines that SFT reads, with the solutions that are to be learnt."""
     rows = [asdict(problem) for problem in task.problems("train")]
     if kind == "terse":
-        rows = [row | {"solution": ""} for row in rows]
+        rows = [row | {"solution": row["answer"]} for row in rows]
     elif kind == "additions":
         rows = [row for row in rows if " + " in row["solution"]]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,7 +52,8 @@ def train_anchor(args: argparse.Namespace, kind: str, task: Task, steps: int) ->
     data = folder.with_suffix(".jsonl")
     write_demonstrations(kind, task, data)
     settings = {
-        "model_name_or_path": args.model, "task": "jsonl", "data": str(data), "template": task.template.name,
+        "model_name_or_path": args.model, "task": "jsonl", "data": str(data), "solution_column": "solution",
+        "template": task.template.name,
         "train_limit": 8 * steps,
         "max_steps": steps, "use_peft": True,
         "learning_rate": args.learning_rate, "per_device_train_batch_size": 8, "gradient_checkpointing": False,
