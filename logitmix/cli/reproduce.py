@@ -10,7 +10,7 @@ from pathlib import Path
 
 from logitmix.cli.options.evaluation import DECODING_HELP, Decoding
 from logitmix.cli.options.parser import build, parse
-from logitmix.paper.presets import load_preset
+from logitmix.paper.scales import load_scale
 from logitmix.paper.stages import BASE, Stage, plan_stages
 from logitmix.runs.files import RUN_FILE
 from logitmix.tasks.arithmetic import Arithmetic
@@ -55,11 +55,11 @@ def run(args: ReproduceArguments) -> None:
     from logitmix.paper.reproduction import REPORT, report_stages, run_stages, start_reproduction
     from logitmix.runs.console import console
 
-    preset = load_preset(args.scale)
+    scale = load_scale(args.scale)
     if args.seeds < 1:
         raise ValueError(f"seeds is {args.seeds}, but must be at least 1; 3 show how much seeds differ")
     folder = Path(args.output_dir or f"runs/reproduce-{args.scale}")
-    planned = plan_stages(preset, args.seeds, folder, args.eval_limit, args.decoding)
+    planned = plan_stages(scale, args.seeds, folder, args.eval_limit, args.decoding)
     validate_num_problems(planned[-1].settings["eval_limit"])
     if args.dry_run:
         print_commands(planned)

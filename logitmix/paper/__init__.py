@@ -1,1 +1,1 @@
-"""The paper's runs, tables, figures and claims: recipes, presets and verdicts."""
+"""The paper's runs, tables, figures and claims: recipes, scales and verdicts."""

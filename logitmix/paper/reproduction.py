@@ -12,9 +12,9 @@ from logitmix.evaluation.metrics import rates
 from logitmix.evaluation.outcomes import pack_outcomes
 from logitmix.evaluation.responses import read_responses
 from logitmix.evaluation.sweep import by_mix
-from logitmix.paper.presets import load_preset
 from logitmix.paper.recipes import ARMS
 from logitmix.paper.report import write_report
+from logitmix.paper.scales import load_scale
 from logitmix.paper.stages import SWEEP, Stage
 from logitmix.runs.console import console
 from logitmix.runs.files import EVALUATIONS_FILE, METRICS_FILE, RESPONSES_FILE, RUN_FILE, append_jsonl, read_jsonl
@@ -80,20 +80,20 @@ def format_time_left(times: Sequence[Mapping[str, Any]], remaining: Sequence[str
     return f", about {minutes:.0f} min left" if minutes >= 1 else ", less than a minute left"
 
 
-def report_stages(folder: Path, preset_name: str, stages: Sequence[Stage]) -> None:
+def report_stages(folder: Path, scale_name: str, stages: Sequence[Stage]) -> None:
     """Write the report of complete stages. It names no paths of this machine, so that it can be committed."""
-    preset = load_preset(preset_name)
+    scale = load_scale(scale_name)
     *_, start = starts = read_jsonl(folder / RUN_FILE)
     seeds = len({stage.seed for stage in stages})
-    command = f"logitmix reproduce --scale {preset_name} --seeds {seeds}"
+    command = f"logitmix reproduce --scale {scale_name} --seeds {seeds}"
     if start["arguments"]["eval_limit"] is not None:
         command += f" --eval_limit {start['arguments']['eval_limit']}"
     seconds = sum(row["seconds"] for row in read_jsonl(folder / TIMES_FILE) if row["seed"] < seeds)
     about = {
         "what": "run",
-        "scale": preset_name,
-        "about": preset.about,
-        "cell": preset.cell,
+        "scale": scale_name,
+        "about": scale.about,
+        "cell": scale.cell,
         "command": command,
         "seeds": seeds,
         "seconds": round(seconds),

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from logitmix.paper.presets import Preset
 from logitmix.paper.recipes import ARMS, SFT, load_recipe
+from logitmix.paper.scales import Scale
 from logitmix.runs.files import SWEEP_FILE
 
 BASE = "base"
@@ -50,20 +50,20 @@ class Stage:
 
 
 def plan_stages(
-    preset: Preset, seeds: int, folder: Path, eval_limit: int | None = None, decoding: str | None = None
+    scale: Scale, seeds: int, folder: Path, eval_limit: int | None = None, decoding: str | None = None
 ) -> list[Stage]:
     """All stages in order: for each seed a base model (if it is made here), an SFT model, a sweep, the arms."""
     folders = [folder / f"seed-{seed}" for seed in range(seeds)]
-    return [stage for seed, own in enumerate(folders) for stage in _plan_seed(preset, seed, own, eval_limit, decoding)]
+    return [stage for seed, own in enumerate(folders) for stage in _plan_seed(scale, seed, own, eval_limit, decoding)]
 
 
-def _plan_seed(preset: Preset, seed: int, folder: Path, eval_limit: int | None, decoding: str | None) -> list[Stage]:
-    recipes = {arm: load_recipe(f"{preset.cell}/{arm}") for arm in (SFT, *ARMS)}
-    arm_settings = recipes["fixed_mixing"].settings(preset.train)
+def _plan_seed(scale: Scale, seed: int, folder: Path, eval_limit: int | None, decoding: str | None) -> list[Stage]:
+    recipes = {arm: load_recipe(f"{scale.cell}/{arm}") for arm in (SFT, *ARMS)}
+    arm_settings = recipes["fixed_mixing"].settings(scale.train)
     limit = arm_settings["eval_limit"] if eval_limit is None else eval_limit
     base, anchor = (recipes[SFT].values[key].value for key in ("model_name_or_path", "output_dir"))
     # the models that recipes name, and where this reproduction has them
-    models = {base: base if preset.base_steps is None else str(folder / BASE), anchor: str(folder / SFT)}
+    models = {base: base if scale.base_steps is None else str(folder / BASE), anchor: str(folder / SFT)}
 
     def stage(kind: str, verb: str, changes: Mapping[str, Any]) -> Stage:
         named = {key: value.value for key, value in recipes[kind].values.items()}
@@ -87,13 +87,13 @@ def _plan_seed(preset: Preset, seed: int, folder: Path, eval_limit: int | None, 
     of_mixtures = {} if decoding is None else {"decoding": decoding}
 
     def arm(name: str) -> Stage:
-        changes = preset.train | {"eval_limit": limit}
+        changes = scale.train | {"eval_limit": limit}
         return stage(name, "train", changes | (of_mixtures if "anchor" in recipes[name].values else {}))
 
-    made_here = [Stage(seed, BASE, BASE, None, {"max_steps": preset.base_steps}, folder / BASE)]
+    made_here = [Stage(seed, BASE, BASE, None, {"max_steps": scale.base_steps}, folder / BASE)]
     return [
-        *(made_here if preset.base_steps else []),
-        stage(SFT, "sft", preset.sft),
+        *(made_here if scale.base_steps else []),
+        stage(SFT, "sft", scale.sft),
         Stage(seed, SWEEP, "sweep", None, sweep | of_mixtures, folder / SWEEP, last_file=SWEEP_FILE),
         *map(arm, ARMS),
     ]

@@ -9,9 +9,9 @@ from logitmix.cli import train
 from logitmix.cli.__main__ import main
 from logitmix.cli.options.parser import build
 from logitmix.paper.claims import CLAIMS
-from logitmix.paper.presets import PRESETS, load_preset
 from logitmix.paper.recipes import ARMS, PAPER_CELLS
 from logitmix.paper.reproduction import format_time_left
+from logitmix.paper.scales import SCALES, load_scale
 from logitmix.paper.stages import plan_stages
 from tests.helpers.browser import ParsedPage, assert_self_contained, page_in_chromium
 
@@ -154,11 +154,11 @@ def test_a_dry_run_prints_the_commands_and_writes_nothing(tmp_path, capsys):
 @pytest.mark.parametrize("name", ["tiny", *(cell.replace("/", "-") for cell in PAPER_CELLS)])
 def test_every_scale_trains_what_the_paper_compares(name, tmp_path):
     """Policy and anchor of every arm, in the options that its stage is run with."""
-    planned = plan_stages(load_preset(name), 1, tmp_path)
+    planned = plan_stages(load_scale(name), 1, tmp_path)
     sft = str(tmp_path / "seed-0" / "sft")
     (stage,) = [stage for stage in planned if stage.kind == "sft"]
     base = stage.settings["model_name_or_path"]
-    assert base.startswith("Qwen/") == (PRESETS[name].base_steps is None)
+    assert base.startswith("Qwen/") == (SCALES[name].base_steps is None)
     expected = dict.fromkeys(ARMS, (base, sft)) | {"base_anchor": (base, base)}
     expected |= {"grpo": (sft, None), "grpo_kl": (sft, None)}
     for stage in planned:

@@ -1,4 +1,4 @@
-"""The scales of `logitmix reproduce`, as presets: a cell of the recipes and what to change in it."""
+"""The scales of `logitmix reproduce`: a cell of the recipes and what to change in it."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,7 +8,7 @@ from logitmix.tasks.names import unknown_name
 
 
 @dataclass(frozen=True)
-class Preset:
+class Scale:
     """A cell of the recipes and changes to its settings, by flag.
 
     cell:       whose recipes are run
@@ -26,15 +26,15 @@ class Preset:
 
 _SMOKE = {"max_steps": 2, "per_device_train_batch_size": 16, "num_generations": 4, "eval_every": 1}
 _SMOKE |= {"eval_limit": 8, "validation_size": 4}
-PRESETS = {
-    "smoke": Preset(TINY_CELL, "Every part once, in a minute; its numbers mean nothing", 12, {"max_steps": 6}, _SMOKE),
-    "tiny": Preset(TINY_CELL, "Arithmetic on a CPU", 600, {}, {"eval_every": 2, "eval_limit": 500}),
-} | {cell.replace("/", "-"): Preset(cell, "A cell of the paper, on GPUs") for cell in PAPER_CELLS}
-PRESETS["smollm2"] = Preset(SMOLLM2_CELL, "Word problems with SmolLM2-135M-Instruct on a CPU")
+SCALES = {
+    "smoke": Scale(TINY_CELL, "Every part once, in a minute; its numbers mean nothing", 12, {"max_steps": 6}, _SMOKE),
+    "tiny": Scale(TINY_CELL, "Arithmetic on a CPU", 600, {}, {"eval_every": 2, "eval_limit": 500}),
+} | {cell.replace("/", "-"): Scale(cell, "A cell of the paper, on GPUs") for cell in PAPER_CELLS}
+SCALES["smollm2"] = Scale(SMOLLM2_CELL, "Word problems with SmolLM2-135M-Instruct on a CPU")
 
 
-def load_preset(name: str) -> Preset:
-    """The preset of that name. Raises `ValueError` for an unknown name, with the nearest known one."""
-    if name not in PRESETS:
-        raise unknown_name("scale", name, PRESETS)
-    return PRESETS[name]
+def load_scale(name: str) -> Scale:
+    """The scale of that name. Raises `ValueError` for an unknown name, with the nearest known one."""
+    if name not in SCALES:
+        raise unknown_name("scale", name, SCALES)
+    return SCALES[name]
