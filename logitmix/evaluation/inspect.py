@@ -113,7 +113,7 @@ def _inspect_tokens(
     tokens: list[InspectedToken] = []
     for start in range(0, len(ids), _ROWS):
         logits = [logits_TV[start : start + _ROWS] for logits_TV in members]
-        mixture = mix_logits([z[None] for z in logits], model.config.weights, model.config.scheme)[0]
+        mixture = mix_logits([z[None] for z in logits], model.config.weights, model.config.scheme, model.config.cut)[0]
         distributions = dict(zip(NAMES, (_softmax(z) for z in (*logits, mixture)), strict=True))
         tops = {name: p_TV.topk(TOP) for name, p_TV in distributions.items()}
         for t, token in enumerate(ids[start : start + _ROWS]):

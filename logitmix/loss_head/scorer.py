@@ -15,6 +15,7 @@ from logitmix.mixture.configuration import resolve_weights
 from logitmix.mixture.decoding.support import SequenceSupport, Support
 from logitmix.mixture.diagnostics import MixtureDiagnostics
 from logitmix.mixture.head import (
+    REFERENCE,
     Head,
     HeadTransform,
     infer_head_transform,
@@ -44,10 +45,16 @@ class Scores(NamedTuple):
 class FusedScorer:
     """Scores tokens under a mixture without its logits, from the members' last hidden states at those tokens.
 
-    Raises `ValueError` for a member whose output head the fused loss head cannot read.
+    Raises `ValueError` for a member whose output head the fused loss head cannot read, and for a mixture with a
+    plausibility cut.
     """
 
     def __init__(self, model: LogitMixForCausalLM) -> None:
+        if model.config.cut is not None:
+            raise ValueError(
+                f"the mixture has plausibility {model.config.plausibility}, which the fused loss head does not apply; "
+                f"{REFERENCE}, or config.set_plausibility(None)"
+            )
         self.model = model
         self._head_transforms: dict[str, HeadTransform] = {
             name: infer_head_transform(getattr(model, name), name) for name in model.config.model_names

@@ -137,6 +137,7 @@ class MixtureBase(PreTrainedModel):
                     "build the mixture with from_members(…, peft_config=…)"
                 )
         self.config.member_dtypes = dtypes_of(self.members)
+        self.config.set_plausibility(self.config.plausibility, self.config.plausibility_member)
         quantized = {name: getattr(self, name) for name in self.config.quantized_models}
         if self.has_quantized_base:
             if kwargs.get("state_dict") is None:
@@ -256,7 +257,7 @@ class MixtureBase(PreTrainedModel):
     def _shared_linear_head(self, active: Sequence[str]) -> HeadTransform | None:
         """The transform of the head that all active members share; None if they do not, or it is not linear."""
         is_shared = len(active) > 1 and {self.config.model_of(name) for name in active} == {"policy"}
-        if not is_shared or self.config.scheme != "logit":
+        if not is_shared or self.config.scheme != "logit" or self.config.plausibility is not None:
             return None
         if not self._head_transform_is_known and not torch.compiler.is_compiling():
             self._head_transform_is_known = True

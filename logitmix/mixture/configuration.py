@@ -11,11 +11,12 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.cache_utils import get_layer_types_and_kwargs
 
-from logitmix.mixture.mixing import Scheme, Weights, alpha_to_weights, validate_weights
+from logitmix.mixture.mixing import Plausibility, Scheme, Weights, alpha_to_weights, validate_weights
 from logitmix.mixture.transformers_patches import Implementation, get_implementation
 
 Alpha = float | Sequence[float] | Tensor
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+CUT_VERSION = 2  # of a checkpoint with a plausibility cut, which earlier versions of logitmix would leave out
 
 
 def member_names(num_members: int) -> list[str]:
@@ -36,6 +37,9 @@ class LogitMixConfig(PreTrainedConfig):
         scheme: `"logit"` (geometric mixture, eq. 1 of arXiv 2605.20555) or `"prob"` (arithmetic mixture).
         adapters: for each member that runs on the policy's model, the configuration of its LoRA adapter, or `"off"`
             for the model without an adapter. An anchor listed here has no model and no configuration of its own.
+        plausibility: leave to the mixture only tokens whose probability under `plausibility_member` is at least this
+            share of its most probable token's (`mixing.Plausibility`); None leaves all. See `set_plausibility`.
+        plausibility_member: the name of that member.
         member_dtypes: the dtype of each anchor's weights that differs from the policy's, which is `dtype`.
         use_cache: whether a forward pass returns the KV cache by default.
         format_version: version of the checkpoint format.
@@ -47,10 +51,12 @@ class LogitMixConfig(PreTrainedConfig):
     members: list[str] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
     scheme: Scheme = "logit"
+    plausibility: float | None = None
+    plausibility_member: str = "policy"
     adapters: dict[str, Any] = field(default_factory=dict)
     member_dtypes: dict[str, str] = field(default_factory=dict)
     use_cache: bool = True
-    format_version: int = FORMAT_VERSION
+    format_version: int = 1
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
@@ -72,6 +78,7 @@ class LogitMixConfig(PreTrainedConfig):
             config = kwargs.pop(name)
             setattr(self, name, config if isinstance(config, PreTrainedConfig) else _config_from_dict(config))
         self.set_weights(self.weights)
+        self.set_plausibility(self.plausibility, self.plausibility_member)
         # By default each member keeps its own: transformers would overwrite it with the mixture's, which is None
         if kwargs.get("attn_implementation") is None:
             kwargs["attn_implementation"] = self._get_implementations("attn_implementation")
@@ -113,6 +120,21 @@ class LogitMixConfig(PreTrainedConfig):
                 "pass weights for each sequence to forward or generate"
             )
         self.weights = checked.tolist()
+
+    def set_plausibility(self, threshold: float | None, member: str = "policy") -> None:
+        """Rule out the tokens whose probability under `member` is below `threshold` times its largest; None: none.
+
+        Raises `ValueError` for a threshold outside (0, 1] and an unknown member.
+        """
+        self.plausibility, self.plausibility_member = threshold, self.resolve_member_name(member)
+        self.format_version = 1 if self.cut is None else CUT_VERSION
+
+    @property
+    def cut(self) -> Plausibility | None:
+        """The plausibility cut, for `mix_logits`. Raises `ValueError` for a threshold outside (0, 1]."""
+        if self.plausibility is None:
+            return None
+        return Plausibility(self.plausibility, self.members.index(self.plausibility_member))
 
     def model_of(self, member: str) -> str:
         """The name of the model that runs the member: its own, or `"policy"` if it shares the policy's."""

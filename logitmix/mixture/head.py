@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 _PROBE_TOKENS = 2
-_REFERENCE = 'score from the members\' logits instead, with loss_head="reference"'
+REFERENCE = 'score from the members\' logits instead, with loss_head="reference"'
 
 
 @dataclass(frozen=True)
@@ -192,4 +192,4 @@ def _is_close(actual: Tensor, expected: Tensor) -> bool:
 
 
 def _unreadable(name: str, reason: str) -> ValueError:
-    return ValueError(f"the fused loss head cannot read the head of {name}: {reason}; {_REFERENCE}")
+    return ValueError(f"the fused loss head cannot read the head of {name}: {reason}; {REFERENCE}")

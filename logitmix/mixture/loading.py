@@ -31,6 +31,8 @@ from logitmix.mixture.tokenizers import declared_ends, end_token_ids, leave_text
 
 Member: TypeAlias = PreTrainedModel | str | os.PathLike[str]
 
+OTHER_TOKENIZERS = "docs/family.md#members-with-other-tokenizers"
+
 # The files of a tokenizer's vocabulary, under the names that transformers saves
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "tekken.json")
 
@@ -285,7 +287,8 @@ def validate_same_tokenizer(tokenizers: Sequence[PreTrainedTokenizerBase]) -> Pr
         i = min(i for i in tokens.keys() | other_tokens.keys() if tokens.get(i) != other_tokens.get(i))
         raise ValueError(
             f"the members' tokenizers differ: token {i} is {_quote(tokens.get(i))} in {first.name_or_path!r} and "
-            f"{_quote(other_tokens.get(i))} in {other.name_or_path!r}; use members with the same tokenizer"
+            f"{_quote(other_tokens.get(i))} in {other.name_or_path!r}; use members with the same tokenizer, or "
+            f"first make them so: {OTHER_TOKENIZERS} says how, and at what cost"
         )
     return first
 

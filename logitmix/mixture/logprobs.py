@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from logitmix.mixture.diagnostics import MixtureDiagnostics, mixture_diagnostics
-from logitmix.mixture.mixing import Scheme, Weights, mix_logits, validate_weights
+from logitmix.mixture.mixing import Plausibility, Scheme, Weights, mix_logits, validate_weights
 
 # Elements of a member's logits to mix at a time, 256 MB in float32; at least one whole sequence
 _CHUNK_ELEMENTS = 1 << 26
@@ -36,10 +36,11 @@ def mixture_log_probs(
     temperature: float = 1.0,
     diagnostics: list[MixtureDiagnostics] | None = None,
     kept_BTV: Tensor | None = None,
+    plausibility: Plausibility | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy of the mixture at the targets, both `[B, T]` in float32 (or float64).
 
-        log softmax(mix_logits(logits, weights, scheme) / temperature) at targets_BT
+        log softmax(mix_logits(logits, weights, scheme, plausibility) / temperature) at targets_BT
 
     The temperature divides the *mixed* logits, as when `generate` samples from the mixture. `logits` are K tensors
     `[B, T, V]`. The backward pass recomputes the mixture of each chunk of sequences, so the members' own logits are
@@ -56,7 +57,7 @@ def mixture_log_probs(
     def chunk(
         weights_BK: Tensor, targets: Tensor, kept: Tensor | None, *chunk_logits: Tensor
     ) -> tuple[Tensor, Tensor]:
-        mixed = mix_logits(chunk_logits, weights_BK, scheme)
+        mixed = mix_logits(chunk_logits, weights_BK, scheme, plausibility)
         mixed = mixed if kept is None else mixed.masked_fill(~kept, -torch.inf)
         return log_probs_and_entropy(mixed, targets, temperature)
 
@@ -75,7 +76,7 @@ def mixture_log_probs(
         )
         if diagnostics is not None:  # not in `chunk`, which the backward pass runs again
             with torch.no_grad():
-                mixed = mix_logits(chunk_logits, chunk_weights, scheme)
+                mixed = mix_logits(chunk_logits, chunk_weights, scheme, plausibility)
                 diagnostics.append(mixture_diagnostics(chunk_logits, mixed, temperature))
     log_probs, entropies = zip(*results, strict=True)
     return torch.cat(log_probs), torch.cat(entropies)

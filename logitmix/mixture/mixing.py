@@ -6,7 +6,9 @@ The convention of alpha is defined here and nowhere else: **alpha is the weight 
 is the policy alone and alpha = 1 the anchor alone (Gan & Zhu, arXiv 2605.20555, eq. 1).
 """
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -19,6 +21,40 @@ Weights = Sequence[float] | Sequence[Sequence[float]] | Tensor
 """One weight per member, for the batch `[K]` or for each sequence `[B, K]`."""
 
 _SUM_TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class Plausibility:
+    """The tokens that one member finds plausible, which are left to the mixture (Li et al. 2023, arXiv 2210.15097).
+
+        V(x) = { v : p_m(v | x) >= threshold * max_u p_m(u | x) }
+
+    for the member m with that index, at temperature 1. All tokens are left where m, or every other member, has weight
+    0: m does not run, or is the only one that does.
+
+    Raises `ValueError` for a threshold outside (0, 1].
+    """
+
+    threshold: float
+    member: int = 0
+
+    def __post_init__(self) -> None:
+        is_number = isinstance(self.threshold, int | float) and not isinstance(self.threshold, bool)
+        if not (is_number and 0 < self.threshold <= 1):
+            raise ValueError(
+                f"plausibility is {self.threshold!r}, but must be above 0 and at most 1: the share of the most "
+                "probable token's probability that a token needs; None leaves all tokens"
+            )
+
+    def applies(self, weights: Tensor) -> Tensor:
+        """Whether there is a cut at weights `[..., K]`."""
+        has_weight = weights != 0
+        return has_weight[..., self.member] & (has_weight.sum(-1) > 1)
+
+    def ruled_out(self, logits: Tensor) -> Tensor:
+        """Whether each token, `[..., V]`, is left out, from the logits of the member."""
+        z = _upcast(logits)
+        return z < z.amax(-1, keepdim=True) + math.log(self.threshold)
 
 
 def alpha_to_weights(alpha: float | Sequence[float] | Tensor) -> Tensor:
@@ -60,7 +96,9 @@ def validate_weights(weights: Weights, num_members: int, scheme: str, batch: int
     return weights
 
 
-def mix_logits(logits: Sequence[Tensor], weights: Weights, scheme: Scheme = "logit") -> Tensor:
+def mix_logits(
+    logits: Sequence[Tensor], weights: Weights, scheme: Scheme = "logit", plausibility: Plausibility | None = None
+) -> Tensor:
     """Logits `[B, ..., V]` of the mixture of K members, in float32 (float64 if a member's are).
 
     `logits` are K tensors `[B, ..., V]`; `weights` are `[K]`, or one row for each sequence, `[B, K]`.
@@ -69,7 +107,8 @@ def mix_logits(logits: Sequence[Tensor], weights: Weights, scheme: Scheme = "log
     - `"prob"`, an arithmetic mean (section 5): `log(sum_k w_k * softmax(z_k))`, normalised log-probabilities.
 
     A member of weight 0 is ignored, even if its logits are infinite or NaN. A token that a member of positive weight
-    rules out with a logit of -inf stays ruled out, whatever the logits of members of negative weight.
+    rules out with a logit of -inf stays ruled out, whatever the logits of members of negative weight. `plausibility`
+    sets the logits of other tokens than its own to -inf.
 
     >>> policy, anchor = torch.randn(2, 5, 11), torch.randn(2, 5, 11)
     >>> mixed = mix_logits([policy, anchor], alpha_to_weights(0.3))
@@ -83,10 +122,16 @@ def mix_logits(logits: Sequence[Tensor], weights: Weights, scheme: Scheme = "log
         return torch.zeros_like(_upcast(logits[0]))
     terms = [_weigh(_upcast(logits[k]), weights[..., k], scheme) for k in active]
     if scheme == "prob":
-        return _logsumexp(terms)
-    mixed = torch.stack(terms).sum(0) if len(terms) > 2 else sum(terms[1:], terms[0])
-    if (weights < 0).any():  # only then can a term be +inf, and the sum NaN
-        ruled_out = torch.stack([torch.isneginf(term) for term in terms]).any(0)
+        mixed = _logsumexp(terms)
+    else:
+        mixed = torch.stack(terms).sum(0) if len(terms) > 2 else sum(terms[1:], terms[0])
+        if (weights < 0).any():  # only then can a term be +inf, and the sum NaN
+            ruled_out = torch.stack([torch.isneginf(term) for term in terms]).any(0)
+            mixed = mixed.masked_fill(ruled_out, -torch.inf)
+    if plausibility is not None and (has_cut := plausibility.applies(weights)).any():
+        ruled_out = plausibility.ruled_out(logits[plausibility.member].detach())
+        if not has_cut.all():
+            ruled_out &= has_cut.to(mixed.device).view(-1, *[1] * (mixed.dim() - 1))
         mixed = mixed.masked_fill(ruled_out, -torch.inf)
     return mixed
 

@@ -226,7 +226,7 @@ class LogitMixForCausalLM(MixtureBase, MixtureGenerationMixin):
             weights, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
             logits_to_keep, **kwargs,
         )  # fmt: skip
-        mixed = mix_logits(logits, weights, self.config.scheme)
+        mixed = mix_logits(logits, weights, self.config.scheme, self.config.cut)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=mixed, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

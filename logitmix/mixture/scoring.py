@@ -57,7 +57,14 @@ def score_labels(
         is_scored = targets != -100
         kept_BTV = Support.of_scored(supports, is_scored).mask_BTV(is_scored, logits[0].shape[-1])
     scores = mixture_log_probs(
-        logits, weights, targets.clamp(min=0), model.config.scheme, temperature, diagnostics, kept_BTV
+        logits,
+        weights,
+        targets.clamp(min=0),
+        model.config.scheme,
+        temperature,
+        diagnostics,
+        kept_BTV,
+        model.config.cut,
     )
     log_probs, entropy = (nn.functional.pad(x.masked_fill(targets == -100, 0.0), (T - keep, 0)) for x in scores)
     return log_probs, entropy

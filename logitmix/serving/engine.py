@@ -49,6 +49,7 @@ class Engine(ABC):
 
     def __init__(self, vllm_config: VllmConfig, widths: Sequence[int]) -> None:
         self.config: LogitMixConfig = vllm_config.model_config.hf_config
+        self.cut = self.config.cut
         self.widths = list(widths)
 
     @abstractmethod
@@ -64,4 +65,4 @@ class Engine(ABC):
 
     @abstractmethod
     def mix(self, logits_NV: Sequence[Tensor], weights: Tensor, scheme: str) -> Tensor:
-        """`mix_logits` at the weights that `split` returned."""
+        """`mix_logits` at the weights that `split` returned, with the mixture's plausibility cut, if it has one."""

@@ -98,7 +98,7 @@ class FirstRunnerEngine(Engine):
         return hidden_ND, self._weights_of_rows(row_columns)
 
     def mix(self, logits_NV: Sequence[Tensor], weights: Tensor, scheme: str) -> Tensor:
-        return mix_logits(logits_NV, weights, scheme)  # type: ignore[arg-type]
+        return mix_logits(logits_NV, weights, scheme, self.cut)  # type: ignore[arg-type]
 
     def _weights_of_rows(self, row_columns: Tensor) -> Tensor:
         """The weights `[N, K]` of each token's request, or `[K]` if no request in the batch sets its own."""

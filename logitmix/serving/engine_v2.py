@@ -16,6 +16,7 @@ from vllm.config import VllmConfig
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcessor
 
 from logitmix.mixture.configuration import LogitMixConfig
+from logitmix.mixture.mixing import Plausibility
 from logitmix.serving.engine import Engine, OfMixture
 from logitmix.serving.requests import parse_request_weights
 
@@ -64,7 +65,7 @@ class SecondRunnerEngine(Engine):
         return hidden_ND, from_columns(columns, len(self.widths))
 
     def mix(self, logits_NV: Sequence[Tensor], weights: Tensor, scheme: str) -> Tensor:
-        return mix_rows(logits_NV, weights, scheme, self.has_special_weights)
+        return mix_rows(logits_NV, weights, scheme, self.has_special_weights, self.cut)
 
 
 def to_columns(weights_NK: Tensor, dtype: torch.dtype) -> Tensor:
@@ -78,7 +79,13 @@ def from_columns(columns: Tensor, num_members: int) -> Tensor:
     return columns.contiguous().view(torch.float32)[:, :num_members]
 
 
-def mix_rows(logits_NV: Sequence[Tensor], weights_NK: Tensor, scheme: str, has_special_weights: bool = True) -> Tensor:
+def mix_rows(
+    logits_NV: Sequence[Tensor],
+    weights_NK: Tensor,
+    scheme: str,
+    has_special_weights: bool = True,
+    cut: Plausibility | None = None,
+) -> Tensor:
     """`mix_logits` of rows with weights on the device, without reading them on the host, which would wait for it.
 
     `has_special_weights` may be False if all weights are above 0: then infinite logits need no care.
@@ -96,4 +103,7 @@ def mix_rows(logits_NV: Sequence[Tensor], weights_NK: Tensor, scheme: str, has_s
     if has_special_weights and scheme == "logit":  # beside -inf, a negative weight can make +inf, and their sum is NaN
         for term_NV in terms:
             mixed_NV = mixed_NV.masked_fill_(term_NV.isneginf(), -torch.inf)
+    if cut is not None:
+        ruled_out_NV = cut.ruled_out(logits_NV[cut.member]) & cut.applies(weights_NK)[:, None]
+        mixed_NV = mixed_NV.masked_fill_(ruled_out_NV, -torch.inf)
     return mixed_NV

@@ -66,7 +66,10 @@ class LogitMixForCausalLM(nn.Module):
         self.engine = engine_class(vllm_config)(vllm_config, [config.hidden_size for config in text_configs])
         # members that share a linear head: mix the hidden states and project once
         self.has_one_head = (
-            len(self.config.model_names) == 1 and self.config.scheme == "logit" and _has_linear_head(self.policy)
+            len(self.config.model_names) == 1
+            and self.config.scheme == "logit"
+            and self.config.plausibility is None
+            and _has_linear_head(self.policy)
         )
 
     @property

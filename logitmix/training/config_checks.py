@@ -51,6 +51,7 @@ def validate_config(args: LogitMixGRPOConfig, model: PreTrainedModel, given: Map
     validate_evaluation(args, given.get("eval_dataset"))
     validate_kl(args, model)
     validate_train_target(args, model)
+    validate_plausibility(model)
     validate_adapter(args, model, given.get("peft_config"))
     if given.get("quantization_config") is not None:
         raise ValueError(
@@ -208,6 +209,16 @@ def validate_kl(args: LogitMixGRPOConfig, model: PreTrainedModel) -> None:
             f"beta={args.beta} with a mixture does not say which anchor its KL is to: kl_to='anchor' is the frozen "
             "anchor; TRL's own reference, a copy of the initial model, would be the initial mixture, which is not "
             "kept. Set kl_to='anchor', or beta=0 as in the paper, where the anchor already holds the policy"
+        )
+
+
+def validate_plausibility(model: PreTrainedModel) -> None:
+    """Raise `ValueError` for a cut by the policy, which training moves: a sampled token may become impossible."""
+    is_moving = isinstance(model, LogitMixForCausalLM) and model.config.plausibility_member == "policy"
+    if is_moving and model.config.cut is not None:
+        raise ValueError(
+            f"the mixture has plausibility {model.config.plausibility} of the policy, which training moves, so that "
+            "sampled tokens may become impossible; name a frozen member, or use config.set_plausibility(None)"
         )
 
 

@@ -116,6 +116,11 @@ class MixtureDistillationTrainer(PatchedDistillationTrainer):
             )
         if isinstance(model, LogitMixForCausalLM):
             raise ValueError("the student is a mixture; a student is one model, such as the mixture's policy")
+        if teacher_model.config.cut is not None:
+            raise ValueError(
+                f"the mixture has plausibility {teacher_model.config.plausibility}: the tokens that it rules out have "
+                "probability 0, from which a student's divergence is infinite; use config.set_plausibility(None)"
+            )
         set_seed(args.seed)  # a new adapter starts at random
         validate_vocabulary(model, teacher_model)
         if kwargs.get("peft_config") is not None:

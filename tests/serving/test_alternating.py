@@ -353,3 +353,12 @@ def test_other_models_and_configurations_are_rejected(tmp_path, folder, monkeypa
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
     with pytest.raises(Exception, match=r"second model runner|custom_class"), engine(folder, **alternating_decoding()):
         pass
+
+
+def test_a_plausibility_cut_matches_transformers(tmp_path):
+    mixture = build_mixture("qwen2", "llama", alpha=0.4)
+    mixture.config.set_plausibility(0.4, "anchor")
+    mixture.save_pretrained(tmp_path)
+    requests = [{}, {"alpha": 0.2}, {"alpha": -0.3}]
+    with alternating(tmp_path) as llm:
+        assert_matches_transformers(mixture, llm, PROMPTS[:3], requests)

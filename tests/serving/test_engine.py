@@ -47,6 +47,15 @@ def test_pairs_match_transformers(tmp_path, pair):
         assert_matches_transformers(mixture, llm, prompt_logprobs=0)
 
 
+@pytest.mark.runners
+def test_a_plausibility_cut_matches_transformers(tmp_path):
+    mixture = build_mixture("qwen2", "llama", weights=[1.5, -0.5])
+    mixture.config.set_plausibility(0.4, "anchor")
+    mixture.save_pretrained(tmp_path)
+    with engine(tmp_path) as llm:
+        assert_matches_transformers(mixture, llm)
+
+
 @pytest.mark.parametrize("kind", ["models", "adapters"])
 def test_a_checkpoint_that_refers_to_its_frozen_members_matches_transformers(tmp_path, kind):
     if kind == "adapters":

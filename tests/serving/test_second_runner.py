@@ -12,7 +12,7 @@ from transformers import LlamaConfig, Qwen2Config
 from vllm import SamplingParams
 
 from logitmix.mixture.configuration import LogitMixConfig
-from logitmix.mixture.mixing import mix_logits
+from logitmix.mixture.mixing import Plausibility, mix_logits
 from logitmix.serving import engine_v1, engine_v2
 from logitmix.serving.engine_v2 import from_columns, mix_rows, to_columns
 from tests.helpers.engines import engine, model_runner
@@ -48,6 +48,14 @@ def test_mixing_on_the_device_ignores_and_rules_out_infinite_logits_as_mix_logit
     logits[2][:, 3] = -INF
     logits[2][1:3, 4] = INF if scheme == "logit" else -INF
     torch.testing.assert_close(mix_rows(logits, weights, scheme), mix_logits(logits, weights, scheme))
+
+
+@pytest.mark.parametrize("scheme", WEIGHTS)
+def test_mixing_on_the_device_cuts_as_mix_logits_does(scheme):
+    weights, cut = torch.tensor(WEIGHTS[scheme]), Plausibility(0.3, 1)
+    mixed = mix_logits(logits := logits_of(len(weights)), weights, scheme, cut)
+    assert torch.isneginf(mixed).any()
+    torch.testing.assert_close(mix_rows(logits, weights, scheme, cut=cut), mixed)
 
 
 @pytest.mark.parametrize("scheme", WEIGHTS)

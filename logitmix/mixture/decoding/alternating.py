@@ -109,7 +109,7 @@ class AlternatingDecoder:
             self._drafter = None
             sequences.forget_drafts()
         logits_KBV = [self._read(x, *self._unread(x), keep=1)[:, -1] for x in range(len(self._members))]
-        mixed_BV = mix_logits(logits_KBV, sequences.weights_BK, self._model.config.scheme)
+        mixed_BV = self._mix(logits_KBV, sequences.weights_BK)
         rows = torch.arange(len(sequences), device=mixed_BV.device)
         tokens_B = self._sampler.sample(mixed_BV, sequences.tokens_BL, sequences.length_B)
         self._drop(self._append(rows, tokens_B, logits_KBV))
@@ -143,7 +143,7 @@ class AlternatingDecoder:
             drafts_B, log_q_BV, drafter_BV = sequences.draft(rows, i)
             logits_KBV = [logits_BCV[rows, i], drafter_BV]
             logits_KBV = logits_KBV if x == 0 else logits_KBV[::-1]
-            mixed_BV = mix_logits(logits_KBV, sequences.weights_BK[rows.cpu()], self._model.config.scheme)
+            mixed_BV = self._mix(logits_KBV, sequences.weights_BK[rows.cpu()])
             is_accepted_B, tokens_B = self._sampler.verify(
                 mixed_BV, drafts_B, log_q_BV, sequences.tokens_BL[rows], sequences.length_B[rows]
             )
@@ -176,6 +176,10 @@ class AlternatingDecoder:
         sequences.append(rows, tokens_B, logits_KBV)
         self.statistics.tokens += len(rows)
         return ~has_ended(self._stopping_criteria, sequences.tokens_BL[rows], sequences.length_B[rows])
+
+    def _mix(self, logits_KBV: Sequence[Tensor], weights_BK: Tensor) -> Tensor:
+        config = self._model.config
+        return mix_logits(logits_KBV, weights_BK, config.scheme, config.cut)
 
     def _unread(self, x: int) -> tuple[Tensor, Tensor]:
         """Tokens and mask `[B, C]` of what member x has not read: the last token, or the whole prompt."""

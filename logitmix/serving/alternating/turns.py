@@ -83,7 +83,8 @@ class MemberTurns:
             logits_KNV = [logits_RV[index], torch.stack([reading.logits_V for _, reading in pairs])]
             config, by_request = self.model.config, self.model.engine.by_request
             weights_NK = [by_request.get(row.name) or config.weights for row, _ in pairs]
-            mixed_NV = mix_logits(logits_KNV if member == 0 else logits_KNV[::-1], weights_NK, config.scheme)
+            in_order_KNV = logits_KNV if member == 0 else logits_KNV[::-1]
+            mixed_NV = mix_logits(in_order_KNV, weights_NK, config.scheme, config.cut)
             logits_RV[index] = mixed_NV.to(logits_RV.dtype)
 
     def draft_probs(self, V: int) -> Tensor:

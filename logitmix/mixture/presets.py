@@ -1,0 +1,120 @@
+"""Decode-time methods of other papers as mixtures, by name: each is K members and their weights.
+
+`z_a` are the logits of member a. Adding a constant to all logits of a member changes no distribution, so a sum of
+weighted log-probabilities is the same as a sum of weighted logits. Each function takes models, folders or hub ids of
+one tokenizer, passes `kwargs` to `LogitMixForCausalLM.from_members`, and returns an ordinary mixture, whose policy is
+its first member. `PRESETS` has their weights as functions of alpha, for sweeps.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from logitmix.mixture.loading import Member
+from logitmix.mixture.mixing import Plausibility, Scheme
+from logitmix.mixture.modeling import LogitMixForCausalLM
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A method of one strength, alpha: its members' roles in order, and their weights as text and as a function."""
+
+    name: str
+    roles: tuple[str, ...]
+    formula: str
+    of_alpha: Callable[[float], list[float]]
+
+    def weights(self, alpha: float) -> list[float]:
+        """The members' weights at this alpha. Raises `ValueError` for an alpha that is negative or not finite."""
+        if not (isinstance(alpha, int | float) and math.isfinite(alpha) and alpha >= 0):
+            raise ValueError(
+                f"alpha is {alpha!r}, but {self.name} takes a number of at least 0: its weights are {self.formula} "
+                f"for {', '.join(self.roles)}"
+            )
+        return self.of_alpha(float(alpha))
+
+
+PRESETS = {
+    preset.name: preset
+    for preset in (
+        Preset("dexperts", ("base", "expert", "antiexpert"), "1, +alpha, -alpha", lambda a: [1.0, a, -a]),
+        Preset("proxy_tuning", ("large", "small_tuned", "small_base"), "1, +alpha, -alpha", lambda a: [1.0, a, -a]),
+        Preset("contrastive_decoding", ("expert", "amateur"), "1 + alpha, -alpha", lambda a: [1.0 + a, -a]),
+    )
+}
+
+
+def dexperts(
+    base: Member, expert: Member, antiexpert: Member, alpha: float = 2.0, **kwargs: Any
+) -> LogitMixForCausalLM:
+    """DExperts (Liu et al. 2021, arXiv 2105.03023, eq. 2): steer a base model by what two small ones disagree on.
+
+        p(x_t | x_<t) = softmax( z_base + alpha (z_expert - z_antiexpert) )
+
+    The expert was tuned on text with the wanted attribute, the anti-expert on text without; the paper's alpha is 2.0
+    for toxicity and 3.2 for sentiment. The paper also cuts the base model's logits to its nucleus first, which this
+    does not. The weights are `[1, alpha, -alpha]`. Raises `ValueError` for a negative alpha.
+    """
+    weights = PRESETS["dexperts"].weights(alpha)
+    return LogitMixForCausalLM.from_members(base, [expert, antiexpert], weights=weights, **kwargs)
+
+
+def proxy_tuning(
+    large: Member, small_tuned: Member, small_base: Member, alpha: float = 1.0, **kwargs: Any
+) -> LogitMixForCausalLM:
+    """Proxy tuning (Liu et al. 2024, arXiv 2401.08565, eq. 1): what tuning a small model changed, on a large one.
+
+        p(x_t | x_<t) = softmax( z_large + alpha (z_small_tuned - z_small_base) )
+
+    The paper's eq. 1 has alpha = 1; its section on controlling the strength varies it. The weights are
+    `[1, alpha, -alpha]`. Raises `ValueError` for a negative alpha.
+    """
+    weights = PRESETS["proxy_tuning"].weights(alpha)
+    return LogitMixForCausalLM.from_members(large, [small_tuned, small_base], weights=weights, **kwargs)
+
+
+def contrastive_decoding(
+    expert: Member, amateur: Member, alpha: float | None = 0.5, plausibility: float | None = 0.1, **kwargs: Any
+) -> LogitMixForCausalLM:
+    """Contrastive decoding: prefer what a strong model finds likelier than a weak one, among its plausible tokens.
+
+        p(v | x) ∝ exp( (1 + alpha) z_expert(v) - alpha z_amateur(v) )    for v in V(x), else 0
+        V(x) = { v : p_expert(v | x) >= plausibility * max_u p_expert(u | x) }
+
+    The first line is that of O'Brien & Lewis (2023, arXiv 2309.09117), whose beta is `alpha` here and 0.5 by default;
+    the weights are `[1 + alpha, -alpha]`, those of the mixture's own alpha at `-alpha`. With `alpha=None` it is the
+    original (Li et al. 2023, arXiv 2210.15097), without weights: `log p_expert(v) - log p_amateur(v)`, weights
+    `[1, -1]`. The second line is in both papers (where `plausibility` is called alpha; 0.1 in both); None
+    leaves all tokens. It is taken before any sampling temperature. Li's temperature of the amateur is 1 here.
+
+    Raises `ValueError` for a negative alpha, or a plausibility outside (0, 1].
+    """
+    weights = [1.0, -1.0] if alpha is None else PRESETS["contrastive_decoding"].weights(alpha)
+    if plausibility is not None:
+        Plausibility(plausibility)  # before the members load
+    model = LogitMixForCausalLM.from_members(expert, amateur, weights=weights, **kwargs)
+    model.config.set_plausibility(plausibility)
+    return model
+
+
+def ensemble(
+    members: Sequence[Member], weights: Sequence[float] | None = None, scheme: Scheme = "logit", **kwargs: Any
+) -> LogitMixForCausalLM:
+    """An ensemble, or opinion pool, of K members, by default with weights 1/K.
+
+        "logit":  p(v | x) ∝ prod_k p_k(v | x)^w_k      a product of experts (Hinton 2002; Genest & Zidek 1986)
+        "prob":   p(v | x) = sum_k w_k p_k(v | x)       a linear pool
+
+    The weights are at least 0. Those of "prob" sum to 1. Those of "logit" may have another sum, which acts as an
+    inverse temperature. Raises `ValueError` for other weights, or fewer than two members.
+    """
+    if isinstance(members, str) or len(members) < 2:
+        raise ValueError(f"an ensemble is a list of at least 2 members, got {members!r}")
+    weights = [1 / len(members)] * len(members) if weights is None else list(weights)
+    if min(weights, default=0) < 0 or not any(weights):
+        raise ValueError(
+            f"the weights are {weights}, but those of an ensemble are at least 0, and not all 0; dexperts, "
+            "proxy_tuning and contrastive_decoding subtract a member"
+        )
+    return LogitMixForCausalLM.from_members(members[0], list(members[1:]), weights=weights, scheme=scheme, **kwargs)
