@@ -1,16 +1,33 @@
-"""`logitmix sweep`: a pair at every alpha, mixed in logits, in probabilities and in weights; the paper's table 4."""
+"""`logitmix sweep`: a pair at every alpha, mixed in logits, in probabilities and in weights; the paper's table 4.
+
+With `--preset` or `--weights`, several members instead, at the weights of a method or at those of a grid.
+"""
 
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Literal
 
 from logitmix.cli.options.data import TestProblemArguments
 from logitmix.cli.options.evaluation import DecodingArguments
-from logitmix.cli.options.model import AnchorArguments, MixtureArguments, ModelArguments, load_mixture
+from logitmix.cli.options.model import (
+    AnchorArguments,
+    MixtureArguments,
+    ModelArguments,
+    find_model,
+    load_mixture,
+    load_several,
+)
 from logitmix.cli.options.parser import flatten, parse
 from logitmix.runs.console import console
 from logitmix.runs.files import SWEEP_FILE
 from logitmix.tasks.names import unknown_name
+
+if TYPE_CHECKING:
+    from logitmix.mixture.presets import Preset
+
+
+MIXES = ("logit", "prob", "merge")  # of logitmix.evaluation.sweep, which needs torch
 
 
 @dataclass
@@ -22,7 +39,7 @@ class SweepArguments:
         metadata={"help": "Weights of the anchor; 0 and 1, the members alone, are always included."},
     )
     mixes: list[str] = field(
-        default_factory=lambda: ["logit", "prob", "merge"],
+        default_factory=lambda: list(MIXES),
         metadata={
             "help": "Ways to mix: logit and prob mix distributions, merge mixes weights, (1 - alpha) policy + alpha "
             "anchor."
@@ -38,17 +55,61 @@ class SweepArguments:
 
 
 @dataclass
+class FamilyArguments:
+    """Several members"""
+
+    preset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Sweep the --alphas of a method: dexperts (base, expert, antiexpert), proxy_tuning (large, "
+            "small_tuned, small_base) or contrastive_decoding (expert, amateur)."
+        },
+    )
+    weights: Literal["simplex"] | None = field(
+        default=None, metadata={"help": "simplex: ensembles of the members, at a grid of weights that sum to 1."}
+    )
+    members: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Folders or hub ids of the members after the first, which is --model_name_or_path; none if that "
+            "is a saved mixture."
+        },
+    )
+    plausibility: float | None = field(
+        default=None,
+        metadata={
+            "help": "Rule out tokens below this share of the probability of the first member's most probable token; "
+            "default: a saved mixture's own, and 0.1 for contrastive_decoding."
+        },
+    )
+    simplex_parts: int = field(
+        default=4, metadata={"help": "The weights of the grid are multiples of 1 / simplex_parts."}
+    )
+    simplex_scheme: Literal["logit", "prob"] = field(
+        default="logit", metadata={"help": "How the ensembles of the grid are mixed."}
+    )
+
+
+@dataclass
 class SweepOptions:
     problems: TestProblemArguments
     model: ModelArguments
     mixture: AnchorArguments
     sweep: SweepArguments
+    family: FamilyArguments
     decoding: DecodingArguments
 
 
 def main(argv: Sequence[str]) -> None:
-    description = "Evaluate a pair at every alpha, mixed in three ways, on the same test problems."
-    run(parse("sweep", description, SweepOptions, argv))
+    description = (
+        "Evaluate a pair at every alpha, mixed in three ways, or several members at the weights of a method or of a "
+        "grid, on the same test problems."
+    )
+    options = parse("sweep", description, SweepOptions, argv)
+    if options.family == FamilyArguments():
+        run(options)
+    else:
+        run_family(options)
 
 
 def run(options: SweepOptions) -> None:
@@ -109,3 +170,99 @@ def run(options: SweepOptions) -> None:
         (folder / SWEEP_FILE).write_text(json.dumps(lines, indent=2) + "\n")
         plot_sweep(table, title, folder / "sweep.png", folder / "sweep.svg", members=("policy", "anchor"))
         console.print(f"{SWEEP_FILE}, sweep.png, sweep.svg and every response are in {folder}.", soft_wrap=True)
+
+
+def run_family(options: SweepOptions) -> None:
+    """Decode and grade the members alone and the mixture at each of the weights; print the rates and the best weights.
+
+    An interrupted sweep continues. Raises `ValueError` for flags of the other sweep, and for members that do not fit.
+    """
+    from logitmix.evaluation.decode import make_batches, make_decoder, make_requests, one_hot_weights
+    from logitmix.evaluation.report.tables import print_evaluation, print_weights_choice
+    from logitmix.evaluation.responses import open_responses
+    from logitmix.evaluation.weights_sweep import choose_weights, preset_points, simplex_points
+    from logitmix.mixture.loading import require_tokenizer
+    from logitmix.mixture.mixing import Plausibility
+
+    model_args, family, args = options.model, options.family, options.decoding
+    source = model_args.model_name_or_path
+    _validate_flags(options)
+    preset = _find_preset(family)
+    points = {} if preset is None else preset_points(preset, options.sweep.alphas)
+    if family.plausibility is not None:
+        Plausibility(family.plausibility)  # before anything loads
+    members = [find_model(member) for member in family.members or ()]
+    data_args, task = options.problems.resolve_task(source, *members)
+    problems = task.problems("test", options.problems.eval_limit)
+    if len(problems) < 2:
+        raise ValueError(
+            f"eval_limit is {options.problems.eval_limit}, but weights are chosen on half of the problems and "
+            "reported on the other half; raise it above 1"
+        )
+    model = load_several(model_args, members)
+    config, names = model.config, model.config.members if preset is None else list(preset.roles)
+    if preset is not None and len(names) != len(config.members):
+        raise ValueError(f"{source} is a mixture of {len(config.members)} members; {_takes(preset)}")
+    if preset is None:
+        points = simplex_points(len(names), family.simplex_parts, family.simplex_scheme)
+    config.scheme = "logit" if preset is not None else family.simplex_scheme
+    if family.plausibility is not None:
+        config.set_plausibility(family.plausibility)
+    elif members and family.preset == "contrastive_decoding":
+        config.set_plausibility(0.1)
+    weights = one_hot_weights(names) | points
+    tokenizer = require_tokenizer(source)
+    decode = make_decoder(
+        model, tokenizer, task, problems, args.max_new_tokens, decoding=args.decoding, weights=weights
+    )
+    arguments = {"command": "sweep"}
+    arguments |= flatten(options.problems, data_args, model_args, options.mixture, options.sweep, family, args)
+    responses = open_responses(args.output_dir, arguments, dict.fromkeys(weights, len(problems)))
+    requests = make_requests(dict.fromkeys(weights), len(problems))
+    responses.add("sweep of weights", make_batches(requests, args.batch_size), decode)
+
+    print_evaluation(f"{task.name}, {len(problems)} test problems, greedy", responses.rows)
+    choice = choose_weights(responses.rows, points, names)
+    print_weights_choice(choice)
+    if responses.path is not None:
+        path = responses.path.parent / SWEEP_FILE
+        path.write_text(json.dumps({"weights": weights, "choice": asdict(choice)}, indent=2) + "\n")
+        console.print(f"{SWEEP_FILE} and every response are in {path.parent}.", soft_wrap=True)
+
+
+def _validate_flags(options: SweepOptions) -> None:
+    """Raise `ValueError` for flags that the sweep of several members does not read."""
+    sweep, family = options.sweep, options.family
+    if (family.preset is None) == (family.weights is None):
+        raise ValueError("give either --preset, to sweep a method's alpha, or --weights simplex, to sweep ensembles")
+    unread = {
+        "anchor": options.mixture.anchor is not None,
+        "mixes": sweep.mixes != list(MIXES),
+        "halve_from": sweep.halve_from is not None,
+        "alphas": family.preset is None and sweep.alphas != SweepArguments().alphas,
+        "simplex_parts": family.weights is None and family.simplex_parts != FamilyArguments.simplex_parts,
+        "simplex_scheme": family.weights is None and family.simplex_scheme != FamilyArguments.simplex_scheme,
+    }
+    flags = [f"--{name}" for name, is_given in unread.items() if is_given]
+    if flags:
+        kind = "--weights simplex" if family.preset is None else f"--preset {family.preset}"
+        way_out = "; give the members after the first as --members" if "--anchor" in flags else ""
+        raise ValueError(f"{kind} does not read {', '.join(flags)}{way_out or '; leave it out'}")
+
+
+def _find_preset(family: FamilyArguments) -> "Preset | None":
+    from logitmix.mixture.presets import PRESETS
+
+    if family.preset is None:
+        return None
+    if family.preset not in PRESETS:
+        raise unknown_name("preset", family.preset, PRESETS, f"--preset takes one of {', '.join(PRESETS)}")
+    preset = PRESETS[family.preset]
+    if family.members is not None and len(family.members) != len(preset.roles) - 1:
+        raise ValueError(f"--members names {len(family.members)} members; {_takes(preset)}")
+    return preset
+
+
+def _takes(preset: "Preset") -> str:
+    first, *others = preset.roles
+    return f"{preset.name} takes the {first} as --model_name_or_path and as --members {' and '.join(others)}"

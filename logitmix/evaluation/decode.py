@@ -64,10 +64,31 @@ class Response:
 
 
 def get_alphas(model: PreTrainedModel) -> dict[str, float | None]:
-    """The names and alphas to evaluate: policy, anchor and mixture, or the model itself if it is not a mixture."""
+    """The names and alphas to evaluate: policy, anchor and mixture, or the model itself if it is not a mixture.
+
+    Of a mixture of more than two members they have no alpha, but weights: `weights_to_evaluate`.
+    """
+    weights = weights_to_evaluate(model)
+    if weights is not None:
+        return dict.fromkeys(weights)
     if isinstance(model, LogitMixForCausalLM):
         return {"policy": 0.0, "anchor": 1.0, "mixture": model.alpha}
     return {"model": None}
+
+
+def one_hot_weights(members: Sequence[str]) -> dict[str, list[float]]:
+    """The weights of each member alone, by its name."""
+    return {name: [float(name == other) for other in members] for name in members}
+
+
+def weights_to_evaluate(model: PreTrainedModel) -> dict[str, list[float]] | None:
+    """The names and weights to evaluate of a mixture of more than two members: each member, and the mixture.
+
+    None for other models, which have alphas (`get_alphas`).
+    """
+    if not isinstance(model, LogitMixForCausalLM) or len(model.config.members) == 2:
+        return None
+    return one_hot_weights(model.config.members) | {"mixture": list(model.config.weights)}
 
 
 Decode = Callable[[Sequence[Sequence[Request]]], Iterator[list[Response]]]
@@ -104,7 +125,8 @@ class Decoder:
     """Decodes and grades batches of requests, one batch after another: a `Decode`; see `make_decoder`.
 
     `prompts` are texts, for the responses, and `prompt_ids` their tokens. `ends` are the tokens that end a response.
-    Without `takes_alpha`, the alpha of a request only labels its response.
+    Without `takes_alpha`, the alpha of a request only labels its response; `weights` are those of the mixture for
+    requests of each name, in place of an alpha.
     """
 
     model: PreTrainedModel
@@ -118,6 +140,7 @@ class Decoder:
     seed: int
     decoding: Decoding
     takes_alpha: bool = True
+    weights: Mapping[str, Sequence[float]] | None = None
 
     def __call__(
         self, batches: Sequence[Sequence[Request]], on_response: OnResponse | None = None
@@ -152,10 +175,18 @@ class Decoder:
                 self.task.template.stop,
                 self.decoding,
                 on_completion=on_completion,
-                **(_alphas(batch) if self.takes_alpha else {}),
+                **self._mixing(batch),
             )
         self.model.train(was_training)
         return completions
+
+    def _mixing(self, batch: Sequence[Request]) -> dict[str, Any]:
+        """The argument `alpha` or `weights` of the forward, for the batch or for each sequence."""
+        if self.weights is None:
+            return _alphas(batch) if self.takes_alpha else {}
+        own: Sequence[float] = self.model.config.weights
+        weights = [list(self.weights.get(request.name, own)) for request in batch]
+        return {"weights": weights[0] if all(each == weights[0] for each in weights) else weights}
 
     def respond(self, request: Request, ids: list[int]) -> Response:
         problem = self.problems[request.problem]
@@ -178,12 +209,14 @@ def make_decoder(
     temperature: float = 0.0,
     seed: int = 0,
     decoding: Decoding = "auto",
+    weights: Mapping[str, Sequence[float]] | None = None,
 ) -> Decoder:
     """Return a function that decodes and grades batches of requests, one batch after another.
 
     Each sequence has its own alpha. Temperature 0 is greedy; above 0, the samples of a batch depend only on the seed
     and the batch. `max_new_tokens` defaults to 512, or to what the longest prompt leaves of the context. `decoding` is
-    that of `LogitMixForCausalLM.generate`.
+    that of `LogitMixForCausalLM.generate`. `weights` are those of a mixture for requests of each name; by default of
+    more than two members `weights_to_evaluate`, and of two the alphas of the requests.
 
     Raises `ValueError`, before anything is decoded, for a prompt that exceeds the context, for a tokenizer that does
     not keep the task's format (`prepare_for_task`), and for a decoding that the model does not have.
@@ -199,7 +232,10 @@ def make_decoder(
         "max_new_tokens": _resolve_max_new_tokens(model, prompt_ids, max_new_tokens)
     }
     ends = get_eos_token_ids(model, tokenizer)
-    return Decoder(model, tokenizer, task, problems, texts, prompt_ids, ends, settings, seed, decoding)
+    return Decoder(
+        model, tokenizer, task, problems, texts, prompt_ids, ends, settings, seed, decoding,
+        weights=weights_to_evaluate(model) if weights is None else weights,
+    )  # fmt: skip
 
 
 def greedy_responses(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -145,3 +146,25 @@ def load_mixture(model_args: ModelArguments, mixture_args: MixtureArguments) -> 
             "policy and one of them with --anchor"
         )
     return model
+
+
+def load_several(model_args: ModelArguments, members: Sequence[str]) -> LogitMixForCausalLM:
+    """The mixture of the model and other members, at equal weights; without others, the saved mixture itself.
+
+    Raises `ValueError` for a checkpoint that is not a mixture where there are no other members, and is one where there
+    are.
+    """
+    from accelerate import PartialState
+
+    from logitmix.mixture.loading import load_member
+    from logitmix.mixture.modeling import LogitMixForCausalLM
+    from logitmix.mixture.presets import ensemble
+
+    source = model_args.model_name_or_path
+    if members:
+        model: PreTrainedModel = ensemble([source, *members], **model_args.init_kwargs)
+    else:
+        model = load_member(source, **model_args.init_kwargs)
+    if not isinstance(model, LogitMixForCausalLM):
+        raise ValueError(f"{source} is not a mixture; give the members after it with --members")
+    return model.to(PartialState().device).eval()

@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # reports need no torch
     from logitmix.evaluation.realignment import Prediction
     from logitmix.evaluation.sweep import Choice
     from logitmix.evaluation.template_trials import Trial
+    from logitmix.evaluation.weights_sweep import WeightsChoice
 
 # Rates in the order of the tables, by their names in `Rates`
 MEASURES = {
@@ -239,6 +240,22 @@ def print_choices(choices: Sequence[Choice]) -> None:
     console = Console()
     console.print(table)
     console.print("Members and p (McNemar's exact test against the better member): on the others.", highlight=False)
+
+
+def print_weights_choice(choice: WeightsChoice) -> None:
+    """Print the best weights, chosen on half of the problems and reported on the other half."""
+    weights = ", ".join(f"{weight:g}" for weight in choice.weights)
+    console = Console()
+    console.print(
+        f"Best by answer %, chosen on every second problem: {choice.name}, with weights {weights}: "
+        f"{percent(choice.chosen_on.value)} there.",
+        highlight=False,
+    )
+    console.print(
+        f"On the others {interval(choice.reported_on)}, and the best member alone, {choice.best_member}, "
+        f"{interval(choice.member)}: p = {p_value(choice.p_value)} (McNemar's exact test).",
+        highlight=False,
+    )
 
 
 def print_inspection(inspection: Inspection) -> None:
