@@ -20,10 +20,11 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from logitmix.mixture.adapters import NO_ADAPTER, Adapters, adapter_layers, adapter_parameters
 from logitmix.mixture.cache import member_caches, validate_cached_tokens
-from logitmix.mixture.configuration import LogitMixConfig
+from logitmix.mixture.configuration import Alpha, LogitMixConfig, resolve_weights
 from logitmix.mixture.dtypes import dtypes_of
 from logitmix.mixture.head import HeadTransform, infer_head_transform
-from logitmix.mixture.mixing import mix_logits
+from logitmix.mixture.member_prompts import MemberPrompts, PassInputs, Prompts
+from logitmix.mixture.mixing import Weights, mix_logits
 from logitmix.mixture.prefill import repeated_prefill
 from logitmix.mixture.quantization import num_bytes, save_quantized
 from logitmix.mixture.references import REFERENCES
@@ -173,6 +174,15 @@ class MixtureBase(PreTrainedModel):
         base = {id(p): p for p in self.policy.parameters() if id(p) not in adapters}
         return sum(map(num_bytes, held.values())), num_sharing * sum(map(num_bytes, base.values()))
 
+    def _resolve_weights(self, alpha: Alpha | None, weights: Weights | None) -> Tensor:
+        default = self.config.weights
+        return resolve_weights(alpha, weights, len(default), self.config.scheme, default)
+
+    def _member_prompts(
+        self, prompts: MemberPrompts | Mapping[str, Prompts] | None, input_ids: Tensor | None
+    ) -> MemberPrompts | None:
+        return None if prompts is None else MemberPrompts.of(prompts, self.config, input_ids, self.tokenizer)
+
     # --- running the members ----------------------------------------------------------------------------------
 
     def run_members(
@@ -187,6 +197,7 @@ class MixtureBase(PreTrainedModel):
         logits_to_keep: int | Tensor = 0,
         mix_before_head: bool = True,
         policy_kwargs: dict[str, Any] | None = None,
+        member_prompts: MemberPrompts | None = None,
         **kwargs: Any,
     ) -> tuple[list[Tensor], Tensor, Cache | None, list[Any]]:
         """Run the members; return the arguments of `mix_logits`, the cache, and the outputs of the members that ran.
@@ -194,6 +205,7 @@ class MixtureBase(PreTrainedModel):
         The logits are those of each member over the shared vocabulary; a member of weight 0, which `mix_logits`
         ignores, does not run and is represented by the first active one's. With `mix_before_head`, members that share
         a linear head instead give the mixture's own logits, with weight 1. `policy_kwargs` go to the policy alone.
+        With `member_prompts`, the logits are those of the tokens that the members share.
         """
         if input_ids is None or inputs_embeds is not None:
             raise ValueError("a mixture takes input_ids, not inputs_embeds: its members have different embeddings")
@@ -208,31 +220,32 @@ class MixtureBase(PreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         caches = dict(zip(self.config.members, member_caches(past_key_values, self._cache_layers), strict=True))
+        inputs = dict.fromkeys(active, PassInputs(input_ids, attention_mask, position_ids))
+        if member_prompts is not None:
+            views = {name: caches[name] for name in active}
+            cached = {name: 0 if view is None else int(view.get_seq_length()) for name, view in views.items()}
+            inputs, logits_to_keep = member_prompts.inputs(
+                active, input_ids, attention_mask, position_ids, cached, logits_to_keep
+            )
         if past_key_values is not None and not torch.compiler.is_compiling():
-            validate_cached_tokens({name: caches[name] for name in active}, input_ids, attention_mask)
+            validate_cached_tokens({name: caches[name] for name in active}, inputs)
 
         prompts = None
         if not self._returns_states():
-            prompts = repeated_prefill(
-                input_ids, attention_mask, position_ids, past_key_values, logits_to_keep, kwargs
-            )
-        inputs = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-        }
+            prompts = repeated_prefill(list(inputs.values()), past_key_values, logits_to_keep, kwargs)
         if prompts is not None:
-            inputs = {key: None if each is None else prompts.select(each) for key, each in inputs.items()}
-        inputs |= {"use_cache": use_cache, "return_dict": True} | kwargs
+            inputs = {name: prompts.select_inputs(each) for name, each in inputs.items()}
+        settings = {"use_cache": use_cache, "return_dict": True} | kwargs
         head_transform = self._shared_linear_head(active) if mix_before_head else None
         outputs: dict[str, Any] = {}
         for name in active:
             own = {"past_key_values": caches[name]} | ((policy_kwargs or {}) if name == "policy" else {})
+            arguments = vars(inputs[name]) | settings | own
             with self.as_member(name) as model, torch.set_grad_enabled(torch.is_grad_enabled() and name == "policy"):
                 if head_transform is not None:
-                    outputs[name] = model.get_decoder()(**inputs, **own)
+                    outputs[name] = model.get_decoder()(**arguments)
                 else:
-                    outputs[name] = model(**inputs, **own, logits_to_keep=logits_to_keep)
+                    outputs[name] = model(**arguments, logits_to_keep=logits_to_keep)
         rows = slice(None) if prompts is None else prompts.prompt_B
         if prompts is not None and past_key_values is not None:
             past_key_values.batch_select_indices(prompts.prompt_B)

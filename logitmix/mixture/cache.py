@@ -1,9 +1,10 @@
 """One KV cache for all members: each member's view is its own range of layers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from torch import Tensor
 from transformers.cache_utils import Cache
+
+from logitmix.mixture.member_prompts import PassInputs
 
 
 def member_caches(cache: Cache | None, num_layers: Sequence[int]) -> list[Cache | None]:
@@ -28,17 +29,17 @@ def member_caches(cache: Cache | None, num_layers: Sequence[int]) -> list[Cache 
     return views
 
 
-def validate_cached_tokens(caches: dict[str, Cache], input_ids: Tensor, attention_mask: Tensor | None) -> None:
+def validate_cached_tokens(caches: dict[str, Cache], inputs: Mapping[str, PassInputs]) -> None:
     """Raise `ValueError` if a member that is about to run has not cached every earlier token.
 
-    `caches` are the views of the members that run, by name. A member skipped at weight 0 has not read those tokens;
-    mixing it in later would be silently wrong.
+    `caches` are the views of the members that run, by name, and `inputs` what they are about to read. A member skipped
+    at weight 0 has not read those tokens; mixing it in later would be silently wrong.
     """
     lengths = {name: int(cache.get_seq_length()) for name, cache in caches.items()}
-    expected = max(lengths.values())
-    if attention_mask is not None and attention_mask.dim() == 2:
-        expected = attention_mask.shape[1] - input_ids.shape[1]
     for name, length in lengths.items():
+        expected, mask = max(lengths.values()), inputs[name].attention_mask
+        if mask is not None and mask.dim() == 2:
+            expected = mask.shape[1] - inputs[name].input_ids.shape[1]
         if length != expected:
             raise ValueError(
                 f"the KV cache has {length} tokens of {name}, but {expected} precede this step: the member was "

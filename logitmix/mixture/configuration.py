@@ -191,10 +191,14 @@ class LogitMixConfig(PreTrainedConfig):
         return max(config.hidden_size for config in self._text_configs)
 
     @property
+    def context_lengths(self) -> list[int | None]:
+        """The context of each member, in the order of `weights`; None for one that states none."""
+        return [getattr(config, "max_position_embeddings", None) for config in self._text_configs]
+
+    @property
     def max_position_embeddings(self) -> int | None:
         """The shortest context of the members, None if no member states one."""
-        contexts = [getattr(config, "max_position_embeddings", None) for config in self._text_configs]
-        return min((context for context in contexts if context is not None), default=None)
+        return min((context for context in self.context_lengths if context is not None), default=None)
 
     # Attributes on which all layers of all members agree; if they differ, as in Gemma 4, the attribute does not exist.
 

@@ -18,19 +18,20 @@ def validate_fits_context(
     max_new_tokens: int,
     prompt: str = "the prompt",
     option: str = "max_new_tokens",
+    of: str = "the members'",
 ) -> None:
     """Raise `ValueError` if a prompt and `max_new_tokens` more tokens exceed `context`, unless that is None.
 
-    The message names the prompt by `prompt` and the limit on new tokens by `option`.
+    The message names the prompt by `prompt`, the limit on new tokens by `option`, and whose context it is by `of`.
     """
     if context is None or num_prompt_tokens + max_new_tokens <= context:
         return
     if num_prompt_tokens >= context:
         raise ValueError(
-            f"{prompt} has {num_prompt_tokens} tokens, which leaves no room for a completion in the members' context "
+            f"{prompt} has {num_prompt_tokens} tokens, which leaves no room for a completion in {of} context "
             f"of {context}; shorten or drop the prompt"
         )
     raise ValueError(
-        f"{prompt} has {num_prompt_tokens} tokens; with {option} {max_new_tokens} that exceeds the members' context "
+        f"{prompt} has {num_prompt_tokens} tokens; with {option} {max_new_tokens} that exceeds {of} context "
         f"of {context}; shorten or drop the prompt, or lower {option}"
     )

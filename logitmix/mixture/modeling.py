@@ -8,7 +8,7 @@ the same tokens and returns the mixture's logits. Members that are adapters on o
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,26 +25,27 @@ from transformers.generation import GenerationMode
 from transformers.utils import can_return_tuple
 
 from logitmix.mixture.adapters import ADAPTER_WEIGHTS, NO_ADAPTER, Adapters, adapter_config_from_dict, add_adapter
-from logitmix.mixture.base import MixtureBase, concatenate_outputs
+from logitmix.mixture.base import concatenate_outputs
 from logitmix.mixture.configuration import Alpha, LogitMixConfig, resolve_weights, validate_can_be_loaded
 from logitmix.mixture.decoding.loop import Decoding, DecodingRequest, current_request, decode, requested_decoding
-from logitmix.mixture.diagnostics import MixtureDiagnostics
+from logitmix.mixture.decoding.prompts import MODES_WITH_MEMBER_PROMPTS, with_member_prompts
 from logitmix.mixture.dtypes import dtypes_of, with_member_dtypes
 from logitmix.mixture.export import export_member
 from logitmix.mixture.frozen import frozen_sources, load_with_references
 from logitmix.mixture.loading import Member, load_members, load_tokenizer
+from logitmix.mixture.member_prompts import MemberPrompts, Prompts
 from logitmix.mixture.mixing import Scheme, Weights, mix_logits
 from logitmix.mixture.opening import validate_loaded
 from logitmix.mixture.outputs import MixtureOutput
 from logitmix.mixture.quantization import open_quantized
 from logitmix.mixture.references import read_references
-from logitmix.mixture.scoring import score_and_diagnose_labels, score_labels
+from logitmix.mixture.scoring import ScoringMixture, num_labelled
 from logitmix.mixture.tokenizers import declared_ends
 from logitmix.mixture.torch_patches import avoid_weight_copies
 from logitmix.mixture.transformers_patches import MixtureGenerationMixin, get_implementation
 
 
-class LogitMixForCausalLM(MixtureBase, MixtureGenerationMixin):
+class LogitMixForCausalLM(ScoringMixture, MixtureGenerationMixin):
     """A policy and K - 1 frozen anchors, mixed in the logits: `z_mix = sum_k w_k z_k` (arXiv 2605.20555, eq. 1).
 
     Build one with `LogitMixForCausalLM.from_members`; save and load it like any model of transformers. The policy
@@ -214,17 +215,28 @@ class LogitMixForCausalLM(MixtureBase, MixtureGenerationMixin):
         logits_to_keep: int | Tensor = 0,
         alpha: Alpha | None = None,
         weights: Weights | None = None,
+        member_prompts: MemberPrompts | Mapping[str, Prompts] | None = None,
         **kwargs: Any,
     ) -> MixtureOutput:
         """The mixture's logits `[B, T, V]` in float32, in the usual output of a causal language model.
 
         `alpha` is a number or `[B]`; `weights` are `[K]` or `[B, K]`. `hidden_states` and `attentions`, if requested,
         are the members' tuples, concatenated.
+
+        A member in `member_prompts` (see `generate`) reads that prompt instead of the prompt in `input_ids`. The last
+        `logits_to_keep - 1` tokens of `input_ids` follow both prompts, and the logits `[B, logits_to_keep, V]` are
+        those of the token after the prompt and after each of them. By default these are the tokens from the first
+        label of the batch on, without `labels` none.
         """
         weights = self._resolve_weights(alpha, weights)
+        if member_prompts is not None:
+            member_prompts = self._member_prompts(member_prompts, input_ids)
+            if labels is not None:
+                logits_to_keep = logits_to_keep or num_labelled(labels) + 1
+                labels = labels[:, -logits_to_keep:]
         logits, weights, past_key_values, outputs = self.run_members(
             weights, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
-            logits_to_keep, **kwargs,
+            logits_to_keep, member_prompts=member_prompts, **kwargs,
         )  # fmt: skip
         mixed = mix_logits(logits, weights, self.config.scheme, self.config.cut)
         loss = None
@@ -238,43 +250,6 @@ class LogitMixForCausalLM(MixtureBase, MixtureGenerationMixin):
             attentions=concatenate_outputs(outputs, "attentions"),
         )
 
-    def score(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        labels: Tensor,
-        temperature: float = 1.0,
-        alpha: Alpha | None = None,
-        weights: Weights | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Log-probability of each label under the mixture, and the mixture's entropy at it, both `[B, T - 1]`.
-
-        Entry t scores the token at t + 1. Both are 0 where the label is -100. The temperature divides the mixed
-        logits, so these are the log-probabilities of the tokens as `generate(temperature=…)` samples them.
-        """
-        resolved = self._resolve_weights(alpha, weights)
-        return score_labels(self, input_ids, attention_mask, labels, resolved, temperature)
-
-    def score_and_diagnose(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        labels: Tensor,
-        temperature: float = 1.0,
-        alpha: Alpha | None = None,
-        weights: Weights | None = None,
-    ) -> tuple[Tensor, Tensor, MixtureDiagnostics]:
-        """As `score`, with the mixture's diagnostics `[B, T - 1]` of the same tokens (`kl_K` is `[B, T - 1, K]`).
-
-        Raises `ValueError` if a weight is 0: that member does not run, so there is nothing to compare with.
-        """
-        resolved = self._resolve_weights(alpha, weights)
-        return score_and_diagnose_labels(self, input_ids, attention_mask, labels, resolved, temperature)
-
-    def _resolve_weights(self, alpha: Alpha | None, weights: Weights | None) -> Tensor:
-        default = self.config.weights
-        return resolve_weights(alpha, weights, len(default), self.config.scheme, default)
-
     # --- generation -------------------------------------------------------------------------------------------
 
     def generate(
@@ -284,6 +259,7 @@ class LogitMixForCausalLM(MixtureBase, MixtureGenerationMixin):
         weights: Weights | None = None,
         decoding: Decoding = "joint",
         output_member_logprobs: bool = False,
+        member_prompts: Mapping[str, Prompts] | None = None,
         **kwargs: Any,
     ) -> Any:
         """`GenerationMixin.generate`, sampling each token from the mixture (eq. 3) at `alpha` or `weights`.
@@ -295,6 +271,10 @@ class LogitMixForCausalLM(MixtureBase, MixtureGenerationMixin):
                 Greedy completions are equal but for ties of rounding; samples differ at the same seed.
             output_member_logprobs: with `return_dict_in_generate`, also return each member's log-probability of every
                 token (`MixtureGenerateOutput`).
+            member_prompts: what members read instead of `input_ids`, by their names (`"anchor"` if there is one):
+                texts, token ids, or what a tokenizer returns, one for each sequence or one for all. The tokens that
+                follow are shared. Texts are read by `tokenizer=`, or the mixture's own. The sequences that are
+                returned begin with `input_ids`; without them, with the policy's prompt. For joint decoding.
 
         Raises `ValueError` if what is requested cannot be done, with the argument that stands against it.
         """
@@ -303,7 +283,9 @@ class LogitMixForCausalLM(MixtureBase, MixtureGenerationMixin):
             # `generate` repeats tensors, but not lists, along with beams and returned sequences: weights of each
             # sequence must be repeated, weights of the batch must not
             kwargs["weights"] = resolved if resolved.dim() == 2 else resolved.tolist()
-        with requested_decoding(DecodingRequest(decoding, output_member_logprobs)):
+        if member_prompts is not None:
+            args, kwargs = with_member_prompts(self, member_prompts, args, kwargs)
+        with requested_decoding(DecodingRequest(decoding, output_member_logprobs, member_prompts is not None)):
             return super().generate(*args, **kwargs)
 
     def decode_tokens(self, *args: Any, **kwargs: Any) -> Any:
@@ -312,8 +294,11 @@ class LogitMixForCausalLM(MixtureBase, MixtureGenerationMixin):
 
     def validate_generation_mode(self, mode: GenerationMode) -> None:
         """Raise `ValueError` for a mode, such as beam search, that `generate` was requested not to use."""
+        request = current_request()
+        if request.has_member_prompts and mode not in MODES_WITH_MEMBER_PROMPTS:
+            raise ValueError(f"member_prompts cannot be used with the generation mode {mode.value!r}")
         if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-            current_request().refuse(f"the generation mode {mode.value!r}")
+            request.refuse(f"the generation mode {mode.value!r}")
 
 
 AutoConfig.register(LogitMixConfig.model_type, LogitMixConfig)

@@ -3,12 +3,15 @@
 Shape legend: B sequences, R distinct prompts among them, T tokens of a prompt.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+
+from logitmix.mixture.member_prompts import PassInputs
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,15 @@ class DistinctPrompts:
 
     first_R: Tensor
     prompt_B: Tensor
+
+    def select_inputs(self, inputs: PassInputs) -> PassInputs:
+        """The inputs of the distinct prompts."""
+        mask, positions = inputs.attention_mask, inputs.position_ids
+        return PassInputs(
+            self.select(inputs.input_ids),
+            None if mask is None else self.select(mask),
+            None if positions is None else self.select(positions),
+        )
 
     def select(self, states_BX: Tensor) -> Tensor:
         """The rows of the distinct prompts. A single row, which is for all of the batch, stays as it is."""
@@ -40,18 +52,14 @@ def distinct_prompts(ids_BT: Tensor, *others_BT: Tensor | None) -> DistinctPromp
 
 
 def repeated_prefill(
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    position_ids: Tensor | None,
-    cache: Cache | None,
-    logits_to_keep: int | Tensor,
-    arguments: dict[str, Any],
+    inputs: Sequence[PassInputs], cache: Cache | None, logits_to_keep: int | Tensor, arguments: dict[str, Any]
 ) -> DistinctPrompts | None:
     """The distinct prompts of a pass that fills an empty cache and keeps the last logits; None for any other pass.
 
-    `arguments` are the others of the pass: it must have none, as they may ask for outputs of every row.
+    `inputs` are those of each member, of which members may share one. `arguments` are the others of the pass: it must
+    have none, as they may ask for outputs of every row.
     """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or min(input_ids.shape) < 2:
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return None
     if cache is None or not isinstance(logits_to_keep, int) or logits_to_keep != 1 or cache.offloading:
         return None
@@ -59,6 +67,7 @@ def repeated_prefill(
         return None
     if any(value is not None and value is not False for value in arguments.values()):
         return None
-    if any(each is not None and each.dim() != 2 for each in (attention_mask, position_ids)):
+    tensors = [tensor for each in {id(each): each for each in inputs}.values() for tensor in each.tensors()]
+    if any(tensor.dim() != 2 for tensor in tensors) or min(inputs[0].input_ids.shape) < 2:
         return None
-    return distinct_prompts(input_ids, attention_mask, position_ids)
+    return distinct_prompts(*tensors)

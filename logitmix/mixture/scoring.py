@@ -3,17 +3,26 @@
 Shape legend: K members, B batch, T time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from logitmix.mixture.base import MixtureBase
+from logitmix.mixture.configuration import Alpha
 from logitmix.mixture.decoding.support import SequenceSupport, Support
 from logitmix.mixture.diagnostics import MixtureDiagnostics
 from logitmix.mixture.logprobs import mixture_log_probs
+from logitmix.mixture.member_prompts import MemberPrompts, Prompts
+from logitmix.mixture.mixing import Weights
 from logitmix.mixture.padding import position_ids_from_mask
 from logitmix.mixture.router import WITH_ROUTER_LOGITS, load_balancing_loss
+
+
+def num_labelled(labels: Tensor) -> int:
+    """The number of columns `[B, T]` from the first with a label other than -100 on."""
+    labelled = (labels != -100).any(0).nonzero()
+    return labels.shape[1] - int(labelled[0]) if len(labelled) else 0
 
 
 def score_labels(
@@ -26,16 +35,18 @@ def score_labels(
     diagnostics: list[MixtureDiagnostics] | None = None,
     aux_losses: list[Tensor] | None = None,
     supports: Sequence[SequenceSupport] | None = None,
+    member_prompts: MemberPrompts | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each label under the mixture, and the mixture's entropy at it, both `[B, T - 1]`.
 
     Both are 0 where the label is -100. Each chunk of sequences appends its diagnostics to `diagnostics`, if given, for
     the positions from the first label of the batch on. The policy's load-balancing loss is appended to `aux_losses`,
     if given. With the `supports` of the completions that the labels are, probabilities are those of the kept tokens.
+    Members with `member_prompts` read these before the tokens from the first label of the batch on.
     """
     targets = labels[:, 1:]
-    T, scored = targets.shape[1], (targets != -100).any(0).nonzero()
-    keep = T - int(scored[0]) if len(scored) else 1
+    T = targets.shape[1]
+    keep = max(num_labelled(targets), 1)
     # Mix the logits even of members that share a head: diagnostics need each member's, and the ratio of a score with
     # diagnostics to one without must be exactly 1, not 1 up to the rounding of another order of operations.
     logits, weights, _, outputs = model.run_members(
@@ -47,6 +58,7 @@ def score_labels(
         logits_to_keep=keep + 1,
         mix_before_head=False,
         policy_kwargs=None if aux_losses is None else WITH_ROUTER_LOGITS,
+        member_prompts=member_prompts,
     )
     if aux_losses is not None:
         aux_losses.append(load_balancing_loss(model.policy.config, outputs[0], attention_mask))
@@ -79,6 +91,7 @@ def score_and_diagnose_labels(
     temperature: float = 1.0,
     aux_losses: list[Tensor] | None = None,
     supports: Sequence[SequenceSupport] | None = None,
+    member_prompts: MemberPrompts | None = None,
 ) -> tuple[Tensor, Tensor, MixtureDiagnostics]:
     """As `score_labels`, with the diagnostics of the same tokens: `[B, T - 1]`, and `kl_K` `[B, T - 1, K]`.
 
@@ -89,7 +102,9 @@ def score_and_diagnose_labels(
             f"weights are {weights.tolist()}; diagnostics need the logits of every member, so no weight may be 0"
         )
     chunks: list[MixtureDiagnostics] = []
-    scores = score_labels(model, input_ids, attention_mask, labels, weights, temperature, chunks, aux_losses, supports)
+    scores = score_labels(
+        model, input_ids, attention_mask, labels, weights, temperature, chunks, aux_losses, supports, member_prompts
+    )
     ignored = labels[:, 1:] == -100
     fields = []
     for parts in zip(*chunks, strict=True):
@@ -99,3 +114,48 @@ def score_and_diagnose_labels(
         padded[ignored] = 0
         fields.append(padded)
     return *scores, MixtureDiagnostics(*fields)
+
+
+class ScoringMixture(MixtureBase):
+    """A mixture with methods that score tokens."""
+
+    def score(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        temperature: float = 1.0,
+        alpha: Alpha | None = None,
+        weights: Weights | None = None,
+        member_prompts: Mapping[str, Prompts] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probability of each label under the mixture, and the mixture's entropy at it, both `[B, T - 1]`.
+
+        Entry t scores the token at t + 1. Both are 0 where the label is -100. The temperature divides the mixed
+        logits, so these are the log-probabilities of the tokens as `generate(temperature=…)` samples them.
+
+        A member in `member_prompts` reads that prompt before the tokens from the first label of the batch on.
+        """
+        resolved = self._resolve_weights(alpha, weights)
+        prompts = self._member_prompts(member_prompts, input_ids)
+        return score_labels(self, input_ids, attention_mask, labels, resolved, temperature, member_prompts=prompts)
+
+    def score_and_diagnose(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        temperature: float = 1.0,
+        alpha: Alpha | None = None,
+        weights: Weights | None = None,
+        member_prompts: Mapping[str, Prompts] | None = None,
+    ) -> tuple[Tensor, Tensor, MixtureDiagnostics]:
+        """As `score`, with the mixture's diagnostics `[B, T - 1]` of the same tokens (`kl_K` is `[B, T - 1, K]`).
+
+        Raises `ValueError` if a weight is 0: that member does not run, so there is nothing to compare with.
+        """
+        resolved = self._resolve_weights(alpha, weights)
+        prompts = self._member_prompts(member_prompts, input_ids)
+        return score_and_diagnose_labels(
+            self, input_ids, attention_mask, labels, resolved, temperature, member_prompts=prompts
+        )

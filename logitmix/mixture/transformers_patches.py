@@ -60,6 +60,17 @@ class MixtureGenerationMixin(GenerationMixin):
         super()._validate_generation_mode(generation_mode, *args)
         self.validate_generation_mode(generation_mode)
 
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch_size: int, max_cache_length: int
+    ) -> Any:
+        """A cache of a fixed length must hold the longest of the members' prompts: `generate` knows one."""
+        prompts = model_kwargs.get("member_prompts")
+        if prompts is not None and prompts.prompt_width is not None:
+            max_cache_length += max(prompts.width - prompts.prompt_width, 0)
+        return super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, mode, batch_size, max_cache_length
+        )
+
     def _get_candidate_generator(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
         """Drop `weights`, which `generate` would pass on to the assistant of assisted decoding."""
         model_kwargs = {key: value for key, value in model_kwargs.items() if key != "weights"}

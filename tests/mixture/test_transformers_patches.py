@@ -114,6 +114,22 @@ def test_generate_validates_its_mode_with_the_method_that_the_mixture_overrides(
     assert [mode.value for mode in modes] == ["beam_search"]
 
 
+def test_generate_sizes_its_cache_with_the_method_that_the_mixture_overrides(model):
+    """A static cache is as long as the longest of the members' prompts."""
+    assert_parameters(
+        PACKAGE, GenerationMixin._prepare_cache_for_generation, "self", "generation_config", "model_kwargs",
+        "generation_mode", "batch_size", "max_cache_length",
+    )  # fmt: skip
+    lengths = []
+    for prompts in ({}, {"member_prompts": {"anchor": [3] * 9}}):
+        output = model.generate(
+            **INPUT, max_new_tokens=3, do_sample=False, cache_implementation="static", return_dict_in_generate=True,
+            **prompts,
+        )  # fmt: skip
+        lengths.append(output.past_key_values.layers[-1].max_cache_len)
+    assert lengths[1] - lengths[0] == 9 - INPUT["input_ids"].shape[1]
+
+
 def test_generate_builds_masks_with_the_method_that_the_mixture_overrides(model, monkeypatch):
     """With a static cache. If `generate` no longer called it by this name, members would get a mask of the mixture."""
     masks = []

@@ -61,6 +61,7 @@ class DecodingRequest:
 
     decoding: Decoding = "joint"
     output_member_logprobs: bool = False
+    has_member_prompts: bool = False
     took_effect: bool = False
 
     def __post_init__(self) -> None:
