@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import find_adapter_config_file
 
+from logitmix.mixture.configuration import NO_ADAPTER
 from logitmix.mixture.opening import (
     describe,
     first_line,
@@ -30,7 +31,6 @@ from logitmix.mixture.opening import (
 from logitmix.mixture.peft_patches import set_active_adapters
 from logitmix.mixture.transformers_patches import mark_adapters_loaded, mark_initialized
 
-NO_ADAPTER = "off"  # in a configuration: the anchor that is the policy's model without an adapter
 _PREFIX = "base_model.model."  # of the weights' names in an adapter file
 # Kept in float32 on a base in half precision, as PEFT creates and trains them
 ADAPTER_WEIGHTS = ["lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"]
@@ -200,8 +200,11 @@ class Adapters:
             set_active_adapters(layer, active)
 
     def train_only(self, name: str, requires_grad: bool = True) -> None:
-        """Activate the adapter of the member `name`, and let it alone require gradients."""
-        self.model.requires_grad_(False)
+        """Activate the adapter of the member `name`, and let it alone require gradients.
+
+        Without adapters on any member, the model does.
+        """
+        self.model.requires_grad_(requires_grad and not self._layers)
         for layer in self._layers:
             for adapters in _adapter_dicts(layer):
                 if name in adapters:

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicCache
 
-from logitmix.mixture.adapters import NO_ADAPTER, Adapters, adapter_layers, adapter_parameters
+from logitmix.mixture.adapters import Adapters, adapter_layers, adapter_parameters
 from logitmix.mixture.cache import member_caches, validate_cached_tokens
-from logitmix.mixture.configuration import Alpha, LogitMixConfig, resolve_weights
+from logitmix.mixture.configuration import NO_ADAPTER, Alpha, LogitMixConfig, resolve_weights
 from logitmix.mixture.dtypes import dtypes_of
+from logitmix.mixture.folding import align, passes, run_together
 from logitmix.mixture.head import HeadTransform, infer_head_transform
 from logitmix.mixture.member_prompts import MemberPrompts, PassInputs, Prompts
 from logitmix.mixture.mixing import Weights, mix_logits
@@ -79,7 +80,7 @@ class MixtureBase(PreTrainedModel):
     @property
     def has_quantized_base(self) -> bool:
         """Whether the policy is an adapter on a model with quantised weights."""
-        return self.adapters is not None and "policy" in self.config.quantized_models
+        return "policy" in self.config.adapters and "policy" in self.config.quantized_models
 
     def attach(self, models: Mapping[str, PreTrainedModel]) -> None:
         """Make each model the member of its name, frozen where it is an anchor."""
@@ -227,6 +228,10 @@ class MixtureBase(PreTrainedModel):
             inputs, logits_to_keep = member_prompts.inputs(
                 active, input_ids, attention_mask, position_ids, cached, logits_to_keep
             )
+        arguments = kwargs | (policy_kwargs or {}) | {"returns_states": self._returns_states()}
+        groups = passes(self.config, active, member_prompts, past_key_values, arguments)
+        for group in groups:
+            inputs |= align(inputs, group) if len(group) > 1 else {}
         if past_key_values is not None and not torch.compiler.is_compiling():
             validate_cached_tokens({name: caches[name] for name in active}, inputs)
 
@@ -238,21 +243,25 @@ class MixtureBase(PreTrainedModel):
         settings = {"use_cache": use_cache, "return_dict": True} | kwargs
         head_transform = self._shared_linear_head(active) if mix_before_head else None
         outputs: dict[str, Any] = {}
-        for name in active:
-            own = {"past_key_values": caches[name]} | ((policy_kwargs or {}) if name == "policy" else {})
-            arguments = vars(inputs[name]) | settings | own
+        for name, *others in groups:
+            model_kwargs = settings | ((policy_kwargs or {}) if name == "policy" else {})
+            keep = {} if head_transform is not None else {"logits_to_keep": logits_to_keep}
             with self.as_member(name) as model, torch.set_grad_enabled(torch.is_grad_enabled() and name == "policy"):
-                if head_transform is not None:
-                    outputs[name] = model.get_decoder()(**arguments)
+                run = model if head_transform is None else model.get_decoder()
+                if others:
+                    group = [name, *others]
+                    read, written = [inputs[each] for each in group], [caches[each] for each in group]
+                    outputs |= zip(group, run_together(run, read, written, model_kwargs | keep), strict=True)
                 else:
-                    outputs[name] = model(**arguments, logits_to_keep=logits_to_keep)
+                    arguments = vars(inputs[name]) | {"past_key_values": caches[name]} | model_kwargs
+                    outputs[name] = run(**arguments, **keep)
         rows = slice(None) if prompts is None else prompts.prompt_B
         if prompts is not None and past_key_values is not None:
             past_key_values.batch_select_indices(prompts.prompt_B)
         V = self.config.vocab_size
         if head_transform is not None:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            hidden = [output.last_hidden_state[:, kept][rows] for output in outputs.values()]
+            hidden = [outputs[name].last_hidden_state[:, kept][rows] for name in active]
             mixed = self._mix_before_head(hidden, weights[..., torch.tensor(is_active)], head_transform)
             logits, weights = [mixed[..., :V]], torch.ones(1)
         else:
@@ -272,6 +281,8 @@ class MixtureBase(PreTrainedModel):
         is_shared = len(active) > 1 and {self.config.model_of(name) for name in active} == {"policy"}
         if not is_shared or self.config.scheme != "logit" or self.config.plausibility is not None:
             return None
+        if torch.is_grad_enabled() and self.config.anchors_that_are_the_policy:
+            return None  # the head trains, on the policy's states alone
         if not self._head_transform_is_known and not torch.compiler.is_compiling():
             self._head_transform_is_known = True
             try:

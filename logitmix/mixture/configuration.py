@@ -16,6 +16,7 @@ from logitmix.mixture.transformers_patches import Implementation, get_implementa
 
 Alpha = float | Sequence[float] | Tensor
 FORMAT_VERSION = 2
+NO_ADAPTER = "off"  # the anchor that is the policy's model without an adapter
 CUT_VERSION = 2  # of a checkpoint with a plausibility cut, which earlier versions of logitmix would leave out
 
 
@@ -139,6 +140,15 @@ class LogitMixConfig(PreTrainedConfig):
     def model_of(self, member: str) -> str:
         """The name of the model that runs the member: its own, or `"policy"` if it shares the policy's."""
         return "policy" if member in self.adapters else member
+
+    def runs_without_adapter(self, member: str) -> bool:
+        """Whether the member is its model as it is: of two such members on one model only the prompts can differ."""
+        return self.adapters.get(member, NO_ADAPTER) == NO_ADAPTER
+
+    @property
+    def anchors_that_are_the_policy(self) -> list[str]:
+        """The anchors that are the policy's own model, without an adapter on either."""
+        return [] if "policy" in self.adapters else [name for name in self.members[1:] if name in self.adapters]
 
     def dtype_of(self, model: str) -> torch.dtype | None:
         """The dtype of the weights of a model in `model_names`."""

@@ -7,8 +7,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from logitmix.mixture.adapters import NO_ADAPTER, adapter_layers, has_adapter
+from logitmix.mixture.adapters import adapter_layers, has_adapter
 from logitmix.mixture.base import MixtureBase
+from logitmix.mixture.configuration import NO_ADAPTER
 from logitmix.mixture.quantization import save_model
 from logitmix.mixture.transformers_patches import mark_adapters_loaded
 
@@ -24,7 +25,7 @@ def export_member(mixture: MixtureBase, name: str, folder: str | os.PathLike[str
     name = mixture.config.resolve_member_name(name)
     model: PreTrainedModel = getattr(mixture, mixture.config.model_of(name))
     adapter = mixture.config.adapters.get(name)
-    if adapter is None:
+    if adapter is None or name in mixture.config.anchors_that_are_the_policy:
         save_model(model, folder)
     elif adapter == NO_ADAPTER or merge:
         merge_into_copy(model, name).save_pretrained(folder)

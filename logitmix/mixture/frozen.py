@@ -16,14 +16,13 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from logitmix.mixture.adapters import (
-    NO_ADAPTER,
     adapter_config_from_dict,
     adapter_layers,
     add_adapter,
     read_adapter_config,
 )
 from logitmix.mixture.base import MixtureBase
-from logitmix.mixture.configuration import LogitMixConfig
+from logitmix.mixture.configuration import NO_ADAPTER, LogitMixConfig
 from logitmix.mixture.dtypes import name_of
 from logitmix.mixture.loading import load_member
 from logitmix.mixture.opening import open_model
@@ -53,7 +52,7 @@ def trained_state_dict(mixture: MixtureBase) -> dict[str, Tensor]:
 def frozen_names(mixture: MixtureBase) -> set[str]:
     """The names of the other weights in the mixture's state dict."""
     names = set(mixture.state_dict())
-    if mixture.adapters is None:
+    if "policy" not in mixture.config.adapters:
         return {name for name in names if not name.startswith("policy.")}
     adapters = {
         f"policy.{path}.{attribute}.policy"
@@ -127,7 +126,7 @@ def without_source(mixture: MixtureBase) -> list[str]:
     """The frozen members that `describe_sources` leaves out."""
     config = mixture.config
     frozen = [name for name in config.members[1:] if config.adapters.get(name) != NO_ADAPTER]
-    frozen += ["policy"] if config.adapters else []
+    frozen += ["policy"] if "policy" in config.adapters else []
     return [name for name in frozen if name not in mixture.sources or _folders_of(mixture.sources[name]) is None]
 
 
@@ -285,7 +284,7 @@ def _load_from_sources(
     """The frozen weights of a checkpoint, from the folders that its members were loaded from."""
     state: dict[str, Tensor] = {}
     for name in config.model_names:
-        if (name == "policy" and not config.adapters) or name in config.quantized_models:
+        if (name == "policy" and "policy" not in config.adapters) or name in config.quantized_models:
             continue
         model = _load_source(checkpoint, sources, config, name)
         state |= {f"{name}.{key}": weight for key, weight in model.state_dict().items()}

@@ -13,7 +13,6 @@ from peft import LoraConfig, PeftConfig
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from logitmix.mixture.adapters import (
-    NO_ADAPTER,
     Adapters,
     add_adapter,
     merge_adapter,
@@ -22,7 +21,7 @@ from logitmix.mixture.adapters import (
     validate_adapter_targets,
 )
 from logitmix.mixture.architecture import validate_architecture
-from logitmix.mixture.configuration import LogitMixConfig, member_names
+from logitmix.mixture.configuration import NO_ADAPTER, LogitMixConfig, member_names
 from logitmix.mixture.dtypes import member_kwargs, validate_shared
 from logitmix.mixture.opening import describe, first_line, open_model, validate_files
 from logitmix.mixture.quantization import loading_kwargs, member_quantizations
@@ -44,7 +43,7 @@ def load_members(
     token with which one of them ends a completion.
 
     If the policy has an adapter, new (`peft_config`) or loaded, the anchors that are adapters on the same base, or
-    that base itself, share its model.
+    that base itself, share its model. An anchor that is the policy's model object shares it in any case.
 
     Raises `ValueError` for a member that does not exist or is given twice, tokenizers that differ, and adapters that
     do not fit or have no effect.
@@ -85,7 +84,7 @@ def load_members(
     for name, source, path, config in zip(names[1:], sources[1:], paths[1:], saved[1:], strict=True):
         if has_adapter and config is not None and is_same_source(str(config.base_model_name_or_path), base):
             adapters[name] = add_adapter(policy, name, config, path)
-        elif has_adapter and _is_base_of_policy(source, sources[0], base):
+        elif _is_policys_model(source, sources[0], base if has_adapter else None):
             adapters[name] = NO_ADAPTER
         if name in adapters:
             validate_shared(name, options[name], policy)
@@ -110,14 +109,15 @@ def load_members(
     return members, adapters, tokenizer, list(dict.fromkeys(ends))
 
 
-def _is_base_of_policy(anchor: Member, policy: Member, base: str) -> bool:
-    """Whether the anchor is the policy's model without its adapter.
+def _is_policys_model(anchor: Member, policy: Member, base: str | None) -> bool:
+    """Whether the anchor is the policy's model, without the adapter on `base` that the policy may be.
 
-    A model in memory only if it is the same object: its weights may have changed since loading.
+    A model in memory only if it is the same object: its weights may have changed since loading. Without an adapter, a
+    folder that is given twice is loaded twice, as the policy may train.
     """
     if isinstance(anchor, PreTrainedModel) or isinstance(policy, PreTrainedModel):
         return anchor is policy
-    return is_same_source(str(anchor), base)
+    return base is not None and is_same_source(str(anchor), base)
 
 
 def is_same_source(source: str, other: str) -> bool:
@@ -148,11 +148,11 @@ def _validate_sources(sources: Sequence[Member], peft_config: PeftConfig | None)
                 "train a new adapter pass the plain model and peft_config=LoraConfig(…), to use a trained one its "
                 "folder"
             )
-        is_base = peft_config is not None and source is sources[0]
-        if isinstance(source, PreTrainedModel) and any(source is other for other in sources[:i]) and not is_base:
+        is_policy = source is sources[0]
+        if isinstance(source, PreTrainedModel) and any(source is other for other in sources[:i]) and not is_policy:
             raise ValueError(
-                "the same model object is given twice, so freezing the anchor would freeze the policy; load it "
-                "twice, or pass copy.deepcopy(model) as the anchor"
+                "the same model object is given twice among the anchors; only with the policy, the first member, can "
+                "anchors share their weights: pass it first, or copy.deepcopy(model)"
             )
 
 

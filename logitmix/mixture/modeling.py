@@ -24,9 +24,9 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerationMode
 from transformers.utils import can_return_tuple
 
-from logitmix.mixture.adapters import ADAPTER_WEIGHTS, NO_ADAPTER, Adapters, adapter_config_from_dict, add_adapter
+from logitmix.mixture.adapters import ADAPTER_WEIGHTS, Adapters, adapter_config_from_dict, add_adapter
 from logitmix.mixture.base import concatenate_outputs
-from logitmix.mixture.configuration import Alpha, LogitMixConfig, resolve_weights, validate_can_be_loaded
+from logitmix.mixture.configuration import NO_ADAPTER, Alpha, LogitMixConfig, resolve_weights, validate_can_be_loaded
 from logitmix.mixture.decoding.loop import Decoding, DecodingRequest, current_request, decode, requested_decoding
 from logitmix.mixture.decoding.prompts import MODES_WITH_MEMBER_PROMPTS, with_member_prompts
 from logitmix.mixture.dtypes import dtypes_of, with_member_dtypes
@@ -118,7 +118,8 @@ class LogitMixForCausalLM(ScoringMixture, MixtureGenerationMixin):
 
         Args:
             policy: a model, or the folder or hub id of a model or of a LoRA adapter.
-            anchors: one or several of the same kinds.
+            anchors: one or several of the same kinds. One that is the same model object as the policy shares its
+                weights: the two differ in their prompts alone (`member_prompts`), and train together.
             alpha: weight of the anchor (one anchor only); 0 is the policy alone. Default 0.5, as in the paper.
             weights: one weight per member, the policy's first; replaces `alpha`.
             scheme: `"logit"` or `"prob"`.
