@@ -8,7 +8,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from logitmix.mixture.configuration import LogitMixConfig
 from logitmix.serving.alternating.validation import is_alternating, validate_alternating, validate_alternating_request
 from logitmix.serving.engine import Engine
-from logitmix.serving.requests import parse_request_weights
+from logitmix.serving.requests import parse_request_weights, validate_members_differ
 from logitmix.serving.vllm_patches import (
     declare_experts,
     second_model_runner_validates_requests,
@@ -26,6 +26,7 @@ class MixtureConfigHooks(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_model_config(model_config: ModelConfig) -> None:
         config = model_config.hf_config
+        validate_members_differ(config)
         validate_members(config)
         declare_experts(model_config, [getattr(config, name) for name in config.model_names])
 

@@ -15,7 +15,7 @@ from prometheus_client import Histogram
 from vllm import SamplingParams
 
 from logitmix.mixture.configuration import LogitMixConfig
-from logitmix.serving.requests import REQUEST_FIELDS, parse_request_weights
+from logitmix.serving.requests import MEMBER_PROMPTS, REQUEST_FIELDS, parse_request_weights
 
 COMPLETIONS = ("/v1/completions", "/v1/chat/completions")
 PATHS = (*COMPLETIONS, "/v1/responses")
@@ -109,7 +109,7 @@ def move_mixture_fields(request: dict[str, Any], config: LogitMixConfig) -> list
     extra_args = (given or {}) | fields
     if fields:
         request["vllm_xargs"] = extra_args
-    return parse_request_weights(config, extra_args)
+    return parse_request_weights(config, {MEMBER_PROMPTS: request.get(MEMBER_PROMPTS)} | extra_args)
 
 
 async def _add_member_logprobs(engine: Any, body: bytes, members: list[str], keep_ids: bool) -> bytes:

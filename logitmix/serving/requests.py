@@ -6,14 +6,21 @@ from typing import Any
 from logitmix.mixture.configuration import LogitMixConfig, resolve_weights
 
 REQUEST_FIELDS = ("alpha", "weights", "member")
+MEMBER_PROMPTS = "member_prompts"  # an argument of `generate`
 
 
 def parse_request_weights(config: LogitMixConfig, fields: dict[str, Any] | None) -> list[float] | None:
     """The weights that a request sets, one per member, or None if it leaves them to the mixture.
 
     Other keys of `fields` (`extra_args` in vLLM) are ignored. Raises `ValueError` for two of `alpha`, `weights` and
-    `member`, an unknown member, and weights outside the scheme's domain or the configuration's `alpha_range`.
+    `member`, an unknown member, weights outside the scheme's domain or the configuration's `alpha_range`, and for
+    `member_prompts`.
     """
+    if fields and fields.get(MEMBER_PROMPTS) is not None:
+        raise ValueError(
+            f"a server gives all members the same prompt, so a request cannot set {MEMBER_PROMPTS}; leave it out, or "
+            "generate with transformers: model.generate(…, member_prompts=…)"
+        )
     given = {key: fields[key] for key in REQUEST_FIELDS if fields and fields.get(key) is not None}
     if not given:
         return None
@@ -32,6 +39,15 @@ def parse_request_weights(config: LogitMixConfig, fields: dict[str, Any] | None)
     if getattr(config, "alpha_range", None) is not None:
         _validate_alpha_range(config.alpha_range, [value] if key == "alpha" else resolved[1:])
     return resolved
+
+
+def validate_members_differ(config: LogitMixConfig) -> None:
+    """Raise `ValueError` for members that differ only in the prompts that they read, which a server does not take."""
+    if config.anchors_that_are_the_policy:
+        raise ValueError(
+            f"the members policy and {config.anchors_that_are_the_policy[0]} are one model and differ only in their "
+            "prompts, but a server gives all members the same; generate with transformers, or serve the model alone"
+        )
 
 
 def _validate_alpha_range(alpha_range: list[float], anchor_weights: list[float]) -> None:

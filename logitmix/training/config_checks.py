@@ -71,6 +71,11 @@ def validate_config(args: LogitMixGRPOConfig, model: PreTrainedModel, given: Map
     }.items():
         if getattr(args, option):
             raise ValueError(f"{option}={getattr(args, option)!r} cannot be used with a mixture: {reason}")
+    if model.config.anchors_that_are_the_policy:
+        raise ValueError(
+            f"{model.config.anchors_that_are_the_policy[0]} is the policy's own model, so it would train with it; "
+            "give the anchor as a folder, or copy.deepcopy(model)"
+        )
     if "policy" in model.config.quantized_models and "policy" not in model.config.adapters:
         raise ValueError(
             "the policy has quantised weights, which cannot train; quantise the anchor alone (anchor_quantization), "

@@ -31,3 +31,14 @@ def test_vllm_xargs_must_be_an_object(value):
     assert move_mixture_fields(request, config) == [0.5, 0.5]
     assert request == {"vllm_xargs": {"other": 1, "alpha": 0.5}}
     assert json.loads(to_json(request)) == request
+
+
+@pytest.mark.parametrize(
+    "request_", [{"member_prompts": {"anchor": "x"}}, {"vllm_xargs": {"member_prompts": {"anchor": "x"}}}]
+)
+def test_a_prompt_of_a_member_is_refused(request_):
+    from transformers import LlamaConfig, Qwen2Config
+
+    config = LogitMixConfig.from_member_configs([Qwen2Config(), LlamaConfig()])
+    with pytest.raises(ValueError, match="a request cannot set member_prompts"):
+        move_mixture_fields(request_, config)

@@ -3,8 +3,8 @@
 import pytest
 from transformers import LlamaConfig, Qwen2Config
 
-from logitmix.mixture.configuration import LogitMixConfig
-from logitmix.serving.requests import parse_request_weights
+from logitmix.mixture.configuration import NO_ADAPTER, LogitMixConfig
+from logitmix.serving.requests import parse_request_weights, validate_members_differ
 
 
 @pytest.mark.parametrize(
@@ -36,6 +36,10 @@ def test_the_fields_of_a_request_set_one_weight_per_member(fields, weights):
         ({"weights": [None, 1]}, r"weights is \[None, 1\], but must be a list of numbers"),
         ({"weights": [0.5, 0.3, 0.2]}, "2 members"),
         ({"weights": [1.5, -0.5]}, r"alpha is -0\.5, but this server takes 0\.0 to 1\.0"),
+        (
+            {"member_prompts": {"anchor": "x"}},
+            r"a server gives all members the same prompt, so a request cannot set member_prompts; leave it out, or",
+        ),
         ({"member": "teacher"}, "there is no member 'teacher'; the members are policy, anchor_0"),
     ],
 )
@@ -43,3 +47,10 @@ def test_invalid_fields_are_rejected(fields, message):
     config = LogitMixConfig.from_member_configs([Qwen2Config(), LlamaConfig()], alpha_range=[0.0, 1.0])
     with pytest.raises(ValueError, match=message):
         parse_request_weights(config, fields)
+
+
+def test_members_that_differ_in_their_prompts_alone_cannot_be_served():
+    config = LogitMixConfig.from_member_configs([Qwen2Config(), Qwen2Config()], adapters={"anchor_0": NO_ADAPTER})
+    with pytest.raises(ValueError, match="policy and anchor_0 are one model and differ only in their prompts"):
+        validate_members_differ(config)
+    validate_members_differ(LogitMixConfig.from_member_configs([Qwen2Config(), LlamaConfig()]))

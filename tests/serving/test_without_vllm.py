@@ -117,6 +117,7 @@ def test_a_completion_ends_where_the_context_does(client):
     [
         ({"fields": {"alpha": 1.5}}, "alpha is 1.5, but this server takes 0.0 to 1.0"),
         ({"fields": {"member": "teacher"}}, "there is no member 'teacher'; the members are policy, anchor_0"),
+        ({"fields": {"member_prompts": {"anchor": "x"}}}, "a request cannot set member_prompts"),
         ({"fields": {"member_logprobs": True}}, "member_logprobs is not supported without vLLM"),
         ({"logprobs": 0}, "logprobs is not supported without vLLM"),
         ({"n": 2}, "n is not supported without vLLM"),

@@ -369,6 +369,11 @@ def test_a_mixture_keeps_its_alpha_or_takes_the_one_asked_for_and_the_arguments_
         trainer_of(tmp_path, mixture(), scheme="prob")
 
 
+def test_an_anchor_that_is_the_policys_own_model_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="anchor_0 is the policy's own model, so it would train with it; give"):
+        trainer_of(tmp_path, LogitMixForCausalLM.from_members(member := tiny_member(), member, alpha=-0.5))
+
+
 def test_a_mixture_without_the_policy_is_refused(tmp_path):
     with pytest.raises(ValueError, match="the policy's weight in the mixture is 0"):
         trainer_of(tmp_path, mixture(alpha=1.0))
