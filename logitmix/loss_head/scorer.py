@@ -3,7 +3,7 @@
 Shape legend: K members, B batch, T time, N scored tokens, V vocabulary, D hidden width of a member.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ from logitmix.mixture.head import (
     run_decoder,
     run_inside_heads,
 )
+from logitmix.mixture.member_prompts import MemberPrompts, PassInputs, Prompts
 from logitmix.mixture.mixing import Weights
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.mixture.padding import position_ids_from_mask
@@ -73,6 +74,7 @@ class FusedScorer:
         keep_anchor_states: bool = False,
         compute_aux_loss: bool = False,
         supports: Sequence[SequenceSupport] | None = None,
+        member_prompts: Mapping[str, Prompts] | None = None,
     ) -> Scores:
         """Scores of the labels other than -100, equal to those of `LogitMixForCausalLM.score` up to rounding.
 
@@ -84,6 +86,7 @@ class FusedScorer:
             keep_anchor_states: return the anchors' states.
             compute_aux_loss: return the load-balancing loss of the policy, a mixture of experts.
             supports: of the completions that the labels are; probabilities are then those among the kept tokens.
+            member_prompts: what members read, as in `score`.
         """
         config = self.model.config
         resolved = resolve_weights(None, weights, len(config.members), config.scheme, config.weights)
@@ -93,10 +96,13 @@ class FusedScorer:
         targets_BT = labels[:, 1:]
         scored_BT = targets_BT != -100
         aux_losses: list[Tensor] | None = [] if compute_aux_loss else None
+        prompts = None
+        if member_prompts is not None:
+            prompts = MemberPrompts.of(member_prompts, config, input_ids, self.model.tokenizer)
         hidden = [
             torch.cat([states[name] for states in anchor_states]).to(labels.device, non_blocking=True)
             if name != "policy" and anchor_states is not None
-            else self.hidden_states(name, input_ids, attention_mask, scored_BT, aux_losses)
+            else self.hidden_states(name, input_ids, attention_mask, scored_BT, aux_losses, prompts)
             for name in names
         ]
         models = [getattr(self.model, config.model_of(name)) for name in names]
@@ -166,6 +172,7 @@ class FusedScorer:
         attention_mask: Tensor,
         scored_BT: Tensor,
         aux_losses: list[Tensor] | None = None,
+        prompts: MemberPrompts | None = None,
     ) -> Tensor:
         """The last hidden states `[N, D]` of the member `name` at the tokens that predict a scored one.
 
@@ -173,17 +180,21 @@ class FusedScorer:
         """
         needs_grad = torch.is_grad_enabled() and name == "policy"
         needs_aux_loss = aux_losses is not None and name == "policy"
+        position_ids = position_ids_from_mask(attention_mask)
+        read = PassInputs(input_ids, attention_mask, position_ids)
+        if prompts is not None:
+            shared = scored_BT.shape[1] - int(scored_BT.any(0).int().argmax())
+            inputs, _ = prompts.inputs([name], input_ids, attention_mask, position_ids, {name: 0}, shared + 1)
+            read, scored_BT = inputs[name], scored_BT[:, -shared:]
         with self.model.as_member(name) as member, torch.set_grad_enabled(needs_grad):
             output = run_decoder(
                 member,
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids_from_mask(attention_mask),
+                **vars(read),
                 **(WITH_ROUTER_LOGITS if needs_aux_loss else {}),
             )
-            if aux_losses is not None and needs_aux_loss:
-                aux_losses.append(load_balancing_loss(member.config, output, attention_mask))
-        hidden_ND = output.last_hidden_state[:, :-1][scored_BT]
+            if aux_losses is not None and needs_aux_loss and read.attention_mask is not None:
+                aux_losses.append(load_balancing_loss(member.config, output, read.attention_mask))
+        hidden_ND = output.last_hidden_state[:, -1 - scored_BT.shape[1] : -1][scored_BT]
         device = hidden_ND.device.type
         if name != "policy" and torch.is_autocast_enabled(device):
             # the dtype in which a head would take them, kept or not: otherwise kept states would move the ratio off 1

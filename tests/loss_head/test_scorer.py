@@ -35,3 +35,17 @@ def test_a_batch_without_scored_tokens():
     assert not scores.log_probs.any()
     scores.log_probs.sum().backward()
     assert all(p.grad is None or not p.grad.any() for p in model.policy.parameters())
+
+
+@pytest.mark.parametrize("name", ["policy", "anchor"])
+def test_members_that_read_different_prompts(name):
+    model, prompts = mixture(), {name: [[5, 6], [7], [8, 9, 10, 11, 12, 13, 14]]}
+    losses = []
+    for score in (FusedScorer(model), model.score):
+        model.zero_grad()
+        log_probs, entropy, *_ = score(**batch(), temperature=0.7, member_prompts=prompts)
+        log_probs.sum().backward()
+        losses.append((log_probs, entropy, model.policy.get_input_embeddings().weight.grad.clone()))
+    torch.testing.assert_close(*losses, atol=1e-4, rtol=1e-4)
+    with torch.no_grad():
+        assert not torch.allclose(losses[0][0], model.score(**batch(), temperature=0.7)[0])
