@@ -22,7 +22,7 @@ from logitmix.mixture.adapters import Adapters, adapter_layers, adapter_paramete
 from logitmix.mixture.cache import member_caches, validate_cached_tokens
 from logitmix.mixture.configuration import NO_ADAPTER, Alpha, LogitMixConfig, resolve_weights
 from logitmix.mixture.dtypes import dtypes_of
-from logitmix.mixture.folding import align, passes, run_together
+from logitmix.mixture.folding import passes, run_together
 from logitmix.mixture.head import HeadTransform, infer_head_transform
 from logitmix.mixture.member_prompts import MemberPrompts, PassInputs, Prompts
 from logitmix.mixture.mixing import Weights, mix_logits
@@ -229,9 +229,7 @@ class MixtureBase(PreTrainedModel):
                 active, input_ids, attention_mask, position_ids, cached, logits_to_keep
             )
         arguments = kwargs | (policy_kwargs or {}) | {"returns_states": self._returns_states()}
-        groups = passes(self.config, active, member_prompts, past_key_values, arguments)
-        for group in groups:
-            inputs |= align(inputs, group) if len(group) > 1 else {}
+        groups, inputs = passes(self.config, inputs, member_prompts, past_key_values, arguments)
         if past_key_values is not None and not torch.compiler.is_compiling():
             validate_cached_tokens({name: caches[name] for name in active}, inputs)
 

@@ -22,32 +22,49 @@ from logitmix.mixture.configuration import LogitMixConfig
 from logitmix.mixture.member_prompts import MemberPrompts, PassInputs
 from logitmix.mixture.padding import position_ids_from_mask
 
+_MOST_PADDING = 1.25  # how many times their tokens prompts may take to be read in one pass
 _LAYERS = {DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer}
 
 
 def passes(
     config: LogitMixConfig,
-    active: Sequence[str],
+    inputs: Mapping[str, PassInputs],
     prompts: MemberPrompts | None,
     cache: Cache | None,
     arguments: Mapping[str, Any],
-) -> list[list[str]]:
-    """The members of each pass: those that are one model together, if only their prompts differ.
+) -> tuple[list[list[str]], dict[str, PassInputs]]:
+    """The members of each pass, and what they read.
 
-    A pass with gradients has one member, the policy. `arguments` are others of the pass, which may ask for outputs of
-    one member. A cache that is filled outside `generate` does not tell where the prompts end.
+    Members that are one model run together if only their prompts differ, except that prompts of very different lengths
+    are read one after another. A pass with gradients has one member, the policy. `arguments` are others of the pass,
+    which may ask for outputs of one member. A cache that is filled outside `generate` does not tell where the prompts
+    end.
     """
-    together = prompts is not None and not torch.is_grad_enabled()
-    if cache is not None:
-        together = together and prompts is not None and prompts.prompt_width is not None
-        together = together and not cache.offloading and {type(layer) for layer in cache.layers} <= _LAYERS
-    if not together or any(value is not None and value is not False for value in arguments.values()):
-        return [[name] for name in active]
-    groups: dict[tuple[str, str], list[str]] = {}
-    for name in active:
-        is_plain = config.runs_without_adapter(name)
-        groups.setdefault((config.model_of(name), "" if is_plain else name), []).append(name)
-    return list(groups.values())
+    alone = [[name] for name in inputs]
+    if prompts is None or torch.is_grad_enabled():
+        return alone, dict(inputs)
+    if cache is not None and (
+        prompts.prompt_width is None or cache.offloading or {*map(type, cache.layers)} - _LAYERS
+    ):
+        return alone, dict(inputs)
+    if any(value is not None and value is not False for value in arguments.values()):
+        return alone, dict(inputs)
+    by_model: dict[tuple[str, str], list[str]] = {}
+    for name in inputs:
+        adapter = "" if config.runs_without_adapter(name) else name
+        by_model.setdefault((config.model_of(name), adapter), []).append(name)
+    groups, aligned = [], dict(inputs)
+    for members in by_model.values():
+        widths = [prompts.width_of(name, inputs[name].input_ids.shape[1]) for name in members]
+        has_static = cache is not None and any(isinstance(layer, StaticLayer) for layer in cache.layers)
+        if has_static or len(members) * max(widths) <= _MOST_PADDING * sum(widths):
+            aligned |= align(inputs, members)
+            groups.append(members)
+        elif all(inputs[name].reads_prompt for name in members):
+            groups += [[name] for name in members]
+        else:
+            groups.append(members)
+    return groups, aligned
 
 
 def align(inputs: Mapping[str, PassInputs], members: Sequence[str]) -> dict[str, PassInputs]:
@@ -78,8 +95,10 @@ def run_together(
     run: nn.Module, inputs: Sequence[PassInputs], caches: Sequence[Cache | None], arguments: Mapping[str, Any]
 ) -> list[Any]:
     """The output of each member from one pass of their model, or of its decoder."""
+    names = [str(i) for i in range(len(inputs))]
+    aligned = align(dict(zip(names, inputs, strict=True)), names).values()
     fields = ("input_ids", "attention_mask", "position_ids")
-    rows: dict[str, Any] = {name: torch.cat([vars(each)[name] for each in inputs]) for name in fields}
+    rows: dict[str, Any] = {name: torch.cat([vars(each)[name] for each in aligned]) for name in fields}
     layers = [cache.layers for cache in caches if cache is not None]
     if layers:
         rows["past_key_values"] = Cache(layers=[FoldedLayer(each) for each in zip(*layers, strict=True)])
@@ -105,14 +124,30 @@ class FoldedLayer(CacheLayerMixin):
         count = len(self.layers)
         rows = zip(self.layers, key_states.chunk(count), value_states.chunk(count), strict=True)
         keys, values = zip(*[layer.update(k, v, *args, **kwargs) for layer, k, v in rows], strict=True)
-        return torch.cat(keys), torch.cat(values)
+        return _stack(keys), _stack(values)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        sizes: tuple[int, int] = self.layers[0].get_mask_sizes(query_length)
+        sizes: tuple[int, int] = self._longest.get_mask_sizes(query_length)
         return sizes
 
     def get_seq_length(self) -> int:
-        return self.layers[0].get_seq_length()
+        return self._longest.get_seq_length()
 
     def get_max_length(self) -> int:
-        return self.layers[0].get_max_length()
+        return self._longest.get_max_length()
+
+    @property
+    def _longest(self) -> CacheLayerMixin:
+        return max(self.layers, key=lambda layer: int(layer.get_seq_length()))
+
+
+def _stack(states_BHTD: Sequence[Tensor]) -> Tensor:
+    """The rows of all members, with zeros, which the mask excludes, before those of fewer tokens."""
+    T = max(states.shape[2] for states in states_BHTD)
+    if all(states.shape[2] == T for states in states_BHTD):
+        return torch.cat(list(states_BHTD))
+    B, H, _, D = states_BHTD[0].shape
+    rows = states_BHTD[0].new_zeros(len(states_BHTD), B, H, T, D)
+    for row, states in zip(rows, states_BHTD, strict=True):
+        row[:, :, T - states.shape[2] :] = states
+    return rows.flatten(0, 1)

@@ -31,6 +31,11 @@ class PassInputs:
     attention_mask: Tensor | None
     position_ids: Tensor | None
 
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether no tokens precede those of the pass."""
+        return self.attention_mask is None or self.attention_mask.shape[1] == self.input_ids.shape[1]
+
     def tensors(self) -> list[Tensor]:
         """Those that there are."""
         return [each for each in (self.input_ids, self.attention_mask, self.position_ids) if each is not None]
@@ -112,6 +117,12 @@ class MemberPrompts:
     def width(self) -> int:
         """The most tokens of a prompt, with padding."""
         return max((ids.shape[1] for ids in self.ids.values()), default=0)
+
+    def width_of(self, member: str, tokens: int) -> int:
+        """The tokens of the member's prompt, with padding; `tokens` of `input_ids` if nothing else is known."""
+        if member in self.ids:
+            return self.ids[member].shape[1]
+        return tokens if self.prompt_width is None else self.prompt_width
 
     def with_prompt_width(self, width: int) -> "MemberPrompts":
         """For `generate`, which passes all of the sequences, or only their last token, to each pass."""

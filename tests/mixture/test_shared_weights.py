@@ -39,6 +39,26 @@ def test_one_pass_decodes_as_if_each_member_ran_alone(architecture, cache):
     assert passes == [6] * 8
 
 
+@pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static"}], ids=["dynamic", "static"])
+@pytest.mark.parametrize("architecture", ["qwen2-sliding", "gemma2", "gpt2"])
+@pytest.mark.parametrize("name", ["policy", "anchor"])
+def test_a_much_shorter_prompt_takes_no_padding(architecture, cache, name):
+    """It is read in a pass of its own, and has a cache of its own length, unless caches have a fixed length."""
+    model, member = guided(architecture)
+    rows, short = passes_of(model), [[3], [4, 5], [6]]
+    output = model.generate(
+        **left_padded(PROMPTS), **cache, member_prompts={name: short}, max_new_tokens=8, do_sample=False,
+        pad_token_id=PAD, return_dict_in_generate=True,
+    )  # fmt: skip
+    passes = list(rows)
+    contexts = [PROMPTS, short] if name == "anchor" else [short, PROMPTS]
+    assert torch.equal(output.sequences[:, 7:], reference([member, member], [1.5, -0.5], contexts))
+    if not cache:
+        assert passes == [3, 3] + [6] * 7
+        layers = output.past_key_values.layers
+        assert [layers[0].get_seq_length(), layers[-1].get_seq_length()] == [max(map(len, c)) + 7 for c in contexts]
+
+
 @pytest.mark.parametrize("prompts", [{"anchor": [3]}, {"policy": OTHERS}], ids=["shorter", "of the policy"])
 def test_either_member_may_have_the_shorter_prompt(prompts):
     model, member = guided()
@@ -54,7 +74,7 @@ def test_three_members_on_one_model_in_the_scheme_prob():
     output = generate(mixture, member_prompts={"anchor_0": OTHERS, "anchor_1": THIRD})
     passes = list(rows)
     assert torch.equal(output, reference([model] * 3, [0.5, 0.3, 0.2], [PROMPTS, OTHERS, THIRD], "prob"))
-    assert passes == [9] * 8
+    assert passes == [3] * 3 + [9] * 7
 
 
 def test_a_third_member_has_weights_of_its_own():
@@ -150,4 +170,4 @@ def test_two_anchors_on_the_base_of_an_adapter_run_together():
 
     members = [run("policy"), run("anchor_0"), run("anchor_0")]
     assert torch.equal(output, reference(members, [1.0, 0.5, -0.5], [PROMPTS, OTHERS, THIRD]))
-    assert passes == [3, 6] * 8
+    assert passes == [3] * 3 + [3, 6] * 7
