@@ -200,12 +200,10 @@ def config_overrides(args: ServeArguments, folder: str) -> dict[str, Any]:
 
     import logitmix.mixture.modeling  # noqa: F401  registers the configuration with transformers
     from logitmix.mixture.configuration import LogitMixConfig, resolve_weights
-    from logitmix.serving.requests import validate_members_differ
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if not isinstance(config, LogitMixConfig):
         raise ValueError(f"{folder} is not a mixture; give --anchor to mix it with, or serve it with vLLM itself")
-    validate_members_differ(config)
     scheme = args.scheme or config.scheme
     weights = resolve_weights(args.alpha, None, len(config.members), scheme, config.weights)
     return {"weights": weights.tolist(), "scheme": scheme, "alpha_range": args.alpha_range}

@@ -8,7 +8,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from logitmix.mixture.configuration import LogitMixConfig
 from logitmix.serving.alternating.validation import is_alternating, validate_alternating, validate_alternating_request
 from logitmix.serving.engine import Engine
-from logitmix.serving.requests import parse_request_weights, validate_members_differ
+from logitmix.serving.requests import parse_request_weights
 from logitmix.serving.vllm_patches import (
     declare_experts,
     second_model_runner_validates_requests,
@@ -26,7 +26,6 @@ class MixtureConfigHooks(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_model_config(model_config: ModelConfig) -> None:
         config = model_config.hf_config
-        validate_members_differ(config)
         validate_members(config)
         declare_experts(model_config, [getattr(config, name) for name in config.model_names])
 
@@ -105,7 +104,15 @@ def engine_class(vllm_config: VllmConfig) -> type[Engine]:
 
 
 def validate_members(config: LogitMixConfig) -> None:
-    """Raise `ValueError` for a member that vLLM does not support, or that has layers other than attention."""
+    """Raise `ValueError` for a member that vLLM does not support, or that has layers other than attention.
+
+    And for members that are one model: they differ in their prompts alone, and vLLM gives all members the same.
+    """
+    if config.anchors_that_are_the_policy:
+        raise ValueError(
+            f"the members policy and {config.anchors_that_are_the_policy[0]} are one model and differ only in their "
+            "prompts, but vLLM gives all members the same; generate with transformers, or serve the model alone"
+        )
     supported = ModelRegistry.get_supported_archs()
     for name in config.model_names:
         member = getattr(config, name)

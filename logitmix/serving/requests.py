@@ -41,15 +41,6 @@ def parse_request_weights(config: LogitMixConfig, fields: dict[str, Any] | None)
     return resolved
 
 
-def validate_members_differ(config: LogitMixConfig) -> None:
-    """Raise `ValueError` for members that differ only in the prompts that they read, which a server does not take."""
-    if config.anchors_that_are_the_policy:
-        raise ValueError(
-            f"the members policy and {config.anchors_that_are_the_policy[0]} are one model and differ only in their "
-            "prompts, but a server gives all members the same; generate with transformers, or serve the model alone"
-        )
-
-
 def _validate_alpha_range(alpha_range: list[float], anchor_weights: list[float]) -> None:
     lowest, highest = alpha_range
     for alpha in anchor_weights:

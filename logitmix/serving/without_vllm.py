@@ -26,7 +26,7 @@ from logitmix.mixture.decoding.loop import Decoding, validate_decoding
 from logitmix.mixture.generation import get_eos_token_ids
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.mixture.tokenizers import leave_texts_open, validate_renders_texts
-from logitmix.serving.requests import MEMBER_PROMPTS, REQUEST_FIELDS, parse_request_weights, validate_members_differ
+from logitmix.serving.requests import MEMBER_PROMPTS, REQUEST_FIELDS, parse_request_weights
 from logitmix.serving.transformers_patches import SingleGenerationState, SingleModelManager, accepted_fields
 
 # fields of all three APIs that have an effect
@@ -63,9 +63,8 @@ def build_app(
 ) -> Any:
     """transformers' ASGI application, which serves the model as `name`, decoding as `generate(decoding=…)`.
 
-    Raises `ValueError` for a decoding that the mixture does not have, and for members that are one model.
+    Raises `ValueError` for a decoding that the mixture does not have.
     """
-    validate_members_differ(model.config)
     validate_decoding(model, decoding)
     leave_texts_open(tokenizer)
     # OpenAI's API samples by default, from all tokens; of the checkpoint's generation_config only the end tokens count

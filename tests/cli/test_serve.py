@@ -8,11 +8,9 @@ import sys
 
 import pytest
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForCausalLM
 
 from logitmix.cli import serve
 from logitmix.cli.__main__ import main
-from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.serving.alternating import alternating_decoding
 from tests.helpers.members import character_tokenizer, tiny_member
 from tests.helpers.paths import ROOT
@@ -136,13 +134,6 @@ def test_wrong_input(folders, monkeypatch, args, flags, sentence):
     monkeypatch.chdir(folders)
     with pytest.raises(ValueError, match=sentence):
         command_of(args, flags)
-
-
-def test_members_that_differ_in_their_prompts_alone(folders, tmp_path):
-    model = AutoModelForCausalLM.from_pretrained(folders / "base")
-    LogitMixForCausalLM.from_members(model, model, alpha=-0.5).save_pretrained(tmp_path / "guided")
-    with pytest.raises(ValueError, match="are one model and differ only in their prompts"):
-        command_of({"model_name_or_path": str(tmp_path / "guided")})
 
 
 def test_without_any_server_installed(monkeypatch, capsys):

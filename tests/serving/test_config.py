@@ -10,7 +10,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed; `make test-serving` h
 from transformers import LlamaConfig, MambaConfig, Qwen2Config
 from vllm import EngineArgs
 
-from logitmix.mixture.configuration import FORMAT_VERSION, LogitMixConfig
+from logitmix.mixture.configuration import FORMAT_VERSION, NO_ADAPTER, LogitMixConfig
 from logitmix.serving import config
 from logitmix.serving.config import engine_class, validate_members
 from tests.helpers.engines import engine
@@ -114,3 +114,9 @@ def test_a_context_that_does_not_fit_in_memory_is_rejected(folder, tmp_path):
         engine(path, max_model_len=1 << 22, num_gpu_blocks_override=None),
     ):
         pass
+
+
+def test_members_that_differ_in_their_prompts_alone_are_rejected():
+    members = [Qwen2Config(), Qwen2Config()]
+    with pytest.raises(ValueError, match="policy and anchor_0 are one model and differ only in their"):
+        validate_members(LogitMixConfig.from_member_configs(members, adapters={"anchor_0": NO_ADAPTER}))

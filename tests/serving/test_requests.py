@@ -3,8 +3,8 @@
 import pytest
 from transformers import LlamaConfig, Qwen2Config
 
-from logitmix.mixture.configuration import NO_ADAPTER, LogitMixConfig
-from logitmix.serving.requests import parse_request_weights, validate_members_differ
+from logitmix.mixture.configuration import LogitMixConfig
+from logitmix.serving.requests import parse_request_weights
 
 
 @pytest.mark.parametrize(
@@ -47,10 +47,3 @@ def test_invalid_fields_are_rejected(fields, message):
     config = LogitMixConfig.from_member_configs([Qwen2Config(), LlamaConfig()], alpha_range=[0.0, 1.0])
     with pytest.raises(ValueError, match=message):
         parse_request_weights(config, fields)
-
-
-def test_members_that_differ_in_their_prompts_alone_cannot_be_served():
-    config = LogitMixConfig.from_member_configs([Qwen2Config(), Qwen2Config()], adapters={"anchor_0": NO_ADAPTER})
-    with pytest.raises(ValueError, match="policy and anchor_0 are one model and differ only in their prompts"):
-        validate_members_differ(config)
-    validate_members_differ(LogitMixConfig.from_member_configs([Qwen2Config(), LlamaConfig()]))
