@@ -182,7 +182,7 @@ class MixtureBase(PreTrainedModel):
     def _member_prompts(
         self, prompts: MemberPrompts | Mapping[str, Prompts] | None, input_ids: Tensor | None
     ) -> MemberPrompts | None:
-        return None if prompts is None else MemberPrompts.of(prompts, self.config, input_ids, self.tokenizer)
+        return None if prompts in (None, {}) else MemberPrompts.of(prompts, self.config, input_ids, self.tokenizer)
 
     # --- running the members ----------------------------------------------------------------------------------
 

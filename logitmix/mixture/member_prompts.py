@@ -199,14 +199,12 @@ def read_prompts(
         prompts = leave_texts_open(tokenizer)(texts)["input_ids"]
     elif isinstance(prompts, Mapping):
         prompts, mask = prompts.get("input_ids"), prompts.get("attention_mask")
-    if isinstance(prompts, Tensor) and mask is None and pad_token_id is not None:
+    if hasattr(prompts, "tolist") and mask is None and pad_token_id is not None:
         mask = prompts != pad_token_id
-    if isinstance(prompts, Tensor):
-        prompts = prompts.tolist()
-    elif isinstance(prompts, (list, tuple)):
-        prompts = [each.tolist() if isinstance(each, Tensor) else each for each in prompts]
+    prompts, mask = _as_lists(prompts), _as_lists(mask)
     if _is_list_of(prompts, int):
-        prompts, mask = [prompts], None if mask is None else [torch.as_tensor(mask).flatten().tolist()]
+        one_mask = mask if mask is None or not mask or not isinstance(mask[0], list) else mask[0]
+        prompts, mask = [prompts], None if mask is None else [one_mask]
     if isinstance(prompts, (list, tuple)) and not prompts:
         return [[]]
     if not isinstance(prompts, (list, tuple)) or not all(not row or _is_list_of(row, int) for row in prompts):
@@ -214,10 +212,18 @@ def read_prompts(
             f"the prompt of {name} is a {type(prompts).__name__}, but must be a text, token ids, or what the "
             "tokenizer returns; one for all sequences, or a list of one for each"
         )
-    if mask is None:
-        return [list(row) for row in prompts]
-    rows = zip(prompts, torch.as_tensor(mask).tolist(), strict=True)
+    mask = [[True] * len(ids) for ids in prompts] if mask is None else mask
+    if [len(ids) for ids in prompts] != [len(row) for row in mask]:
+        raise ValueError(f"the attention mask of the prompt of {name} has another shape than its ids")
+    rows = zip(prompts, mask, strict=True)
     return [[i for i, is_read in zip(ids, row, strict=True) if is_read] for ids, row in rows]
+
+
+def _as_lists(values: Any) -> Any:
+    """Tensors, and arrays, as lists; other values unchanged."""
+    if isinstance(values, (list, tuple)):
+        return [_as_lists(each) for each in values]
+    return values.tolist() if hasattr(values, "tolist") else values
 
 
 def _is_list_of(value: Any, kind: type) -> bool:

@@ -230,14 +230,13 @@ class LogitMixForCausalLM(ScoringMixture, MixtureGenerationMixin):
         label of the batch on, without `labels` none.
         """
         weights = self._resolve_weights(alpha, weights)
-        if member_prompts is not None:
-            member_prompts = self._member_prompts(member_prompts, input_ids)
-            if labels is not None:
-                logits_to_keep = logits_to_keep or num_labelled(labels) + 1
-                labels = labels[:, -logits_to_keep:]
+        prompts = self._member_prompts(member_prompts, input_ids)
+        if prompts is not None and labels is not None:
+            logits_to_keep = logits_to_keep or num_labelled(labels) + 1
+            labels = labels[:, -logits_to_keep:]
         logits, weights, past_key_values, outputs = self.run_members(
             weights, input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
-            logits_to_keep, member_prompts=member_prompts, **kwargs,
+            logits_to_keep, member_prompts=prompts, **kwargs,
         )  # fmt: skip
         mixed = mix_logits(logits, weights, self.config.scheme, self.config.cut)
         loss = None
@@ -284,9 +283,9 @@ class LogitMixForCausalLM(ScoringMixture, MixtureGenerationMixin):
             # `generate` repeats tensors, but not lists, along with beams and returned sequences: weights of each
             # sequence must be repeated, weights of the batch must not
             kwargs["weights"] = resolved if resolved.dim() == 2 else resolved.tolist()
-        if member_prompts is not None:
+        if member_prompts is not None and member_prompts != {}:
             args, kwargs = with_member_prompts(self, member_prompts, args, kwargs)
-        with requested_decoding(DecodingRequest(decoding, output_member_logprobs, member_prompts is not None)):
+        with requested_decoding(DecodingRequest(decoding, output_member_logprobs, "member_prompts" in kwargs)):
             return super().generate(*args, **kwargs)
 
     def decode_tokens(self, *args: Any, **kwargs: Any) -> Any:

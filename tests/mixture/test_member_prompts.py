@@ -170,7 +170,9 @@ def test_prompts_are_ids_masks_or_texts(pair):
     padded = left_padded(OTHERS)
     right = [ids + [PAD] * (10 - len(ids)) for ids in OTHERS]
     right = {"input_ids": torch.tensor(right), "attention_mask": torch.tensor(right) != PAD}
-    for prompts in (padded, padded["input_ids"], right, [torch.tensor(each) for each in OTHERS]):
+    ragged = {"input_ids": OTHERS, "attention_mask": [[1] * len(ids) for ids in OTHERS]}
+    tensors = [torch.tensor(each) for each in OTHERS]
+    for prompts in (padded, padded["input_ids"], padded["input_ids"].numpy(), right, ragged, tensors):
         assert torch.equal(generate(model, member_prompts={"anchor": prompts}), expected)
     tokenizer = character_tokenizer()
     texts = ["abc", "negative: 1+1", "x"]
@@ -382,6 +384,14 @@ def test_embeddings_and_caches_with_tokens_are_refused(pair):
         model.generate(torch.tensor([[1, 2, 3]]), member_prompts={"anchor": [1]}, past_key_values=cache)
     with pytest.raises(ValueError, match="input_ids have 2 tokens, of which 2 are shared: none are left"):
         model(torch.tensor([[1, 2]]), member_prompts={"anchor": [1]}, logits_to_keep=3)
+
+
+def test_no_prompts_are_as_none_given(pair):
+    model, members = pair
+    expected = reference(members, [0.5, 0.5], [PROMPTS, PROMPTS])
+    assert torch.equal(generate(model, member_prompts={}, prefill_chunk_size=3), expected)
+    inputs = left_padded(PROMPTS)
+    assert torch.equal(model(**inputs, member_prompts={}).logits, model(**inputs).logits)
 
 
 def test_auto_decoding_decodes_jointly(pair):
