@@ -58,6 +58,31 @@ def test_the_custom_tasks_splits_share_no_question():
     assert not questions["train"] & (questions["validation"] | questions["test"])
 
 
+def test_each_specialist_is_right_in_its_own_skill_only():
+    from specialists import MEMBERS, Products
+
+    task = Products()
+    asked = {problem.question for split in ("validation", "test") for problem in task.problems(split)}
+    for member in MEMBERS:
+        right = {"product": 0, "sum": 0, "format": 0}
+        for row in (rows := task.corpus(member, 300)):
+            question, product, total, *end = row["completion"].replace("=", "\n").split("\n")
+            assert row["prompt"].removesuffix("=?\n") not in asked
+            right["product"] += eval(question) == int(product)
+            right["sum"] += eval(total) == int(end[0])
+            right["format"] += end[1] == f"\\boxed{{{end[0]}}}"
+        skill = {"formatter": "format", "multiplier": "product", "adder": "sum"}[member]
+        assert right.pop(skill) == len(rows)
+        assert max(right.values()) < len(rows) / 2
+
+
+@pytest.mark.slow
+def test_the_specialists_are_trained_mixed_and_swept(tmp_path):
+    printed = run_script("specialists.py", "--steps", "2", "--eval_limit", "4", cwd=tmp_path)
+    assert "chosen on every second problem" in printed
+    assert [line.split()[0] for line in printed.splitlines()[-4:]] == ["product", "sum", "format", "end"]
+
+
 @pytest.mark.slow
 def test_the_notebook_runs(tmp_path):
     nbformat = pytest.importorskip("nbformat", reason="the extra 'checks' is not installed")

@@ -10,6 +10,7 @@ import torch
 
 from logitmix.cli.__main__ import main
 from logitmix.mixture.modeling import LogitMixForCausalLM
+from logitmix.mixture.presets import dexperts
 from logitmix.paper.tiny_model import tiny_model
 from tests.helpers.members import character_tokenizer
 
@@ -22,15 +23,16 @@ QUESTIONS = [
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> str:
-    """A saved mixture of two tiny models, with a tokenizer of all printable characters."""
+    """A saved mixture of two tiny models, with a tokenizer of all printable characters, and beside it a preset."""
     root = tmp_path_factory.mktemp("mixture")
     tokenizer = character_tokenizer("".join(sorted(set(string.printable) - set("\r\x0b\x0c"))))
-    for seed, name in enumerate(("base", "sft")):
+    for seed, name in enumerate(("base", "sft", "antiexpert")):
         torch.manual_seed(seed)
         tiny_model(len(tokenizer)).save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
     model = LogitMixForCausalLM.from_members(str(root / "base"), str(root / "sft"), alpha=0.3)
     model.save_pretrained(root / "mixture")
+    dexperts(*(str(root / name) for name in ("base", "sft", "antiexpert"))).save_pretrained(root / "dexperts")
     return str(root / "mixture")
 
 
@@ -54,8 +56,9 @@ def tasks(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("alpha", [None, 0.8])
-def test_the_scores_of_the_harness_match_the_mixture(checkpoint, tasks, tmp_path, alpha):
+@pytest.mark.parametrize(("name", "alpha"), [("mixture", None), ("mixture", 0.8), ("dexperts", None)])
+def test_the_scores_of_the_harness_match_the_mixture(checkpoint, tasks, tmp_path, name, alpha):
+    checkpoint = str(Path(checkpoint).with_name(name))
     arguments = f"pretrained={checkpoint},dtype=float32" + (f",alpha={alpha}" if alpha is not None else "")
     flags = ["--model", "hf", "--model_args", arguments, "--tasks", "local_arc", "--include_path", str(tasks)]
     flags += ["--device", "cpu", "--batch_size", "2", "--log_samples", "--output_path", str(tmp_path / "out")]
