@@ -5,7 +5,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from logitmix.mixture.loading import OTHER_TOKENIZERS
 from logitmix.mixture.modeling import LogitMixForCausalLM
+from logitmix.mixture.presets import contrastive_decoding
 from tests.helpers.members import (
     INPUT,
     PAD,
@@ -14,6 +16,7 @@ from tests.helpers.members import (
     logits,
     tiny_member,
 )
+from tests.helpers.paths import ROOT
 
 
 def test_the_tokenizer_and_generation_config_of_folders_are_kept(tmp_path):
@@ -77,6 +80,24 @@ def test_the_error_for_different_tokenizers_names_the_first_difference(tmp_path)
         LogitMixForCausalLM.from_members(base, save_with_tokenizer(tmp_path / "sft", "abxd"))
     with pytest.raises(ValueError, match=r"token 7 is missing in '.*base' and 'e' in '.*longer'"):
         LogitMixForCausalLM.from_members(base, save_with_tokenizer(tmp_path / "longer", "abcde"))
+
+
+def test_the_error_for_different_tokenizers_names_the_page_of_ways_out(tmp_path):
+    page, _, anchor = OTHER_TOKENIZERS.partition("#")
+    titles = [line.strip("# ").lower() for line in (ROOT / page).read_text().splitlines() if line.startswith("#")]
+    assert anchor.replace("-", " ") in titles
+    with pytest.raises(ValueError, match=OTHER_TOKENIZERS):
+        contrastive_decoding(save_with_tokenizer(tmp_path / "a", "abcd"), save_with_tokenizer(tmp_path / "b", "abcde"))
+
+
+def test_a_vocabulary_that_has_added_tokens_is_cut_to_the_shared_prefix(tmp_path):
+    policy, anchor = save_with_tokenizer(tmp_path / "a", "abcd"), save_with_tokenizer(tmp_path / "b", "abcde")
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    model = AutoModelForCausalLM.from_pretrained(anchor)
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(tmp_path / "cut")
+    tokenizer.save_pretrained(tmp_path / "cut")
+    assert LogitMixForCausalLM.from_members(policy, tmp_path / "cut").config.vocab_size == len(tokenizer)
 
 
 def test_a_vocabulary_smaller_than_the_tokenizers_is_rejected(tmp_path):
