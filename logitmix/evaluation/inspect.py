@@ -82,6 +82,7 @@ def inspect(
     prompt and response exceed the context, and for a `decoding` that the mixture does not have.
     """
     validate_decoding(model, decoding)
+    model.config.require_one_prompt("inspect")
     (prompt_ids,) = tokenize_prompts(tokenizer, [prompt])
     validate_fits_context(context_length(model.config), len(prompt_ids), max_new_tokens)
     alphas = {"policy": 0.0, "anchor": 1.0, "mixture": model.alpha}

@@ -51,6 +51,7 @@ class FusedScorer:
     """
 
     def __init__(self, model: LogitMixForCausalLM) -> None:
+        model.config.require_one_prompt("the fused loss head")
         if model.config.cut is not None:
             raise ValueError(
                 f"the mixture has plausibility {model.config.plausibility}, which the fused loss head does not apply; "

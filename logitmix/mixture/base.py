@@ -140,6 +140,7 @@ class MixtureBase(PreTrainedModel):
                 )
         self.config.member_dtypes = dtypes_of(self.members)
         self.config.set_plausibility(self.config.plausibility, self.config.plausibility_member)
+        self.config.set_member_prompts(self.config.member_prompts)
         quantized = {name: getattr(self, name) for name in self.config.quantized_models}
         if self.has_quantized_base:
             if kwargs.get("state_dict") is None:
@@ -182,7 +183,8 @@ class MixtureBase(PreTrainedModel):
     def _member_prompts(
         self, prompts: MemberPrompts | Mapping[str, Prompts] | None, input_ids: Tensor | None
     ) -> MemberPrompts | None:
-        return None if prompts in (None, {}) else MemberPrompts.of(prompts, self.config, input_ids, self.tokenizer)
+        prompts = self.config.member_prompts if prompts is None else prompts
+        return None if prompts == {} else MemberPrompts.of(prompts, self.config, input_ids, self.tokenizer)
 
     # --- running the members ----------------------------------------------------------------------------------
 

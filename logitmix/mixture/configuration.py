@@ -1,7 +1,6 @@
 """The configuration of a mixture: its members' configurations, their weights and the scheme."""
 
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import field
 from typing import Any, ClassVar
 
@@ -17,7 +16,8 @@ from logitmix.mixture.transformers_patches import Implementation, get_implementa
 Alpha = float | Sequence[float] | Tensor
 FORMAT_VERSION = 2
 NO_ADAPTER = "off"  # the anchor that is the policy's model without an adapter
-CUT_VERSION = 2  # of a checkpoint with a plausibility cut, which earlier versions of logitmix would leave out
+# Of a checkpoint with a plausibility cut or prompts of its members, which earlier versions of logitmix would leave out
+FAMILY_VERSION = 2
 
 
 def member_names(num_members: int) -> list[str]:
@@ -41,6 +41,8 @@ class LogitMixConfig(PreTrainedConfig):
         plausibility: leave to the mixture only tokens whose probability under `plausibility_member` is at least this
             share of its most probable token's (`mixing.Plausibility`); None leaves all. See `set_plausibility`.
         plausibility_member: the name of that member.
+        member_prompts: token ids that a member reads in `generate` instead of the prompt, by the member's name, where
+            the call gives no prompts. See `set_member_prompts`.
         member_dtypes: the dtype of each anchor's weights that differs from the policy's, which is `dtype`.
         use_cache: whether a forward pass returns the KV cache by default.
         format_version: version of the checkpoint format.
@@ -54,6 +56,7 @@ class LogitMixConfig(PreTrainedConfig):
     scheme: Scheme = "logit"
     plausibility: float | None = None
     plausibility_member: str = "policy"
+    member_prompts: dict[str, list[int]] = field(default_factory=dict)
     adapters: dict[str, Any] = field(default_factory=dict)
     member_dtypes: dict[str, str] = field(default_factory=dict)
     use_cache: bool = True
@@ -80,6 +83,7 @@ class LogitMixConfig(PreTrainedConfig):
             setattr(self, name, config if isinstance(config, PreTrainedConfig) else _config_from_dict(config))
         self.set_weights(self.weights)
         self.set_plausibility(self.plausibility, self.plausibility_member)
+        self.set_member_prompts(self.member_prompts)
         # By default each member keeps its own: transformers would overwrite it with the mixture's, which is None
         if kwargs.get("attn_implementation") is None:
             kwargs["attn_implementation"] = self._get_implementations("attn_implementation")
@@ -128,7 +132,30 @@ class LogitMixConfig(PreTrainedConfig):
         Raises `ValueError` for a threshold outside (0, 1] and an unknown member.
         """
         self.plausibility, self.plausibility_member = threshold, self.resolve_member_name(member)
-        self.format_version = 1 if self.cut is None else CUT_VERSION
+        self._set_format_version()
+
+    def set_member_prompts(self, prompts: Mapping[str, Sequence[int]]) -> None:
+        """Let members read these token ids in place of the prompts of `generate`, unless a call gives others.
+
+        Raises `ValueError` for an unknown member and an empty prompt.
+        """
+        named = {self.resolve_member_name(name): [int(i) for i in ids] for name, ids in prompts.items()}
+        empty = [name for name, ids in named.items() if not ids]
+        if empty:
+            raise ValueError(f"the prompt of {empty[0]} is empty; it needs at least one token, such as BOS")
+        self.member_prompts = named
+        self._set_format_version()
+
+    def require_one_prompt(self, user: str) -> None:
+        """Raise `ValueError`, which names the `user`, if members have prompts of their own."""
+        if self.member_prompts:
+            raise ValueError(
+                f"{user} gives all members the same tokens, but the mixture has a prompt of its own for "
+                f"{', '.join(self.member_prompts)}; use generate or score, or config.set_member_prompts({{}})"
+            )
+
+    def _set_format_version(self) -> None:
+        self.format_version = 1 if self.cut is None and not self.member_prompts else FAMILY_VERSION
 
     @property
     def cut(self) -> Plausibility | None:
@@ -290,20 +317,6 @@ def resolve_weights(
             raise ValueError(f"{num_members} members have no default weights; pass {num_members} weights")
         weights = alpha_to_weights(0.5)
     return validate_weights(weights, num_members, scheme)
-
-
-def validate_can_be_loaded(config: LogitMixConfig) -> None:
-    """Raise `ValueError` where a member's configuration, as it is saved, cannot be read again."""
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            config.save_pretrained(folder)
-            LogitMixConfig.from_pretrained(folder)
-    except (ValueError, TypeError, AttributeError, LookupError) as error:
-        types = ", ".join(getattr(config, name).model_type for name in config.model_names)
-        raise ValueError(
-            f"transformers {transformers.__version__} cannot read the members' configurations ({types}) as they are "
-            f"saved, so a saved mixture could not be loaded ({' '.join(str(error).split())}); use another architecture"
-        ) from error
 
 
 def _config_from_dict(values: dict[str, Any]) -> PreTrainedConfig:

@@ -2,11 +2,13 @@
 
 import copy
 import os
+import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from peft import LoraConfig, PeftConfig
@@ -189,6 +191,20 @@ def _validate_members(members: Sequence[PreTrainedModel], tokenizer: PreTrainedT
             f"the tokenizer has {len(tokenizer)} tokens, but a member has logits for only {vocab_size}; "
             "the members' vocabularies may differ only in padding rows"
         )
+
+
+def validate_can_be_loaded(config: LogitMixConfig) -> None:
+    """Raise `ValueError` where a member's configuration, as it is saved, cannot be read again."""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            config.save_pretrained(folder)
+            LogitMixConfig.from_pretrained(folder)
+    except (ValueError, TypeError, AttributeError, LookupError) as error:
+        types = ", ".join(getattr(config, name).model_type for name in config.model_names)
+        raise ValueError(
+            f"transformers {transformers.__version__} cannot read the members' configurations ({types}) as they are "
+            f"saved, so a saved mixture could not be loaded ({' '.join(str(error).split())}); use another architecture"
+        ) from error
 
 
 def load_member(source: str, is_anchor: bool = False, **kwargs: Any) -> PreTrainedModel:

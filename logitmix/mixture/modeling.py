@@ -26,13 +26,13 @@ from transformers.utils import can_return_tuple
 
 from logitmix.mixture.adapters import ADAPTER_WEIGHTS, Adapters, adapter_config_from_dict, add_adapter
 from logitmix.mixture.base import concatenate_outputs
-from logitmix.mixture.configuration import NO_ADAPTER, Alpha, LogitMixConfig, resolve_weights, validate_can_be_loaded
+from logitmix.mixture.configuration import NO_ADAPTER, Alpha, LogitMixConfig, resolve_weights
 from logitmix.mixture.decoding.loop import Decoding, DecodingRequest, current_request, decode, requested_decoding
 from logitmix.mixture.decoding.prompts import MODES_WITH_MEMBER_PROMPTS, with_member_prompts
 from logitmix.mixture.dtypes import dtypes_of, with_member_dtypes
 from logitmix.mixture.export import export_member
 from logitmix.mixture.frozen import frozen_sources, load_with_references
-from logitmix.mixture.loading import Member, load_members, load_tokenizer
+from logitmix.mixture.loading import Member, load_members, load_tokenizer, validate_can_be_loaded
 from logitmix.mixture.member_prompts import MemberPrompts, Prompts
 from logitmix.mixture.mixing import Scheme, Weights, mix_logits
 from logitmix.mixture.opening import validate_loaded
@@ -230,6 +230,8 @@ class LogitMixForCausalLM(ScoringMixture, MixtureGenerationMixin):
         label of the batch on, without `labels` none.
         """
         weights = self._resolve_weights(alpha, weights)
+        if labels is None and member_prompts is None:
+            self.config.require_one_prompt("forward without labels")
         prompts = self._member_prompts(member_prompts, input_ids)
         if prompts is not None and labels is not None:
             logits_to_keep = logits_to_keep or num_labelled(labels) + 1
@@ -274,7 +276,8 @@ class LogitMixForCausalLM(ScoringMixture, MixtureGenerationMixin):
             member_prompts: what members read instead of `input_ids`, by their names (`"anchor"` if there is one):
                 texts, token ids, or what a tokenizer returns, one for each sequence or one for all. The tokens that
                 follow are shared. Texts are read by `tokenizer=`, or the mixture's own. The sequences that are
-                returned begin with `input_ids`; without them, with the policy's prompt. For joint decoding.
+                returned begin with `input_ids`; without them, with the policy's prompt. For joint decoding. Default:
+                `config.member_prompts`.
 
         Raises `ValueError` if what is requested cannot be done, with the argument that stands against it.
         """
@@ -283,7 +286,8 @@ class LogitMixForCausalLM(ScoringMixture, MixtureGenerationMixin):
             # `generate` repeats tensors, but not lists, along with beams and returned sequences: weights of each
             # sequence must be repeated, weights of the batch must not
             kwargs["weights"] = resolved if resolved.dim() == 2 else resolved.tolist()
-        if member_prompts is not None and member_prompts != {}:
+        member_prompts = self.config.member_prompts if member_prompts is None else member_prompts
+        if member_prompts != {}:
             args, kwargs = with_member_prompts(self, member_prompts, args, kwargs)
         with requested_decoding(DecodingRequest(decoding, output_member_logprobs, "member_prompts" in kwargs)):
             return super().generate(*args, **kwargs)

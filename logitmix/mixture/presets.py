@@ -11,9 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from logitmix.mixture.loading import Member
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from logitmix.mixture.loading import Member, load_member
 from logitmix.mixture.mixing import Plausibility, Scheme
 from logitmix.mixture.modeling import LogitMixForCausalLM
+from logitmix.mixture.tokenizers import leave_texts_open
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,55 @@ def contrastive_decoding(
     model = LogitMixForCausalLM.from_members(expert, amateur, weights=weights, **kwargs)
     model.config.set_plausibility(plausibility)
     return model
+
+
+def guidance(
+    model: Member,
+    negative_prompt: str | Sequence[int] | None = None,
+    scale: float = 1.5,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    **kwargs: Any,
+) -> LogitMixForCausalLM:
+    """Classifier-free guidance of a language model (Sanchez et al. 2023, arXiv 2306.17806): away from another prompt.
+
+        log p(v) ∝ log p(v | n) + scale (log p(v | x) - log p(v | n))
+
+    for the prompt x and the negative prompt n, both followed by the same new tokens. The policy reads x and the anchor
+    n; both are one model, in memory once, with the weights `[scale, 1 - scale]`. At scale 1 it is the model alone;
+    above, it follows x more closely. The negative prompt is part of the configuration, and
+    `generate(member_prompts={"anchor": …})` replaces it for a call.
+
+    Args:
+        model: a model, a folder or a hub id.
+        negative_prompt: a text, or token ids; None is the model's BOS alone, the unconditional model. It is the whole
+            prompt of the anchor: a chat must be rendered already.
+        scale: gamma of the paper, at least 1.
+        tokenizer: reads the text; default: the model's own.
+        kwargs: passed to `from_pretrained` for folders and hub ids.
+
+    Raises `ValueError` for a scale below 1, a text without a tokenizer, and a model without BOS that needs it.
+    """
+    if not (isinstance(scale, int | float) and math.isfinite(scale) and scale >= 1):
+        raise ValueError(
+            f"scale is {scale!r}, but guidance takes a number of at least 1: its weights are scale, 1 - scale for the "
+            "model with the prompt and with the negative prompt"
+        )
+    loaded = model if isinstance(model, PreTrainedModel) else load_member(str(model), **kwargs)
+    mixture = LogitMixForCausalLM.from_members(loaded, loaded, weights=[scale, 1 - scale])
+    tokenizer = tokenizer or mixture.tokenizer
+    if negative_prompt is None:
+        bos = mixture.config.bos_token_id
+        if bos is None:
+            raise ValueError("the model has no BOS token, which an empty negative prompt is; pass negative_prompt=…")
+        ids: Sequence[int] = [bos]
+    elif isinstance(negative_prompt, str):
+        if tokenizer is None:
+            raise ValueError("the negative prompt is a text, but the model has no tokenizer; pass tokenizer=…, or ids")
+        ids = leave_texts_open(tokenizer)(negative_prompt)["input_ids"]
+    else:
+        ids = negative_prompt
+    mixture.config.set_member_prompts({"anchor": ids})
+    return mixture
 
 
 def ensemble(

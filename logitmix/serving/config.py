@@ -108,6 +108,7 @@ def validate_members(config: LogitMixConfig) -> None:
 
     And for members that are one model: they differ in their prompts alone, and vLLM gives all members the same.
     """
+    config.require_one_prompt("vLLM")
     if config.anchors_that_are_the_policy:
         raise ValueError(
             f"the members policy and {config.anchors_that_are_the_policy[0]} are one model and differ only in their "

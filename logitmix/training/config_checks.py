@@ -51,7 +51,9 @@ def validate_config(args: LogitMixGRPOConfig, model: PreTrainedModel, given: Map
     validate_evaluation(args, given.get("eval_dataset"))
     validate_kl(args, model)
     validate_train_target(args, model)
-    validate_plausibility(model)
+    if isinstance(model, LogitMixForCausalLM):
+        model.config.require_one_prompt("training")
+        validate_plausibility(model)
     validate_adapter(args, model, given.get("peft_config"))
     if given.get("quantization_config") is not None:
         raise ValueError(
@@ -217,10 +219,9 @@ def validate_kl(args: LogitMixGRPOConfig, model: PreTrainedModel) -> None:
         )
 
 
-def validate_plausibility(model: PreTrainedModel) -> None:
+def validate_plausibility(model: LogitMixForCausalLM) -> None:
     """Raise `ValueError` for a cut by the policy, which training moves: a sampled token may become impossible."""
-    is_moving = isinstance(model, LogitMixForCausalLM) and model.config.plausibility_member == "policy"
-    if is_moving and model.config.cut is not None:
+    if model.config.cut is not None and model.config.plausibility_member == "policy":
         raise ValueError(
             f"the mixture has plausibility {model.config.plausibility} of the policy, which training moves, so that "
             "sampled tokens may become impossible; name a frozen member, or use config.set_plausibility(None)"

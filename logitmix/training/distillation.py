@@ -116,6 +116,7 @@ class MixtureDistillationTrainer(PatchedDistillationTrainer):
             )
         if isinstance(model, LogitMixForCausalLM):
             raise ValueError("the student is a mixture; a student is one model, such as the mixture's policy")
+        teacher_model.config.require_one_prompt("distillation")
         if teacher_model.config.cut is not None:
             raise ValueError(
                 f"the mixture has plausibility {teacher_model.config.plausibility}: the tokens that it rules out have "
