@@ -149,11 +149,17 @@ class MemberPrompts:
         B, T = input_ids.shape
         # shared tokens in the cache of a member with a prompt of its own
         num_shared = max((cached[name] - self.ids[name].shape[1] for name in members if name in self.ids), default=0)
+        if self.prompt_width is not None:
+            # members of one pass have caches of one length, in which the longest prompt has no padding
+            widths = {name: self.ids[name].shape[1] if name in self.ids else self.prompt_width for name in members}
+            num_shared = min((cached[name] - widths[name] for name in members if cached[name]), default=0)
         if attention_mask is not None:
             num_cached = attention_mask.shape[1] - T
         else:
             others = [cached[name] for name in members if name not in self.ids]
-            num_cached = max(others, default=max(num_shared + (self.prompt_width or 0), 0))
+            num_cached = max(others, default=max(num_shared, 0))
+            if self.prompt_width is not None:
+                num_cached = self.prompt_width + num_shared if any(cached[name] for name in members) else 0
             attention_mask = input_ids.new_ones(B, num_cached + T)
         reads_prompt = num_cached == 0
         if self.prompt_width is not None:

@@ -47,6 +47,16 @@ def test_generate_follows_an_uncached_loop(cache):
     assert [row[5:].tolist() for row in output] == [uncached(prompt, NEGATIVE, 6) for prompt in prompts()]
 
 
+@pytest.mark.parametrize("has_mask", [True, False])
+@pytest.mark.parametrize("length", [2, 5, 9])
+def test_the_negative_prompt_may_have_any_length(length, has_mask):
+    prompt, negative = prompts()[1], [3 + 5 * i for i in range(length)]
+    ids = torch.tensor([prompt])
+    mask = {"attention_mask": torch.ones_like(ids)} if has_mask else {}
+    output = guided(negative).generate(ids, max_new_tokens=5, do_sample=False, **mask)
+    assert output[0, len(prompt) :].tolist() == uncached(prompt, negative, 5)
+
+
 def test_the_saved_mixture_has_its_negative_prompt(tmp_path):
     guided().save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["format_version"] == 2
