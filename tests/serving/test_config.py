@@ -93,6 +93,12 @@ def test_an_architecture_that_vllm_does_not_support_is_rejected():
         validate_members(unknown)
 
 
+def test_a_mixture_with_a_prompt_of_its_own_is_rejected(folder, tmp_path):
+    path = copy_with_config(folder, tmp_path, member_prompts={"anchor_0": [3, 4]})
+    with pytest.raises(ValueError, match="vLLM gives all members the same tokens, but the mixture has a prompt"):
+        validate_members(LogitMixConfig.from_pretrained(path))
+
+
 def test_a_checkpoint_with_a_later_format_version_is_rejected(folder, tmp_path):
     path = copy_with_config(folder, tmp_path, format_version=FORMAT_VERSION + 1)
     with pytest.raises(ValueError, match=f"format version {FORMAT_VERSION + 1}.*install a newer logitmix"):
