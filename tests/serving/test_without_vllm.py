@@ -1,5 +1,6 @@
 """transformers' server of a mixture without vLLM, called by the official client."""
 
+import copy
 import re
 import subprocess
 import sys
@@ -44,6 +45,22 @@ def test_the_log_names_the_server_and_the_model_has_one_name(server, client):
     assert "the server of transformers runs instead" in server.log.read_text()
     assert [model.id for model in client.models.list()] == ["mixture"]
     assert client.completions.create(model="mixture", prompt=PROMPT, max_tokens=1).model == "mixture"
+
+
+def test_guidance_is_served_with_its_negative_prompt(mixture):
+    from fastapi.testclient import TestClient
+
+    from logitmix.presets import guidance
+    from logitmix.serving.without_vllm import build_app
+
+    guided = guidance(copy.deepcopy(mixture.policy), [5, 6, 7], 3.0).eval()
+    ids = mixture.tokenizer(PROMPT)["input_ids"]
+    tokens = greedy_tokens(guided, ids, 8, eos_token_id=mixture.tokenizer.eos_token_id)
+    assert tokens != greedy_tokens(guided.policy, ids, 8, eos_token_id=mixture.tokenizer.eos_token_id)
+    request = {"model": "guided", "prompt": PROMPT, "temperature": 0, "max_tokens": 8}
+    with TestClient(build_app(guided, mixture.tokenizer, "guided")) as http:
+        answer = http.post("/v1/completions", json=request).json()
+    assert answer["choices"][0]["text"] == mixture.tokenizer.decode(tokens, skip_special_tokens=True)
 
 
 def test_concurrent_requests_each_have_their_own_alpha(client, mixture):
