@@ -7,14 +7,13 @@ loop of the methods' scripts, with two models, a KV cache each, and the mixing i
 `generate(guidance_scale=…)`, which runs its second pass in a logits processor. All decode the same greedy tokens, in
 turns in one process; a ratio is the median of the rounds'. Times are processor time.
 
-Memory, at `--memory_batch` sequences of `--memory_prompt` tokens: the most that a process of its own held, for the
-model alone, the mixture, and the loop.
+Memory, at `--memory_batch` sequences of `--memory_prompt` tokens: the most that a process of its own held while it
+decoded, above what it held before it loaded the weights, for the model alone, the mixture, and the loop.
 """
 
 import argparse
 import copy
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -92,8 +91,14 @@ def seconds(run: Callable[[], Tensor]) -> tuple[float, Tensor]:
     return time.process_time() - start, tokens
 
 
+def resident(field: str) -> float:
+    """GB of this process: `VmRSS` now, `VmHWM` at most."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition(f"{field}:")[2].split()[0]) * 1024 / 1e9
+
+
 def peak(args: argparse.Namespace, side: str) -> float:
-    """GB that a process of its own held at most."""
+    """GB that a process of its own held at most, without libraries."""
     command = [sys.executable, __file__, "--model", args.model, "--negative", str(args.negative), "--side", side]
     command += ["--memory_batch", str(args.memory_batch), "--memory_prompt", str(args.memory_prompt)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
@@ -155,8 +160,11 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.side:
-        sides(args, args.memory_batch, args.memory_prompt, 8)[args.side]()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
+        before = resident("VmRSS")
+        run = sides(args, args.memory_batch, args.memory_prompt, 8)[args.side]
+        Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
+        run()
+        print(resident("VmHWM") - before)
         return
     text = report(args)
     print(text)

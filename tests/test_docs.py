@@ -51,6 +51,14 @@ def test_the_mixture_page(folder, capsys):
     assert (folder / "path/to/policy/config.json").exists()
 
 
+def test_the_page_on_members_that_read_different_prompts(folder):
+    namespace: dict = {}
+    for block in python_blocks("docs/contexts.md"):
+        exec(compile(block, "docs/contexts.md", "exec"), namespace)
+    assert namespace["log_probs"].shape == (2, namespace["rows"]["input_ids"].shape[1] - 1)
+    assert namespace["logits"].shape[:2] == (2, 7)
+
+
 def test_the_training_pages_script(folder):
     (block,) = python_blocks("docs/training.md")
     smaller = "use_cpu=True, bf16=False, report_to=[], max_steps=1, max_completion_length=24, save_strategy='no'"
