@@ -1,17 +1,15 @@
 """Which task, template and SFT give a pair in which each member has what the other lacks?
 
     python benchmarks/task_search.py --model models/smollm2 --tasks word_problems --templates answer_is boxed \
-        --demonstrations worked terse additions --sft_steps 2 5 10 --questions 60 --output task_search.jsonl
+        --sft_tasks word_problems word_sums --demonstrate solution answer --sft_steps 2 5 10 --output task_search.jsonl
 
 For each combination it trains a LoRA anchor and decodes validation questions, never test problems, with both members.
-The demonstrations are worked solutions, answers alone (`terse`), or worked solutions of sums alone (`additions`).
 A row is a candidate if the base is right anywhere in the text more often, and the anchor is in the format more often.
 Every row is a line of the output file, also of combinations that are no candidates.
 """
 
 import argparse
 import json
-from dataclasses import asdict
 from itertools import product
 from math import inf
 from pathlib import Path
@@ -36,24 +34,10 @@ def measure(source: str, task: Task, questions: int, max_new_tokens: int) -> tup
     return responses, measure_openings(model, tokenizer, task, problems[:NUM_PROBLEMS])
 
 
-def write_demonstrations(kind: str, task: Task, path: Path) -> None:
-    """The training problems as the JSON lines that SFT reads, with the solutions that are to be learnt."""
-    rows = [asdict(problem) for problem in task.problems("train")]
-    if kind == "terse":
-        rows = [row | {"solution": row["answer"]} for row in rows]
-    elif kind == "additions":
-        rows = [row for row in rows if " + " in row["solution"]]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def train_anchor(args: argparse.Namespace, kind: str, task: Task, steps: int) -> str:
-    folder = Path(args.folder) / f"{task.name}-{task.template.name}-{kind}-{steps}"
-    data = folder.with_suffix(".jsonl")
-    write_demonstrations(kind, task, data)
+def train_anchor(args: argparse.Namespace, template: str, sft_task: str, demonstrate: str, steps: int) -> str:
+    folder = Path(args.folder) / f"{sft_task}-{template}-{demonstrate}-{steps}"
     settings = {
-        "model_name_or_path": args.model, "task": "jsonl", "data": str(data), "solution_column": "solution",
-        "template": task.template.name,
+        "model_name_or_path": args.model, "task": sft_task, "template": template, "demonstrate": demonstrate,
         "train_limit": 8 * steps,
         "max_steps": steps, "use_peft": True,
         "learning_rate": args.learning_rate, "per_device_train_batch_size": 8, "gradient_checkpointing": False,
@@ -69,7 +53,8 @@ def main() -> None:
     parser.add_argument("--model", default="models/smollm2")
     parser.add_argument("--tasks", nargs="+", default=["word_problems"])
     parser.add_argument("--templates", nargs="+", default=["answer_is", "boxed"])
-    parser.add_argument("--demonstrations", nargs="+", default=["worked", "terse", "additions"])
+    parser.add_argument("--sft_tasks", nargs="+", default=["word_problems", "word_sums"])
+    parser.add_argument("--demonstrate", nargs="+", default=["solution", "answer"])
     parser.add_argument("--sft_steps", nargs="+", type=int, default=[2, 5, 10])
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--questions", type=int, default=60)
@@ -81,12 +66,13 @@ def main() -> None:
         for template in args.templates:
             task = load_task(name, template=template)
             base, base_openings = measure(args.model, task, args.questions, args.max_new_tokens)
-            for kind, steps in product(args.demonstrations, args.sft_steps):
-                source = train_anchor(args, kind, task, steps)
+            for sft_task, demonstrate, steps in product(args.sft_tasks, args.demonstrate, args.sft_steps):
+                source = train_anchor(args, template, sft_task, demonstrate, steps)
                 anchor, openings = measure(source, task, args.questions, args.max_new_tokens)
                 c = complement(base, anchor, "base", "anchor")
                 row = {
-                    "task": name, "template": template, "demonstrations": kind, "sft_steps": steps, "questions": c.n,
+                    "task": name, "template": template, "sft_task": sft_task, "demonstrate": demonstrate,
+                    "sft_steps": steps, "questions": c.n,
                     "candidate": c.lenient.b_minus_a.value < 0 < c.format.b_minus_a.value,
                     "only_base_lenient": c.lenient_cross.only_a, "only_anchor_lenient": c.lenient_cross.only_b,
                 }  # fmt: skip

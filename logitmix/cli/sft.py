@@ -1,7 +1,7 @@
 """`logitmix sft`: supervised fine-tuning of an anchor on a task's demonstrations."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from logitmix.cli.options.data import TaskArguments
@@ -11,6 +11,7 @@ from logitmix.cli.options.model import ModelArguments
 from logitmix.cli.options.parser import flatten, parse
 from logitmix.cli.options.recipe import RecipeArguments
 from logitmix.runs.console import console
+from logitmix.tasks.base import Demonstrated
 
 if TYPE_CHECKING:
     from logitmix.training.sft import ResumableSFTConfig
@@ -19,9 +20,23 @@ else:  # the flags of the configuration, which takes seconds to import; the opti
 
 
 @dataclass
+class DemonstrationArguments:
+    """Demonstrations"""
+
+    demonstrate: Demonstrated = field(
+        default="solution",
+        metadata={
+            "help": "What a response shows: solution, the worked solution and then the answer; or answer, the answer "
+            "alone, for data without solutions."
+        },
+    )
+
+
+@dataclass
 class SFTOptions:
     recipe: RecipeArguments
     task: TaskArguments
+    demonstrations: DemonstrationArguments
     model: ModelArguments
     adapter: AdapterArguments
     training: ResumableSFTConfig
@@ -54,11 +69,11 @@ def run(options: SFTOptions, command: Sequence[str]) -> None:
     validate_trackers(args.report_to)
     peft_config = options.adapter.peft_config
     arguments = {"command": "sft", "recipe": options.recipe.recipe}
-    arguments |= flatten(task_args, model_args, options.adapter) | args.to_dict()
+    arguments |= flatten(task_args, options.demonstrations, model_args, options.adapter) | args.to_dict()
     checkpoint = find_checkpoint(args.output_dir, arguments, args.resume_from_checkpoint)
 
     task = task_args.load()
-    rows = task.demonstrations(task_args.train_limit)
+    rows = task.demonstrations(task_args.train_limit, options.demonstrations.demonstrate)
     source = model_args.model_name_or_path
     if peft_config is not None and read_adapter_config(source) is not None:
         raise ValueError(

@@ -19,7 +19,7 @@ from logitmix.tasks.mmlu import Mmlu
 from logitmix.tasks.names import unknown_name
 from logitmix.tasks.templates import ANSWER_IS, BOXED, BOXED_LINE, R1, Prompt, Template, load_template
 from logitmix.tasks.verify import Grade, answers_match, grade
-from logitmix.tasks.word_problems import WordProblems
+from logitmix.tasks.word_problems import WordProblems, WordSums
 
 __all__ = [
     "ANSWER_IS",
@@ -42,6 +42,7 @@ __all__ = [
     "Task",
     "Template",
     "WordProblems",
+    "WordSums",
     "answers_match",
     "grade",
     "load_task",
@@ -49,7 +50,7 @@ __all__ = [
 ]
 
 TASKS: dict[str, type[Task]] = {
-    task.name: task for task in (Arithmetic, WordProblems, HendrycksMath, CnK12, Mmlu, Gsm8k, JsonLines)
+    task.name: task for task in (Arithmetic, WordProblems, WordSums, HendrycksMath, CnK12, Mmlu, Gsm8k, JsonLines)
 }
 
 

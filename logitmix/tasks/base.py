@@ -13,6 +13,7 @@ from logitmix.tasks.templates import Prompt, Template
 from logitmix.tasks.verify import Grade, grade
 
 Verifier = Literal["strict", "lenient"]  # of `Grade.lenient_ok` only
+Demonstrated = Literal["solution", "answer"]
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 
@@ -73,12 +74,15 @@ class Task(ABC):
         """The SFT target after the prompt: the solution, then the answer in the template."""
         if problem.solution is None:
             raise ValueError(
-                f"the problem {problem.question[:80]!r} has no solution to demonstrate; give SFT data with solutions"
+                f"the problem {problem.question[:80]!r} has no solution to demonstrate; give SFT data with solutions, "
+                "or demonstrate answers"
             )
         return self.template.completion(problem.solution, problem.answer)
 
-    def demonstrations(self, limit: int | None = None) -> list[dict[str, Any]]:
+    def demonstrations(self, limit: int | None = None, demonstrate: Demonstrated = "solution") -> list[dict[str, Any]]:
         """The first training problems as SFT rows, in TRL's columns: `prompt` and `completion`.
+
+        demonstrate: `"solution"` for the worked solution and the answer, `"answer"` for the answer alone
 
         Raises `ValueError` for more than there are.
         """
@@ -88,6 +92,8 @@ class Task(ABC):
                 f"{limit} demonstrations are requested, but {self.name} has {len(problems)} training problems; "
                 "lower train_limit"
             )
+        if demonstrate == "answer":
+            return [self.row(problem, self.template.answer_alone(problem.answer)) for problem in problems]
         return [self.row(problem, self.demonstration(problem)) for problem in problems]
 
     def grade(self, response: Prompt, problem: Problem) -> Grade:

@@ -146,6 +146,23 @@ class Template:
                 )
         return text
 
+    def answer_alone(self, answer: str) -> str:
+        r"""A perfect response without a solution.
+
+        >>> ANSWER_IS.answer_alone("12")
+        'The answer is 12.'
+        >>> R1.answer_alone("12")
+        ' </think> <answer>12</answer>'
+        """
+        before, _, after = self.completion_format.partition("{solution}")
+        for rest in (after.lstrip(), after):  # a format may ask for a line of its own
+            text = (before + rest).format(answer=answer.strip())
+            if self.is_formatted(text):
+                return text
+        raise ValueError(
+            f"the template {self.name!r} has no response of the answer {answer!r} alone; demonstrate solutions"
+        )
+
     def through_stop(self, response: str) -> str:
         """The response up to its first stop string: a token may contain more than its end (Qwen's `>.`)."""
         ends = [response.index(stop) + len(stop) for stop in self.stop if stop in response]

@@ -90,3 +90,12 @@ class WordProblems(Task):
         words = {"who": who, "pronoun": pronoun, "things": rng.choice(THINGS), "boxes": rng.choice(BOXES)}
         numbers = {"a": a, "b": b, "c": c}
         return Problem(question.format(**words, **numbers), str(c), solution.format(**words, **numbers))
+
+
+class WordSums(WordProblems):
+    """Those of the word problems that are sums: demonstrations that do not cover the whole task."""
+
+    name = "word_sums"
+
+    def __init__(self, seed: int = 0, largest: int = 10) -> None:
+        super().__init__(seed, largest, operations="+")

@@ -1,9 +1,22 @@
 """Templates: prompts, completions, format-correct responses, and template files."""
 
+from dataclasses import replace
+
 import pytest
 
-from logitmix.tasks import BOXED, BOXED_LINE, R1, HendrycksMath, Problem, Template, load_template
-from logitmix.tasks.templates import last_boxed, unbox
+from logitmix.tasks import (
+    ANSWER_IS,
+    BOXED,
+    BOXED_LINE,
+    R1,
+    HendrycksMath,
+    Problem,
+    Template,
+    grade,
+    load_task,
+    load_template,
+)
+from logitmix.tasks.templates import TEMPLATES, last_boxed, unbox
 
 
 def test_r1_prompt_has_two_sentences_and_opens_the_think_block():
@@ -218,3 +231,28 @@ def test_text_after_the_stop_string_is_not_graded(rest):
     graded = task.grade(f"2 and 2 </think> <answer>4</answer>{rest}", Problem("2+2?", "4"))
     assert graded.format_ok
     assert graded.answer_ok
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+def test_an_answer_alone_is_a_right_response_without_a_solution(template):
+    text = template.answer_alone("12")
+    assert grade(text, "12", template).answer_ok
+    task = load_task("word_problems", template=template)
+    for row, problem in zip(task.demonstrations(5, "answer"), task.problems("train", 5), strict=True):
+        assert task.grade(row["completion"], problem).answer_ok
+        assert problem.solution not in str(row["completion"])
+
+
+def test_an_answer_is_demonstrated_where_the_data_have_no_solution(tmp_path):
+    data = tmp_path / "train.jsonl"
+    data.write_text('{"question": "What is 2+3?", "answer": "5"}\n')
+    task = load_task("jsonl", data, template="answer_is")
+    with pytest.raises(ValueError, match="or demonstrate answers"):
+        task.demonstrations()
+    assert task.demonstrations(demonstrate="answer")[0]["completion"][0]["content"] == "The answer is 5."
+
+
+def test_a_template_that_needs_a_solution_demonstrates_no_answer_alone():
+    template = replace(ANSWER_IS, pattern=r"\w.*\nThe answer is (?P<answer>.*)\.")
+    with pytest.raises(ValueError, match="demonstrate solutions"):
+        template.answer_alone("12")

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from logitmix.tasks import SPLITS, WordProblems
+from logitmix.tasks import SPLITS, WordProblems, load_task
 from logitmix.tasks.check import check
 
 
@@ -31,3 +31,10 @@ def test_operations_are_those_asked_for():
         assert all(f" {operation} " in solution for solution in solutions)
     with pytest.raises(ValueError, match="operations some of"):
         WordProblems(operations="^")
+
+
+def test_word_sums_are_sums_and_none_is_a_test_question_of_the_word_problems():
+    sums, task = load_task("word_sums"), load_task("word_problems")
+    assert all(" + " in problem.solution for problem in sums.problems("train"))
+    held_out = {problem.question for split in ("validation", "test") for problem in task.problems(split)}
+    assert not held_out & {problem.question for problem in sums.problems("train")}
