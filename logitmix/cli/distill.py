@@ -1,8 +1,8 @@
-"""`logitmix distill`: one ordinary model out of a mixture, trained to match it on its own samples."""
+"""`logitmix distill`: one ordinary model out of a mixture, trained to match it on samples of its own, or by SFT."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 from logitmix.cli.options.data import TaskArguments
 from logitmix.cli.options.described import described
@@ -13,13 +13,19 @@ from logitmix.cli.options.validation import validate_at_least
 from logitmix.runs.console import console
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from logitmix.mixture.modeling import LogitMixForCausalLM
     from logitmix.tasks import Problem, Task
-    from logitmix.training.distillation import LogitMixDistillationConfig, MixtureDistillationTrainer
+    from logitmix.training.distillation import LogitMixDistillationConfig
 else:  # the flags of the configuration, which takes seconds to import; the options hold the configuration itself
     LogitMixDistillationConfig = described("LogitMixDistillationConfig")
 
 REPORT_FOLDER = "report"  # within the run's
 BASE_FOLDER = "base"  # within the run's, for an adapter's base that has no folder of its own
+SAMPLES_FOLDER = "samples"  # within the run's, for method sft
+
+Method = Literal["on_policy", "sft"]
 
 
 @dataclass
@@ -33,7 +39,17 @@ class StudentArguments:
             "of their weights, or a folder or hub id with the mixture's tokenizer."
         },
     )
-
+    method: Method = field(
+        default="on_policy",
+        metadata={
+            "help": "on_policy: the student samples, and matches the mixture's distribution at each token; sft: the "
+            "mixture samples once, and the student is fine-tuned on the samples that the verifier finds right."
+        },
+    )
+    samples_per_prompt: int = field(
+        default=4, metadata={"help": "Method sft: completions of each prompt that the mixture samples."}
+    )
+    sample_batch_size: int = field(default=64, metadata={"help": "Method sft: completions sampled at a time."})
     report: bool = field(
         default=True,
         metadata={
@@ -45,7 +61,13 @@ class StudentArguments:
 
     def __post_init__(self) -> None:
         self.student = find_model(self.student)
-        validate_at_least(self, report_batch_size=1)
+        validate_at_least(self, report_batch_size=1, samples_per_prompt=1, sample_batch_size=1)
+        for name in ("samples_per_prompt", "sample_batch_size"):
+            value = getattr(self, name)
+            if self.method != "sft" and value != type(self).__dataclass_fields__[name].default:
+                raise ValueError(
+                    f"{name} is {value}, but method {self.method} samples for each update; add --method sft"
+                )
 
 
 @dataclass
@@ -79,15 +101,16 @@ def run(options: DistillOptions, command: Sequence[str]) -> None:
     from logitmix.runs.folder import find_checkpoint
     from logitmix.runs.trackers import validate_trackers
     from logitmix.runs.training import run_training
-    from logitmix.training.distillation import MixtureDistillationTrainer
-    from logitmix.training.rewards import grpo_dataset
+    from logitmix.training.distillation_sft import sft_config
     from logitmix.training.students import build_student
 
     task_args, model_args, mixture_args, args = options.task, options.model, options.mixture, options.training
-    source, start = model_args.model_name_or_path, options.student.student
+    source, start, method = model_args.model_name_or_path, options.student.student, options.student.method
     validate_trackers(args.report_to)
     if args.eval_strategy != "no":
         raise ValueError("TRL's eval_strategy evaluates by sampling; evaluate the student with logitmix eval instead")
+    if method == "sft":
+        sft_config(args)  # its refusals come before anything is loaded
     peft_config = options.adapter.peft_config
     arguments = {"command": "distill"}
     arguments |= flatten(task_args, model_args, mixture_args, options.student, options.adapter) | args.to_dict()
@@ -111,28 +134,105 @@ def run(options: DistillOptions, command: Sequence[str]) -> None:
     if task.template.chat:
         validate_chat_template(tokenizer)
     prepare_for_task(tokenizer, task, problems)
+    args.disable_tqdm = True
+    make = sft_trainer if method == "sft" else on_policy_trainer
+    trainer, rows = make(student, mixture, tokenizer, task, problems, options)
+    data = {"train": rows} | ({"test": test_problems} if test_problems else {})
+    run_training(trainer, command, f"distill on {task.name}", arguments, checkpoint, data=data)
+    console.print(f"The student is in {args.output_dir}.")
+    if test_problems and args.world_size == 1:
+        report(trainer.model.eval(), mixture, tokenizer, task, test_problems, options, trainer.state.global_step)
+    elif test_problems and trainer.is_world_process_zero():
+        console.print("Several processes write no report; compare the student with logitmix eval and complement.")
+
+
+def on_policy_trainer(
+    student: "PreTrainedModel",
+    mixture: "LogitMixForCausalLM",
+    tokenizer: "PreTrainedTokenizerBase",
+    task: "Task",
+    problems: "Sequence[Problem]",
+    options: DistillOptions,
+) -> tuple[Any, "Sequence[Any]"]:
+    """The trainer of method `on_policy`, and what it trains on."""
+    from logitmix.training.distillation import MixtureDistillationTrainer
+    from logitmix.training.rewards import grpo_dataset
+
+    args = options.training
     if args.stop_strings is None and task.template.stop:
         args.stop_strings = list(task.template.stop)
-    args.disable_tqdm = True
     trainer = MixtureDistillationTrainer(
         student,
         mixture,
         args,
         train_dataset=grpo_dataset(task, problems),
         processing_class=tokenizer,
-        peft_config=peft_config,
+        peft_config=options.adapter.peft_config,
     )
-    data = {"train": problems} | ({"test": test_problems} if test_problems else {})
-    run_training(trainer, command, f"distill on {task.name}", arguments, checkpoint, data=data)
-    console.print(f"The student is in {args.output_dir}.")
-    if test_problems and args.world_size == 1:
-        report(trainer, task, test_problems, options)
-    elif test_problems and trainer.is_world_process_zero():
-        console.print("Several processes write no report; compare the student with logitmix eval and complement.")
+    return trainer, problems
+
+
+def sft_trainer(
+    student: "PreTrainedModel",
+    mixture: "LogitMixForCausalLM",
+    tokenizer: "PreTrainedTokenizerBase",
+    task: "Task",
+    problems: "Sequence[Problem]",
+    options: DistillOptions,
+) -> tuple[Any, "Sequence[Any]"]:
+    """The trainer of method `sft`, and the rows it trains on, which the mixture samples here."""
+    from pathlib import Path
+
+    from accelerate import PartialState
+    from transformers import set_seed
+
+    from logitmix.evaluation.samples import right_rows, sample_mixture
+    from logitmix.mixture.adapters import validate_adapter_targets
+    from logitmix.mixture.generation import tokenize_prompts
+    from logitmix.training.distillation_sft import sft_config, validate_sft_student
+    from logitmix.training.sft import ResumableSFTTrainer, sft_dataset
+
+    args, peft_config = options.training, options.adapter.peft_config
+    if args.world_size > 1:
+        raise ValueError(
+            f"method sft samples in one process, and there are {args.world_size}; start it without torchrun or "
+            "accelerate launch, or use --method on_policy"
+        )
+    assert args.max_completion_length is not None
+    prompt_ids = tokenize_prompts(tokenizer, [task.prompt(problem) for problem in problems])
+    validate_sft_student(student, mixture, prompt_ids, args.max_completion_length)
+    if peft_config is not None:
+        validate_adapter_targets(student, peft_config)
+    settings = {"samples": options.student.samples_per_prompt, "max_new_tokens": args.max_completion_length}
+    settings |= {"temperature": args.temperature, "seed": args.seed}
+    kept_out = {"eval_limit"}  # of the report
+    arguments = {"command": "distill", "samples_of": options.model.model_name_or_path}
+    arguments |= (
+        flatten(options.task, options.mixture) | settings | {"sample_batch_size": options.student.sample_batch_size}
+    )
+    responses = sample_mixture(
+        mixture.requires_grad_(False).to(PartialState().device), tokenizer, task, problems,
+        str(Path(args.output_dir) / SAMPLES_FOLDER), {k: v for k, v in arguments.items() if k not in kept_out},
+        batch_size=options.student.sample_batch_size, decoding=args.decoding, **settings,
+    )  # fmt: skip
+    rows = right_rows(task, problems, responses)
+    console.print(f"{len(rows)} of {len(responses)} samples of the mixture are right and ended.", soft_wrap=True)
+    set_seed(args.seed)  # a new adapter starts at random
+    dataset, _ = sft_dataset(rows, tokenizer, None)
+    trainer = ResumableSFTTrainer(
+        student, args=sft_config(args), train_dataset=dataset, processing_class=tokenizer, peft_config=peft_config
+    )
+    return trainer, rows
 
 
 def report(
-    trainer: "MixtureDistillationTrainer", task: "Task", problems: "Sequence[Problem]", options: DistillOptions
+    student: "PreTrainedModel",
+    mixture: "LogitMixForCausalLM",
+    tokenizer: "PreTrainedTokenizerBase",
+    task: "Task",
+    problems: "Sequence[Problem]",
+    options: DistillOptions,
+    step: int,
 ) -> None:
     """Compare the student with the mixture and its parts on the problems."""
     from pathlib import Path
@@ -147,11 +247,11 @@ def report(
     from logitmix.evaluation.report.distillation_report import write_distillation_report
     from logitmix.mixture.generation import tokenize_prompts
 
-    args, tokenizer = trainer.args, trainer.text_tokenizer
+    args = options.training
     folder = Path(args.output_dir) / REPORT_FOLDER
-    arguments = {"command": "distill", "report_of": args.output_dir, "step": trainer.state.global_step}
+    arguments = {"command": "distill", "report_of": args.output_dir, "step": step}
     arguments |= flatten(options.task) | {"max_new_tokens": args.max_completion_length}
-    student, mixture = trainer.model.eval(), trainer.teacher
+    mixture.eval()
     responses = decode_student(
         student, mixture, tokenizer, task, problems, str(folder), arguments, args.max_completion_length,
         options.student.report_batch_size,

@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from logitmix import LogitMixForCausalLM
 from logitmix.cli.__main__ import main
 from logitmix.runs.files import read_jsonl
+from logitmix.tasks import Arithmetic
+from logitmix.tasks.verify import Grade
 from tests.helpers.commands import error_of, save_member
 
 FLAGS = [
@@ -147,6 +149,14 @@ def test_the_report_is_in_the_runs_folder(capsys, folders, tmp_path):
         ("mixture", ["--eval_strategy", "steps", "--eval_steps", "1"], "evaluate the student with logitmix eval"),
         ("mixture", ["--lora_r", "4"], "lora_r is 4, but there is no adapter; add --use_peft"),
         ("mixture", ["--train_limit", "4"], "the data set has 4 prompts, fewer than the 8 of an update"),
+        ("mixture", ["--method", "gkd"], "method"),
+        ("mixture", ["--samples_per_prompt", "2"], "samples_per_prompt is 2, but method on_policy samples for each"),
+        ("mixture", ["--method", "sft", "--samples_per_prompt", "0"], "samples_per_prompt is 0"),
+        ("mixture", ["--method", "sft", "--lmbda", "0.5"], "lmbda is 0.5, but method sft, which trains by SFT"),
+        ("mixture", ["--method", "sft", "--top_p", "0.9"], "top_p is 0.9, but method sft"),
+        ("mixture", ["--method", "sft", "--use_vllm", "true"], "use_vllm is True, but method sft"),
+        ("mixture", ["--method", "sft", "--max_completion_length", "300"], "exceeds the members' context of 256"),
+        ("mixture", ["--method", "sft", "--train_limit", "2"], "none of the 8 samples is right in the task's format"),
     ],
 )
 def test_bad_input_is_one_error_line(capsys, folders, tmp_path, mixture, flags, message):
@@ -160,3 +170,71 @@ def test_a_folder_that_holds_a_run_is_refused(capsys, folders, whole):
     assert "holds another run" in error_of(
         capsys, ["distill", str(folders / "mixture"), *FLAGS, "--output_dir", str(whole)]
     )
+
+
+# --- method sft -------------------------------------------------------------------------------------------------
+
+
+class EverySampleIsRight(Arithmetic):
+    """A task that an untrained model is right in, where its response ends."""
+
+    name = "every_sample_is_right"
+
+    def grade(self, response, problem):
+        right = "3" not in response
+        return Grade(right, right, right, None, None)
+
+
+SFT = ["--method", "sft", "--task", f"{__name__}.EverySampleIsRight", "--samples_per_prompt", "3"]
+
+
+@pytest.fixture(scope="module")
+def fine_tuned(folders, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "sft"
+    distil(folders, run, *SFT, "--save_steps", "2")
+    return run
+
+
+def test_sft_trains_on_the_right_samples_that_ended(folders, fine_tuned):
+    samples = read_jsonl(fine_tuned / "samples" / "responses.jsonl")
+    assert len(samples) == 3 * 24
+    assert len({row["response"] for row in samples}) > 24, "samples, not one greedy response three times"
+    kept = [row for row in samples if row["answer_ok"] and not row["truncated"]]
+    assert 0 < len(kept) < len([row for row in samples if not row["truncated"]]) < len(samples)
+    (start,) = read_jsonl(fine_tuned / "run.jsonl")
+    assert start["arguments"]["method"] == "sft"
+    assert start["data"]["train"]["rows"] == len(kept)
+    before = load_file(folders / "policy" / "model.safetensors")
+    after = load_file(fine_tuned / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert len([row for row in read_jsonl(fine_tuned / "metrics.jsonl") if "loss" in row]) == 4
+
+
+def test_interrupted_sampling_continues_with_the_same_samples(folders, fine_tuned, tmp_path):
+    run = tmp_path / "again"
+    shutil.copytree(fine_tuned / "samples", run / "samples")
+    path = run / "samples" / "responses.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    distil(folders, run, *SFT, "--save_strategy", "no")
+    assert path.read_bytes() == whole
+    expected, found = load_file(fine_tuned / "model.safetensors"), load_file(run / "model.safetensors")
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_a_resumed_sft_matches_an_uninterrupted_one(folders, fine_tuned, tmp_path):
+    resumed = tmp_path / "resumed"
+    shutil.copytree(fine_tuned, resumed)
+    (resumed / "model.safetensors").unlink()
+    shutil.rmtree(resumed / "checkpoint-4")
+    distil(folders, resumed, *SFT, "--save_steps", "2", "--resume_from_checkpoint", "true")
+    expected, found = load_file(fine_tuned / "model.safetensors"), load_file(resumed / "model.safetensors")
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_samples_of_another_temperature_are_not_continued(capsys, folders, fine_tuned, tmp_path):
+    shutil.copytree(fine_tuned / "samples", tmp_path / "run" / "samples")
+    argv = ["distill", str(folders / "mixture"), *FLAGS, *SFT, "--output_dir", str(tmp_path / "run")]
+    message = error_of(capsys, [*argv, "--temperature", "0.5"])
+    assert "was started with temperature 1.0, now 0.5; continue it with the same arguments" in message
