@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from logitmix.cli.options.help import asks_for_help
-from logitmix.paper.recipes import ARMS, CELLS, SFT
+from logitmix.paper.recipes import ARMS, CELLS, EXTRA_ARMS, SFT
 
 
 def main(argv: Sequence[str]) -> None:
@@ -23,7 +23,8 @@ def main(argv: Sequence[str]) -> None:
     console = Console()
     console.print("A recipe is CELL/ARM, for `logitmix train --recipe`, or CELL/sft, for `logitmix sft --recipe`.\n")
     console.print("cells  " + "\n       ".join(CELLS) + "\n", highlight=False)
-    console.print("arms   " + "\n       ".join(ARMS) + f"\n       {SFT}: the anchor, which most arms need first\n")
+    console.print("arms   " + "\n       ".join(ARMS) + f"\n       {SFT}: the anchor, which most arms need first")
+    console.print("       beyond the paper: " + ", ".join(EXTRA_ARMS) + "\n")
     console.print("With --dry_run, both commands print a recipe's settings with their sources, and the memory needed.")
     console.print("`logitmix recipes --fits 80GiB` prints what fits one device of that size, and the commands.")
 

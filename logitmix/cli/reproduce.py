@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from logitmix.cli.options.evaluation import DECODING_HELP, Decoding
 from logitmix.cli.options.parser import build, parse
@@ -36,6 +37,13 @@ class ReproduceArguments:
     eval_limit: int | None = field(
         default=None, metadata={"help": "Number of test problems; default: the scale's, 500 for most."}
     )
+    extra_arms: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Arms beyond the paper that end with one model: distilled, anneal, policy_target; default: the "
+            "scale's, which is all three for tiny and smoke and none for others."
+        },
+    )
     decoding: Decoding | None = field(
         default=None, metadata={"help": f"In all stages that decode a mixture; default auto. {DECODING_HELP}"}
     )
@@ -59,13 +67,14 @@ def run(args: ReproduceArguments) -> None:
     if args.seeds < 1:
         raise ValueError(f"seeds is {args.seeds}, but must be at least 1; 3 show how much seeds differ")
     folder = Path(args.output_dir or f"runs/reproduce-{args.scale}")
-    planned = plan_stages(scale, args.seeds, folder, args.eval_limit, args.decoding)
+    planned = plan_stages(scale, args.seeds, folder, args.eval_limit, args.decoding, args.extra_arms)
     validate_num_problems(planned[-1].settings["eval_limit"])
     if args.dry_run:
         print_commands(planned)
         return
-    arguments = {"command": "reproduce", "scale": args.scale, "eval_limit": args.eval_limit}
+    arguments: dict[str, Any] = {"command": "reproduce", "scale": args.scale, "eval_limit": args.eval_limit}
     arguments |= {} if args.decoding is None else {"decoding": args.decoding}
+    arguments |= {} if args.extra_arms is None else {"extra_arms": args.extra_arms}
     start_reproduction(folder, arguments)
     try:
         for seed in range(args.seeds):
@@ -86,10 +95,10 @@ def print_commands(planned: Sequence[Stage]) -> None:
 
 def run_stage(stage: Stage) -> None:
     """Make a stage, from its last checkpoint if it was interrupted and has one."""
-    from logitmix.cli import sft, sweep, train
+    from logitmix.cli import distill, sft, sweep, train
 
     settings = dict(stage.settings)
-    if stage.verb in ("sft", "train") and (stage.folder / RUN_FILE).exists():
+    if stage.verb in ("sft", "train", "distill") and (stage.folder / RUN_FILE).exists():
         settings["resume_from_checkpoint"] = "true"
     if stage.verb == BASE:
         make_base(stage)
@@ -97,6 +106,8 @@ def run_stage(stage: Stage) -> None:
         sft.run(build(sft.SFTOptions, stage.recipe, settings), stage.command)
     elif stage.verb == "train":
         train.run(build(train.TrainOptions, stage.recipe, settings), stage.command)
+    elif stage.verb == "distill":
+        distill.run(build(distill.DistillOptions, stage.recipe, settings), stage.command)
     else:
         sweep.run(build(sweep.SweepOptions, stage.recipe, settings))
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logitmix.evaluation.statistics import CONFIDENCE, Estimate, mcnemar_exact, paired_difference
+from logitmix.paper.extra_claims import evaluate_extra_claims
 from logitmix.paper.outcomes import Outcomes
 from logitmix.paper.recipes import TITLES
 from logitmix.paper.sweep_claims import (
@@ -28,9 +29,11 @@ MIN_DISAGREEMENT = 0.22
 
 
 def evaluate_claims(outcomes: Outcomes) -> list[Finding]:
-    """All findings, in the paper's order. Raises `ValueError` for too few problems (`validate_num_problems`)."""
+    """All findings, in the paper's order, then those beyond the paper whose arms were run.
+
+    Raises `ValueError` for too few problems (`validate_num_problems`)."""
     validate_num_problems(outcomes.n)
-    return [claim(outcomes) for claim in CLAIMS]
+    return [*(claim(outcomes) for claim in CLAIMS), *evaluate_extra_claims(outcomes)]
 
 
 def validate_num_problems(n: int) -> None:

@@ -54,6 +54,11 @@ class Outcomes:
         """`[S, N]` of the arm's mixture, or of its model if it has no anchor."""
         return self.member_scores(arm, "mixture" if (arm, step, "mixture") in self._rows else "model", step, key)
 
+    def single_model_scores(self, arm: str, key: str = "answer_ok") -> NDArray[np.float64]:
+        """`[S, N]` of the one model that is left after the arm: its policy, or its model if it has no anchor."""
+        last = self.steps(arm)[-1]
+        return self.member_scores(arm, "policy" if (arm, last, "policy") in self._rows else "model", last, key)
+
     def anchor_scores(self, key: str = "answer_ok") -> NDArray[np.float64]:
         """`[S, N]` of the SFT model; it is frozen, so at any step."""
         return self.member_scores("fixed_mixing", "anchor", self.steps("fixed_mixing")[0], key)

@@ -18,11 +18,12 @@ from logitmix.paper.tables import (
     Table,
     arms_table,
     complement_tables,
+    one_model_tables,
     signed,
     sweep_cells,
     sweep_table,
 )
-from logitmix.paper.verdicts import Finding
+from logitmix.paper.verdicts import BEYOND, Finding
 
 RESULTS_FILE = "results.jsonl"
 # The paper's figures: the arm that each compares with fixed mixing, and its title
@@ -55,7 +56,7 @@ def write_report(folder: Path, rows: Sequence[Mapping[str, Any]], runs: Mapping[
     }
     cells = sweep_cells(outcomes)
     figures = plot_figures(folder, cells, arms)
-    tables = [*complement_tables(outcomes), sweep_table(cells), arms_table(outcomes)]
+    tables = [*complement_tables(outcomes), sweep_table(cells), arms_table(outcomes), *one_model_tables(outcomes)]
     about, notes = rows[0], reading_notes(outcomes)
     readme = markdown(about, findings, notes, tables, figures)
     (folder / "README.md").write_text(readme, encoding="utf-8")
@@ -116,9 +117,10 @@ def reading_notes(o: Outcomes) -> list[str]:
 
 
 def count_verdicts(findings: Sequence[Finding]) -> str:
-    """`9 of 16 claims hold, 3 do not, 4 are undecided`."""
-    numbers = [sum(finding.verdict == verdict for finding in findings) for verdict in SIGNS]
-    return "{} of {} claims hold, {} do not, {} are undecided".format(numbers[0], len(findings), *numbers[1:])
+    """`9 of 16 claims hold, 3 do not, 4 are undecided`: of the paper's claims."""
+    verdicts = [finding.verdict for finding in findings if finding.source != BEYOND]
+    numbers = [sum(found == verdict for found in verdicts) for verdict in SIGNS]
+    return "{} of {} claims hold, {} do not, {} are undecided".format(numbers[0], len(verdicts), *numbers[1:])
 
 
 def format_estimate(finding: Finding) -> str:

@@ -8,17 +8,19 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from logitmix.evaluation.metrics import rates
+from logitmix.evaluation.distillation import STUDENT
+from logitmix.evaluation.metrics import group_by, rates
 from logitmix.evaluation.outcomes import pack_outcomes
 from logitmix.evaluation.responses import read_responses
 from logitmix.evaluation.sweep import by_mix
-from logitmix.paper.recipes import ARMS
+from logitmix.paper.recipes import ARMS, DISTILLED
 from logitmix.paper.report import write_report
 from logitmix.paper.scales import load_scale
-from logitmix.paper.stages import SWEEP, Stage
+from logitmix.paper.stages import DISTILL_REPORT, SWEEP, Stage
 from logitmix.runs.console import console
 from logitmix.runs.files import EVALUATIONS_FILE, METRICS_FILE, RESPONSES_FILE, RUN_FILE, append_jsonl, read_jsonl
 from logitmix.runs.folder import record_start, validate_same_arguments
+from logitmix.training.students import MERGED
 
 TIMES_FILE = "times.jsonl"
 LOG_FILE = "log.txt"
@@ -88,6 +90,8 @@ def report_stages(folder: Path, scale_name: str, stages: Sequence[Stage]) -> Non
     command = f"logitmix reproduce --scale {scale_name} --seeds {seeds}"
     if start["arguments"]["eval_limit"] is not None:
         command += f" --eval_limit {start['arguments']['eval_limit']}"
+    if start["arguments"].get("extra_arms") is not None:
+        command += " --extra_arms " + " ".join(start["arguments"]["extra_arms"])
     seconds = sum(row["seconds"] for row in read_jsonl(folder / TIMES_FILE) if row["seed"] < seeds)
     about = {
         "what": "run",
@@ -111,6 +115,8 @@ def read_results(stage: Stage) -> list[dict[str, Any]]:
     """What a complete stage measured, as rows of `results.jsonl`."""
     if stage.kind == SWEEP:
         return _sweep_results(stage)
+    if stage.kind == DISTILLED:
+        return _distilled_results(stage)
     return _training_results(stage) if stage.verb == "train" else []
 
 
@@ -122,6 +128,18 @@ def _sweep_results(stage: Stage) -> list[dict[str, Any]]:
         | pack_outcomes(group)
         for scheme, by_alpha in by_mix(responses).items()
         for alpha, group in sorted(by_alpha.items())
+    ]
+
+
+def _distilled_results(stage: Stage) -> list[dict[str, Any]]:
+    """Evaluations of the student, and of the members' merged weights where they can be merged."""
+    groups = group_by(read_responses(stage.folder / DISTILL_REPORT / RESPONSES_FILE), "name")
+    found = {name: groups[key] for key, name in ((STUDENT, "model"), (MERGED, "merged")) if key in groups}
+    return [
+        {"what": "evaluation", "seed": stage.seed, "arm": DISTILLED, "step": stage.settings["max_steps"], "name": name}
+        | asdict(rates(group))
+        | pack_outcomes(group)
+        for name, group in found.items()
     ]
 
 

@@ -1,16 +1,25 @@
 """The stages of a reproduction: what is run, in which order, with which settings."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from logitmix.paper.recipes import ARMS, SFT, load_recipe
+from logitmix.paper.recipes import ARMS, DISTILLED, EXTRA_ARMS, EXTRA_TITLES, SFT, load_recipe
 from logitmix.paper.scales import Scale
 from logitmix.runs.files import SWEEP_FILE
+from logitmix.tasks.names import unknown_name
 
 BASE = "base"
 SWEEP = "sweep"
+DISTILL_REPORT = "report"  # the folder within the stage's
+# The settings of fixed mixing that the distillation of its mixture shares
+SHARED = (
+    *("task", "data", "max_completion_length", "gradient_accumulation_steps", "per_device_train_batch_size"),
+    *("learning_rate", "lr_scheduler_type", "weight_decay", "adam_beta1", "adam_beta2", "temperature"),
+    *("gradient_checkpointing", "bf16", "dtype", "use_cpu", "max_steps", "logging_steps"),
+    *("save_strategy", "save_steps", "save_total_limit", "use_peft", "lora_r", "lora_alpha"),
+)
 LAST_FILE = "training_args.bin"  # the last file that a trainer writes into the folder of its model
 
 
@@ -19,7 +28,7 @@ class Stage:
     """A part of a reproduction, complete once it has written `last_file` into its folder.
 
     seed:     of the run
-    kind:     `"base"`, `"sft"`, `"sweep"` or an arm; the name of its folder
+    kind:     `"base"`, `"sft"`, `"sweep"`, an arm or `"distilled"`; the name of its folder
     verb:     the command that makes it; `"base"` is made by `paper.tiny_training`
     recipe:   name of the recipe, if the command takes one
     settings: values that differ from the recipe or from the command's defaults, by flag
@@ -50,15 +59,33 @@ class Stage:
 
 
 def plan_stages(
-    scale: Scale, seeds: int, folder: Path, eval_limit: int | None = None, decoding: str | None = None
+    scale: Scale,
+    seeds: int,
+    folder: Path,
+    eval_limit: int | None = None,
+    decoding: str | None = None,
+    extra_arms: Sequence[str] | None = None,
 ) -> list[Stage]:
-    """All stages in order: for each seed a base model (if it is made here), an SFT model, a sweep, the arms."""
+    """All stages in order: for each seed a base model (if it is made here), an SFT model, a sweep, the arms.
+
+    `extra_arms` are those beyond the paper, by default the scale's. Raises `ValueError` for an unknown one.
+    """
+    extra = scale.extra_arms if extra_arms is None else tuple(dict.fromkeys(extra_arms))
+    for arm in extra:
+        if arm not in EXTRA_TITLES:
+            raise unknown_name("extra arm", arm, EXTRA_TITLES)
     folders = [folder / f"seed-{seed}" for seed in range(seeds)]
-    return [stage for seed, own in enumerate(folders) for stage in _plan_seed(scale, seed, own, eval_limit, decoding)]
+    return [
+        stage
+        for seed, own in enumerate(folders)
+        for stage in _plan_seed(scale, seed, own, eval_limit, decoding, extra)
+    ]
 
 
-def _plan_seed(scale: Scale, seed: int, folder: Path, eval_limit: int | None, decoding: str | None) -> list[Stage]:
-    recipes = {arm: load_recipe(f"{scale.cell}/{arm}") for arm in (SFT, *ARMS)}
+def _plan_seed(
+    scale: Scale, seed: int, folder: Path, eval_limit: int | None, decoding: str | None, extra: Sequence[str]
+) -> list[Stage]:
+    recipes = {arm: load_recipe(f"{scale.cell}/{arm}") for arm in (SFT, *ARMS, *EXTRA_ARMS)}
     arm_settings = recipes["fixed_mixing"].settings(scale.train)
     limit = arm_settings["eval_limit"] if eval_limit is None else eval_limit
     base, anchor = (recipes[SFT].values[key].value for key in ("model_name_or_path", "output_dir"))
@@ -90,10 +117,16 @@ def _plan_seed(scale: Scale, seed: int, folder: Path, eval_limit: int | None, de
         changes = scale.train | {"eval_limit": limit}
         return stage(name, "train", changes | (of_mixtures if "anchor" in recipes[name].values else {}))
 
+    distill = {key: arm_settings[key] for key in SHARED if arm_settings.get(key) is not None} | scale.distill
+    distill |= {"model_name_or_path": str(folder / "fixed_mixing"), "seed": seed, "eval_limit": limit}
+    distill |= {"output_dir": str(folder / DISTILLED)} | of_mixtures
+    last = f"{DISTILL_REPORT}/distillation.jsonl"
+    distilled = Stage(seed, DISTILLED, "distill", None, distill, folder / DISTILLED, last_file=last)
     made_here = [Stage(seed, BASE, BASE, None, {"max_steps": scale.base_steps}, folder / BASE)]
     return [
         *(made_here if scale.base_steps else []),
         stage(SFT, "sft", scale.sft),
         Stage(seed, SWEEP, "sweep", None, sweep | of_mixtures, folder / SWEEP, last_file=SWEEP_FILE),
         *map(arm, ARMS),
+        *(distilled if name == DISTILLED else arm(name) for name in extra),
     ]

@@ -21,7 +21,7 @@ from logitmix.evaluation.statistics import (
     wilson_estimate,
 )
 from logitmix.paper.outcomes import Outcomes
-from logitmix.paper.recipes import TITLES
+from logitmix.paper.recipes import EXTRA_TITLES, TITLES
 
 SweepCells = dict[tuple[str, float], dict[str, float]]
 
@@ -153,6 +153,21 @@ def arms_table(o: Outcomes) -> Table:
         rows,
         f"{o.n} held-out problems, greedy.",
     )
+
+
+def one_model_tables(o: Outcomes) -> list[Table]:
+    """The arms beyond the paper, which end with one model, beside fixed mixing; no table if none was run."""
+    mixture = o.arm_scores("fixed_mixing", o.steps("fixed_mixing")[-1])
+    rows = []
+    for arm, title in EXTRA_TITLES.items():
+        if o.steps(arm):
+            scores = o.single_model_scores(arm)
+            cells = [interval(_rate(s)) for s in (scores, o.single_model_scores(arm, "format_ok"))]
+            by_seed = ", ".join(map(percent, scores.mean(axis=1)))
+            rows.append([title, *cells, signed(paired_difference(scores, mixture)), by_seed])
+    columns = ["", "answer % after", "format % after", "minus fixed mixing, points", "answer % after, by seed"]
+    note = f"{o.n} held-out problems, greedy, decoded by one model. Fixed mixing is its mixture of two."
+    return [Table("Beyond the paper: one model in the end", columns, rows, note)] if rows else []
 
 
 def _rate(scores_SN: NDArray[np.float64]) -> Estimate:

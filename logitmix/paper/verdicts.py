@@ -9,6 +9,7 @@ from logitmix.evaluation.statistics import Estimate
 Verdict = Literal["holds", "does not hold", "undecided"]
 Unit = Literal["points", "share", "alpha"]  # points: a difference of shares
 
+BEYOND = "beyond the paper"  # the source of a claim that is not the paper's
 # The largest difference that counts as "comparable"; the paper gives no number
 MARGIN = 0.02
 

@@ -17,7 +17,10 @@ from logitmix.evaluation.statistics import (
 )
 from logitmix.paper import claims, sweep_claims
 from logitmix.paper.claims import CLAIMS, evaluate_claims, validate_num_problems
+from logitmix.paper.extra_claims import EXTRA_CLAIMS, evaluate_extra_claims
 from logitmix.paper.outcomes import Outcomes
+from logitmix.paper.report import count_verdicts
+from logitmix.paper.tables import one_model_tables
 from logitmix.paper.verdicts import above, comparable, not_below
 from tests.helpers.responses import make_response
 
@@ -151,6 +154,35 @@ def test_claims_that_fail_and_claims_that_stay_undecided(claim, failing, open_):
         assert verdict(claim, **failing) == "does not hold"
     if open_ is not None:
         assert verdict(claim, **open_) == "undecided"
+
+
+def beyond(arm: str, rate: float) -> Outcomes:
+    """A reproduction in which fixed mixing reaches 0.8, and the one model of an arm beyond the paper this rate."""
+    made = rows()
+    for seed in SEEDS:
+        same = dict.fromkeys(KEYS, right(rate))
+        if arm == "distilled":
+            made.append(row("evaluation", seed, same, arm=arm, step=150, name="model"))
+        else:  # its mixture is not what is left
+            for name, outcomes in (("policy", same), ("mixture", dict.fromkeys(KEYS, right(0.99)))):
+                made.append(row("evaluation", seed, outcomes, arm=arm, step=40, name=name))
+    return Outcomes(made)
+
+
+@pytest.mark.parametrize("arm", EXTRA_CLAIMS)
+def test_one_model_is_compared_with_the_mixture_of_fixed_mixing(arm):
+    for rate, expected in ((0.8, "holds"), (0.78, "undecided"), (0.7, "does not hold")):
+        (found,) = evaluate_extra_claims(beyond(arm, rate))
+        assert found.verdict == expected
+        assert found.estimate.value == pytest.approx(rate - 0.8)
+        assert count_verdicts([found]).startswith("0 of 0 claims hold"), "the paper's alone are counted"
+    (table,) = one_model_tables(beyond(arm, 0.7))
+    assert [row[3].split()[0] for row in table.rows] == ["-10.0"]
+
+
+def test_without_an_arm_beyond_the_paper_nothing_is_said_of_it():
+    assert one_model_tables(Outcomes(rows())) == []
+    assert evaluate_extra_claims(Outcomes(rows())) == []
 
 
 def test_the_best_alpha_is_scored_on_problems_that_did_not_choose_it():

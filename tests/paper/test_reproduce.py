@@ -5,17 +5,18 @@ from pathlib import Path
 
 import pytest
 
-from logitmix.cli import train
+from logitmix.cli import distill, train
 from logitmix.cli.__main__ import main
 from logitmix.cli.options.parser import build
 from logitmix.paper.claims import CLAIMS
-from logitmix.paper.recipes import ARMS, PAPER_CELLS
+from logitmix.paper.recipes import ARMS, EXTRA_ARMS, EXTRA_TITLES, PAPER_CELLS
 from logitmix.paper.reproduction import format_time_left
 from logitmix.paper.scales import SCALES, load_scale
 from logitmix.paper.stages import plan_stages
 from tests.helpers.browser import ParsedPage, assert_self_contained, page_in_chromium
 
-KINDS = ["base", "sft", "sweep", *ARMS]
+KINDS = ["base", "sft", "sweep", *ARMS, *EXTRA_TITLES]
+CLAIMED = len(CLAIMS) + len(EXTRA_TITLES)
 
 
 def rows_of(path: Path) -> list[dict]:
@@ -57,7 +58,7 @@ def test_complete_stages_are_not_made_again(interrupted):
 @pytest.mark.slow
 def test_a_trainer_writes_its_arguments_last(interrupted):
     """Which is how a stage is known to be complete."""
-    for kind in set(KINDS) - {"sweep"}:
+    for kind in set(KINDS) - {"sweep", "distilled"}:
         folder = interrupted / "seed-0" / kind
         written = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
         model = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
@@ -70,22 +71,29 @@ def test_the_report_holds_every_claim_table_and_figure(interrupted):
     rows = rows_of(report / "results.jsonl")
     about, *numbers = rows
     assert about["command"] == "logitmix reproduce --scale smoke --seeds 1"
-    assert {row["arm"] for row in numbers if row["what"] == "evaluation"} == set(ARMS)
+    assert {row["arm"] for row in numbers if row["what"] == "evaluation"} == {*ARMS, *EXTRA_TITLES}
     assert len([row for row in numbers if row["what"] == "sweep"]) == 3 * 11
-    assert len([row for row in numbers if row["what"] == "training"]) == 2 * len(ARMS)
-    assert len(json.loads((report / "claims.json").read_text())) == len(CLAIMS)
+    assert len([row for row in numbers if row["what"] == "training"]) == 2 * len([*ARMS, *EXTRA_ARMS])
+    assert len(json.loads((report / "claims.json").read_text())) == CLAIMED
     pictures = {"figure-2", "figure-3", "figure-6", "figure-8", "figure-9", "table-4", "alpha", "reward"}
     for name in pictures:
         assert (report / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert "<svg" in (report / f"{name}.svg").read_text()
     readme = (report / "README.md").read_text()
-    for text in ("Table 1", "Table 2", "Table 3", "Table 4", *(f"({name}.png)" for name in pictures)):
+    for text in (
+        "Table 1",
+        "Table 2",
+        "Table 3",
+        "Table 4",
+        "one model in the end",
+        *(f"({name}.png)" for name in pictures),
+    ):
         assert text in readme
     page = (report / "index.html").read_text()
     assert_self_contained(page)
     parsed = ParsedPage(page)
     assert parsed.tags.count("svg") == len(pictures)
-    assert parsed.text.count("What decides:") == len(CLAIMS)
+    assert parsed.text.count("What decides:") == CLAIMED
     assert "logitmix reproduce --scale math-3b" in parsed.text, "and that it was not run"
 
 
@@ -102,7 +110,7 @@ def test_the_report_can_be_committed(interrupted):
 def test_the_page_uses_no_network_and_fits_a_phone(interrupted):
     with page_in_chromium(interrupted / "report" / "index.html", width=390) as (page, requests):
         assert len(requests) == 1
-        assert page.locator(".claims li").count() == len(CLAIMS)
+        assert page.locator(".claims li").count() == CLAIMED
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
@@ -120,6 +128,7 @@ def test_another_scale_in_its_folder_is_rejected(interrupted, capsys):
         (["--seeds", "0"], "seeds is 0, but must be at least 1"),
         (["--scale", "math-3"], "there is no scale 'math-3'; did you mean 'math-3b'?"),
         (["--scale", "tinny"], "did you mean 'tiny'? The scales are smoke, tiny, math-1.5b"),
+        (["--extra_arms", "distiled"], "there is no extra arm 'distiled'; did you mean 'distilled'?"),
         (["--eval_limit", "5"], "eval_limit is 5, but with so few problems"),
         (["--eval_limit", "0"], "eval_limit is 0, but with so few problems"),
     ],
@@ -159,7 +168,7 @@ def test_every_scale_trains_what_the_paper_compares(name, tmp_path):
     (stage,) = [stage for stage in planned if stage.kind == "sft"]
     base = stage.settings["model_name_or_path"]
     assert base.startswith("Qwen/") == (SCALES[name].base_steps is None)
-    expected = dict.fromkeys(ARMS, (base, sft)) | {"base_anchor": (base, base)}
+    expected = dict.fromkeys((*ARMS, *EXTRA_ARMS), (base, sft)) | {"base_anchor": (base, base)}
     expected |= {"grpo": (sft, None), "grpo_kl": (sft, None)}
     for stage in planned:
         if stage.verb == "train":
@@ -168,6 +177,20 @@ def test_every_scale_trains_what_the_paper_compares(name, tmp_path):
             assert options.task.eval_limit == 500, "as in the paper"
             assert options.evaluation.eval_every
             assert options.training.output_dir == str(tmp_path / "seed-0" / stage.kind)
+
+
+def test_any_scale_may_run_the_arms_beyond_the_paper(tmp_path):
+    assert [stage.kind for stage in plan_stages(load_scale("tiny"), 1, tmp_path)] == KINDS
+    without = [stage.kind for stage in plan_stages(load_scale("math-3b"), 1, tmp_path)]
+    assert without == ["sft", "sweep", *ARMS]
+    arms = ["distilled", "anneal"]
+    *_, student, anneal = plan_stages(load_scale("math-3b"), 1, tmp_path, extra_arms=arms)
+    assert [student.kind, anneal.kind] == arms
+    options = build(distill.DistillOptions, None, {**student.settings, "use_cpu": True, "bf16": False})
+    args = options.training
+    assert options.model.model_name_or_path == str(tmp_path / "seed-0" / "fixed_mixing")
+    sampled = args.max_steps * args.per_device_train_batch_size * args.gradient_accumulation_steps
+    assert sampled == 40 * 2048, "as many completions as the mixture's training"
 
 
 def test_the_time_left_is_estimated_from_stages_of_the_same_kind():

@@ -30,7 +30,8 @@ from logitmix.tasks.names import unknown_name
 FOLDER = Path(__file__).parent
 SOURCES = {"P": "paper", "C": "authors' code", "O": "our choice"}
 SFT = "sft"
-ARMS = tuple(sorted(path.stem for path in (FOLDER / "arms").glob("*.yaml")))
+EXTRA_ARMS = ("anneal", "policy_target")  # beyond the paper
+ARMS = tuple(sorted({path.stem for path in (FOLDER / "arms").glob("*.yaml")} - {*EXTRA_ARMS}))
 # Names of the arms in reports, in the order of reports
 TITLES = {
     "fixed_mixing": "fixed mixing",
@@ -40,11 +41,17 @@ TITLES = {
     "grpo_kl": "GRPO+KL",
     "grpo": "GRPO beta 0",
 }
+DISTILLED = "distilled"  # one model out of the mixture of fixed mixing, made by `logitmix distill`
+EXTRA_TITLES = {
+    DISTILLED: "distilled fixed mixing",
+    "anneal": "alpha annealed to 0",
+    "policy_target": "policy target, alpha to 0",
+}
 PAPER_CELLS = tuple(map("/".join, product(("math", "cn_k12", "mmlu"), ("1.5b", "3b", "7b"))))
 TINY_CELL = "arithmetic/tiny"  # for a laptop; `logitmix quickstart` trains it
 SMOLLM2_CELL = "word_problems/smollm2"  # a real model on a CPU; `logitmix fetch-example` fetches it
 CELLS = (*PAPER_CELLS, TINY_CELL, SMOLLM2_CELL)
-NAMES = tuple(f"{cell}/{arm}" for cell, arm in product(CELLS, (SFT, *ARMS)))
+NAMES = tuple(f"{cell}/{arm}" for cell, arm in product(CELLS, (SFT, *ARMS, *EXTRA_ARMS)))
 
 # Counted per process: several processes divide the recipe's value, which is for one, so that an update stays the same
 PER_PROCESS = ("gradient_accumulation_steps", "steps_per_generation")
