@@ -237,11 +237,14 @@ def report(
     """Compare the student with the mixture and its parts on the problems."""
     from pathlib import Path
 
+    from logitmix.evaluation.decoding_cost import decoding_costs
     from logitmix.evaluation.distillation import (
         MIXTURE,
         STUDENT,
         compare_tokens,
         compare_with_student,
+        compared_alphas,
+        compared_models,
         decode_student,
     )
     from logitmix.evaluation.report.distillation_report import write_distillation_report
@@ -261,8 +264,14 @@ def report(
         compare_tokens(student, mixture, tokenizer, [r for r in responses if r.name == name], prompt_ids)
         for name in (MIXTURE, STUDENT)
     ]
+    timed: dict[str, tuple[Any, float | None]] = {
+        name: (model, None) for name, model in compared_models(student, mixture).items()
+    }
+    timed |= {name: (mixture, alpha) for name, alpha in compared_alphas(mixture).items()}
+    costs = decoding_costs(timed, tokenizer, task, problems, args.max_completion_length)
     title = f"What {Path(args.output_dir).name} keeps of its mixture, on {task.name}"
     console.print(
-        write_distillation_report(folder, title, responses, compare_with_student(responses), tokens), soft_wrap=True
+        write_distillation_report(folder, title, responses, compare_with_student(responses), tokens, costs),
+        soft_wrap=True,
     )
     console.print(f"The report is in {folder}.", soft_wrap=True)

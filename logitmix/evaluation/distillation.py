@@ -30,10 +30,14 @@ _CONTEXT = 40  # characters before one
 
 @dataclass(frozen=True)
 class WorstToken:
-    """A token where student and mixture differ much, and what each of the two ranks first there."""
+    """A token where student and mixture differ much, and what each of the two ranks first there.
+
+    `position` counts the response's tokens from 0.
+    """
 
     kl: float
     problem: int
+    position: int
     before: str
     token: str
     mixture: str
@@ -71,12 +75,7 @@ def decode_student(
     Written into the folder as they are decoded; a later start continues. With several anchors, only the student and
     the mixture; without merged weights where the members' differ in shape.
     """
-    alphas: dict[str, float | None] = {MIXTURE: None}
-    if len(mixture.config.members) == 2 and isclose(sum(mixture.config.weights), 1):
-        alphas = get_alphas(mixture)
-    models: dict[str, PreTrainedModel] = {STUDENT: student}
-    with suppress(ValueError):  # several anchors, or members of different shapes
-        models[MERGED] = build_student(mixture, MERGED).eval()
+    alphas, models = compared_alphas(mixture), compared_models(student, mixture)
     expected = dict.fromkeys([*models, *alphas], len(problems))
     responses = open_responses(output_dir, arguments, expected)
 
@@ -88,6 +87,20 @@ def decode_student(
     batches = make_batches(make_requests(alphas, len(problems)), batch_size)
     responses.add("mixture and members", batches, decoder(mixture))
     return responses.rows
+
+
+def compared_alphas(mixture: LogitMixForCausalLM) -> dict[str, float | None]:
+    """The names and alphas of the mixture and, of two members, of each alone."""
+    two = len(mixture.config.members) == 2 and isclose(sum(mixture.config.weights), 1)
+    return get_alphas(mixture) if two else {MIXTURE: None}
+
+
+def compared_models(student: PreTrainedModel, mixture: LogitMixForCausalLM) -> dict[str, PreTrainedModel]:
+    """The student and, where members can be merged, the model of their merged weights."""
+    models = {STUDENT: student}
+    with suppress(ValueError):  # several anchors, or members of different shapes
+        models[MERGED] = build_student(mixture, MERGED).eval()
+    return models
 
 
 def compare_with_student(responses: Sequence[Response]) -> dict[str, Complement]:
@@ -144,7 +157,7 @@ def compare_tokens(
         for t in kl_T.topk(min(WORST, len(ids))).indices.tolist():
             before = tokenizer.decode(ids[:t])[-_CONTEXT:]
             names = [token_text(tokenizer, i) for i in (ids[t], firsts[0][t], firsts[1][t])]
-            worst.append(WorstToken(kl_T[t].item(), response.problem, before, *names))
+            worst.append(WorstToken(kl_T[t].item(), response.problem, t, before, *names))
         worst = sorted(worst, key=lambda token: -token.kl)[:WORST]
     base.train(was_training)
     if not tokens:

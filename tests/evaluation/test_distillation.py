@@ -8,14 +8,16 @@ import torch
 
 from logitmix.evaluation.complement import complement
 from logitmix.evaluation.decode import Response
+from logitmix.evaluation.decoding_cost import decoding_costs, weight_bytes
 from logitmix.evaluation.distillation import STUDENT, compare_tokens, compare_with_student, decode_student, verdict
-from logitmix.evaluation.report.distillation_report import write_distillation_report
+from logitmix.evaluation.report.distillation_report import distillation_tables, write_distillation_report
 from logitmix.loss_head.divergence import token_divergence
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.paper.tiny_model import character_tokenizer
 from logitmix.tasks import load_task
 from logitmix.training.students import build_student
 from tests.helpers.commands import save_member
+from tests.helpers.two_processes import mixture as two_adapters
 
 
 def graded(name: str, right: list[bool]) -> list[Response]:
@@ -108,6 +110,37 @@ def test_a_response_without_tokens_is_left_out(pair, tokenizer):
         compare_tokens(pair.policy, pair, tokenizer, [empty], [[1]])
 
 
+def test_a_token_that_both_responses_share_is_one_row_of_the_worst(pair, tokenizer):
+    student = build_student(pair, "policy").eval()
+    prompt_ids = [tokenizer("1+2=")["input_ids"]]
+    comparisons = [
+        compare_tokens(student, pair, tokenizer, [replace(graded(name, [True])[0], response=text)], prompt_ids)
+        for name, text in (("mixture", "3+4=7"), (STUDENT, "3+48"))
+    ]
+    *_, worst = distillation_tables([*graded("mixture", [True]), *graded(STUDENT, [True])], {}, comparisons)
+    names = {row[3] + row[4]: row[0] for row in worst.rows}
+    assert len(worst.rows) == len(names) == 6, "three tokens that both share, and the rest of each"
+    assert [names[text] for text in ("3", "3+", "3+4")] == ["mixture, student"] * 3
+    assert [names[text] for text in ("3+4=", "3+48")] == ["mixture", STUDENT]
+
+
+def test_a_mixture_holds_the_weights_of_both_and_decodes_the_same_responses(pair, tokenizer, task):
+    student = build_student(pair, "policy").eval()
+    models = {STUDENT: (student, None), "mixture": (pair, None), "anchor": (pair, 1.0)}
+    costs = {c.name: c for c in decoding_costs(models, tokenizer, task, task.problems("test", 40), 5)}
+    one = sum(p.numel() for p in student.parameters()) * 4
+    assert [costs[name].weight_bytes for name in models] == [one, 2 * one, one]
+    assert all(c.responses == 32 and 32 <= c.tokens <= 160 for c in costs.values())
+    assert all(c.tokens_per_second == c.tokens / c.seconds > 0 for c in costs.values())
+
+
+def test_members_on_one_base_hold_its_weights_once():
+    pair = two_adapters(adapters=True)
+    adapter = sum(p.numel() for name, p in pair.named_parameters() if "lora" in name) * 4
+    assert adapter > 0
+    assert weight_bytes(pair) == weight_bytes(pair, 0.0) == weight_bytes(pair, 1.0) + adapter
+
+
 def test_the_report_compares_the_same_problems(pair, tokenizer, task, tmp_path, capsys):
     problems = task.problems("test", 8)
     student, folder = build_student(pair, "policy").eval(), tmp_path / "report"
@@ -124,7 +157,8 @@ def test_the_report_compares_the_same_problems(pair, tokenizer, task, tmp_path, 
         compare_tokens(student, pair, tokenizer, [r for r in responses if r.name == name], prompt_ids)
         for name in ("mixture", "student")
     ]
-    sentence = write_distillation_report(folder, "A <title>", responses, comparisons, tokens)
+    costs = decoding_costs({STUDENT: (student, None)}, tokenizer, task, problems, 6)
+    sentence = write_distillation_report(folder, "A <title>", responses, comparisons, tokens, costs)
     assert sentence == verdict(comparisons["mixture"])
     readme, page = (folder / "README.md").read_text(), (folder / "report.html").read_text()
     assert sentence in readme
@@ -132,6 +166,8 @@ def test_the_report_compares_the_same_problems(pair, tokenizer, task, tmp_path, 
     assert "KL(mixture ‖ student)" in page
     lines = [json.loads(line) for line in (folder / "distillation.jsonl").read_text().splitlines()]
     assert lines[0] == {"verdict": sentence}
+    assert [line["decoding_of"] for line in lines if "decoding_of" in line] == [STUDENT]
+    assert "tokens a second" in readme
     assert {line["minus"] for line in lines if "minus" in line} == {"mixture", "policy", "anchor", "merged"}
     assert [line["responses_of"] for line in lines if "responses_of" in line] == ["mixture", "student"]
     assert decode_student(student, pair, tokenizer, task, problems, str(folder), {"a": 1}, 6) == responses, (

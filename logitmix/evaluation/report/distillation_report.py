@@ -7,7 +7,8 @@ from pathlib import Path
 
 from logitmix.evaluation.complement import Complement
 from logitmix.evaluation.decode import Response
-from logitmix.evaluation.distillation import MIXTURE, STUDENT, TokenComparison, verdict
+from logitmix.evaluation.decoding_cost import DecodingCost
+from logitmix.evaluation.distillation import MIXTURE, STUDENT, TokenComparison, WorstToken, verdict
 from logitmix.evaluation.metrics import estimate, group_by, rates
 from logitmix.evaluation.report.pages import Table, distillation_page, visible
 from logitmix.evaluation.report.tables import RATE_COLUMNS, interval, p_value, percent, print_rows
@@ -16,11 +17,15 @@ SUMMARY_FILE = "distillation.jsonl"
 RATES = "Rates, %"
 PAIRED = "The student minus each of the others, points"
 TOKENS = "Student and mixture, token by token"
+COSTS = "Decoding"
 WORST = "The tokens where they differ most"
 
 
 def distillation_tables(
-    responses: Sequence[Response], comparisons: Mapping[str, Complement], tokens: Sequence[TokenComparison]
+    responses: Sequence[Response],
+    comparisons: Mapping[str, Complement],
+    tokens: Sequence[TokenComparison],
+    costs: Sequence[DecodingCost] = (),
 ) -> list[Table]:
     """The tables of the report, as text cells."""
     groups = group_by(responses, "name")
@@ -35,16 +40,31 @@ def distillation_tables(
         cells = [f"{interval(column.b_minus_a)}, p {p_value(column.p_value)}" for column in columns]
         paired.append([name, *cells, str(c.only_b), str(c.only_a)])
     by_token = [[c.responses_of, str(c.tokens), f"{c.kl:.4f}", percent(c.agreement)] for c in tokens]
-    worst = [
-        [c.responses_of, f"{t.kl:.2f}", str(t.problem), *map(visible, (t.before, t.token, t.mixture, t.student))]
-        for c in tokens
-        for t in c.worst
+    decoding = [
+        [c.name, str(c.responses), f"{c.tokens_per_second:,.0f}", f"{c.weight_bytes / 2**20:,.1f}"] for c in costs
     ]
     return [
         Table(RATES, ["", *RATE_COLUMNS], rows),
         Table(PAIRED, ["minus", "format", "answer", "lenient", "only the student right", "only the other"], paired),
         Table(TOKENS, ["on responses of", "tokens", "KL(mixture ‖ student)", "same first token, %"], by_token),
-        Table(WORST, ["in a response of", "KL", "problem", "after", "token", "mixture's first", "student's"], worst),
+        Table(COSTS, ["", "responses at a time", "tokens a second", "weights, MiB"], decoding),
+        Table(
+            WORST,
+            ["in a response of", "KL", "problem", "after", "token", "mixture's first", "student's"],
+            _worst_rows(tokens),
+        ),
+    ]
+
+
+def _worst_rows(tokens: Sequence[TokenComparison]) -> list[list[str]]:
+    """The worst tokens in descending order; where the responses coincide up to one, it is one row of both."""
+    found: dict[tuple[int, int, str, str], tuple[WorstToken, list[str]]] = {}
+    for c in tokens:
+        for t in c.worst:
+            found.setdefault((t.problem, t.position, t.before, t.token), (t, []))[1].append(c.responses_of)
+    return [
+        [", ".join(names), f"{t.kl:.2f}", str(t.problem), *map(visible, (t.before, t.token, t.mixture, t.student))]
+        for t, names in sorted(found.values(), key=lambda row: -row[0].kl)
     ]
 
 
@@ -54,12 +74,14 @@ def write_distillation_report(
     responses: Sequence[Response],
     comparisons: Mapping[str, Complement],
     tokens: Sequence[TokenComparison],
+    costs: Sequence[DecodingCost] = (),
 ) -> str:
     """Write `README.md`, `report.html` and `distillation.jsonl`, print the tables, and return the verdict."""
-    tables, sentence = distillation_tables(responses, comparisons, tokens), verdict(comparisons[MIXTURE])
+    tables, sentence = distillation_tables(responses, comparisons, tokens, costs), verdict(comparisons[MIXTURE])
     lines: list[dict] = [{"verdict": sentence}]
     lines += [{"minus": name} | asdict(c) for name, c in comparisons.items()]
     lines += [asdict(c) for c in tokens]
+    lines += [{"decoding_of": c.name} | asdict(c) for c in costs]
     (folder / SUMMARY_FILE).write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     (folder / "report.html").write_text(distillation_page(title, sentence, tables), encoding="utf-8")
     parts = [f"# {title}", sentence, *(f"## {table.title}\n\n{markdown(table)}" for table in tables)]
@@ -71,7 +93,9 @@ def write_distillation_report(
 
 NOTE = (
     "Greedy responses to the same held-out problems. Answer: right and in the format; lenient: right anywhere. "
-    "[ ]: 95 % interval; p: McNemar's exact test. KL in nats at temperature 1."
+    "[ ]: 95 % interval; p: McNemar's exact test. KL in nats at temperature 1. "
+    "Tokens a second: one measurement of each model after the others, on the machine of the run; a token of the "
+    "mixture may take a pass of both members."
 )
 
 
