@@ -22,9 +22,9 @@ def evaluate_members(
     """Return a function of the step that evaluates the members and the mixture, or the model if there is no anchor.
 
     It appends a line for each to `evaluations.jsonl` in the folder, with the rates and which problems were right
-    (`evaluation.outcomes.unpack`), and logs the rates to the trackers. The anchor is frozen, so it is decoded once.
-    Each response is a line of `evaluation_responses.jsonl` as soon as it is decoded; of the process with index i > 0,
-    in `evaluation_responses-i.jsonl`.
+    (`evaluation.outcomes.unpack`), and logs the rates to the trackers. The anchor is decoded once, unless
+    `reanchor_steps` replaces it. Each response is a line of `evaluation_responses.jsonl` as soon as it is decoded; of
+    the process with index i > 0, in `evaluation_responses-i.jsonl`.
 
     Processes share the problems. Each decodes equally many, because sharded weights are gathered by all processes
     together; a problem that is decoded twice for this reason counts once.
@@ -33,6 +33,7 @@ def evaluate_members(
     mine = [problems[i % len(problems)] for i in share]
     batch_size = trainer.args.rollout_batch_size or BATCH_SIZE
     anchor: list[Response] = []
+    moves = trainer.args.reanchor_steps is not None  # then the anchor is decoded each time
     rank = trainer.accelerator.process_index
     file = folder / (EVALUATION_RESPONSES_FILE if rank == 0 else f"evaluation_responses-{rank}.jsonl")
 
@@ -44,7 +45,9 @@ def evaluate_members(
             if numbered(response).problem < len(problems):
                 append_jsonl(file, [{"step": step} | asdict(numbered(response))])
 
-        names = {name: alpha for name, alpha in get_alphas(trainer.model).items() if name != "anchor" or not anchor}
+        names = {
+            name: alpha for name, alpha in get_alphas(trainer.model).items() if name != "anchor" or not anchor or moves
+        }
         with trainer.generation_model() as model:
             responses = greedy_responses(
                 model, trainer.processing_class, task, mine, names, trainer.max_completion_length, batch_size, save,
@@ -53,6 +56,8 @@ def evaluate_members(
         own = map(numbered, responses)
         gathered: list[Response] = gather_object([response for response in own if response.problem < len(problems)])
         by_name = group_by(gathered, "name")
+        if moves:
+            anchor.clear()
         anchor.extend(by_name.pop("anchor", []))
         if anchor:
             by_name["anchor"] = anchor

@@ -9,8 +9,14 @@ from transformers import PreTrainedModel
 def merge_weights(policy: PreTrainedModel, anchor: PreTrainedModel, way_out: str) -> PreTrainedModel:
     """A frozen copy of the policy in evaluation mode, to hold merged weights; see `set_merge`.
 
-    Raises `ValueError`, whose last words are `way_out`, for models whose weights differ in name or shape.
+    Raises what `validate_mergeable` does.
     """
+    validate_mergeable(policy, anchor, way_out)
+    return copy.deepcopy(policy).requires_grad_(False).eval()
+
+
+def validate_mergeable(policy: PreTrainedModel, anchor: PreTrainedModel, way_out: str) -> None:
+    """Raise `ValueError`, whose last words are `way_out`, for models whose weights differ in name or shape."""
     if policy is anchor:
         raise ValueError(f"policy and anchor share one model with adapters, whose weights cannot be merged; {way_out}")
     shapes = [{name: tuple(weight.shape) for name, weight in m.named_parameters()} for m in (policy, anchor)]
@@ -20,7 +26,6 @@ def merge_weights(policy: PreTrainedModel, anchor: PreTrainedModel, way_out: str
             f"the weights of policy and anchor cannot be merged: {differ} is "
             f"{shapes[0].get(differ, 'missing')} in one and {shapes[1].get(differ, 'missing')} in the other; {way_out}"
         )
-    return copy.deepcopy(policy).requires_grad_(False).eval()
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ AnchorStatesOption = Literal["keep", "offload", "recompute"]
 DynamicSampling = Literal["off", "filter", "refill"]
 SaveFrozen = Literal["once", "always", "never"]
 TrainTarget = Literal["mixture", "policy"]
+ReanchorTo = Literal["policy", "merged"]
 
 
 @dataclass
@@ -73,6 +74,9 @@ class LogitMixGRPOConfig(ResumableConfig, GRPOConfig):
         score_truncated: allow `top_k`, `top_p` and `min_p`, and score rollouts under the distribution that they leave:
             the mixture on the kept tokens, renormalised. All updates score a rollout on the tokens that were kept when
             it was sampled, so that the mean of the ratio is 1. For mixtures, with rollouts by `generate`.
+        reanchor_steps: make the policy the anchor after every so many updates, a multiple of an outer step's.
+            Checkpoints then hold the anchor, as with save_frozen `"always"`.
+        reanchor_to: what the anchor becomes: the `"policy"`, or the `"merged"` weights of both at the present alpha.
         train_target: whose log-probabilities the loss has. `"mixture"`: both sides of the ratio are of the mixture
             (eq. 6). `"policy"`: rollouts are sampled from the mixture, and the ratio is the policy alone over the
             mixture that sampled, an importance weight that is clipped, or truncated with `loss_type="cispo"`.
@@ -172,6 +176,13 @@ class LogitMixGRPOConfig(ResumableConfig, GRPOConfig):
         metadata={
             "help": "Train the 'mixture', or the 'policy' alone on rollouts of the mixture, by importance weights."
         },
+    )
+    reanchor_steps: int | None = field(
+        default=None, metadata={"help": "Make the policy the anchor after every so many updates; default: never."}
+    )
+    reanchor_to: ReanchorTo = field(
+        default="policy",
+        metadata={"help": "What the anchor becomes: the 'policy', or the 'merged' weights of both at alpha."},
     )
     score_truncated: bool = field(
         default=False,

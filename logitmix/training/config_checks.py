@@ -21,6 +21,7 @@ from logitmix.training.config import (
     DynamicSampling,
     LogitMixGRPOConfig,
     LossHead,
+    ReanchorTo,
     SaveFrozen,
     TrainTarget,
 )
@@ -181,6 +182,7 @@ def validate_choices(args: LogitMixGRPOConfig) -> None:
         ("anchor_states", get_args(AnchorStatesOption)),
         ("save_frozen", get_args(SaveFrozen)),
         ("train_target", get_args(TrainTarget)),
+        ("reanchor_to", get_args(ReanchorTo)),
         ("decoding", get_args(Decoding)),
         ("dynamic_sampling", get_args(DynamicSampling)),
         ("loss_type", (GROUP_LOSS, *LOSS_TYPES_OF_TRL)),

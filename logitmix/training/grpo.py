@@ -31,7 +31,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 from logitmix.mixture.generation import GREEDY, generate_completions, get_eos_token_ids
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.mixture.router import has_load_balancing_loss
-from logitmix.training.alpha.callback import AlphaControl, validate_alpha_controller
+from logitmix.training.alpha.callback import outer_step_callbacks, validate_alpha_controller
 from logitmix.training.alpha.validation import FreshQuestions, validation_questions
 from logitmix.training.batch import Batch, TokenScores, own_tokens
 from logitmix.training.checkpointing.resume import Checkpointing, State
@@ -134,8 +134,8 @@ class LogitMixGRPOTrainer(PatchedGRPOTrainer):
         prepare_fsdp(self)
         self.monitor = Monitor(self)
         self.checkpointing = Checkpointing(self, states)
-        if args.alpha_controller != "fixed":
-            self.add_callback(AlphaControl(self, self.validation_questions))
+        for callback in outer_step_callbacks(self, self.validation_questions):
+            self.add_callback(callback)
 
     # --- what is sampled (eq. 3) --------------------------------------------------------------------------------
 

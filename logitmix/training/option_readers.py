@@ -27,6 +27,7 @@ READERS = (
         "alpha_controller 'adaptive'",
     ),
     Reader(("max_refills",), lambda args: args.dynamic_sampling == "refill", "dynamic_sampling 'refill'"),
+    Reader(("reanchor_to",), lambda args: args.reanchor_steps is not None, "reanchor_steps"),
     Reader(("score_truncated",), lambda args: truncates(args), "top_k, top_p or min_p"),
     Reader(("anchor_states",), lambda args: args.loss_head == "fused", "loss_head 'fused'"),
     Reader(

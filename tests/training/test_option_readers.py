@@ -19,6 +19,7 @@ OPTIONS = {field.name: field for field in fields(LogitMixGRPOConfig)}
 OTHER_VALUES = {
     "anchor_dtype": "bfloat16",
     "decoding": "joint",
+    "reanchor_to": "merged",
     "epsilon": 0.1, "anchor_states": "offload", "cache_implementation": "static", "rollout_batch_size": 4,
     "vllm_mode": "server", "vllm_model_impl": "transformers", "vllm_server_base_url": "http://localhost",
     "vllm_importance_sampling_mode": "token_mask", "metric_for_best_model": "reward", "greater_is_better": True,

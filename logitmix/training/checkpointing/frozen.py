@@ -58,6 +58,8 @@ class FrozenWeights:
         if self.mode == "never":
             _validate_never(trainer, is_sharded)
         # what is pushed during training has to load without the run's folder
+        if self.mode == "once" and getattr(args, "reanchor_steps", None):
+            self.mode = "always"  # the anchor of one checkpoint is not that of the next
         is_pushed = args.push_to_hub and args.hub_strategy != HubStrategy.END
         if is_sharded or (is_pushed and self.mode == "once"):
             self.mode = "always"
