@@ -64,7 +64,9 @@ def whole(folders, tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_the_student_is_one_ordinary_model(folders, whole):
+@pytest.mark.parametrize("run", ["whole", "fine_tuned"])
+def test_the_student_is_one_ordinary_model(folders, run, request):
+    whole = request.getfixturevalue(run)
     load = "from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained({folder!r})"
     assert generate_without_logitmix(whole, load) == "Qwen2ForCausalLM 1"
     before, after = load_file(folders / "policy" / "model.safetensors"), load_file(whole / "model.safetensors")
