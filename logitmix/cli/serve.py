@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -19,6 +20,8 @@ from logitmix.cli.options.evaluation import DECODING_HELP, Decoding
 from logitmix.cli.options.help import asks_for_help, print_help
 from logitmix.cli.options.model import MixtureArguments, find_model
 
+UNSAVED = "mixture"  # the name, in requests, of a mixture that has no folder of its own
+
 
 @dataclass
 class ServeArguments(MixtureArguments):
@@ -28,7 +31,7 @@ class ServeArguments(MixtureArguments):
         default="", metadata={"help": "Folder or hub id of a mixture, or of the policy if --anchor is set."}
     )
     output_dir: str | None = field(
-        default=None, metadata={"help": "With --anchor: new folder for the mixture, which the server then loads."}
+        default=None, metadata={"help": "With --anchor: new folder to save the mixture in."}
     )
     alpha_range: list[float] = field(
         default_factory=lambda: [0.0, 1.0], metadata={"help": "Lowest and highest alpha that a request may choose."}
@@ -116,9 +119,11 @@ def validate_arguments(args: ServeArguments, flags: Sequence[str]) -> None:
 
 
 def vllm_command(args: ServeArguments, vllm_flags: Sequence[str]) -> list[str]:
-    """The command line of vLLM's server. With `--anchor` the mixture is saved first."""
+    """The command line of vLLM's server. With `--anchor` the mixture is first saved, or set up in a folder."""
     folder = args.model_name_or_path if args.anchor is None else save_mixture(args)
-    overrides = config_overrides(args, folder)
+    is_unsaved = args.anchor is not None and args.output_dir is None
+    is_named = any(re.match(r"--served[-_]model[-_]name($|=)", flag) for flag in vllm_flags)
+    overrides = config_overrides(args, read_config(folder))
     if not any(re.match(r"--tokenizer($|=)", flag) for flag in vllm_flags):
         validate_tokenizer(folder)
     return [
@@ -126,6 +131,7 @@ def vllm_command(args: ServeArguments, vllm_flags: Sequence[str]) -> list[str]:
         *("--middleware", "logitmix.serving.http.MixtureFields", "--hf-overrides", json.dumps(overrides)),
         # vLLM's own defaults: a checkpoint's generation_config gives the end tokens and no sampling parameter
         *("--generation-config", "vllm"),
+        *(["--served-model-name", UNSAVED] if is_unsaved and not is_named else []),
         *(alternating_flags() if args.decoding == "alternating" else []),
         *vllm_flags,
     ]
@@ -179,46 +185,74 @@ def serve_without_vllm(args: ServeArguments, flags: Sequence[str]) -> None:
     from logitmix.mixture.loading import load_member, require_tokenizer
     from logitmix.serving.without_vllm import serve
 
-    folder = args.model_name_or_path if args.anchor is None else save_mixture(args)
-    overrides = config_overrides(args, folder)
-    model = load_member(folder, dtype="auto").to(PartialState().device).eval()
-    for name, value in overrides.items():
-        setattr(model.config, name, value)
+    if args.anchor is not None and args.output_dir is None:
+        folder, name, model = args.model_name_or_path, UNSAVED, mixture_of(args)
+        config = model.config
+    else:
+        folder = name = args.model_name_or_path if args.anchor is None else save_mixture(args)
+        config = read_config(folder)
+        model = load_member(folder, dtype="auto")
+    model = model.to(PartialState().device).eval()
+    for key, value in config_overrides(args, config).items():
+        setattr(model.config, key, value)
     print(
         "logitmix: vLLM is not installed, so the server of transformers runs instead: one request at a time, without "
         "log-probabilities, n > 1, member_logprobs and /metrics; for these, pip install vllm",
         file=sys.stderr,
     )
-    serve(
-        model, require_tokenizer(folder), server.served_model_name or folder, server.host, server.port, args.decoding
-    )
+    tokenizer = require_tokenizer(folder)
+    serve(model, tokenizer, server.served_model_name or name, server.host, server.port, args.decoding)
 
 
-def config_overrides(args: ServeArguments, folder: str) -> dict[str, Any]:
-    """The values of the checkpoint's configuration that the flags set: weights, scheme, and the range of alpha."""
+def read_config(folder: str) -> Any:
+    """The configuration of the mixture at a folder or hub id. Raises `ValueError` if it is not a mixture."""
     from transformers import AutoConfig
 
     import logitmix.mixture.modeling  # noqa: F401  registers the configuration with transformers
-    from logitmix.mixture.configuration import LogitMixConfig, resolve_weights
+    from logitmix.mixture.configuration import LogitMixConfig
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if not isinstance(config, LogitMixConfig):
         raise ValueError(f"{folder} is not a mixture; give --anchor to mix it with, or serve it with vLLM itself")
+    return config
+
+
+def config_overrides(args: ServeArguments, config: Any) -> dict[str, Any]:
+    """The values of a mixture's configuration that the flags set: weights, scheme, and the range of alpha."""
+    from logitmix.mixture.configuration import resolve_weights
+
     scheme = args.scheme or config.scheme
     weights = resolve_weights(args.alpha, None, len(config.members), scheme, config.weights)
     return {"weights": weights.tolist(), "scheme": scheme, "alpha_range": args.alpha_range}
 
 
-def save_mixture(args: ServeArguments) -> str:
-    """Save the mixture of the model with `--anchor`, and return its folder."""
+def mixture_of(args: ServeArguments) -> Any:
+    """The mixture of the model with `--anchor`."""
     from logitmix.mixture.modeling import LogitMixForCausalLM
 
-    if args.output_dir is None:
-        raise ValueError("with --anchor, --output_dir must name a new folder for the mixture, which the server loads")
-    if Path(args.output_dir).exists():
-        raise ValueError(f"{args.output_dir} exists; serve it as it is, or choose another --output_dir")
-    mixture = LogitMixForCausalLM.from_members(
+    return LogitMixForCausalLM.from_members(
         args.model_name_or_path, str(args.anchor), args.alpha, scheme=args.scheme or "logit", dtype="auto"
     )
-    mixture.save_pretrained(args.output_dir)
-    return args.output_dir
+
+
+def save_mixture(args: ServeArguments) -> str:
+    """Save the mixture of the model with `--anchor`, and return its folder.
+
+    Without `--output_dir`, it is a temporary folder with references to the two instead of their weights.
+    """
+    from logitmix.mixture.by_reference import save_by_reference
+
+    if args.output_dir is not None and Path(args.output_dir).exists():
+        raise ValueError(f"{args.output_dir} exists; serve it as it is, or choose another --output_dir")
+    mixture = mixture_of(args)
+    if args.output_dir is not None:
+        mixture.save_pretrained(args.output_dir)
+        return args.output_dir
+    if mixture.config.quantized_models:
+        raise ValueError(
+            f"{mixture.config.quantized_models[0]} has quantised weights, and vLLM holds the members of a mixture in "
+            "one dtype; give the model that it was quantised from"
+        )
+    folder, policy = tempfile.mkdtemp(prefix="logitmix-serve-"), args.model_name_or_path
+    save_by_reference(mixture, Path(folder), os.path.abspath(policy) if os.path.isdir(policy) else policy)
+    return folder

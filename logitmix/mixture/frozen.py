@@ -41,6 +41,7 @@ from logitmix.mixture.references import (
     validate_source,
     weight_files,
 )
+from logitmix.mixture.transformers_patches import saved_state_dict
 
 
 def trained_state_dict(mixture: MixtureBase) -> dict[str, Tensor]:
@@ -100,13 +101,13 @@ def save_store(mixture: MixtureBase, run: Path, staging: Path) -> dict[str, Any]
     return {"files": files, "run": os.path.abspath(run), "sha256": sha256}
 
 
-def describe_sources(mixture: MixtureBase) -> dict[str, dict[str, Any]]:
-    """Where the frozen members were loaded from, for `frozen.json`: paths, fingerprints and dtypes.
+def describe_sources(mixture: MixtureBase, paths: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Where the frozen members were loaded from, `paths`, for `frozen.json`: with fingerprints and dtypes.
 
     Members that were passed in memory, and hub ids without files on this machine, are left out.
     """
     sources = {}
-    for name, source in mixture.sources.items():
+    for name, source in paths.items():
         fingerprint = fingerprint_of(source)
         if fingerprint is not None:
             dtype = name_of(getattr(mixture, mixture.config.model_of(name)).dtype)
@@ -259,18 +260,20 @@ def whole_state_dict(checkpoint: Path, references: Mapping[str, Any], config: Lo
 def frozen_weights(checkpoint: Path, config: LogitMixConfig) -> Iterator[tuple[str, Tensor]]:
     """The weights that a checkpoint refers to, one after another, by their names in its files; none if it is whole.
 
-    Raises `ValueError` as `load_with_references`, and where they are in the members' own folders, under other names.
+    Those in the members' own folders are loaded one member at a time, and have the names that saving gives them.
+    Raises `ValueError` as `load_with_references`.
     """
     references = read_references(checkpoint)
     if references is None:
         return
     stored = read_store(checkpoint, references, config)
     if stored is None:
-        raise ValueError(
-            f"the frozen weights of the checkpoint {checkpoint} are only in the folders that its members were loaded "
-            "from, where vLLM cannot read them; save it whole, with "
-            "LogitMixForCausalLM.from_pretrained(checkpoint).save_pretrained(folder)"
-        )
+        own = {name for path in weight_files(checkpoint) for name in read_header(path)}
+        for name in _referred_models(references["sources"], config):
+            model = _load_source(checkpoint, references["sources"], config, name)
+            weights = {f"{name}.{key}": weight for key, weight in saved_state_dict(model).items()}
+            yield from ((key, weight) for key, weight in weights.items() if key not in own)
+        return
     for path in dict.fromkeys(stored.values()):
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118  it has no iterator
@@ -283,12 +286,18 @@ def _load_from_sources(
 ) -> dict[str, Tensor]:
     """The frozen weights of a checkpoint, from the folders that its members were loaded from."""
     state: dict[str, Tensor] = {}
-    for name in config.model_names:
-        if (name == "policy" and "policy" not in config.adapters) or name in config.quantized_models:
-            continue
+    for name in _referred_models(sources, config):
         model = _load_source(checkpoint, sources, config, name)
         state |= {f"{name}.{key}": weight for key, weight in model.state_dict().items()}
     return state
+
+
+def _referred_models(sources: Mapping[str, Any], config: LogitMixConfig) -> list[str]:
+    """The models that are loaded from `sources`. A policy that trains is there only if nothing has trained it yet."""
+    return [
+        name for name in config.model_names
+        if name not in config.quantized_models and (name != "policy" or config.adapters or name in sources)
+    ]  # fmt: skip
 
 
 def _load_source(

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.generation import GenerationMode
 
 Implementation = Literal["attn_implementation", "experts_implementation"]
@@ -80,3 +81,17 @@ class MixtureGenerationMixin(GenerationMixin):
     def create_masks_for_generate(attention_mask: Tensor | None, **kwargs: Any) -> Tensor | None:
         """Return the 2D mask unchanged: a 4D mask of the mixture would not fit each member's layers."""
         return attention_mask
+
+
+def saved_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
+    """A model's weights by the names that `save_pretrained` gives them within a mixture; of tied ones, the first.
+
+    transformers renames and divides the weights of some architectures on loading, and `save_pretrained` reverts what
+    loading that checkpoint did; a mixture reverts what its architecture needs, as for a model that was not loaded.
+    """
+    model._weight_conversions = None
+    state = model.state_dict()
+    first = {(weight.data_ptr(), weight.shape): name for name, weight in reversed(state.items())}
+    untied = {name: state[name] for name in first.values()}
+    saved: dict[str, Tensor] = revert_weight_conversion(model, untied)
+    return saved

@@ -5,13 +5,17 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 from tokenizers.processors import TemplateProcessing
 
 from logitmix.cli import serve
 from logitmix.cli.__main__ import main
+from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.serving.alternating import alternating_decoding
+from tests.helpers.adapters import save_adapter
 from tests.helpers.members import character_tokenizer, tiny_member
 from tests.helpers.paths import ROOT
 
@@ -43,6 +47,27 @@ def test_a_pair_is_saved_as_the_mixture_that_vllm_serves(folders):
     assert json.loads(again[again.index("--hf-overrides") + 1])["weights"] == pytest.approx([0.4, 0.6])
     with pytest.raises(ValueError, match="mixture exists"):
         command_of({"model_name_or_path": str(folders / "base")} | served)
+
+
+@pytest.mark.parametrize("kind", ["models", "adapters"])
+def test_a_pair_is_served_from_its_own_folders(folders, kind, monkeypatch):
+    """The folder that vLLM loads holds no weights but an adapter's, and is a mixture for transformers too."""
+    (folders / "temporary").mkdir()
+    monkeypatch.setattr(serve.tempfile, "tempdir", str(folders / "temporary"))
+    policy, anchor = str(folders / "base"), str(folders / "sft")
+    if kind == "adapters":
+        policy, anchor = (save_adapter(folders / name, policy, seed) for seed, name in enumerate(("p", "a"), 1))
+    command = command_of({"model_name_or_path": policy, "anchor": anchor, "alpha": 0.3})
+    folder = command[command.index("--model") + 1]
+    assert command[command.index("--served-model-name") + 1] == "mixture"
+    weights = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+    whole = sum(path.stat().st_size for path in (folders / "base").glob("*.safetensors"))
+    assert weights < (whole / 2 if kind == "adapters" else 100)
+    expected = LogitMixForCausalLM.from_members(policy, anchor, alpha=0.3)
+    for name, weight in LogitMixForCausalLM.from_pretrained(folder).state_dict().items():
+        assert torch.equal(weight, expected.state_dict()[name]), name
+    named = command_of({"model_name_or_path": policy, "anchor": anchor}, ["--served-model-name=mine"])
+    assert "--served-model-name" not in named
 
 
 @pytest.mark.filterwarnings("ignore:the tokenizer of .* appends")
@@ -121,7 +146,8 @@ def test_alternating_decoding_becomes_flags_of_vllm(folders):
     [
         ({}, [], "needs the folder of a mixture"),
         ({"model_name_or_path": "base"}, [], "is not a mixture; give --anchor"),
-        ({"model_name_or_path": "base", "anchor": "sft"}, [], "--output_dir must name a new folder"),
+        ({"model_name_or_path": "base", "anchor": "nowhere"}, [], "no model at 'nowhere'"),
+        ({"model_name_or_path": "nowhere", "anchor": "sft"}, [], "no model at 'nowhere'"),
         ({"model_name_or_path": "base", "alpha_range": [1.0, 0.0]}, [], "two numbers, the lower first"),
         ({"model_name_or_path": "base"}, ["--hf-overrides", "{}"], "--hf-overrides is set"),
         ({"model_name_or_path": "base"}, ["--model", "other"], "--model is set from the first argument"),
@@ -148,3 +174,18 @@ def test_without_vllm_its_flags_are_rejected(monkeypatch, capsys):
     monkeypatch.setattr(serve, "is_serve_available", lambda: True)
     assert main(["serve", "somewhere", "--port", "8001", "--max-model-len", "128"]) == 2
     assert "vLLM is not installed, which --max-model-len is for" in capsys.readouterr().err
+
+
+def test_without_vllm_a_pair_is_served_from_memory(folders, monkeypatch):
+    without_vllm = pytest.importorskip("logitmix.serving.without_vllm", reason="needs pip install 'logitmix[serve]'")
+    served = []
+    monkeypatch.setattr(serve, "find_spec", lambda name: None)
+    monkeypatch.setattr(without_vllm, "serve", lambda *args: served.append(args))
+    monkeypatch.chdir(folders)
+    before = set(folders.rglob("*"))
+    flags = ["--anchor", "sft", "--alpha", "0.3", "--alpha_range", "0", "0.5", "--scheme", "prob"]
+    assert main(["serve", "base", *flags]) == 0
+    ((model, tokenizer, name, *_),) = served
+    assert (model.alpha, model.config.scheme, model.config.alpha_range, name) == (0.3, "prob", [0.0, 0.5], "mixture")
+    assert tokenizer("1+2")["input_ids"]
+    assert set(folders.rglob("*")) == before

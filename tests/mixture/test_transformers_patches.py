@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 
@@ -180,3 +181,16 @@ def test_a_cache_built_from_the_configuration_has_the_layers_of_every_member():
     assert isinstance(cache, Cache)
     assert model.config.num_hidden_layers == len(expected)
     assert model.config.vocab_size == VOCAB_SIZE
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "gemma2"])
+def test_a_members_weights_have_the_names_that_the_mixture_saves(tmp_path, architecture):
+    """One architecture has its experts joined on loading, the other has tied weights."""
+    anchor = tiny_member(architecture, 1)
+    anchor.save_pretrained(tmp_path / "anchor")
+    mixture = LogitMixForCausalLM.from_members(tiny_member("qwen2"), tmp_path / "anchor")
+    mixture.save_pretrained(tmp_path / "mixture")
+    saved = load_file(tmp_path / "mixture" / "model.safetensors")
+    found = {f"anchor_0.{name}": weight for name, weight in patches.saved_state_dict(mixture.anchor_0).items()}
+    assert found.keys() == {name for name in saved if name.startswith("anchor_0.")}
+    assert all(torch.equal(weight, saved[name]) for name, weight in found.items())

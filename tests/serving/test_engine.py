@@ -10,7 +10,8 @@ import torch
 from peft import LoraConfig
 from vllm.exceptions import VLLMValidationError
 
-from logitmix.mixture.frozen import frozen_weights, save_store, trained_state_dict
+from logitmix.mixture.by_reference import save_by_reference
+from logitmix.mixture.frozen import save_store, trained_state_dict
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.mixture.references import REFERENCES
 from tests.helpers.adapters import save_adapter
@@ -73,13 +74,18 @@ def test_a_checkpoint_that_refers_to_its_frozen_members_matches_transformers(tmp
         assert_matches_transformers(mixture, llm)
 
 
-def test_a_checkpoint_that_refers_to_its_members_own_folders_is_refused(tmp_path):
-    mixture = build_mixture("qwen2", "llama")
-    mixture.save_pretrained(tmp_path, state_dict=trained_state_dict(mixture))
-    source = {"path": str(tmp_path), "relative": "."}
-    (tmp_path / REFERENCES).write_text(json.dumps({"store": None, "sources": {"anchor_0": source}}))
-    with pytest.raises(ValueError, match="where vLLM cannot read them; save it whole"):
-        next(frozen_weights(tmp_path, mixture.config))
+@pytest.mark.parametrize("anchor", ["gemma2", "qwen3_moe", pytest.param("adapter", marks=pytest.mark.runners)])
+def test_members_are_loaded_from_their_own_folders(tmp_path, anchor):
+    """With tied weights, with weights that transformers renames and joins, and as an adapter on one base."""
+    if anchor == "adapter":
+        base = save_member(tmp_path / "base")
+        members = [save_adapter(tmp_path / name, base, seed) for seed, name in enumerate(("policy", "anchor"), 1)]
+    else:
+        members = [save_member(tmp_path / "policy"), save_member(tmp_path / "anchor", anchor, 1)]
+    mixture = LogitMixForCausalLM.from_members(*members, alpha=0.4, dtype="float32", attn_implementation="eager")
+    save_by_reference(mixture, tmp_path / "mixture", members[0])
+    with engine(tmp_path / "mixture") as llm:
+        assert_matches_transformers(mixture, llm)
 
 
 @pytest.mark.parametrize("pair", [("gpt_neox", "qwen2"), ("qwen2", "phi")], ids="+".join)

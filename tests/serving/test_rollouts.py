@@ -14,10 +14,12 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, Qwen2
 from trl.generation import vllm_generation
 from vllm import LLM
 
+from logitmix.mixture.by_reference import save_by_reference
 from logitmix.mixture.configuration import LogitMixConfig
 from logitmix.mixture.generation import GREEDY
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.training.config import LogitMixGRPOConfig
+from logitmix.training.rollouts import vllm as rollouts
 from logitmix.training.rollouts.vllm import alternates, sampling_parameters, validate_architectures
 from tests.helpers import grpo
 from tests.helpers.adapters import save_adapter
@@ -124,6 +126,27 @@ def test_the_trainers_log_probs_match_those_of_vllms_samples(tmp_path, kind, mon
     assert largest_difference(trainer) > 0.05
     trainer.vllm_generation.sync_weights()
     assert largest_difference(trainer) < 1e-4
+
+
+@pytest.mark.parametrize("kind", [pytest.param("full models", marks=pytest.mark.runners), "two adapters"])
+def test_anchors_are_read_from_their_own_folders(tmp_path, kind, monkeypatch):
+    """Only what trains is written for vLLM, and vLLM still has the anchor's weights."""
+    policy, anchor = save_member(tmp_path / "base"), save_member(tmp_path / "sft", "llama", 1)
+    if kind == "two adapters":
+        policy, anchor = (save_adapter(tmp_path / name, policy, seed) for seed, name in enumerate(("p", "a"), 1))
+    model = LogitMixForCausalLM.from_members(policy, anchor, alpha=0.4, dtype="float32")
+    written = []
+
+    def recorded(mixture, folder):
+        save_by_reference(mixture, folder)
+        written.extend(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+    monkeypatch.setattr(rollouts, "save_by_reference", recorded)
+    trainer = trainer_in_vllm(tmp_path / "run", model)
+    assert largest_difference(trainer) < 1e-4
+    (size,) = written
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    assert trained <= size < trained + 10_000
 
 
 def near_pair():

@@ -91,7 +91,7 @@ class FrozenWeights:
         if self.mode == "once" and self._store is None:
             self._store = save_store(self.trainer.model, self.run, self.run / STAGING / STORE)
         if self._sources is None:
-            self._sources = describe_sources(self.trainer.model)
+            self._sources = describe_sources(self.trainer.model, self.trainer.model.sources)
         references = {"store": self._store, "sources": relative_to(final, self._sources)}
         (folder / REFERENCES).write_text(json.dumps(references, indent=1))
 

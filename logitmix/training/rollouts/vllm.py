@@ -16,6 +16,7 @@ from accelerate import PartialState
 from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from logitmix.mixture.by_reference import save_by_reference
 from logitmix.mixture.configuration import LogitMixConfig
 from logitmix.mixture.decoding.alternating import DecodingStatistics
 from logitmix.mixture.modeling import LogitMixForCausalLM
@@ -125,8 +126,9 @@ class MixtureVLLMGeneration(PatchedVLLMGeneration):
 def mixture_for_vllm(model: LogitMixForCausalLM, tokenizer: Any, args: LogitMixGRPOConfig) -> Iterator[None]:
     """Within the context TRL's trainer builds a `MixtureVLLMGeneration`, and vLLM finds the mixture on disk.
 
-    The mixture is saved in `output_dir/.vllm`, which all processes need to see, and removed once vLLM has loaded it.
-    With `vllm_mode="server"` nothing is saved, since the server has loaded the mixture itself. Raises `ValueError` as
+    The policy is saved in `output_dir/.vllm`, which all processes need to see, and removed once vLLM has loaded it;
+    vLLM reads the anchors from their own folders, or from `.vllm` too where they were not loaded from a folder. With
+    `vllm_mode="server"` nothing is saved, since the server has loaded the mixture itself. Raises `ValueError` as
     `validate_architectures` and `alternates`.
     """
     generation = partial(MixtureVLLMGeneration, alternates=alternates(args, model))
@@ -139,7 +141,7 @@ def mixture_for_vllm(model: LogitMixForCausalLM, tokenizer: Any, args: LogitMixG
     if args.vllm_mode == "colocate":
         validate_architectures(model.config)
         if state.is_main_process:
-            model.save_pretrained(folder)
+            save_by_reference(model, folder)
             tokenizer.save_pretrained(folder)
         state.wait_for_everyone()
         model.name_or_path = str(folder)
