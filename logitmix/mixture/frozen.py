@@ -30,6 +30,7 @@ from logitmix.mixture.quantization import as_quantization, loading_kwargs, open_
 from logitmix.mixture.references import (
     STORE,
     Weight,
+    digests,
     find_source,
     fingerprints,
     frozen_files,
@@ -83,8 +84,9 @@ def save_store(mixture: MixtureBase, run: Path, staging: Path) -> dict[str, Any]
     quantized = [name for name in mixture.config.quantized_models if (staging / name).is_dir()]
     written = [path for each in ("", *quantized) for path in weight_files(staging / each) if path.exists()]
     weights = read_headers(written, mixture.config)
-    sha256 = fingerprints(weights, lambda name: owner_of(name, mixture.config))
-    key = fingerprints(weights)[""][:16]
+    known = digests(weights)
+    sha256 = fingerprints(weights, lambda name: owner_of(name, mixture.config), known)
+    key = fingerprints(weights, known=known)[""][:16]
     folder = run / STORE
     folder.mkdir(exist_ok=True)
     targets = {path: path.name.replace("model", key, 1) for path in written if path.parent == staging}

@@ -155,15 +155,23 @@ def read_header(path: Path) -> dict[str, Weight]:
     }
 
 
-def fingerprints(weights: Mapping[str, Weight], member_of: Callable[[str], str] = lambda name: "") -> dict[str, str]:
-    """The fingerprint of each member's weights."""
-    names = sorted(weights)
+def digests(weights: Mapping[str, Weight]) -> dict[str, str]:
+    """The SHA-256 of the bytes of each weight."""
     with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(lambda name: _digest(weights[name]), names))
+        return dict(zip(weights, pool.map(_digest, weights.values()), strict=True))
+
+
+def fingerprints(
+    weights: Mapping[str, Weight],
+    member_of: Callable[[str], str] = lambda name: "",
+    known: Mapping[str, str] | None = None,
+) -> dict[str, str]:
+    """The fingerprint of each member's weights, of which the `digests` may be `known`."""
+    found = digests(weights) if known is None else known
     members: dict[str, Any] = {}
-    for name, digest in zip(names, digests, strict=True):
+    for name in sorted(weights):
         lines = members.setdefault(member_of(name), hashlib.sha256())
-        lines.update(f"{name} {weights[name].kind} {digest}\n".encode())
+        lines.update(f"{name} {weights[name].kind} {found[name]}\n".encode())
     return {member: lines.hexdigest() for member, lines in members.items()}
 
 

@@ -9,7 +9,9 @@ import torch
 from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2ForCausalLM
 
+from logitmix.mixture import references
 from logitmix.mixture.configuration import LogitMixConfig
+from logitmix.mixture.frozen import frozen_names, save_store
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from tests.helpers.members import (
     ARCHITECTURES,
@@ -156,3 +158,12 @@ def test_saving_a_member_with_an_unknown_adapter_is_rejected(model, pair, tmp_pa
     model.policy.add_adapter(LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="PEFT adapter 'default' that the mixture does not know; merge it"):
         model.save_pretrained(tmp_path)
+
+
+def test_frozen_weights_are_read_once_to_be_stored(model, tmp_path, monkeypatch):
+    read = []
+    digest = references._digest
+    monkeypatch.setattr(references, "_digest", lambda weight: read.append(weight) or digest(weight))
+    store = save_store(model, tmp_path, tmp_path / "staging")
+    assert len(read) == len(set(read)) == len(frozen_names(model))
+    assert store["sha256"].keys() == {"anchor_0"}
