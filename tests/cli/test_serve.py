@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM
 
 from logitmix.cli import serve
 from logitmix.cli.__main__ import main
 from logitmix.mixture.modeling import LogitMixForCausalLM
+from logitmix.mixture.quantization import as_quantization
 from logitmix.serving.alternating import alternating_decoding
 from tests.helpers.adapters import save_adapter
 from tests.helpers.members import character_tokenizer, tiny_member
@@ -174,6 +176,18 @@ def test_without_vllm_its_flags_are_rejected(monkeypatch, capsys):
     monkeypatch.setattr(serve, "is_serve_available", lambda: True)
     assert main(["serve", "somewhere", "--port", "8001", "--max-model-len", "128"]) == 2
     assert "vLLM is not installed, which --max-model-len is for" in capsys.readouterr().err
+
+
+def test_a_quantised_anchor_is_refused_for_vllm(folders, monkeypatch):
+    pytest.importorskip("torchao")
+    anchor = tiny_member("qwen2", 1, hidden_size=64, intermediate_size=128)
+    anchor.save_pretrained(folders / "sft")
+    AutoModelForCausalLM.from_pretrained(folders / "sft", quantization_config=as_quantization("int8")).save_pretrained(
+        folders / "quantized"
+    )
+    monkeypatch.chdir(folders)
+    with pytest.raises(ValueError, match=r"anchor_0 has quantised weights, and vLLM .*; give the model that it was"):
+        command_of({"model_name_or_path": "base", "anchor": "quantized"})
 
 
 def test_without_vllm_a_pair_is_served_from_memory(folders, monkeypatch):
