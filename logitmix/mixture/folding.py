@@ -23,6 +23,8 @@ from logitmix.mixture.member_prompts import MemberPrompts, PassInputs
 from logitmix.mixture.padding import position_ids_from_mask
 
 _MOST_PADDING = 1.25  # how many times their tokens prompts may take to be read in one pass
+# tokens of one pass for several members: with more, reading the weights once saves little, and takes memory
+_MOST_TOKENS = 512
 _LAYERS = {DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer}
 
 
@@ -35,10 +37,10 @@ def passes(
 ) -> tuple[list[list[str]], dict[str, PassInputs]]:
     """The members of each pass, and what they read.
 
-    Members that are one model run together if only their prompts differ, except that prompts of very different lengths
-    are read one after another. A pass with gradients has one member, the policy. `arguments` are others of the pass,
-    which may ask for outputs of one member. A cache that is filled outside `generate` does not tell where the prompts
-    end.
+    Members that are one model run together if only their prompts differ, except that long prompts, and prompts of very
+    different lengths, are read one after another. A pass with gradients has one member, the policy. `arguments` are
+    others of the pass, which may ask for outputs of one member. A cache that is filled outside `generate` does not
+    tell where the prompts end.
     """
     alone = [[name] for name in inputs]
     if prompts is None or torch.is_grad_enabled():
@@ -59,7 +61,8 @@ def passes(
         has_static = cache is not None and any(isinstance(layer, StaticLayer) for layer in cache.layers)
         if has_static or len(members) * max(widths) <= _MOST_PADDING * sum(widths):
             aligned |= align(inputs, members)
-            groups.append(members)
+            num_tokens = sum(aligned[name].input_ids.numel() for name in members)
+            groups += [members] if num_tokens <= _MOST_TOKENS else [[name] for name in members]
         elif all(inputs[name].reads_prompt for name in members):
             groups += [[name] for name in members]
         else:

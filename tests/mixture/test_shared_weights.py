@@ -59,6 +59,17 @@ def test_a_much_shorter_prompt_takes_no_padding(architecture, cache, name):
         assert [layers[0].get_seq_length(), layers[-1].get_seq_length()] == [max(map(len, c)) + 7 for c in contexts]
 
 
+def test_long_prompts_are_read_one_after_another():
+    """In one pass, their activations would take twice the memory, and hardly less time."""
+    model, member = guided()
+    rows, prompts, others = passes_of(model), [[5, 17, 9] * 30] * 3, [[3, 4] * 44] * 3
+    prompts, others = [[*ids, i] for i, ids in enumerate(prompts)], [[*ids, i] for i, ids in enumerate(others)]
+    output = generate(model, prompts, member_prompts={"anchor": others})
+    passes = list(rows)
+    assert torch.equal(output, reference([member, member], [1.5, -0.5], [prompts, others]))
+    assert passes == [3, 3] + [6] * 7
+
+
 @pytest.mark.parametrize("prompts", [{"anchor": [3]}, {"policy": OTHERS}], ids=["shorter", "of the policy"])
 def test_either_member_may_have_the_shorter_prompt(prompts):
     model, member = guided()
