@@ -242,34 +242,45 @@ class MixtureBase(PreTrainedModel):
             inputs = {name: prompts.select_inputs(each) for name, each in inputs.items()}
         settings = {"use_cache": use_cache, "return_dict": True} | kwargs
         head_transform = self._shared_linear_head(active) if mix_before_head else None
-        outputs: dict[str, Any] = {}
-        for name, *others in groups:
-            model_kwargs = settings | ((policy_kwargs or {}) if name == "policy" else {})
-            keep = {} if head_transform is not None else {"logits_to_keep": logits_to_keep}
-            with self.as_member(name) as model, torch.set_grad_enabled(torch.is_grad_enabled() and name == "policy"):
-                run = model if head_transform is None else model.get_decoder()
-                if others:
-                    group = [name, *others]
-                    read, written = [inputs[each] for each in group], [caches[each] for each in group]
-                    outputs |= zip(group, run_together(run, read, written, model_kwargs | keep), strict=True)
-                else:
-                    arguments = vars(inputs[name]) | {"past_key_values": caches[name]} | model_kwargs
-                    outputs[name] = run(**arguments, **keep)
+        if head_transform is None:
+            settings["logits_to_keep"] = logits_to_keep
+        outputs = self._run_passes(groups, inputs, caches, settings, policy_kwargs or {}, head_transform is not None)
         rows = slice(None) if prompts is None else prompts.prompt_B
         if prompts is not None and past_key_values is not None:
             past_key_values.batch_select_indices(prompts.prompt_B)
-        V = self.config.vocab_size
         if head_transform is not None:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             hidden = [outputs[name].last_hidden_state[:, kept][rows] for name in active]
             mixed = self._mix_before_head(hidden, weights[..., torch.tensor(is_active)], head_transform)
-            logits, weights = [mixed[..., :V]], torch.ones(1)
-        else:
-            # again, because the forward of some members (Whisper's) ignores logits_to_keep
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else slice(None)
-            by_name = {name: output.logits[:, kept, :V][rows] for name, output in outputs.items()}
-            logits = [by_name.get(name, by_name[active[0]]) for name in self.config.members]
+            return [mixed[..., : self.config.vocab_size]], torch.ones(1), past_key_values, list(outputs.values())
+        # again, because the forward of some members (Whisper's) ignores logits_to_keep
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else slice(None)
+        by_name = {n: output.logits[:, kept, : self.config.vocab_size][rows] for n, output in outputs.items()}
+        logits = [by_name.get(name, by_name[active[0]]) for name in self.config.members]
         return logits, weights, past_key_values, list(outputs.values())
+
+    def _run_passes(
+        self,
+        groups: Sequence[Sequence[str]],
+        inputs: Mapping[str, PassInputs],
+        caches: Mapping[str, Cache | None],
+        settings: Mapping[str, Any],
+        policy_kwargs: Mapping[str, Any],
+        up_to_head: bool,
+    ) -> dict[str, Any]:
+        """The output of each member, those of a group from one pass; `up_to_head` leaves out the output embedding."""
+        outputs: dict[str, Any] = {}
+        for name, *others in groups:
+            own = {**settings, **(policy_kwargs if name == "policy" else {})}
+            with self.as_member(name) as model, torch.set_grad_enabled(torch.is_grad_enabled() and name == "policy"):
+                run = model.get_decoder() if up_to_head else model
+                if others:
+                    group = [name, *others]
+                    read, written = [inputs[each] for each in group], [caches[each] for each in group]
+                    outputs |= zip(group, run_together(run, read, written, own), strict=True)
+                else:
+                    outputs[name] = run(**vars(inputs[name]), past_key_values=caches[name], **own)
+        return outputs
 
     def _returns_states(self) -> bool:
         """Whether the members return hidden states or attentions without being asked."""
