@@ -31,6 +31,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from prefill import peak_gb
 from step_time import PHASES, Timed, TimedMixture, TimedTRL
 from transformers import PrinterCallback
 from trl import GRPOConfig
@@ -150,8 +151,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if args.peak_of is not None:
             build(args.peak_of, args, folder).train()
-            status = Path("/proc/self/status").read_text()  # ru_maxrss would begin with the parent's
-            print(json.dumps(int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e9))
+            print(json.dumps(peak_gb("cpu")))
             return
         text = table(args, folder)
     print(text)
