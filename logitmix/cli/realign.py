@@ -1,15 +1,21 @@
 """`logitmix realign`: what other alphas stand for, and what is expected of them, from rollouts at one alpha."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from logitmix.cli.options.data import TestProblemArguments
 from logitmix.cli.options.model import AnchorArguments, MixtureArguments, ModelArguments, load_mixture
 from logitmix.cli.options.parser import parse
 from logitmix.cli.options.validation import validate_at_least
 from logitmix.runs.console import console
+
+if TYPE_CHECKING:  # `--help` needs no torch
+    from logitmix.evaluation.decode import Decoder
 
 
 @dataclass
@@ -65,25 +71,31 @@ def main(argv: Sequence[str]) -> None:
     run(parse("realign", description, RealignOptions, argv))
 
 
-def run(options: RealignOptions) -> None:
+def load_decoder(options: RealignOptions) -> Decoder:
+    """What samples rollouts from the mixture, on the problems, at temperature 1."""
     from logitmix.evaluation.decode import make_decoder
-    from logitmix.evaluation.realignment import predict, sample_rollouts
-    from logitmix.evaluation.report.tables import print_predictions
     from logitmix.mixture.loading import require_tokenizer
-    from logitmix.mixture.realignment import equivalent_beta
 
     args, source = options.realignment, options.model.model_name_or_path
-    betas = [equivalent_beta(args.beta, alpha, args.trained_alpha) for alpha in args.alphas]
     task = options.problems.resolve(source, options.mixture.anchor).load()
     problems = task.problems("test", options.problems.eval_limit)
     model = load_mixture(options.model, MixtureArguments(options.mixture.anchor))
     model.config.scheme = "logit"  # beta and the reweighting are those of geometric mixtures
-    decoder = make_decoder(
-        model, require_tokenizer(source), task, problems, args.max_new_tokens, temperature=1.0, seed=args.seed
-    )
+    tokenizer = require_tokenizer(source)
+    return make_decoder(model, tokenizer, task, problems, args.max_new_tokens, temperature=1.0, seed=args.seed)
+
+
+def run(options: RealignOptions) -> None:
+    from logitmix.evaluation.realignment import predict, sample_rollouts
+    from logitmix.evaluation.report.tables import print_predictions
+    from logitmix.mixture.realignment import equivalent_beta
+
+    args = options.realignment
+    betas = [equivalent_beta(args.beta, alpha, args.trained_alpha) for alpha in args.alphas]
+    decoder = load_decoder(options)
     rollouts = sample_rollouts(decoder, args.alpha, args.num_samples, args.batch_size)
-    predictions, budget_alpha = predict(model, rollouts, args.alphas, args.kl_budget)
-    title = f"{task.name}, predicted from {len(rollouts.responses)} rollouts at alpha {args.alpha:g}"
+    predictions, budget_alpha = predict(decoder.model, rollouts, args.alphas, args.kl_budget)
+    title = f"{decoder.task.name}, predicted from {len(rollouts.responses)} rollouts at alpha {args.alpha:g}"
     print_predictions(title, predictions, betas)
     if budget_alpha is not None:
         print(f"The smallest alpha within {args.kl_budget:g} nats a token of the anchor is {budget_alpha:.3f}.")

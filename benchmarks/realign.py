@@ -1,0 +1,55 @@
+"""The rates that `logitmix realign` predicts, beside those of rollouts sampled at each alpha.
+
+    python benchmarks/realign.py --model_name_or_path BASE --anchor SFT --alphas 0.3 0.4 0.6 0.7 [flags of realign]
+
+Both are at temperature 1 and of the same problems. Intervals are of 95 % and treat rollouts as independent. A
+prediction
+agrees if it is within 2.8 standard errors of the sampled rate (99.5 %), the errors of both added.
+"""
+
+import sys
+from dataclasses import replace
+from datetime import date
+from importlib.metadata import version
+
+from logitmix.cli.options.parser import parse
+from logitmix.cli.realign import RealignOptions, load_decoder
+from logitmix.evaluation.realignment import predict, sample_rollouts
+from logitmix.evaluation.statistics import Estimate, wilson_estimate
+from logitmix.runs.provenance import processor
+
+AGREES = 2.8
+
+
+def cell(rate: Estimate) -> str:
+    return f"{100 * rate.value:.1f} [{100 * rate.low:.0f}, {100 * rate.high:.0f}]"
+
+
+def agrees(predicted: Estimate, sampled: Estimate) -> bool:
+    errors = [(rate.high - rate.low) / 2 / 1.96 for rate in (predicted, sampled)]
+    return abs(predicted.value - sampled.value) <= AGREES * (errors[0] ** 2 + errors[1] ** 2) ** 0.5
+
+
+def main() -> None:
+    options = parse("realign", __doc__, RealignOptions, sys.argv[1:])
+    args = options.realignment
+    decoder = load_decoder(options)
+    rollouts = sample_rollouts(decoder, args.alpha, args.num_samples, args.batch_size)
+    predictions, _ = predict(decoder.model, rollouts, args.alphas)
+    print(f"{date.today()}, {processor()}, torch {version('torch')}, transformers {version('transformers')}.")
+    print(f"Predicted from {len(rollouts.responses)} rollouts at alpha {args.alpha:g}.\n")
+    print("| alpha | effective rollouts | format %, predicted | sampled | answer %, predicted | sampled | agree |")
+    print("|---|---|---|---|---|---|---|")
+    other = replace(decoder, seed=args.seed + 1)
+    for prediction in predictions:
+        sampled = sample_rollouts(other, prediction.alpha, args.num_samples, args.batch_size).responses
+        cells, both_agree = [f"{prediction.alpha:g}", f"{prediction.effective:.0f}"], []
+        for predicted, outcome in ((prediction.format, "format_ok"), (prediction.answer, "answer_ok")):
+            rate = wilson_estimate(sum(getattr(each, outcome) for each in sampled), len(sampled))
+            cells += ["too few" if predicted is None else cell(predicted), cell(rate)]
+            both_agree += [] if predicted is None else [agrees(predicted, rate)]
+        print("| " + " | ".join([*cells, "–" if not both_agree else "yes" if all(both_agree) else "**no**"]) + " |")
+
+
+if __name__ == "__main__":
+    main()
