@@ -3,8 +3,7 @@
     python benchmarks/realign.py --model_name_or_path BASE --anchor SFT --alphas 0.3 0.4 0.6 0.7 [flags of realign]
 
 Both are at temperature 1 and of the same problems. Intervals are of 95 % and treat rollouts as independent. A
-prediction
-agrees if it is within 2.8 standard errors of the sampled rate (99.5 %), the errors of both added.
+prediction agrees if it is within 2.8 standard errors of the sampled rate (99.5 %), the errors of both added.
 """
 
 import sys
@@ -36,7 +35,7 @@ def main() -> None:
     decoder = load_decoder(options)
     rollouts = sample_rollouts(decoder, args.alpha, args.num_samples, args.batch_size)
     predictions, _ = predict(decoder.model, rollouts, args.alphas)
-    print(f"{date.today()}, {processor()}, torch {version('torch')}, transformers {version('transformers')}.")
+    print(f"{date.today()}, {processor()['name']}, torch {version('torch')}, transformers {version('transformers')}.")
     print(f"Predicted from {len(rollouts.responses)} rollouts at alpha {args.alpha:g}.\n")
     print("| alpha | effective rollouts | format %, predicted | sampled | answer %, predicted | sampled | agree |")
     print("|---|---|---|---|---|---|---|")
