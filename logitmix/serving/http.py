@@ -85,13 +85,19 @@ class MixtureFields:
         body = b"".join(chunks)
         if start["status"] == 200:
             keep_ids = bool(request.get("return_token_ids"))
-            body = await _add_member_logprobs(scope["app"].state.engine_client, body, members, keep_ids)
+            try:
+                body = await _add_member_logprobs(scope["app"].state.engine_client, body, members, keep_ids)
+            except ValueError as error:  # the engine cannot score it: it fills the whole context, for instance
+                await _send_error(send, f"member_logprobs: {error}")
+                return
         await _send_response(send, start["status"], list(start["headers"]), body)
 
 
 def _take_member_logprobs(request: dict[str, Any], path: str) -> bool:
     """Remove `member_logprobs` from the request, and return whether it is set."""
-    is_set = bool(request.pop("member_logprobs", False))
+    is_set = _flag("member_logprobs", request.pop("member_logprobs", None))
+    if is_set:
+        _flag("return_token_ids", request.get("return_token_ids"))  # replaced before vLLM sees it
     if is_set and (request.get("stream") or path not in COMPLETIONS):
         raise ValueError(
             f"member_logprobs is only supported for {' and '.join(COMPLETIONS)} without stream; leave it out, or set "
@@ -100,9 +106,17 @@ def _take_member_logprobs(request: dict[str, Any], path: str) -> bool:
     return is_set
 
 
+def _flag(name: str, value: Any) -> bool:
+    if value not in (None, True, False):
+        raise ValueError(f"{name} is {value!r}, but must be true or false")
+    return bool(value)
+
+
 def move_mixture_fields(request: dict[str, Any], config: LogitMixConfig) -> list[float] | None:
     """Move the mixture's fields to `vllm_xargs`, which vLLM passes on as `extra_args`; return the weights."""
-    fields = {key: request.pop(key) for key in REQUEST_FIELDS if key in request}
+    given_fields = {key: request.pop(key, None) for key in REQUEST_FIELDS}
+    # vLLM takes no null among its own arguments
+    fields = {key: value for key, value in given_fields.items() if value is not None}
     given = request.get("vllm_xargs")
     if given is not None and not isinstance(given, dict):
         raise ValueError(f"vllm_xargs is {given!r}, but must be an object; leave it out, or name its fields")

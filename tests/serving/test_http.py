@@ -1,13 +1,15 @@
 """How the middleware of vLLM's server reads and writes JSON."""
 
+import asyncio
 import json
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed; `make test-serving` has an environment with it")
 
 from logitmix.mixture.configuration import LogitMixConfig
-from logitmix.serving.http import move_mixture_fields, parse_object, to_json
+from logitmix.serving.http import MixtureFields, move_mixture_fields, parse_object, to_json
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[1]", b'"text"', b"\xff", b"[" * 100_000, b'{"a":' * 100_000])
@@ -42,3 +44,69 @@ def test_a_prompt_of_a_member_is_refused(request_):
     config = LogitMixConfig.from_member_configs([Qwen2Config(), LlamaConfig()])
     with pytest.raises(ValueError, match="a request cannot set member_prompts"):
         move_mixture_fields(request_, config)
+
+
+def respond(request):
+    """The status and body that the middleware answers with, and the request that reaches the server behind it."""
+    from transformers import LlamaConfig, Qwen2Config
+
+    passed, sent = [], []
+
+    async def app(scope, receive, send):
+        passed.append(json.loads((await receive())["body"]))
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b'{"choices": []}'})
+
+    async def receive():
+        return {"type": "http.request", "body": json.dumps(request).encode()}
+
+    async def send(message):
+        sent.append(message)
+
+    config = LogitMixConfig.from_member_configs([Qwen2Config(), LlamaConfig()], alpha_range=[0.0, 1.0])
+    client = SimpleNamespace(model_config=SimpleNamespace(hf_config=config))
+    state = SimpleNamespace(state=SimpleNamespace(engine_client=client))
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "app": state, "headers": []}
+    asyncio.run(MixtureFields(app)(scope, receive, send))
+    return sent[0]["status"], json.loads(sent[1]["body"]), passed
+
+
+WRONG_TYPES = {
+    "alpha": ["0.3", True, [0.3], {"anchor": 0.3}, float("nan"), 10**400],
+    "weights": [0.3, "half", True, {}, [], [0.5], [0.5, "0.5"], [0.5, True], [0.5, None], [[0.5, 0.5]], [0.5, {}]],
+    "member": [1, 0.5, True, ["policy"], {"policy": 1}, "", []],
+    "member_prompts": [1, "text", True, [], {}, ["text"], {"anchor": "text"}],
+    "member_logprobs": ["false", 2, 0.5, [], [True], {}],
+    "vllm_xargs": [1, "alpha", True, False, [], ["alpha"]],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in WRONG_TYPES.items() for value in values], ids=str
+)
+def test_a_field_of_a_wrong_type_returns_status_400_and_one_sentence(name, value):
+    requests = [{name: value}]
+    if name not in ("member_logprobs", "vllm_xargs"):
+        requests.append({"vllm_xargs": {name: value}})
+    for request in requests:
+        status, body, passed = respond({"prompt": "a"} | request)
+        assert (status, passed) == (400, [])
+        assert body["error"]["message"].count("\n") == 0
+        assert body["error"]["code"] == 400
+
+
+@pytest.mark.parametrize("value", ["yes", 2, [], {}])
+def test_return_token_ids_of_a_wrong_type_returns_status_400_beside_member_logprobs(value):
+    status, body, _ = respond({"member_logprobs": True, "return_token_ids": value})
+    assert status == 400
+    assert "return_token_ids is" in body["error"]["message"]
+    assert respond({"return_token_ids": value})[2] == [{"return_token_ids": value}]  # vLLM reports it
+
+
+def test_fields_that_are_null_are_left_out():
+    nulls = dict.fromkeys(("alpha", "weights", "member", "member_prompts", "member_logprobs", "vllm_xargs"))
+    status, _, passed = respond({"prompt": "a"} | nulls)
+    assert status == 200
+    assert "alpha" not in (passed[0].get("vllm_xargs") or {})
+    assert passed[0]["prompt"] == "a"
+    assert respond({"alpha": 0.3, "weights": None})[2] == [{"vllm_xargs": {"alpha": 0.3}}]
