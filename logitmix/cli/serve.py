@@ -40,6 +40,10 @@ class ServeArguments(MixtureArguments):
         default="auto",
         metadata={"help": f"{DECODING_HELP} With vLLM, auto is joint; alternating needs two full members."},
     )
+    draft_member: str | None = field(
+        default=None,
+        metadata={"help": "With vLLM, the member that drafts if the mixture is its own draft model; default: policy."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -175,6 +179,8 @@ def serve_without_vllm(args: ServeArguments, flags: Sequence[str]) -> None:
             "vLLM is not installed, which logitmix serve needs: pip install vllm; to try it on a laptop, the server "
             "of transformers is enough: pip install 'logitmix[serve]'"
         )
+    if args.draft_member is not None:
+        raise ValueError("vLLM is not installed, which --draft_member is for: pip install vllm, or leave it out")
     parser = TrlParser(ServerArguments, prog="logitmix serve", allow_abbrev=False)
     server, vllm_flags = parser.parse_args_into_dataclasses(list(flags), return_remaining_strings=True)
     if vllm_flags:
@@ -218,12 +224,16 @@ def read_config(folder: str) -> Any:
 
 
 def config_overrides(args: ServeArguments, config: Any) -> dict[str, Any]:
-    """The values of a mixture's configuration that the flags set: weights, scheme, and the range of alpha."""
+    """The values of a mixture's configuration that the flags set: weights, scheme, the range of alpha, and a draft's.
+
+    Raises `ValueError` for values outside the scheme's domain, and an unknown member.
+    """
     from logitmix.mixture.configuration import resolve_weights
 
     scheme = args.scheme or config.scheme
     weights = resolve_weights(args.alpha, None, len(config.members), scheme, config.weights)
-    return {"weights": weights.tolist(), "scheme": scheme, "alpha_range": args.alpha_range}
+    draft = {} if args.draft_member is None else {"draft_member": config.resolve_member_name(args.draft_member)}
+    return {"weights": weights.tolist(), "scheme": scheme, "alpha_range": args.alpha_range} | draft
 
 
 def mixture_of(args: ServeArguments) -> Any:

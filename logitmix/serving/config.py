@@ -7,6 +7,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from logitmix.mixture.configuration import LogitMixConfig
 from logitmix.serving.alternating.validation import is_alternating, validate_alternating, validate_alternating_request
+from logitmix.serving.draft import draft_member, is_same_folder
 from logitmix.serving.engine import Engine
 from logitmix.serving.requests import parse_request_weights
 from logitmix.serving.vllm_patches import (
@@ -35,10 +36,11 @@ class MixtureConfigHooks(VerifyAndUpdateConfig):
         validate_speculation(vllm_config)
         model_config = vllm_config.model_config
         engine = engine_class(vllm_config)
-        if engine.validates_beside_speculation or vllm_config.speculative_config is None:
+        takes_validator = engine.validates_beside_speculation or vllm_config.speculative_config is None
+        if takes_validator:
             validator = engine.request_validator.of(model_config.hf_config)
             model_config.logits_processors = [*(model_config.logits_processors or []), validator]
-        else:
+        if not takes_validator or is_alternating(vllm_config.speculative_config):
             validate_sampling_parameters(validate_request)
         if uses_second_model_runner(vllm_config) and not second_model_runner_validates_requests():
             raise ValueError(
@@ -49,8 +51,21 @@ class MixtureConfigHooks(VerifyAndUpdateConfig):
 
 
 def validate_speculation(vllm_config: VllmConfig) -> None:
-    """Raise `ValueError` for a method of speculative decoding whose drafts need the target's own hidden states."""
+    """Raise `ValueError` for a method of speculative decoding whose drafts need the target's own hidden states.
+
+    And for a member that cannot draft for its mixture, or that no draft model asks for.
+    """
     speculative_config = vllm_config.speculative_config
+    # vLLM calls this again for the draft model
+    model_config = vllm_config.model_config if speculative_config is None else speculative_config.target_model_config
+    config, folder = model_config.hf_config, model_config.model
+    if speculative_config is not None and is_same_folder(str(speculative_config.model), folder):
+        draft_member(config)
+    elif hasattr(config, "draft_member"):
+        raise ValueError(
+            f"draft_member is {config.draft_member!r}, but the draft model is not the mixture; set it to {folder} in "
+            "speculative_config, or leave out draft_member"
+        )
     if speculative_config is None or is_alternating(speculative_config):
         return
     if speculative_config.method not in SPECULATIVE_METHODS:

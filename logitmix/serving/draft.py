@@ -1,8 +1,9 @@
-"""The policy of a mixture as its own draft model, on the mixture's weights.
+"""A member of a mixture as its draft model, on the mixture's weights.
 
-vLLM loads a draft model beside its target. Where both are one folder, the draft is the policy alone. It has the layers
-of the mixture's policy, so it takes no memory for weights or a KV cache, and follows each weight sync. What holds the
-layers is its own, since vLLM compiles it, and captures CUDA graphs of it, with the buffers of its caller.
+vLLM loads a draft model beside its target. Where both are one folder, the draft is one member alone: the policy, or
+the one that `draft_member` names in the mixture's configuration. It has the layers of that member, so it takes no
+memory for weights or a KV cache, and follows each weight sync. What holds the layers is its own, since vLLM compiles
+it, and captures CUDA graphs of it, with the buffers of its caller.
 """
 
 from collections.abc import Iterable
@@ -14,6 +15,7 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.model_loader.utils import initialize_model
 
+from logitmix.mixture.configuration import LogitMixConfig
 from logitmix.serving.vllm_patches import member_vllm_config
 
 
@@ -22,37 +24,52 @@ def drafts_for_itself(vllm_config: VllmConfig) -> bool:
     speculative = vllm_config.speculative_config
     if speculative is None or vllm_config.model_config.runner_type != "draft":
         return False
-    return Path(vllm_config.model_config.model).resolve() == Path(speculative.target_model_config.model).resolve()
+    return is_same_folder(vllm_config.model_config.model, speculative.target_model_config.model)
 
 
-class PolicyDraft(nn.Module):
-    """The policy of a mixture that vLLM has loaded, as a vLLM model with the policy's own `attention_layers`.
+def is_same_folder(one: str, other: str) -> bool:
+    return Path(one).resolve() == Path(other).resolve()
 
-    Raises `ValueError` if the policy runs together with other members, as adapters of one model do.
+
+def draft_member(config: LogitMixConfig) -> str:
+    """The member that drafts. Raises `ValueError` for an unknown one, and for one that runs together with others."""
+    member = config.resolve_member_name(getattr(config, "draft_member", "policy"))
+    together = [name for name in config.members if config.model_of(name) == config.model_of(member)]
+    if len(together) > 1:
+        others = ", ".join(name for name in together if name != member)
+        raise ValueError(
+            f"the draft is the mixture itself, but its {member} runs in one pass with {others}; name the folder of "
+            "another draft model"
+        )
+    return member
+
+
+class MemberDraft(nn.Module):
+    """A member of a mixture that vLLM has loaded, as a vLLM model with the member's own `attention_layers`.
+
+    Its hidden states have the mixture's width, that of its widest member, which vLLM holds them in.
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str, mixture: Any) -> None:
         super().__init__()
-        together = mixture.shared["policy"].members
-        if len(together) > 1:
-            raise ValueError(
-                f"the draft is the mixture itself, but its policy runs in one pass with {', '.join(together[1:])}; "
-                "name the folder of another draft model"
-            )
+        member = draft_member(mixture.config)
         registry = vllm_config.compilation_config.static_forward_context
         known = set(registry)
-        draft = initialize_model(member_vllm_config(vllm_config, "policy", mixture.config.policy), prefix=prefix)
-        share_layers(draft, mixture.policy)
+        config = member_vllm_config(vllm_config, member, getattr(mixture.config, member))
+        draft = initialize_model(config, prefix=prefix)
+        share_layers(draft, getattr(mixture, member))
         for name in registry.keys() - known:  # of layers that were replaced
             del registry[name]
         self.attention_layers = [m.layer_name for m in draft.modules() if isinstance(m, Attention)]
+        self.width = getattr(mixture.config, member).get_text_config().hidden_size
+        self.padding = mixture.config.hidden_size - self.width
         self.draft = (draft,)  # not a submodule: vLLM would load and repack its weights a second time
 
     def forward(self, input_ids: Tensor, positions: Tensor, **kwargs: Any) -> Tensor:
-        return self.draft[0](input_ids, positions)
+        return nn.functional.pad(self.draft[0](input_ids, positions), (0, self.padding))
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        return self.draft[0].compute_logits(hidden_states)
+        return self.draft[0].compute_logits(hidden_states[:, : self.width].contiguous())
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load nothing: the mixture has loaded them."""

@@ -24,7 +24,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
 from logitmix.mixture.frozen import frozen_weights
 from logitmix.serving.adapters import SharedModel
 from logitmix.serving.config import engine_class
-from logitmix.serving.draft import PolicyDraft, drafts_for_itself
+from logitmix.serving.draft import MemberDraft, drafts_for_itself
 from logitmix.serving.vllm_patches import member_vllm_config, name_layers_of_drafts
 
 
@@ -34,10 +34,10 @@ class LogitMixForCausalLM(nn.Module):
     policy: Any
 
     def __new__(cls, *, vllm_config: VllmConfig, prefix: str = "") -> Any:
-        """The mixture, or its policy if vLLM builds the draft model for the same mixture."""
+        """The mixture, or one member if vLLM builds the draft model for the same mixture."""
         if drafts_for_itself(vllm_config):
             mixture = vllm_config.speculative_config.mixture  # type: ignore[union-attr]
-            return PolicyDraft(vllm_config=vllm_config, prefix=prefix, mixture=mixture)
+            return MemberDraft(vllm_config=vllm_config, prefix=prefix, mixture=mixture)
         return super().__new__(cls)
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:

@@ -227,6 +227,29 @@ def name_layers_of_drafts(vllm_config: VllmConfig) -> None:
             setattr(drafter, attribute, set(names))
 
     Drafter.load_model = load_model  # type: ignore[method-assign]
+    if attribute.startswith("_"):
+        require_first_cache_group(Drafter)
+
+
+def require_first_cache_group(drafter_class: Any) -> None:
+    """Refuse drafts by layers outside the first group of the KV cache, where members' layers may be.
+
+    The first model runner gives draft models that group's block table, so others would overwrite the cache of members.
+    """
+    base_initialize = drafter_class.initialize_attn_backend
+
+    @wraps(base_initialize)
+    def initialize(drafter: Any, kv_cache_config: Any, *args: Any, **kwargs: Any) -> Any:
+        layers = set(getattr(drafter.model, "attention_layers", ()))
+        if not layers <= set(kv_cache_config.kv_cache_groups[0].layer_names):
+            raise ValueError(
+                "the member that drafts has attention layers in more than one group of vLLM's KV cache, or not in the "
+                "first, where vLLM's first model runner expects them; set draft_member to another member, name the "
+                "folder of another draft model, or set VLLM_USE_V2_MODEL_RUNNER=1"
+            )
+        return base_initialize(drafter, kv_cache_config, *args, **kwargs)
+
+    drafter_class.initialize_attn_backend = initialize
 
 
 # --- forward pass ---------------------------------------------------------------------------------------------------

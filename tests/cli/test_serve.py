@@ -45,6 +45,11 @@ def test_a_pair_is_saved_as_the_mixture_that_vllm_serves(folders):
     assert overrides["weights"] == pytest.approx([0.7, 0.3])
     assert overrides["scheme"] == "logit"
     assert overrides["alpha_range"] == [0.0, 1.0]
+    assert "draft_member" not in overrides
+    again = command_of({"model_name_or_path": str(folders / "mixture"), "draft_member": "anchor"})
+    assert json.loads(again[again.index("--hf-overrides") + 1])["draft_member"] == "anchor_0"
+    with pytest.raises(ValueError, match="there is no member 'teacher'"):
+        command_of({"model_name_or_path": str(folders / "mixture"), "draft_member": "teacher"})
     again = command_of({"model_name_or_path": str(folders / "mixture"), "alpha": 0.6, "alpha_range": [-1.0, 1.0]})
     assert json.loads(again[again.index("--hf-overrides") + 1])["weights"] == pytest.approx([0.4, 0.6])
     with pytest.raises(ValueError, match="mixture exists"):

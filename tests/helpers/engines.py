@@ -1,15 +1,21 @@
 """vLLM engines in this process, and the same tokens and log-probabilities from transformers."""
 
 import gc
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest import mock
 
+import pytest
 import torch
 
 from logitmix.mixture.generation import default_generation_config
 from tests.helpers.members import VOCAB_SIZE
 
+# the second model runner's kernels are interpreted here, which takes a quarter of a second for each
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# of tests of both runners: what differs from another test in what the runners share, such as the architecture
+SLOW_ON_SECOND_RUNNER = [pytest.mark.slow] if IS_INTERPRETED else []
 TOLERANCE = 5e-5  # nats, in float32: the log-probabilities are of magnitude 10
 PROMPTS = [
     [5, 6, 7, 8],
@@ -18,6 +24,13 @@ PROMPTS = [
     [11, 12, 13, 14, 15, 16, 17],
 ]
 ALPHAS = [None, 0.0, 0.3, 1.0]
+
+
+def slow_on_second_runner(test):
+    """Mark a test as slow where the second model runner is interpreted."""
+    for mark in SLOW_ON_SECOND_RUNNER:
+        test = mark(test)
+    return test
 
 
 freeze = gc.freeze
@@ -114,6 +127,7 @@ def log_prob_difference(mixture, prompt, output, **weights):
 def assert_matches_transformers(mixture, llm, prompts=PROMPTS, requests=None, **params):
     """vLLM's greedy tokens and log-probabilities are transformers', with each request's own weights."""
     requests = requests or [{} if alpha is None else {"alpha": alpha} for alpha in ALPHAS]
+    params = {"max_tokens": 6 if IS_INTERPRETED else 12} | params
     outputs = generate(llm, prompts, [greedy_params(fields or None, **params) for fields in requests])
     for prompt, output, weights in zip(prompts, outputs, requests, strict=True):
         tokens = list(output.outputs[0].token_ids)

@@ -5,14 +5,14 @@ samples have the mixture's distribution.
 """
 
 import multiprocessing
-import os
 
 import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed; `make test-serving` has an environment with it")
 
-from vllm import SamplingParams
+from vllm import EngineArgs, SamplingParams
 from vllm.exceptions import VLLMValidationError
+from vllm.model_executor.layers.attention import Attention
 
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.training.vllm_patches import reload_weights_in_place
@@ -20,7 +20,9 @@ from tests.helpers.adapters import save_adapter
 from tests.helpers.distributions import assert_chi_square, exact_marginals
 from tests.helpers.engines import (
     ALPHAS,
+    IS_INTERPRETED,
     PROMPTS,
+    SLOW_ON_SECOND_RUNNER,
     assert_matches_transformers,
     engine,
     generate,
@@ -32,8 +34,7 @@ from tests.helpers.engines import (
 from tests.helpers.ngram import check_ngram_drafts
 from tests.helpers.vllm_members import build_member, build_mixture, save_member
 
-# the second runner's kernels are interpreted here, which takes a quarter of a second for each
-SAMPLES, TOKENS = (192, 2) if os.environ.get("TRITON_INTERPRET") == "1" else (1024, 3)
+SAMPLES, TOKENS = (192, 2) if IS_INTERPRETED else (1024, 3)
 
 
 @pytest.fixture(scope="module")
@@ -67,14 +68,15 @@ def accepted(llm):
 @pytest.mark.runners
 def test_greedy_tokens_of_50_prompts_at_their_own_alpha_match_transformers(mixture, folder):
     """The mixture drafts for itself. Prefills are split into chunks, and prompts share cached prefixes."""
-    prompts = random_prompts(50)
-    requests = [{"alpha": i / 49} if i % 5 else {} for i in range(50)]
+    N = 16 if IS_INTERPRETED else 50
+    prompts = random_prompts(N)
+    requests = [{"alpha": i / (N - 1)} if i % 5 else {} for i in range(N)]
     settings = {"max_num_batched_tokens": 48, "disable_log_stats": False}
     with engine(folder / "mixture", speculative_config=drafts_of(folder, "mixture"), **settings) as llm:
         assert_matches_transformers(mixture, llm, prompts, requests)
         assert_matches_transformers(mixture, llm, prompt_logprobs=0)
         assert_matches_transformers(mixture, llm, [PROMPTS[2]] * 4, [{"alpha": a or 0.2} for a in ALPHAS])
-        assert accepted(llm) > 50
+        assert accepted(llm) > N
 
 
 @pytest.mark.runners
@@ -105,7 +107,10 @@ def test_requests_are_validated_and_aborted_beside_speculation(mixture, folder):
 
 
 @pytest.mark.runners
-@pytest.mark.parametrize(("draft", "how"), [("mixture", "probabilistic"), ("stale", "greedy")])
+@pytest.mark.parametrize(
+    ("draft", "how"),
+    [("mixture", "probabilistic"), pytest.param("stale", "greedy", marks=SLOW_ON_SECOND_RUNNER)],
+)
 def test_samples_have_the_mixtures_distribution(mixture, folder, draft, how):
     """The first token follows a prefill; the others are drafted and verified, at the request's own alpha."""
     alpha, temperature, prompt = 0.7, 0.8, PROMPTS[0]
@@ -126,7 +131,7 @@ def test_samples_have_the_mixtures_distribution(mixture, folder, draft, how):
 
 
 @pytest.mark.runners
-@pytest.mark.parametrize("how", ["greedy", "probabilistic"])
+@pytest.mark.parametrize("how", [pytest.param("greedy", marks=SLOW_ON_SECOND_RUNNER), "probabilistic"])
 def test_seeds_reproduce_samples_of_n_completions(folder, how):
     """All randomness is the request's own, also that of its drafts."""
     speculative = drafts_of(folder, "policy", draft_sample_method=how)
@@ -154,7 +159,7 @@ def push_policy(llm, policy):
 
 
 @pytest.mark.runners
-@pytest.mark.parametrize("draft", ["mixture", "policy"])
+@pytest.mark.parametrize("draft", ["mixture", pytest.param("policy", marks=SLOW_ON_SECOND_RUNNER)])
 def test_greedy_tokens_and_acceptance_of_the_policys_drafts_after_a_push_of_its_weights(folder, draft):
     """A mixture drafts for itself with its policy's own weights. A draft that was loaded beside it becomes stale."""
     mixture = build_mixture("qwen2", "llama", alpha=0.4)
@@ -170,21 +175,48 @@ def test_greedy_tokens_and_acceptance_of_the_policys_drafts_after_a_push_of_its_
 
 
 @pytest.mark.runners
-def test_a_mixture_that_drafts_for_itself_has_no_weights_or_cache_of_its_own(folder):
-    def cached_layers(llm):
-        return {name for group in model_runner(llm).kv_cache_config.kv_cache_groups for name in group.layer_names}
-
-    with engine(folder / "mixture") as llm:
-        expected = cached_layers(llm)
-    with engine(folder / "mixture", speculative_config=drafts_of(folder, "mixture")) as llm:
-        assert cached_layers(llm) == expected
+@pytest.mark.parametrize(
+    ("member", "fields"),
+    [pytest.param("policy", {}, marks=SLOW_ON_SECOND_RUNNER), ("anchor_0", {"draft_member": "anchor"})],
+)
+def test_a_member_that_drafts_for_its_mixture_has_no_weights_or_cache_of_its_own(mixture, folder, member, fields):
+    """The policy, or the member that the configuration names. Alone it accepts all of its drafts."""
+    settings = {"speculative_config": drafts_of(folder, "mixture"), "hf_overrides": fields, "disable_log_stats": False}
+    with engine(folder / "mixture", **settings) as llm:
         runner = model_runner(llm)
+        cached = [name for group in runner.kv_cache_config.kv_cache_groups for name in group.layer_names]
+        of_mixture = [m.layer_name for m in runner.get_model().modules() if isinstance(m, Attention)]
+        assert sorted(cached) == sorted(of_mixture)
         draft = (runner.drafter if hasattr(runner, "drafter") else runner.speculator).model.draft[0]
-        policy = dict(runner.get_model().policy.named_parameters())
-        drafts = dict(draft.named_parameters())
-        assert drafts.keys() == policy.keys()
-        assert all(drafts[name] is policy[name] for name in policy)
-        assert draft.model is not runner.get_model().policy.model  # so that it is compiled with buffers of its own
+        own = getattr(runner.get_model(), member)
+        weights, drafts = dict(own.named_parameters()), dict(draft.named_parameters())
+        assert drafts.keys() == weights.keys()
+        assert all(drafts[name] is weights[name] for name in weights)
+        assert draft.model is not own.model  # so that it is compiled with buffers of its own
+        assert_matches_transformers(mixture, llm)
+        assert acceptance_of(llm, {"member": member}) == 1
+
+
+def test_a_draft_member_that_does_not_exist_or_does_not_draft_is_rejected(folder):
+    for fields, draft, message in (
+        ("teacher", "mixture", "there is no member 'teacher'; the members are policy, anchor_0"),
+        ("anchor", "policy", "draft_member is 'anchor', but the draft model is not the mixture; set it to"),
+        ("anchor", None, "draft_member is 'anchor', but the draft model is not the mixture; set it to"),
+    ):
+        speculative = None if draft is None else drafts_of(folder, draft)
+        arguments = {"hf_overrides": {"draft_member": fields}, "speculative_config": speculative}
+        with pytest.raises(ValueError, match=message):
+            EngineArgs(str(folder / "mixture"), **arguments).create_engine_config()
+
+
+def test_a_member_outside_the_first_group_of_the_kv_cache_does_not_draft_on_the_first_runner(tmp_path, monkeypatch):
+    """vLLM would give its layers the block table of the first group."""
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    build_mixture("qwen2", "mistral", alpha=0.4).save_pretrained(tmp_path / "mixture")
+    settings = {"speculative_config": drafts_of(tmp_path, "mixture"), "hf_overrides": {"draft_member": "anchor"}}
+    message = "or not in the first, where vLLM's first model runner expects them; set draft_member to another member"
+    with pytest.raises(ValueError, match=message), engine(tmp_path / "mixture", **settings):
+        pass
 
 
 @pytest.mark.slow

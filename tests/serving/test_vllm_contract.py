@@ -48,6 +48,7 @@ PARAMETERS = [
     (DEFAULT_STATE[0], "DefaultModelState.apply_staged_writes", ["self"]),
     (DEFAULT_STATE[0], "DefaultModelState.prepare_inputs", ["self", "input_batch", "req_states"]),
     (DEFAULT_STATE[0], "DefaultModelState.prepare_dummy_inputs", ["self", "num_reqs", "num_tokens"]),
+    (DEFAULT_STATE[0].replace("default", "interface"), "ModelState.custom_sampler", ["self", "sampler"]),
     (f"{V2}.buffer_utils", "StagedWriteTensor", ["self", "size", "dtype", "device"]),
     (f"{V2}.buffer_utils", "StagedWriteTensor.stage_write", ["self", "index", "start", "x"]),
     (f"{V2}.buffer_utils", "StagedWriteTensor.apply_write", ["self"]),
@@ -199,6 +200,17 @@ BEHAVIOUR = [
         "model_config=self.draft_model_config",
     ),
     ("vllm.v1.worker.cpu_model_runner", "CPUModelRunner.load_model", "self.drafter.load_model(self.model)"),
+    # the first runner hands draft models the block table of the first group of the KV cache
+    (
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner._build_attention_metadata",
+        "if self.speculative_config and spec_decode_common_attn_metadata is None:",
+    ),
+    (
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner.initialize_metadata_builders",
+        "self.drafter.initialize_attn_backend(kv_cache_config",
+    ),
     # it takes the attention layers that the draft adds, where one names those of the target
     ("vllm.v1.spec_decode.llm_base_proposer", "SpecDecodeBaseProposer.load_model", "self._draft_attn_layer_names = "),
     (f"{V2}.spec_decode.speculator", "DraftModelSpeculator.load_model", "self.draft_attn_layer_names = set(all_attn_"),
