@@ -9,7 +9,7 @@ A request's alpha passes through these files:
    it runs. `engine.py` is their interface, and `model_state.py` the second runner's state.
 4. `model.py` mixes the members' logits at these weights.
 
-`config.py` sets up vLLM for a mixture, `alternating/` lets two members take turns, `draft.py` makes the policy a draft
+`config.py` sets up vLLM for a mixture, `alternating/` lets two members take turns, `draft.py` makes a member a draft
 model, `adapters.py` runs members that are adapters of one model, and the `*_patches.py` hold what depends on internals
 of vLLM and transformers.
 """
@@ -23,9 +23,11 @@ def register() -> None:
 
     import logitmix.mixture.modeling  # noqa: F401  registers the configuration with transformers
     from logitmix.mixture.configuration import LogitMixConfig
+    from logitmix.serving.alternating.vllm_patches import let_members_draft_on_the_second_runner
     from logitmix.serving.config import MixtureConfigHooks
     from logitmix.serving.vllm_patches import name_bytes_of_a_token, register_config_hooks
 
     ModelRegistry.register_model(ARCHITECTURE, "logitmix.serving.model:LogitMixForCausalLM")
     register_config_hooks(ARCHITECTURE, MixtureConfigHooks)
     name_bytes_of_a_token(LogitMixConfig)
+    let_members_draft_on_the_second_runner()

@@ -6,6 +6,7 @@ The weights of all slots are one tensor on the device, and those of a step's tok
 changes: a CUDA graph reads it at each replay.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,9 +17,13 @@ from vllm.v1.worker.gpu.buffer_utils import StagedWriteTensor
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.mm.encoder_cache import EncoderCache
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 from vllm.v1.worker.gpu.states import RequestState
 
 from logitmix.mixture.configuration import LogitMixConfig
+from logitmix.serving.alternating.second_runner import TurnSampler
+from logitmix.serving.alternating.slots import SlotTurns
+from logitmix.serving.alternating.validation import is_alternating
 from logitmix.serving.engine_v2 import SecondRunnerEngine
 from logitmix.serving.requests import parse_request_weights
 
@@ -38,6 +43,7 @@ class MixtureModelState(DefaultModelState):
         self.tokens = torch.arange(self.max_num_tokens, dtype=torch.int32, device=device)
         # ids of running requests with a weight of 0 or below
         self.special: set[str] = set()
+        self.turns: SlotTurns | None = None  # in alternating decoding
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         super().add_request(req_index, new_req_data)
@@ -46,6 +52,8 @@ class MixtureModelState(DefaultModelState):
         self.slot_weights.stage_write(req_index, 0, weights)
         if min(weights) <= 0:
             self.special.add(new_req_data.req_id)
+        if self.turns is not None:
+            self.turns.forget([req_index])
 
     def remove_request(self, req_id: str) -> None:
         super().remove_request(req_id)
@@ -54,6 +62,22 @@ class MixtureModelState(DefaultModelState):
     def apply_staged_writes(self) -> None:
         super().apply_staged_writes()
         self.slot_weights.apply_write()
+
+    def custom_sampler(self, sampler: Any) -> tuple[Any, Any] | None:
+        """The samplers of turns, in alternating decoding: without drafts, and to verify drafts.
+
+        `num_new_sampled_tokens_per_step` remains 1: the next draft comes from the logits after a draft.
+        """
+        speculative_config = self.vllm_config.speculative_config
+        if speculative_config is None or not is_alternating(speculative_config):
+            return None
+
+        def mix(logits_KNV: Sequence[Tensor], slots_N: Tensor) -> Tensor:
+            return self.engine.mix(logits_KNV, self.slot_weights.gpu[slots_N], self.config.scheme)
+
+        self.turns = SlotTurns(self.max_num_reqs, self.config.vocab_size, self.device, mix)
+        verifier = RejectionSampler(sampler, speculative_config, self.device)
+        return TurnSampler(sampler, self.turns, self.model), TurnSampler(verifier, self.turns, self.model)
 
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
         self.engine.has_special_weights = bool(self.special)

@@ -2,6 +2,8 @@
 
 Tiny members cost next to nothing and disagree often, so the engines here are told that a pass costs the same for any
 number of tokens: all decoding steps are turns then.
+
+The arithmetic of turns on the second model runner is tested in test_turns_in_slots.py.
 """
 
 from contextlib import contextmanager
@@ -22,7 +24,9 @@ from logitmix.training.vllm_patches import reload_weights_in_place
 from tests.helpers.adapters import save_adapter
 from tests.helpers.distributions import assert_chi_square, exact_marginals
 from tests.helpers.engines import (
+    IS_INTERPRETED,
     PROMPTS,
+    SLOW_ON_SECOND_RUNNER,
     TOLERANCE,
     assert_matches_transformers,
     engine,
@@ -31,11 +35,12 @@ from tests.helpers.engines import (
     greedy_tokens,
     random_prompts,
     scheduler,
+    slow_on_second_runner,
 )
 from tests.helpers.members import character_tokenizer
 from tests.helpers.vllm_members import build_member, build_mixture, save_member
 
-SAMPLES = 1024
+SAMPLES, TOKENS = (192, 2) if IS_INTERPRETED else (1024, 3)
 
 
 @contextmanager
@@ -47,7 +52,7 @@ def alternating(folder, always=True, **kwargs):
         yield llm
 
 
-@pytest.fixture(scope="module", params=["logit", "prob"])
+@pytest.fixture(scope="module", params=["logit", pytest.param("prob", marks=SLOW_ON_SECOND_RUNNER)])
 def mixture(request):
     return build_mixture("qwen2", "llama", alpha=0.4, scheme=request.param)
 
@@ -106,7 +111,8 @@ MASKS = {
 
 
 def under_masks(llm, name):
-    params = [greedy_params({"alpha": alpha}, max_tokens=20, **MASKS[name]) for alpha in (0.2, 0.5, 0.8)]
+    length = 10 if IS_INTERPRETED else 20
+    params = [greedy_params({"alpha": alpha}, max_tokens=length, **MASKS[name]) for alpha in (0.2, 0.5, 0.8)]
     return generate(llm, PROMPTS[:3], params)
 
 
@@ -123,12 +129,14 @@ class TestInOneEngine:
         with alternating(folder, max_num_batched_tokens=64) as llm:
             yield llm
 
+    @pytest.mark.runners
     def test_greedy_tokens_of_50_prompts_take_turns(self, mixture, llm):
         """Requests start while others decode, and prefills are split into chunks."""
-        requests = [{"alpha": i / 49} if i % 5 else {} for i in range(50)]
-        assert_matches_transformers(mixture, llm, random_prompts(50), requests)
+        N = 16 if IS_INTERPRETED else 50
+        requests = [{"alpha": i / (N - 1)} if i % 5 else {} for i in range(N)]
+        assert_matches_transformers(mixture, llm, random_prompts(N), requests)
         assert_matches_transformers(mixture, llm, prompt_logprobs=0)
-        for alpha in (0.0, 0.3, 1.0):
+        for alpha in (0.3,) if IS_INTERPRETED else (0.0, 0.3, 1.0):
             assert_matches_transformers(mixture, llm, PROMPTS[:1], [{"alpha": alpha}], max_tokens=30)
         drafted, accepted = (
             metric(llm, "vllm:spec_decode_num_drafts"),
@@ -138,17 +146,19 @@ class TestInOneEngine:
         statistics = decoding_statistics(llm)
         assert (sum(statistics.drafted), sum(statistics.accepted)) == (drafted, accepted)
 
+    @pytest.mark.runners
     def test_requests_end_at_the_longest_context(self, mixture, llm):
         """A draft that does not fit is left out, and its token drawn from the mixture."""
-        for alpha in (0.2, 0.8):
+        for alpha in (0.2,) if IS_INTERPRETED else (0.2, 0.8):
             (output,) = generate(llm, PROMPTS[2:3], greedy_params({"alpha": alpha}, max_tokens=64))
             tokens = list(output.outputs[0].token_ids)
             assert len(tokens) == 64 - len(PROMPTS[2])
             assert tokens == greedy_tokens(mixture, PROMPTS[2], len(tokens), alpha=alpha)
 
+    @pytest.mark.runners
     def test_a_block_enters_the_prefix_cache_when_both_members_have_written_it(self, mixture, llm):
         """A request for the same prefix arrives at each step of another that decodes over the end of a block."""
-        for arrival in range(1, 14):
+        for arrival in range(3, 8, 2) if IS_INTERPRETED else range(1, 14):
             prompt = [arrival + 3, *PROMPTS[2][1:]]
             tokens = prompt + greedy_tokens(mixture, prompt, 8, alpha=0.3)
             expected = greedy_tokens(mixture, tokens, 4, alpha=0.6)
@@ -168,32 +178,43 @@ class TestInOneEngine:
         (output,) = generate(llm, [prompt], greedy_params())
         assert output.num_cached_tokens == 32
 
-    @pytest.mark.parametrize("top_k", [0, 5])
+    @pytest.mark.runners
+    @pytest.mark.parametrize("top_k", [0, pytest.param(5, marks=SLOW_ON_SECOND_RUNNER)])
     def test_samples_of_turns_have_the_mixtures_distribution(self, mixture, llm, top_k):
         """Among greedy requests, at the request's own alpha."""
         alpha, temperature, prompt = 0.7, 0.8, PROMPTS[0]
         expected = exact_marginals(mixture, prompt, alpha, temperature, **({"top_k": top_k} if top_k else {}))
         params = [
             SamplingParams(
-                temperature=temperature if i % 8 else 0.0, top_k=top_k if i % 8 else 0, max_tokens=3, ignore_eos=True,
-                seed=i if i % 2 else None, extra_args={"alpha": alpha},
+                temperature=temperature if i % 8 else 0.0, top_k=top_k if i % 8 else 0, max_tokens=TOKENS,
+                ignore_eos=True, seed=i if i % 2 else None, extra_args={"alpha": alpha},
             )
             for i in range(SAMPLES)
         ]  # fmt: skip
         outputs = generate(llm, [prompt] * SAMPLES, params)
-        for position, probabilities in enumerate(expected):
+        for position, probabilities in enumerate(expected[:TOKENS]):
             sampled = [o.outputs[0].token_ids[position] for i, o in enumerate(outputs) if i % 8]
             assert_chi_square(sampled, probabilities)
-        greedy = greedy_tokens(mixture, prompt, 3, alpha=alpha)
+        greedy = greedy_tokens(mixture, prompt, TOKENS, alpha=alpha)
         assert all(list(output.outputs[0].token_ids) == greedy for output in outputs[::8])
 
-    @pytest.mark.parametrize("name", MASKS)
+    @pytest.mark.runners
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "penalties",
+            pytest.param("allowed", marks=SLOW_ON_SECOND_RUNNER),
+            "min_tokens",
+            pytest.param("bad_words", marks=SLOW_ON_SECOND_RUNNER),
+        ],
+    )
     def test_penalties_and_masks_apply_to_the_mixture(self, expected_under_masks, llm, name):
         for one, other in zip(expected_under_masks[name], under_masks(llm, name), strict=True):
             assert one.outputs[0].token_ids == other.outputs[0].token_ids
             for a, b in zip(one.outputs[0].logprobs, other.outputs[0].logprobs, strict=True):
                 assert all(abs(a[token].logprob - b[token].logprob) < TOLERANCE for token in a)
 
+    @pytest.mark.runners
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
@@ -241,6 +262,7 @@ def test_compiled_members_take_turns(tmp_path, monkeypatch):
         assert decoding_statistics(llm).passes_per_token < 2
 
 
+@pytest.mark.runners
 def test_seeds_reproduce_samples_of_n_completions_and_their_log_probs(mixture, folder):
     prompt, fields = PROMPTS[0], {"alpha": 0.7}
     params = SamplingParams(n=4, temperature=0.8, max_tokens=8, ignore_eos=True, seed=3, logprobs=0, extra_args=fields)
@@ -292,6 +314,7 @@ def test_many_requests_and_a_low_acceptance_rate_are_decoded_jointly(mixture, ne
         assert statistics.passes_per_token < 2.2
 
 
+@pytest.mark.runners
 def test_preempted_and_aborted_requests(mixture, folder):
     small = {"num_gpu_blocks_override": 6, "enable_prefix_caching": False}
     with alternating(folder, **small) as llm:
@@ -309,6 +332,8 @@ def test_preempted_and_aborted_requests(mixture, folder):
         }
 
 
+@pytest.mark.runners
+@slow_on_second_runner
 def test_logits_of_earlier_weights_are_forgotten(folder):
     """New weights arrive while requests run: the next token is that of joint decoding with the same history."""
     policy = build_member("qwen2", seed=5).state_dict()
@@ -332,7 +357,7 @@ def test_logits_of_earlier_weights_are_forgotten(folder):
             assert tokens(llm, before) == expected
 
 
-def test_other_models_and_configurations_are_rejected(tmp_path, folder, monkeypatch):
+def test_other_models_and_configurations_are_rejected(tmp_path, folder):
     base = save_member(tmp_path / "base")
     policy = save_adapter(tmp_path / "policy", base, 1, target_modules="all-linear")
     LogitMixForCausalLM.from_members(policy, base, alpha=0.4).save_pretrained(tmp_path / "adapters")
@@ -350,9 +375,6 @@ def test_other_models_and_configurations_are_rejected(tmp_path, folder, monkeypa
     for path, settings, message in cases:
         with pytest.raises(ValueError, match=message), engine(path, **alternating_decoding() | settings):
             pass
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-    with pytest.raises(Exception, match=r"second model runner|custom_class"), engine(folder, **alternating_decoding()):
-        pass
 
 
 def test_a_plausibility_cut_matches_transformers(tmp_path):

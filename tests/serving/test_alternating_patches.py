@@ -1,4 +1,4 @@
-"""What serving/alternating assumes of vLLM: its first model runner, its scheduler, and its rejection sampler.
+"""What serving/alternating assumes of vLLM: its two model runners, its scheduler, and its rejection samplers.
 
 The source is read, of the installed version and of the newest; nothing of it is imported.
 """
@@ -12,6 +12,8 @@ from tests.helpers.vllm_sources import REASONS, SOURCES
 
 RUNNER, SAMPLER = "vllm.v1.worker.gpu_model_runner", "vllm.v1.sample.rejection_sampler"
 SCHEDULER = "vllm.v1.core.sched.scheduler"
+V2 = "vllm.v1.worker.gpu"
+SECOND = f"{V2}.model_runner"
 
 
 def assert_text_has(vllm, module, path, *fragments):
@@ -88,6 +90,8 @@ def test_the_scheduler_counts_computed_tokens_as_alternating_decoding_does(vllm)
         "self.kv_cache_manager.allocate_slots(",
     )
     assert_text_has(vllm, SCHEDULER, "Scheduler.schedule", *source)
+    source = "num_spec_tokens_to_schedule = self.num_spec_tokens"
+    assert_text_has(vllm, SCHEDULER, "Scheduler.schedule", source)
     source = "self.make_spec_decoding_stats(", "num_accepted_tokens=num_accepted", "request_id=req_id"
     assert_text_has(vllm, SCHEDULER, "Scheduler.update_from_output", *source)
     assert_takes(vllm, SCHEDULER, "Scheduler.reset_prefix_cache", "self")
@@ -99,3 +103,57 @@ def test_blocks_are_cached_when_slots_are_allocated_unless_that_is_delayed(vllm)
     module, source = "vllm.v1.core.kv_cache_manager", ("if delay_cache_blocks:", "self.coordinator.cache_blocks")
     assert_text_has(vllm, module, "KVCacheManager.allocate_slots", *source)
     assert_takes(vllm, module, "KVCacheManager.cache_blocks", "self", "request", "num_computed_tokens")
+
+
+def test_the_second_runner_is_refused_for_custom_drafts_by_their_method(vllm):
+    path = "VllmConfig._get_v2_model_runner_unsupported_features"
+    assert_text_has(vllm, "vllm.config.vllm", path, "'custom_class'", "speculative_config.method")
+    source = "self._get_v2_model_runner_unsupported_features()"
+    assert_text_has(vllm, "vllm.config.vllm", "VllmConfig.use_v2_model_runner", source)
+    assert_text_has(vllm, "vllm.config.vllm", "VllmConfig._validate_v2_model_runner", source)
+
+
+def test_the_second_runner_makes_what_drafts_before_it_loads_the_model(vllm):
+    assert_takes(vllm, f"{V2}.spec_decode", "init_speculator", "vllm_config", "device")
+    source = "self.speculator = init_speculator(self.vllm_config, self.device"
+    assert_text_has(vllm, SECOND, "GPUModelRunner.__init__", source)
+    source = "self.sampler, self.rejection_sampler = custom", "self.model_state = init_model_state("
+    assert_text_has(vllm, SECOND, "GPUModelRunner.load_model", *source)
+    names = ("input_batch", "attn_metadata", "slot_mappings", "last_hidden_states", "aux_hidden_states", "num_sampled")
+    names = ("self", *names, "num_rejected", "last_sampled", "next_prefill_tokens", "temperature", "seeds")
+    assert_takes(vllm, f"{V2}.spec_decode.speculator", "BaseSpeculator.propose", *names)
+    assert_takes(
+        vllm, f"{V2}.spec_decode.rejection_sampler", "RejectionSampler.__init__", "self", "sampler", "spec_config"
+    )
+    assert_text_has(vllm, "vllm.v1.worker.gpu_worker", "Worker.__init__", "self.use_v2_model_runner = ")
+
+
+def test_the_second_runner_counts_tokens_as_its_samplers_say(vllm):
+    source = (
+        "self.sampler(logits, input_batch)",
+        "self.speculator.draft_logits",
+        "return (sampler_output, sampler_output.num_sampled, sampler_output.num_rejected)",
+    )
+    assert_text_has(vllm, SECOND, "GPUModelRunner.sample", *source)
+    source = "computed_delta = query_len - num_rejected", "if num_sampled > 0:"
+    assert_text_has(vllm, f"{V2}.input_batch", "_post_update_kernel", *source)
+    names = "idx_mapping", "cu_num_logits", "logits_indices", "positions", "input_ids", "req_ids", "num_reqs"
+    assert set(names) <= set(vllm.fields(f"{V2}.input_batch", "InputBatch"))
+    assert {"sampled_token_ids", "num_sampled", "num_rejected"} <= set(
+        vllm.fields(f"{V2}.sample.output", "SamplerOutput")
+    )
+
+
+def test_the_second_runner_keeps_drafts_and_takes_their_logits_before_temperature(vllm):
+    source = (
+        "draft_tokens[:, num_spec_tokens:] = -1",
+        "self.req_states.draft_tokens[input_batch.idx_mapping] = draft_tokens",
+    )
+    assert_text_has(vllm, SECOND, "GPUModelRunner.sample_tokens", *source)
+    names = "logits", "expanded_idx_mapping", "temperature", "seed", "pos", "apply_temperature", "is_drafting"
+    assert_takes(vllm, f"{V2}.sample.gumbel", "gumbel_sample", *names)
+    # draft logits are those of the request's slot, divided by its temperature
+    source = "draft_logits_ptr + req_state_idx * draft_logits_stride_0", "/ temp"
+    assert_text_has(vllm, f"{V2}.spec_decode.rejection_sampler_utils", "_resample_kernel", *source)
+    assert "DraftTokenIds" in vllm.exports("vllm.v1.outputs")
+    assert vllm.fields("vllm.v1.outputs", "DraftTokenIds")[:2] == ["req_ids", "draft_token_ids"]

@@ -18,13 +18,12 @@ from logitmix.mixture.by_reference import save_by_reference
 from logitmix.mixture.configuration import LogitMixConfig
 from logitmix.mixture.generation import GREEDY
 from logitmix.mixture.modeling import LogitMixForCausalLM
-from logitmix.training.config import LogitMixGRPOConfig
 from logitmix.training.rollouts import vllm as rollouts
-from logitmix.training.rollouts.vllm import alternates, sampling_parameters, validate_architectures
+from logitmix.training.rollouts.vllm import sampling_parameters, validate_architectures
 from tests.helpers import grpo
 from tests.helpers.adapters import save_adapter
 from tests.helpers.commands import TINY
-from tests.helpers.engines import clean_up
+from tests.helpers.engines import SLOW_ON_SECOND_RUNNER, clean_up, slow_on_second_runner
 from tests.helpers.grpo import PROMPTS, trainer_of
 from tests.helpers.members import CHARACTERS, character_tokenizer
 from tests.helpers.tools import ANSWER, CALL, RESULT, add, tool_mixture, tool_tokenizer, tool_user
@@ -88,7 +87,7 @@ def largest_difference(trainer, alpha=None):
     "kind",
     [
         pytest.param("two models", marks=pytest.mark.runners),
-        pytest.param("base anchor", marks=pytest.mark.runners),
+        pytest.param("base anchor", marks=[pytest.mark.runners, *SLOW_ON_SECOND_RUNNER]),
         "two adapters",
         "tied embeddings",
     ],
@@ -128,7 +127,9 @@ def test_the_trainers_log_probs_match_those_of_vllms_samples(tmp_path, kind, mon
     assert largest_difference(trainer) < 1e-4
 
 
-@pytest.mark.parametrize("kind", [pytest.param("full models", marks=pytest.mark.runners), "two adapters"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("full models", marks=[pytest.mark.runners, *SLOW_ON_SECOND_RUNNER]), "two adapters"]
+)
 def test_anchors_are_read_from_their_own_folders(tmp_path, kind, monkeypatch):
     """Only what trains is written for vLLM, and vLLM still has the anchor's weights."""
     policy, anchor = save_member(tmp_path / "base"), save_member(tmp_path / "sft", "llama", 1)
@@ -159,6 +160,8 @@ def near_pair():
     return LogitMixForCausalLM.from_members(policy, anchor, alpha=0.4)
 
 
+@pytest.mark.runners
+@slow_on_second_runner
 def test_members_take_turns_in_rollouts_and_log_their_passes_and_acceptance(tmp_path):
     """By default on a CPU. A push of the weights leaves no stale logits."""
     trainer = trainer_in_vllm(tmp_path, near_pair(), max_completion_length=16, learning_rate=1e-4)
@@ -191,16 +194,6 @@ def test_alternating_rollouts_that_vllm_cannot_decode_are_rejected(tmp_path, opt
     mixture = build_mixture("qwen2", "llama")
     with pytest.raises(ValueError, match=message):
         trainer_in_vllm(tmp_path, mixture, **{"decoding": "alternating"} | options)
-
-
-def test_alternating_rollouts_on_the_second_runner_are_rejected(tmp_path, monkeypatch):
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-    args = LogitMixGRPOConfig(str(tmp_path), use_cpu=True, bf16=False, use_vllm=True, vllm_mode="colocate")
-    mixture = build_mixture("qwen2", "llama")
-    assert not alternates(args, mixture)
-    args.decoding = "alternating"
-    with pytest.raises(ValueError, match=r"second model runner \(VLLM_USE_V2_MODEL_RUNNER=1\); set decoding"):
-        alternates(args, mixture)
 
 
 def test_validation_decodes_several_alphas_in_one_batch(tmp_path):
@@ -279,6 +272,7 @@ def test_a_stop_string_that_is_a_special_token_ends_a_rollout(tmp_path, monkeypa
 
 
 @pytest.mark.runners
+@slow_on_second_runner
 def test_all_weights_are_pushed_after_sleep_level_2(tmp_path):
     """Level 2 discards all weights. vLLM's CPU build cannot sleep, so the test overwrites them."""
     trainer = trainer_in_vllm(tmp_path, build_mixture("qwen2", "llama", alpha=0.4))

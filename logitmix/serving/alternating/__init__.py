@@ -5,8 +5,10 @@
 The algorithm is that of `logitmix/mixture/decoding/alternating.py`. Each file has one part of it:
 
 - `scheduler.py` chooses the member that runs in a step, and counts the tokens that each member has read.
-- `turns.py` mixes the logits of the member that ran with those that the other left, and drafts the next tokens.
-- `worker.py` and `vllm_patches.py` connect it to vLLM's first model runner, and `validation.py` to its configuration.
+- `turns.py` mixes the logits of the member that ran with those that the other left, and drafts the next tokens, on
+  vLLM's first model runner; `slots.py` does so on the second, without reading anything on the host.
+- `worker.py` and `vllm_patches.py` connect it to vLLM's two model runners, `second_runner.py` to the samplers of the
+  second, and `validation.py` to vLLM's configuration.
 """
 
 from typing import Any
@@ -19,8 +21,8 @@ PROPOSER = "logitmix.serving.alternating.worker.NoProposer"
 def alternating_decoding() -> dict[str, Any]:
     """The arguments of vLLM's `LLM` (and `EngineArgs`) that turn on alternating decoding of a mixture.
 
-    It needs a mixture of two full members and vLLM's first model runner. Raises no error itself: vLLM's configuration
-    is validated when the engine starts.
+    It needs a mixture of two full members. Raises no error itself: vLLM's configuration is validated when the engine
+    starts.
     """
     return {
         # vLLM verifies the drafts as it does those of speculative decoding; a draft model does not exist

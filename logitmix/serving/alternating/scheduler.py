@@ -95,7 +95,7 @@ class AlternatingScheduler(Scheduler):
         num_spec_tokens = self.num_spec_tokens
         self.num_spec_tokens = 0
         step = super().schedule(*args, **kwargs)
-        self.num_spec_tokens = num_spec_tokens
+        self.num_spec_tokens = step.num_spec_tokens_to_schedule = num_spec_tokens
         starts = {name: self.requests[name].num_computed_tokens - n for name, n in step.num_scheduled_tokens.items()}
         step.turn = Turn(self.choose_member(step), self.weights_changed, starts)  # type: ignore[attr-defined]
         self.weights_changed = False

@@ -1,4 +1,4 @@
-"""The turns of two members over the requests of a batch: mixing, and drafting.
+"""The turns of two members over the requests of a batch, on vLLM's first model runner: mixing, and drafting.
 
 Shape legend: R rows of logits of a step, N requests, V vocabulary, K = 2 members.
 
@@ -9,7 +9,7 @@ Any q is exact.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -50,7 +50,7 @@ class MemberTurns:
     def __init__(self, model: Any) -> None:
         self.model = model
         self.readings: dict[str, Reading] = {}
-        self.statistics = DecodingStatistics()
+        self.counts = DecodingStatistics()
         self.member: int | None = None
         self.rows: list[Row] = []
         self.own_RV = torch.empty(0)
@@ -135,7 +135,7 @@ class MemberTurns:
         return drafts
 
     def _count(self, tokens: Sequence[Sequence[int]]) -> None:
-        counts = self.statistics
+        counts = self.counts
         counts.tokens += sum(map(len, tokens))
         for member in (0, 1) if self.member is None else (self.member,):
             counts.passes[member] += len(self.rows)
@@ -145,9 +145,9 @@ class MemberTurns:
                 counts.drafted[reading.member] += 1
                 counts.accepted[reading.member] += ids[0] == row.draft
 
-    def counts(self) -> dict[str, Any]:
-        """The fields of the statistics, which another process can read."""
-        return asdict(self.statistics)
+    def statistics(self) -> DecodingStatistics:
+        """The counts since the start."""
+        return self.counts
 
 
 def _draw(logits_NV: Tensor, requests: list[int], metadata: SamplingMetadata) -> tuple[Tensor, Tensor | None]:

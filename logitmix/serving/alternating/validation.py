@@ -4,7 +4,6 @@ from vllm import SamplingParams
 from vllm.config import CUDAGraphMode, VllmConfig
 
 from logitmix.serving.alternating import PROPOSER, SCHEDULER, WORKER
-from logitmix.serving.vllm_patches import uses_second_model_runner
 
 
 def is_alternating(speculative_config: object) -> bool:
@@ -39,8 +38,6 @@ def _reason_against(vllm_config: VllmConfig) -> str | None:
         return f"{len(config.members)} members, but with two"
     if len(config.model_names) != 2:
         return "members that are adapters of one model, which run in one pass"
-    if uses_second_model_runner(vllm_config):
-        return "vLLM's second model runner (VLLM_USE_V2_MODEL_RUNNER=1)"
     if speculative is not None and speculative.num_speculative_tokens != 1:
         return f"num_speculative_tokens {speculative.num_speculative_tokens}, but with 1"
     for name in ("tensor_parallel_size", "data_parallel_size"):

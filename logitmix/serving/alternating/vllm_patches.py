@@ -1,17 +1,21 @@
-"""What alternating decoding replaces in vLLM's first model runner, and the internals of vLLM that it reads.
+"""What alternating decoding replaces in vLLM's two model runners, and the internals of vLLM that it reads.
 
 Written against vLLM 0.32; tests/serving/test_alternating_patches.py is the contract.
 """
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.outputs import SamplerOutput
+from vllm.v1.outputs import DraftTokenIds, SamplerOutput
 
 from logitmix.serving.alternating.turns import MemberTurns, Row
+from logitmix.serving.alternating.validation import is_alternating
 
 
 def platform_worker() -> type:
@@ -25,9 +29,13 @@ def platform_worker() -> type:
     return Worker
 
 
-def take_turns(runner: Any) -> None:
+def take_turns(runner: Any, is_second: bool) -> None:
     """Make a model runner one that takes turns; vLLM's workers choose its class themselves."""
-    runner.__class__ = type("AlternatingModelRunner", (AlternatingModelRunner, type(runner)), {})
+    base = AlternatingSecondRunner if is_second else AlternatingModelRunner
+    runner.__class__ = type(base.__name__, (base, type(runner)), {})
+
+
+# --- the first model runner -----------------------------------------------------------------------------------------
 
 
 class AlternatingModelRunner:
@@ -95,3 +103,71 @@ def _repeat_rows(tensors: Any) -> Any:
     """Log-probabilities of requests with two columns of tokens each, of which the second is blank."""
     parts = [part.repeat_interleave(2, 0) if isinstance(part, torch.Tensor) else part for part in tensors]
     return type(tensors)(*parts)
+
+
+# --- the second model runner ----------------------------------------------------------------------------------------
+
+
+def let_members_draft_on_the_second_runner() -> None:
+    """Let vLLM choose its second model runner for drafts of a custom class if they are those of members.
+
+    It has no place for other custom classes, so vLLM counts them all among what this runner does not support. Versions
+    with one runner have no such list.
+    """
+    base_features = getattr(VllmConfig, "_get_v2_model_runner_unsupported_features", None)
+    if base_features is None or hasattr(base_features, "__wrapped__"):
+        return
+
+    @wraps(base_features)
+    def features(config: VllmConfig) -> list[str]:
+        found = base_features(config)
+        if is_alternating(config.speculative_config):
+            found = [feature for feature in found if "'custom_class'" not in feature]
+        return found
+
+    VllmConfig._get_v2_model_runner_unsupported_features = features  # type: ignore[method-assign]
+
+
+def speculate_by_members() -> None:
+    """Give the second model runner what drafts: its list of speculators is closed."""
+    from vllm.v1.worker.gpu import model_runner
+
+    from logitmix.serving.alternating.second_runner import MemberSpeculator
+
+    base_init: Callable[..., Any] = model_runner.init_speculator
+    if hasattr(base_init, "__wrapped__"):
+        return
+
+    @wraps(base_init)
+    def init(vllm_config: VllmConfig, device: torch.device, *args: Any) -> Any:
+        if is_alternating(vllm_config.speculative_config):
+            return MemberSpeculator(vllm_config, device)
+        return base_init(vllm_config, device, *args)
+
+    model_runner.init_speculator = init
+
+
+class AlternatingSecondRunner:
+    """What is replaced in vLLM's second model runner, of which it is the first base class.
+
+    The samplers come from `MixtureModelState.custom_sampler`. This runner shows neither them nor the model the turn.
+    """
+
+    turns: Any
+
+    def load_model(self: Any, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)  # type: ignore[misc]
+        self.turns = self.speculator.turns = self.model_state.turns
+
+    def execute_model(self: Any, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
+        """Run one member, or both; the logits are computed later, in `sample_tokens`."""
+        turn = getattr(scheduler_output, "turn", None)  # None in vLLM's own dummy runs
+        if turn is not None and turn.forget:
+            self.turns.forget()
+        self.turns.is_counted = turn is not None
+        self.get_model().turn = None if turn is None else turn.member
+        return super().execute_model(scheduler_output, *args, **kwargs)  # type: ignore[misc]
+
+    def take_draft_token_ids(self: Any) -> DraftTokenIds:
+        """Also tell the scheduler which requests have no draft, and the others' ids, by which it counts."""
+        return DraftTokenIds(*self.speculator.drafts_of_requests())

@@ -159,15 +159,12 @@ def alternates(args: LogitMixGRPOConfig, model: LogitMixForCausalLM) -> bool:
 
     Raises `ValueError` if `decoding="alternating"` is not possible.
     """
-    from vllm import envs
-
     obstacles = {
         "vllm_mode 'server', where vLLM is not started here": args.vllm_mode != "colocate",
         f"{len(model.config.members)} members: it takes 2": len(model.config.members) != 2,
         "members that share one model through adapters": len(model.config.model_names) != len(model.config.members),
         f"vllm_tensor_parallel_size {args.vllm_tensor_parallel_size}": args.vllm_tensor_parallel_size > 1,
         "vllm_enable_sleep_mode": args.vllm_enable_sleep_mode,
-        "vLLM's second model runner (VLLM_USE_V2_MODEL_RUNNER=1)": bool(envs.VLLM_USE_V2_MODEL_RUNNER),
     }
     reason = next((reason for reason, is_met in obstacles.items() if is_met), None)
     if args.decoding == "alternating" and reason is not None:
