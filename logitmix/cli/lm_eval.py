@@ -8,11 +8,12 @@ from logitmix.cli.options.help import asks_for_help
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run `lm_eval` with these flags, once mixtures are registered with transformers."""
-    if not asks_for_help(argv):
-        importlib.import_module("logitmix.mixture.modeling")
+    """Run `lm_eval` with these flags, once mixtures are registered with transformers, and it scores their prompts."""
     try:
         cli_evaluate = importlib.import_module("lm_eval.__main__").cli_evaluate
+        if not asks_for_help(argv):
+            importlib.import_module("logitmix.mixture.modeling")
+            importlib.import_module("logitmix.evaluation.lm_eval_patches").score_with_member_prompts()
     except ModuleNotFoundError as error:
         raise ValueError(
             f"lm-evaluation-harness cannot be imported ({error}); pip install 'lm-eval>=0.4.11'"

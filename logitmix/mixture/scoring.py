@@ -15,7 +15,7 @@ from logitmix.mixture.diagnostics import MixtureDiagnostics
 from logitmix.mixture.logprobs import mixture_log_probs
 from logitmix.mixture.member_prompts import MemberPrompts, Prompts
 from logitmix.mixture.mixing import Weights
-from logitmix.mixture.padding import position_ids_from_mask
+from logitmix.mixture.padding import left_pad, position_ids_from_mask
 from logitmix.mixture.router import WITH_ROUTER_LOGITS, load_balancing_loss
 
 
@@ -114,6 +114,33 @@ def score_and_diagnose_labels(
         padded[ignored] = 0
         fields.append(padded)
     return *scores, MixtureDiagnostics(*fields)
+
+
+@torch.no_grad()
+def continuation_logits(
+    model: MixtureBase, contexts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]
+) -> Tensor:
+    """The mixture's logits `[B, T, V]` at each token of the longest continuation, of token ids of any lengths.
+
+    Entry `[b, t]` is the distribution of token t of `continuations[b]` after `contexts[b]` and the tokens before t;
+    entries after the last token of a row have no meaning. A member with a prompt of its own in the configuration reads
+    that in place of the context, as in `generate`.
+    """
+    prompt_ids, prompt_mask = left_pad(contexts, 0, model.device)
+    read = [list(ids[:-1]) for ids in continuations]
+    T = max(map(len, continuations))
+    shared_ids = torch.tensor([[*ids, *[0] * (T - 1 - len(ids))] for ids in read], dtype=torch.long)
+    shared_mask = torch.tensor([[1] * len(ids) + [0] * (T - 1 - len(ids)) for ids in read], dtype=torch.long)
+    mask = torch.cat([prompt_mask, shared_mask.to(prompt_mask)], dim=1)
+    logits: Tensor = model(
+        input_ids=torch.cat([prompt_ids, shared_ids.to(prompt_ids)], dim=1),
+        attention_mask=mask,
+        position_ids=position_ids_from_mask(mask),
+        use_cache=False,
+        logits_to_keep=T,
+        member_prompts=model.config.member_prompts or None,
+    ).logits
+    return logits
 
 
 class ScoringMixture(MixtureBase):

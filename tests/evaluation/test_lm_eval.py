@@ -10,7 +10,7 @@ import torch
 
 from logitmix.cli.__main__ import main
 from logitmix.mixture.modeling import LogitMixForCausalLM
-from logitmix.mixture.presets import dexperts
+from logitmix.mixture.presets import dexperts, guidance
 from logitmix.paper.tiny_model import tiny_model
 from tests.helpers.members import character_tokenizer
 
@@ -23,7 +23,7 @@ QUESTIONS = [
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> str:
-    """A saved mixture of two tiny models, with a tokenizer of all printable characters, and beside it a preset."""
+    """A saved mixture of two tiny models, with a tokenizer of all printable characters, and beside it presets."""
     root = tmp_path_factory.mktemp("mixture")
     tokenizer = character_tokenizer("".join(sorted(set(string.printable) - set("\r\x0b\x0c"))))
     for seed, name in enumerate(("base", "sft", "antiexpert")):
@@ -33,6 +33,7 @@ def checkpoint(tmp_path_factory) -> str:
     model = LogitMixForCausalLM.from_members(str(root / "base"), str(root / "sft"), alpha=0.3)
     model.save_pretrained(root / "mixture")
     dexperts(*(str(root / name) for name in ("base", "sft", "antiexpert"))).save_pretrained(root / "dexperts")
+    guidance(str(root / "base"), "Question: ").save_pretrained(root / "guidance")
     return str(root / "mixture")
 
 
@@ -56,7 +57,7 @@ def tasks(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "alpha"), [("mixture", None), ("mixture", 0.8), ("dexperts", None)])
+@pytest.mark.parametrize(("name", "alpha"), [("mixture", None), ("mixture", 0.8), ("dexperts", None), ("guidance", None)])
 def test_the_scores_of_the_harness_match_the_mixture(checkpoint, tasks, tmp_path, name, alpha):
     checkpoint = str(Path(checkpoint).with_name(name))
     arguments = f"pretrained={checkpoint},dtype=float32" + (f",alpha={alpha}" if alpha is not None else "")

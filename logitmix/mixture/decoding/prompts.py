@@ -34,6 +34,8 @@ def with_member_prompts(
     config = kwargs.get("generation_config") or model.generation_config
     names = ("pad_token_id", "eos_token_id", "max_new_tokens")
     pad, eos, new_tokens = (kwargs[name] if name in kwargs else getattr(config, name, None) for name in names)
+    if new_tokens is None and kwargs.get("max_length") is not None and input_ids is not None:
+        new_tokens = max(kwargs["max_length"] - input_ids.shape[1], 0)
     tokenizer = kwargs.get("tokenizer", model.tokenizer)
     # as for input_ids: a padding token that is EOS as well may be part of a text
     padding = None if pad in (eos if isinstance(eos, (list, tuple)) else [eos]) else pad
