@@ -29,6 +29,7 @@ from logitmix.mixture.mixing import Weights, mix_logits
 from logitmix.mixture.prefill import repeated_prefill
 from logitmix.mixture.quantization import num_bytes, save_quantized
 from logitmix.mixture.references import REFERENCES
+from logitmix.mixture.sharding import are_sharded
 
 
 class MixtureBase(PreTrainedModel):
@@ -214,7 +215,8 @@ class MixtureBase(PreTrainedModel):
             raise ValueError("a mixture takes input_ids, not inputs_embeds: its members have different embeddings")
         if weights.dim() == 2 and len(weights) != len(input_ids):
             raise ValueError(f"weights have {len(weights)} rows for a batch of {len(input_ids)} sequences")
-        is_active = _is_active(weights)
+        sharded = are_sharded((self, *self.members))
+        is_active = _is_active(weights, sharded)
         active = [name for name, runs in zip(self.config.members, is_active, strict=True) if runs]
 
         use_cache = self.config.use_cache if use_cache is None else use_cache
@@ -231,7 +233,7 @@ class MixtureBase(PreTrainedModel):
                 active, input_ids, attention_mask, position_ids, cached, logits_to_keep
             )
         arguments = kwargs | (policy_kwargs or {}) | {"returns_states": self._returns_states()}
-        groups, inputs = passes(self.config, inputs, member_prompts, past_key_values, arguments)
+        groups, inputs = passes(self.config, inputs, member_prompts, past_key_values, arguments, not sharded)
         if past_key_values is not None and not torch.compiler.is_compiling():
             validate_cached_tokens({name: caches[name] for name in active}, inputs)
 
@@ -314,14 +316,12 @@ class MixtureBase(PreTrainedModel):
         return logits_BTV if transform.scale == 1 else logits_BTV * transform.scale
 
 
-def _is_active(weights: Tensor) -> list[bool]:
-    """Whether each member runs: its weight is not 0 for every sequence. If all are 0, the policy gives the shape."""
+def _is_active(weights: Tensor, sharded: bool) -> list[bool]:
+    """Whether each member runs: its weight is not 0 for every sequence. If all are 0, the policy gives the shape.
+
+    With sharded weights all run at weights of each sequence, which are others in other processes.
+    """
+    if sharded and weights.dim() == 2:
+        return [True] * weights.shape[1]
     is_active: list[bool] = (weights.reshape(-1, weights.shape[-1]) != 0).any(0).tolist()
     return is_active if any(is_active) else [True, *is_active[1:]]
-
-
-def concatenate_outputs(outputs: list[Any], field: str) -> tuple[Tensor, ...] | None:
-    """A field of the members' outputs, concatenated; None if a member lacks it."""
-    fields = [getattr(output, field, None) for output in outputs]
-    present = [values for values in fields if values is not None]
-    return tuple(x for values in present for x in values) if len(present) == len(outputs) else None

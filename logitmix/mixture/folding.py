@@ -34,16 +34,18 @@ def passes(
     prompts: MemberPrompts | None,
     cache: Cache | None,
     arguments: Mapping[str, Any],
+    may_fold: bool = True,
 ) -> tuple[list[list[str]], dict[str, PassInputs]]:
     """The members of each pass, and what they read.
 
     Members that are one model run together if only their prompts differ, except that long prompts, and prompts of very
     different lengths, are read one after another. A pass with gradients has one member, the policy. `arguments` are
     others of the pass, which may ask for outputs of one member. A cache that is filled outside `generate` does not
-    tell where the prompts end.
+    tell where the prompts end. How many passes these rules give depends on the prompts of a batch; without `may_fold`
+    every member has its own.
     """
     alone = [[name] for name in inputs]
-    if prompts is None or torch.is_grad_enabled():
+    if prompts is None or not may_fold or torch.is_grad_enabled():
         return alone, dict(inputs)
     if cache is not None and (
         prompts.prompt_width is None or cache.offloading or {*map(type, cache.layers)} - _LAYERS

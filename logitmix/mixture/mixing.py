@@ -67,6 +67,11 @@ def alpha_to_weights(alpha: float | Sequence[float] | Tensor) -> Tensor:
     return torch.stack([1 - alpha, alpha], dim=-1)
 
 
+def weights_to_alpha(weights: Sequence[float]) -> float | None:
+    """The alpha of two weights that sum to 1, `[1 - alpha, alpha]`; None for others, such as `[1, -1]`."""
+    return weights[1] if len(weights) == 2 and abs(sum(weights) - 1) <= _SUM_TOLERANCE else None
+
+
 def validate_weights(weights: Weights, num_members: int, scheme: str, batch: int | None = None) -> Tensor:
     """Return `weights` as a float64 CPU tensor `[K]` or `[B, K]`; raise `ValueError` if they are invalid.
 

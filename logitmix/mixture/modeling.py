@@ -25,7 +25,6 @@ from transformers.generation import GenerationMode
 from transformers.utils import can_return_tuple
 
 from logitmix.mixture.adapters import ADAPTER_WEIGHTS, Adapters, adapter_config_from_dict, add_adapter
-from logitmix.mixture.base import concatenate_outputs
 from logitmix.mixture.configuration import NO_ADAPTER, Alpha, LogitMixConfig, resolve_weights
 from logitmix.mixture.decoding.loop import Decoding, DecodingRequest, current_request, decode, requested_decoding
 from logitmix.mixture.decoding.prompts import MODES_WITH_MEMBER_PROMPTS, with_member_prompts
@@ -34,9 +33,9 @@ from logitmix.mixture.export import export_member
 from logitmix.mixture.frozen import frozen_sources, load_with_references
 from logitmix.mixture.loading import Member, load_members, load_tokenizer, validate_can_be_loaded
 from logitmix.mixture.member_prompts import MemberPrompts, Prompts
-from logitmix.mixture.mixing import Scheme, Weights, mix_logits
+from logitmix.mixture.mixing import Scheme, Weights, mix_logits, weights_to_alpha
 from logitmix.mixture.opening import validate_loaded
-from logitmix.mixture.outputs import MixtureOutput
+from logitmix.mixture.outputs import MixtureOutput, concatenate_outputs
 from logitmix.mixture.quantization import open_quantized
 from logitmix.mixture.references import read_references
 from logitmix.mixture.scoring import ScoringMixture, num_labelled
@@ -189,9 +188,13 @@ class LogitMixForCausalLM(ScoringMixture, MixtureGenerationMixin):
     @property
     def alpha(self) -> float:
         """The anchor's weight in the configuration (K = 2, weights that sum to 1)."""
-        if len(self.config.weights) != 2:
-            raise ValueError(f"alpha needs 2 members, the mixture has {len(self.config.weights)}; use config.weights")
-        return self.config.weights[1]
+        weights = self.config.weights
+        if len(weights) != 2:
+            raise ValueError(f"alpha needs 2 members, the mixture has {len(weights)}; use config.weights")
+        alpha = weights_to_alpha(weights)
+        if alpha is None:
+            raise ValueError(f"no alpha gives the weights {weights}, which do not sum to 1; use config.weights")
+        return alpha
 
     @alpha.setter
     def alpha(self, alpha: float) -> None:

@@ -1,8 +1,9 @@
 """What a mixture's forward pass returns."""
 
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 
@@ -18,3 +19,10 @@ class MixtureOutput(CausalLMOutputWithPast):
             "logits (TRL's GKDTrainer with a mixture as the teacher), or logitmix's own (LogitMixGRPOTrainer, "
             "MixtureDistillationTrainer)"
         )
+
+
+def concatenate_outputs(outputs: list[Any], field: str) -> tuple[Tensor, ...] | None:
+    """A field of the members' outputs, concatenated; None if a member lacks it."""
+    fields = [getattr(output, field, None) for output in outputs]
+    present = [values for values in fields if values is not None]
+    return tuple(x for values in present for x in values) if len(present) == len(outputs) else None

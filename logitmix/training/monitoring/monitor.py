@@ -16,6 +16,7 @@ from trl import GRPOTrainer
 
 from logitmix.mixture.decoding.alternating import DecodingStatistics
 from logitmix.mixture.diagnostics import MixtureDiagnostics
+from logitmix.mixture.mixing import weights_to_alpha
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.training.batch import Batch, TokenScores, own_tokens
 from logitmix.training.monitoring import finite
@@ -163,14 +164,13 @@ class Monitor:
             count = disagree if name.endswith("_wins") else tokens
             metrics[name].append(value / count if count else nan)
         model = self.trainer.model
-        if isinstance(model, LogitMixForCausalLM) and len(model.config.weights) == 2:
+        if isinstance(model, LogitMixForCausalLM) and weights_to_alpha(model.config.weights) is not None:
             metrics["alpha"].append(model.alpha)
 
     def _member_names(self) -> list[str]:
         if not isinstance(self.trainer.model, LogitMixForCausalLM):
             return []
-        names = list(self.trainer.model.config.members)
-        return ["policy", "anchor"] if len(names) == 2 else names
+        return self.trainer.model.config.display_names
 
     def _members_not_finite(self, batch: Batch) -> str:
         """Which members' logits are not finite on a batch, found by scoring each member alone."""
