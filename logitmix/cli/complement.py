@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from logitmix.cli.options.data import TestProblemArguments
 from logitmix.cli.options.evaluation import DecodingArguments
@@ -85,7 +85,7 @@ def decode_checkpoints(
     """
     from accelerate import PartialState
 
-    from logitmix.evaluation.decode import get_alphas, make_batches, make_decoder, make_requests
+    from logitmix.evaluation.decode import get_alphas, make_batches, make_decoder, make_requests, weights_to_evaluate
     from logitmix.evaluation.metrics import group_by
     from logitmix.evaluation.openings import NUM_PROBLEMS, measure_openings
     from logitmix.evaluation.responses import Responses, open_responses
@@ -102,11 +102,16 @@ def decode_checkpoints(
     openings: dict[str, list[Opening]] = {}
     for source in checkpoints:
         model = load_member(source, **options.loading.init_kwargs).to(PartialState().device)
-        alphas = get_alphas(model)
+        alphas, weights = get_alphas(model), weights_to_evaluate(model) or {}
         if len(options.comparison.sources) == 1:
-            if "anchor" not in alphas:
+            if "policy" not in alphas:
                 raise ValueError(
                     f"{source} is not a mixture; give a second checkpoint or file of responses to compare it with"
+                )
+            if "anchor" not in alphas:
+                raise ValueError(
+                    f"{source} has {len(alphas) - 2} anchors, and a comparison takes two policies: logitmix eval "
+                    "--output_dir FOLDER decodes each member, and FOLDER:policy FOLDER:anchor_0 compares two of them"
                 )
             alphas = {name: alphas[name] for name in ("policy", "anchor")}
         else:  # a mixture is compared as a whole
@@ -119,7 +124,8 @@ def decode_checkpoints(
         responses.add(f"{Path(source).name} on {task.name}", batches, decode)
         model.eval()
         for name, alpha in alphas.items():
-            forward = {} if alpha is None else {"alpha": alpha}
+            forward: dict[str, Any] = {"weights": weights[name]} if name in weights else {}
+            forward |= {} if alpha is None else {"alpha": alpha}
             openings[name] = measure_openings(model, tokenizer, task, problems[:NUM_PROBLEMS], **forward)
     assert responses is not None
     return group_by(responses.rows, "name"), openings

@@ -1,4 +1,4 @@
-"""`logitmix inspect "QUESTION"`: the mixture's response token by token, and which member chose each token."""
+"""`logitmix inspect "QUESTION"`: the mixture's response token by token, and which members chose each token."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from logitmix.cli.options.data import CheckpointDataArguments
 from logitmix.cli.options.evaluation import DECODING_HELP, Decoding
-from logitmix.cli.options.model import MixtureArguments, ModelArguments, load_mixture
+from logitmix.cli.options.model import MixtureArguments, ModelArguments, load_model, require_mixture
 from logitmix.cli.options.parser import parse
 from logitmix.runs.console import console
 
@@ -35,8 +35,8 @@ def main(argv: Sequence[str]) -> None:
     if argv and not argv[0].startswith("--"):
         argv = [f"--question={argv[0]}", *argv[1:]]  # it may begin with a minus
     description = (
-        "Decode the mixture's greedy response to a question, and show for each token what policy and anchor would "
-        "have written in its place."
+        "Decode the mixture's greedy response to a question, and show for each token what each member would have "
+        "written in its place."
     )
     run(parse("inspect", description, InspectOptions, argv, positional=("question", '"QUESTION"')))
 
@@ -58,13 +58,13 @@ def run(options: InspectOptions) -> None:
         raise ValueError(f"--output_file {path} cannot be written; give a file in a folder that exists")
     source, anchor = model_args.model_name_or_path, options.mixture.anchor
     template = options.data.resolve(source, anchor).load().template
-    model = load_mixture(model_args, options.mixture)
+    model = require_mixture(load_model(model_args, options.mixture), source)
     tokenizer = require_tokenizer(source)
     keep_tags(tokenizer, template)
     inspection = inspect(
         model, tokenizer, template.prompt(args.question), args.max_new_tokens, template.stop, args.decoding
     )
     print_inspection(inspection)
-    names = (source, anchor) if anchor else (f"{source} (policy)", f"{source} (anchor)")
+    names = [source, anchor] if anchor else [f"{source} ({name})" for name in model.config.display_names]
     path.write_text(inspection_page(inspection, args.question, *names), encoding="utf-8")
     console.print(f"The page is {path}.", soft_wrap=True)

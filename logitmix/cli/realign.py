@@ -74,12 +74,14 @@ def main(argv: Sequence[str]) -> None:
 def load_decoder(options: RealignOptions) -> Decoder:
     """What samples rollouts from the mixture, on the problems, at temperature 1."""
     from logitmix.evaluation.decode import make_decoder
+    from logitmix.evaluation.realignment import validate_geometric
     from logitmix.mixture.loading import require_tokenizer
 
     args, source = options.realignment, options.model.model_name_or_path
     task = options.problems.resolve(source, options.mixture.anchor).load()
     problems = task.problems("test", options.problems.eval_limit)
     model = load_mixture(options.model, MixtureArguments(options.mixture.anchor))
+    validate_geometric(model.config)
     model.config.scheme = "logit"  # beta and the reweighting are those of geometric mixtures
     tokenizer = require_tokenizer(source)
     return make_decoder(model, tokenizer, task, problems, args.max_new_tokens, temperature=1.0, seed=args.seed)

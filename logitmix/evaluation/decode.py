@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from logitmix.mixture.context import context_length, validate_fits_context
+from logitmix.mixture.context import context_length, longest_prompt, validate_fits_context
 from logitmix.mixture.decoding.loop import Decoding, validate_decoding
 from logitmix.mixture.generation import GREEDY, generate_completions, get_eos_token_ids, tokenize_prompts
+from logitmix.mixture.mixing import weights_to_alpha
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.mixture.tokenizers import prepare_for_task
 from logitmix.tasks import Problem, Task
@@ -66,7 +67,7 @@ class Response:
 def get_alphas(model: PreTrainedModel) -> dict[str, float | None]:
     """The names and alphas to evaluate: policy, anchor and mixture, or the model itself if it is not a mixture.
 
-    Of a mixture of more than two members they have no alpha, but weights: `weights_to_evaluate`.
+    Where no alpha gives the weights of a mixture, they are None: `weights_to_evaluate`.
     """
     weights = weights_to_evaluate(model)
     if weights is not None:
@@ -82,13 +83,13 @@ def one_hot_weights(members: Sequence[str]) -> dict[str, list[float]]:
 
 
 def weights_to_evaluate(model: PreTrainedModel) -> dict[str, list[float]] | None:
-    """The names and weights to evaluate of a mixture of more than two members: each member, and the mixture.
+    """The names and weights to evaluate of a mixture that has no alpha: each member, and the mixture.
 
-    None for other models, which have alphas (`get_alphas`).
+    These have more than two members, or weights that do not sum to 1. None for other models (`get_alphas`).
     """
-    if not isinstance(model, LogitMixForCausalLM) or len(model.config.members) == 2:
+    if not isinstance(model, LogitMixForCausalLM) or weights_to_alpha(model.config.weights) is not None:
         return None
-    return one_hot_weights(model.config.members) | {"mixture": list(model.config.weights)}
+    return one_hot_weights(model.config.display_names) | {"mixture": list(model.config.weights)}
 
 
 Decode = Callable[[Sequence[Sequence[Request]]], Iterator[list[Response]]]
@@ -126,7 +127,7 @@ class Decoder:
 
     `prompts` are texts, for the responses, and `prompt_ids` their tokens. `ends` are the tokens that end a response.
     Without `takes_alpha`, the alpha of a request only labels its response; `weights` are those of the mixture for
-    requests of each name, in place of an alpha.
+    requests of each name that have no alpha.
     """
 
     model: PreTrainedModel
@@ -182,7 +183,7 @@ class Decoder:
 
     def _mixing(self, batch: Sequence[Request]) -> dict[str, Any]:
         """The argument `alpha` or `weights` of the forward, for the batch or for each sequence."""
-        if self.weights is None:
+        if self.weights is None or all(request.alpha is not None for request in batch):
             return _alphas(batch) if self.takes_alpha else {}
         own: Sequence[float] = self.model.config.weights
         weights = [list(self.weights.get(request.name, own)) for request in batch]
@@ -215,8 +216,8 @@ def make_decoder(
 
     Each sequence has its own alpha. Temperature 0 is greedy; above 0, the samples of a batch depend only on the seed
     and the batch. `max_new_tokens` defaults to 512, or to what the longest prompt leaves of the context. `decoding` is
-    that of `LogitMixForCausalLM.generate`. `weights` are those of a mixture for requests of each name; by default of
-    more than two members `weights_to_evaluate`, and of two the alphas of the requests.
+    that of `LogitMixForCausalLM.generate`. `weights` are those of a mixture for requests without an alpha, by name; by
+    default `weights_to_evaluate`.
 
     Raises `ValueError`, before anything is decoded, for a prompt that exceeds the context, for a tokenizer that does
     not keep the task's format (`prepare_for_task`), and for a decoding that the model does not have.
@@ -284,8 +285,8 @@ def _resolve_max_new_tokens(model: PreTrainedModel, prompt_ids: list[list[int]],
     """`max_new_tokens`, or the default cut to what the longest prompt leaves of the context."""
     context = context_length(model.config)
     longest = max(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
-    length = len(prompt_ids[longest])
+    length, name = longest_prompt(model.config, len(prompt_ids[longest]), f"prompt {longest}")
     if max_new_tokens is None:
         max_new_tokens = MAX_NEW_TOKENS if context is None else max(1, min(MAX_NEW_TOKENS, context - length))
-    validate_fits_context(context, length, max_new_tokens, prompt=f"prompt {longest}")
+    validate_fits_context(context, length, max_new_tokens, prompt=name)
     return max_new_tokens

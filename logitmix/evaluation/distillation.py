@@ -6,7 +6,6 @@ Shape legend: T tokens of a response, V vocabulary.
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from math import isclose
 from typing import Any
 
 import torch
@@ -19,7 +18,9 @@ from logitmix.evaluation.inspect import token_text
 from logitmix.evaluation.metrics import group_by
 from logitmix.evaluation.responses import open_responses
 from logitmix.loss_head.divergence import kl
+from logitmix.mixture.mixing import weights_to_alpha
 from logitmix.mixture.modeling import LogitMixForCausalLM
+from logitmix.mixture.scoring import following_prompts
 from logitmix.tasks import Problem, Task
 from logitmix.training.students import MERGED, build_student
 
@@ -91,8 +92,7 @@ def decode_student(
 
 def compared_alphas(mixture: LogitMixForCausalLM) -> dict[str, float | None]:
     """The names and alphas of the mixture and, of two members, of each alone."""
-    two = len(mixture.config.members) == 2 and isclose(sum(mixture.config.weights), 1)
-    return get_alphas(mixture) if two else {MIXTURE: None}
+    return {MIXTURE: None} if weights_to_alpha(mixture.config.weights) is None else get_alphas(mixture)
 
 
 def compared_models(student: PreTrainedModel, mixture: LogitMixForCausalLM) -> dict[str, PreTrainedModel]:
@@ -145,7 +145,9 @@ def compare_tokens(
             continue
         text = torch.tensor([prompt_ids[response.problem] + ids], device=mixture.device)
         logits = [
-            model(input_ids=text, attention_mask=torch.ones_like(text)).logits[0, -len(ids) - 1 : -1, :V]
+            model(input_ids=text, attention_mask=torch.ones_like(text), **following_prompts(model, len(ids))).logits[
+                0, -len(ids) - 1 : -1, :V
+            ]
             for model in (mixture, base)
         ]
         log_t_TV, log_s_TV = (z.float().log_softmax(-1) for z in logits)

@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from logitmix.mixture.generation import tokenize_prompts
+from logitmix.mixture.scoring import following_prompts
 from logitmix.tasks import Problem, Task
 from logitmix.tasks.templates import Template, unbox
 
@@ -102,11 +103,12 @@ def _measure(
     covered: list[int],
     forward: dict[str, Any],
 ) -> Opening:
-    ids_1T = torch.tensor([[*prompt_ids, *completion_ids[: covered[-1] + 1]]], device=model.device)
+    completion_ids = completion_ids[: covered[-1] + 1]
+    ids_1T, n = torch.tensor([[*prompt_ids, *completion_ids]], device=model.device), len(completion_ids)
+    forward = forward | following_prompts(model, n)
     logits_1TV = model(input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T), use_cache=False, **forward).logits
-    positions = [len(prompt_ids) + i for i in covered]
-    logits_NV = logits_1TV[0, [position - 1 for position in positions]].float()
-    targets_N1 = ids_1T[0, positions][:, None]
+    logits_NV = logits_1TV[0, -n - 1 : -1][covered].float()
+    targets_N1 = ids_1T[0, -n:][covered][:, None]
     own_N = logits_NV.gather(1, targets_N1)[:, 0]
     others_N = logits_NV.scatter(1, targets_N1, -inf).amax(1)
     tokens = tuple(tokenizer.decode([completion_ids[i]]) for i in covered)

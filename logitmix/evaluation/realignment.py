@@ -12,6 +12,7 @@ from torch import Tensor
 
 from logitmix.evaluation.decode import Decoder, Request, Response, make_batches
 from logitmix.evaluation.statistics import Estimate
+from logitmix.mixture.configuration import LogitMixConfig
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.mixture.realignment import alpha_for_kl, kl_divergence, kl_to_anchor, log_mixture, reweighting
 from logitmix.runs.console import progress_bar
@@ -44,6 +45,16 @@ class Prediction:
     effective: float
     format: Estimate | None
     answer: Estimate | None
+
+
+def validate_geometric(config: LogitMixConfig) -> None:
+    """Raise `ValueError` for a mixture that is not the geometric one of two distributions after the same text."""
+    config.require_one_prompt("realign")
+    if config.cut is not None:
+        raise ValueError(
+            f"the mixture has plausibility {config.plausibility}: it rules out tokens, so that no other alpha is "
+            "predicted from its rollouts; save it with config.set_plausibility(None)"
+        )
 
 
 def sample_rollouts(decoder: Decoder, alpha: float, num_samples: int, batch_size: int) -> Rollouts:

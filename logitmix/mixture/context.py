@@ -12,6 +12,15 @@ def context_length(config: PreTrainedConfig) -> int | None:
     return length
 
 
+def longest_prompt(config: PreTrainedConfig, num_prompt_tokens: int, prompt: str = "the prompt") -> tuple[int, str]:
+    """The tokens of the longest prompt that a member reads, and its name: `prompt`, or that of a saved one."""
+    own = {name: len(ids) for name, ids in getattr(config, "member_prompts", {}).items()}
+    name = max(own, key=own.__getitem__, default=None)
+    if name is None or own[name] <= num_prompt_tokens:
+        return num_prompt_tokens, prompt
+    return own[name], f"the prompt of {name}"
+
+
 def validate_fits_context(
     context: int | None,
     num_prompt_tokens: int,

@@ -18,7 +18,7 @@ def merge_weights(policy: PreTrainedModel, anchor: PreTrainedModel, way_out: str
 def validate_mergeable(policy: PreTrainedModel, anchor: PreTrainedModel, way_out: str) -> None:
     """Raise `ValueError`, whose last words are `way_out`, for models whose weights differ in name or shape."""
     if policy is anchor:
-        raise ValueError(f"policy and anchor share one model with adapters, whose weights cannot be merged; {way_out}")
+        raise ValueError(f"policy and anchor share one model, whose weights cannot be merged; {way_out}")
     shapes = [{name: tuple(weight.shape) for name, weight in m.named_parameters()} for m in (policy, anchor)]
     if shapes[0] != shapes[1]:
         differ = min(name for name in shapes[0] | shapes[1] if shapes[0].get(name) != shapes[1].get(name))

@@ -4,9 +4,11 @@ Shape legend: K members, B batch, T time.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from logitmix.mixture.base import MixtureBase
 from logitmix.mixture.configuration import Alpha
@@ -114,6 +116,15 @@ def score_and_diagnose_labels(
         padded[ignored] = 0
         fields.append(padded)
     return *scores, MixtureDiagnostics(*fields)
+
+
+def following_prompts(model: PreTrainedModel, num_tokens: int) -> dict[str, Any]:
+    """Arguments of a forward pass that give the logits before each of the last `num_tokens` tokens, and after them.
+
+    Of a mixture with prompts of its members in the configuration, which read these before the tokens; else none.
+    """
+    prompts = getattr(model.config, "member_prompts", None)
+    return {"member_prompts": prompts, "logits_to_keep": num_tokens + 1} if prompts else {}
 
 
 @torch.no_grad()

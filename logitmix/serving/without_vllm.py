@@ -21,7 +21,7 @@ from transformers.cli.serving.server import build_server
 from transformers.cli.serving.transcription import TranscriptionHandler
 from transformers.cli.serving.utils import GenerateManager
 
-from logitmix.mixture.context import context_length, validate_fits_context
+from logitmix.mixture.context import context_length, longest_prompt, validate_fits_context
 from logitmix.mixture.decoding.loop import Decoding, validate_decoding
 from logitmix.mixture.generation import get_eos_token_ids
 from logitmix.mixture.modeling import LogitMixForCausalLM
@@ -168,7 +168,8 @@ def _prepare_generation(model: LogitMixForCausalLM, inputs: Any, config: Generat
     if length == 0:
         raise ValueError("the prompt is empty")
     if context is not None:
-        validate_fits_context(context, length, max_new_tokens=1)
+        length, name = longest_prompt(model.config, length)
+        validate_fits_context(context, length, max_new_tokens=1, prompt=name)
         room = context - length
         config.max_new_tokens = room if config.max_new_tokens is None else min(config.max_new_tokens, room)
     return {**inputs, "weights": _weights.get()}

@@ -57,7 +57,9 @@ def tasks(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "alpha"), [("mixture", None), ("mixture", 0.8), ("dexperts", None), ("guidance", None)])
+@pytest.mark.parametrize(
+    ("name", "alpha"), [("mixture", None), ("mixture", 0.8), ("dexperts", None), ("guidance", None)]
+)
 def test_the_scores_of_the_harness_match_the_mixture(checkpoint, tasks, tmp_path, name, alpha):
     checkpoint = str(Path(checkpoint).with_name(name))
     arguments = f"pretrained={checkpoint},dtype=float32" + (f",alpha={alpha}" if alpha is not None else "")

@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 
-from logitmix.evaluation.inspect import inspect
 from logitmix.loss_head.scorer import FusedScorer
 from logitmix.mixture.generation import generate_completions
 from logitmix.mixture.modeling import LogitMixForCausalLM
@@ -122,7 +121,6 @@ def test_what_is_not_guidance_is_refused(build, message):
         (lambda model, _: FusedScorer(model), "the fused loss head"),
         (lambda model, path: trainer_of(path, model, loss_head="reference"), "training"),
         (lambda model, path: distiller_of(path, model), "distillation"),
-        (lambda model, _: inspect(model, character_tokenizer(), "abc", 4), "inspect"),
     ],
 )
 def test_what_gives_all_members_one_prompt_refuses_it(tmp_path, use, who):

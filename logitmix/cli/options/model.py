@@ -129,16 +129,21 @@ def load_model(model_args: ModelArguments, mixture_args: MixtureArguments) -> Pr
     return model.to(PartialState().device).eval()
 
 
-def load_mixture(model_args: ModelArguments, mixture_args: MixtureArguments) -> LogitMixForCausalLM:
-    """As `load_model`, for a mixture with one anchor. Raises `ValueError` for anything else."""
+def require_mixture(model: PreTrainedModel, source: str) -> LogitMixForCausalLM:
+    """The model that was loaded from `source`. Raises `ValueError` if it is not a mixture."""
     from logitmix.mixture.modeling import LogitMixForCausalLM
 
-    model = load_model(model_args, mixture_args)
     if not isinstance(model, LogitMixForCausalLM):
         raise ValueError(
-            f"{model_args.model_name_or_path} is not a mixture; give its anchor with --anchor, or give the checkpoint "
-            "of a mixture, as logitmix train saves it"
+            f"{source} is not a mixture; give its anchor with --anchor, or give the checkpoint of a mixture, as "
+            "logitmix train saves it"
         )
+    return model
+
+
+def load_mixture(model_args: ModelArguments, mixture_args: MixtureArguments) -> LogitMixForCausalLM:
+    """As `load_model`, for a mixture with one anchor. Raises `ValueError` for anything else."""
+    model = require_mixture(load_model(model_args, mixture_args), model_args.model_name_or_path)
     num_anchors = len(model.config.members) - 1
     if num_anchors != 1:
         raise ValueError(

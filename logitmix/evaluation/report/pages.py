@@ -12,24 +12,21 @@ from markupsafe import Markup, escape
 if TYPE_CHECKING:  # reports need no torch
     from logitmix.evaluation.inspect import Inspection
 
-LEGEND = {
-    "both": "the most probable token of policy and anchor",
-    "policy": "the policy's most probable token, and not the anchor's",
-    "anchor": "the anchor's most probable token, and not the policy's",
-    "neither": "neither's most probable token, only the mixture's",
-}
+NUM_COLOURS = 5  # of members, in templates/inspect.html
 
 
-def inspection_page(inspection: Inspection, question: str, policy: str, anchor: str) -> str:
-    """The page of one response; `policy` and `anchor` are the names of the checkpoints."""
+def inspection_page(inspection: Inspection, question: str, *checkpoints: str) -> str:
+    """The page of one response; `checkpoints` are the names of the members' checkpoints, in their order."""
+    every, *some, none = inspection.carriers
+    styles = {name: f"member_{i % NUM_COLOURS}" for i, name in enumerate(inspection.weights)}
     return _render(
         "inspect.html",
         inspection=inspection,
         question=question,
-        policy=policy,
-        anchor=anchor,
+        checkpoints=dict(zip(inspection.weights, checkpoints, strict=True)),
         names=list(inspection.responses),
-        legend=LEGEND,
+        legend=inspection.carriers,
+        styles={every: "every", none: "none"} | dict.fromkeys(some, "several") | styles,
         carried=inspection.carried(),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from math import inf
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,7 @@ MEASURES = {
 }
 RATE_COLUMNS = tuple(MEASURES.values())
 MARGIN = "margin: of the format's weakest opening token over the next best token, in nats, after a worked solution"
-CARRIER_STYLES = {"both": "", "policy": "blue", "anchor": "yellow", "neither": "magenta"}
+MEMBER_STYLES = ("blue", "yellow", "green", "cyan", "red")
 
 
 def print_rates(title: str, rates: Mapping[str, Rates]) -> None:
@@ -260,18 +261,19 @@ def print_weights_choice(choice: WeightsChoice) -> None:
 
 def print_inspection(inspection: Inspection) -> None:
     """Print a row for each token of the mixture's response, then the response of each model alone."""
-    table = Table(
-        title=f"The mixture at alpha {inspection.alpha:g}, scheme {inspection.scheme}: probability of each token, %",
-        title_justify="left",
-    )
-    for column in ("token", *inspection.responses, "policy's first", "anchor's first", "carried by"):
+    title = f"The mixture at {inspection.setting}: probability of each token, %"
+    table, members = Table(title=title, title_justify="left"), list(inspection.weights)
+    *_, none = inspection.carriers
+    styles = dict(zip(members, itertools.cycle(MEMBER_STYLES), strict=False)) | {none: "magenta"}
+    for column in ("token", *inspection.responses, *(f"{name}'s first" for name in members), "carried by"):
         table.add_column(column, justify="right" if column in inspection.responses else "left")
     for token in inspection.tokens:
         probabilities = (percent(token.probabilities[name]) for name in inspection.responses)
         # Text, not str: a model's output may look like markup
-        firsts = (Text(visible(token.top[name][0].text)) for name in ("policy", "anchor"))
-        style = CARRIER_STYLES[token.carried_by]
-        table.add_row(Text(visible(token.text), style), *probabilities, *firsts, Text(token.carried_by, style))
+        firsts = (Text(visible(token.top[name][0].text)) for name in members)
+        style = styles.get(token.carried_by, "")
+        who = " + ".join(token.first_of) if token.carried_by == "several" else token.carried_by
+        table.add_row(Text(visible(token.text), style), *probabilities, *firsts, Text(who, style))
     console = Console()
     console.print(table)
     for name in inspection.responses:
