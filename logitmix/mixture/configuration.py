@@ -1,7 +1,9 @@
 """The configuration of a mixture: its members' configurations, their weights and the scheme."""
 
-from collections.abc import Mapping, Sequence
+import reprlib
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import field
+from numbers import Integral
 from typing import Any, ClassVar
 
 import torch
@@ -9,6 +11,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
+from logitmix.mixture.context import validate_fits_context
 from logitmix.mixture.member_configs import MemberConfigs
 from logitmix.mixture.mixing import Plausibility, Scheme, Weights, alpha_to_weights, validate_weights
 from logitmix.mixture.transformers_patches import Implementation, get_implementation
@@ -137,14 +140,42 @@ class LogitMixConfig(MemberConfigs, PreTrainedConfig):
     def set_member_prompts(self, prompts: Mapping[str, Sequence[int]]) -> None:
         """Let members read these token ids in place of the prompts of `generate`, unless a call gives others.
 
-        Raises `ValueError` for an unknown member and an empty prompt.
+        Raises `ValueError` for an unknown member, prompts of all members, and what is no prompt of the member.
         """
-        named = {self.resolve_member_name(name): [int(i) for i in ids] for name, ids in prompts.items()}
-        empty = [name for name, ids in named.items() if not ids]
-        if empty:
-            raise ValueError(f"the prompt of {empty[0]} is empty; it needs at least one token, such as BOS")
+        if not isinstance(prompts, Mapping):
+            raise ValueError(
+                f"member_prompts is a {type(prompts).__name__}, but must be a dict of prompts by the names of "
+                f"members: {', '.join(self.members)}"
+            )
+        named: dict[str, list[int]] = {}
+        for given, values in prompts.items():
+            name, ids = self.resolve_member_name(given), values.tolist() if hasattr(values, "tolist") else values
+            if not isinstance(ids, (list, tuple)) or not all(isinstance(i, Integral) for i in ids):
+                raise ValueError(
+                    f"the prompt of {name} is {reprlib.repr(ids)}, but one to save is a list of token ids"
+                )
+            named[name] = [int(i) for i in ids]
+            self.validate_prompt(name, named[name], f"the prompt of {name}", new_tokens=1)
+        self.validate_some_read_the_prompt(named)
         self.member_prompts = named
         self._set_format_version()
+
+    def validate_prompt(self, member: str, ids: Sequence[int], where: str, new_tokens: int) -> None:
+        """Raise `ValueError` for a prompt that is empty, has other tokens than the mixture's, or exceeds the member's
+        context together with `new_tokens`. The message names the prompt by `where`."""
+        if not ids:
+            raise ValueError(f"{where} is empty; it needs at least one token, such as BOS")
+        if max(ids) >= self.vocab_size or min(ids) < 0:
+            raise ValueError(f"{where} has a token id outside 0 to {self.vocab_size - 1}")
+        context = self.context_lengths[self.members.index(member)]
+        validate_fits_context(context, len(ids), new_tokens, where, of="the member's")
+
+    def validate_some_read_the_prompt(self, own: Collection[str]) -> None:
+        """Raise `ValueError` if all members have a prompt of their own."""
+        if len(own) == len(self.members):
+            raise ValueError(
+                "member_prompts has a prompt for every member, so none would read input_ids; leave out one of them"
+            )
 
     @property
     def display_names(self) -> list[str]:

@@ -15,7 +15,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from logitmix.mixture.configuration import LogitMixConfig
-from logitmix.mixture.context import validate_fits_context
 from logitmix.mixture.padding import left_pad, position_ids_from_mask
 from logitmix.mixture.tokenizers import leave_texts_open
 
@@ -88,7 +87,6 @@ class MemberPrompts:
             raise ValueError("member_prompts need input_ids, which the members without a prompt of their own read")
         ids: dict[str, Tensor] = {}
         masks: dict[str, Tensor] = {}
-        contexts = dict(zip(config.members, config.context_lengths, strict=True))
         for given, value in prompts.items():
             name = config.resolve_member_name(given)
             if name in ids:
@@ -101,16 +99,9 @@ class MemberPrompts:
                 )
             for i, row in enumerate(rows):
                 where = f"the prompt of {name}" + (f" for sequence {i}" if len(rows) > 1 else "")
-                if not row:
-                    raise ValueError(f"{where} is empty; it needs at least one token, such as BOS")
-                if max(row) >= config.vocab_size or min(row) < 0:
-                    raise ValueError(f"{where} has a token id outside 0 to {config.vocab_size - 1}")
-                validate_fits_context(contexts[name], len(row), new_tokens, where, of="the member's")
+                config.validate_prompt(name, row, where, new_tokens)
             ids[name], masks[name] = left_pad(rows, 0 if pad_token_id is None else pad_token_id, input_ids.device)
-        if len(ids) == len(config.members):
-            raise ValueError(
-                "member_prompts has a prompt for every member, so none would read input_ids; leave out one of them"
-            )
+        config.validate_some_read_the_prompt(ids)
         return cls(ids, masks)
 
     @property

@@ -7,9 +7,10 @@ is the policy alone and alpha = 1 the anchor alone (Gan & Zhu, arXiv 2605.20555,
 """
 
 import math
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ class Plausibility:
 
 def alpha_to_weights(alpha: float | Sequence[float] | Tensor) -> Tensor:
     """The weights of policy and anchor, `[1 - alpha, alpha]`: `[2]` for one alpha, `[B, 2]` for one per sequence."""
-    alpha = torch.as_tensor(alpha, dtype=torch.float64, device="cpu")
+    alpha = _as_numbers(alpha, "alpha is")
     if alpha.dim() > 1:
         raise ValueError(
             f"alpha has shape {list(alpha.shape)}; pass one number, or one number for each sequence of the batch"
@@ -80,8 +81,7 @@ def validate_weights(weights: Weights, num_members: int, scheme: str, batch: int
     """
     if scheme not in SCHEMES:
         raise ValueError(f"scheme is {scheme!r}; it must be one of {', '.join(map(repr, SCHEMES))}")
-    # On the CPU, so that reading the values never synchronises with a device
-    weights = torch.as_tensor(weights, dtype=torch.float64, device="cpu")
+    weights = _as_numbers(weights, "weights are")
     if weights.dim() not in (1, 2) or weights.shape[-1] != num_members:
         raise ValueError(
             f"weights have shape {list(weights.shape)} for {num_members} members; "
@@ -99,6 +99,14 @@ def validate_weights(weights: Weights, num_members: int, scheme: str, batch: int
                 "scheme 'logit' takes any real weights"
             )
     return weights
+
+
+def _as_numbers(values: Any, name: str) -> Tensor:
+    """The values in float64 on the CPU, so that reading them never synchronises with a device."""
+    try:
+        return torch.as_tensor(values, dtype=torch.float64, device="cpu")
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"{name} {reprlib.repr(values)}, but must be numbers") from error
 
 
 def mix_logits(

@@ -9,14 +9,15 @@ its first member. `PRESETS` has their weights as functions of alpha, for sweeps.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from logitmix.mixture.loading import Member, load_member
-from logitmix.mixture.mixing import Plausibility, Scheme
+from logitmix.mixture.member_prompts import Prompts, read_prompts
+from logitmix.mixture.mixing import Plausibility, Scheme, validate_weights
 from logitmix.mixture.modeling import LogitMixForCausalLM
-from logitmix.mixture.tokenizers import leave_texts_open
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Preset:
 
     def weights(self, alpha: float) -> list[float]:
         """The members' weights at this alpha. Raises `ValueError` for an alpha that is negative or not finite."""
-        if not (isinstance(alpha, int | float) and math.isfinite(alpha) and alpha >= 0):
+        if not (isinstance(alpha, Real) and math.isfinite(alpha) and alpha >= 0):
             raise ValueError(
                 f"alpha is {alpha!r}, but {self.name} takes a number of at least 0: its weights are {self.formula} "
                 f"for {', '.join(self.roles)}"
@@ -103,7 +104,7 @@ def contrastive_decoding(
 
 def guidance(
     model: Member,
-    negative_prompt: str | Sequence[int] | None = None,
+    negative_prompt: Prompts | None = None,
     scale: float = 1.5,
     tokenizer: PreTrainedTokenizerBase | None = None,
     **kwargs: Any,
@@ -119,19 +120,20 @@ def guidance(
 
     Args:
         model: a model, a folder or a hub id.
-        negative_prompt: a text, or token ids; None is the model's BOS alone, the unconditional model. It is the whole
-            prompt of the anchor: a chat must be rendered already.
+        negative_prompt: a text, token ids, or what a tokenizer returns; None is the model's BOS alone, the
+            unconditional model. It is the whole prompt of the anchor: a chat must be rendered already.
         scale: gamma of the paper, at least 1.
         tokenizer: reads the text; default: the model's own.
         kwargs: passed to `from_pretrained` for folders and hub ids.
 
     Raises `ValueError` for a scale below 1, a text without a tokenizer, and a model without BOS that needs it.
     """
-    if not (isinstance(scale, int | float) and math.isfinite(scale) and scale >= 1):
+    if not (isinstance(scale, Real) and math.isfinite(scale) and scale >= 1):
         raise ValueError(
             f"scale is {scale!r}, but guidance takes a number of at least 1: its weights are scale, 1 - scale for the "
             "model with the prompt and with the negative prompt"
         )
+    scale = float(scale)
     loaded = model if isinstance(model, PreTrainedModel) else load_member(str(model), **kwargs)
     mixture = LogitMixForCausalLM.from_members(loaded, loaded, weights=[scale, 1 - scale])
     tokenizer = tokenizer or mixture.tokenizer
@@ -139,14 +141,16 @@ def guidance(
         bos = mixture.config.bos_token_id
         if bos is None:
             raise ValueError("the model has no BOS token, which an empty negative prompt is; pass negative_prompt=…")
-        ids: Sequence[int] = [bos]
-    elif isinstance(negative_prompt, str):
-        if tokenizer is None:
-            raise ValueError("the negative prompt is a text, but the model has no tokenizer; pass tokenizer=…, or ids")
-        ids = leave_texts_open(tokenizer)(negative_prompt)["input_ids"]
-    else:
-        ids = negative_prompt
-    mixture.config.set_member_prompts({"anchor": ids})
+        negative_prompt = [bos]
+    if isinstance(negative_prompt, str) and tokenizer is None:
+        raise ValueError("the negative prompt is a text, but the model has no tokenizer; pass tokenizer=…, or ids")
+    rows = read_prompts(negative_prompt, "anchor_0", tokenizer, None)
+    if len(rows) != 1:
+        raise ValueError(
+            f"negative_prompt is {len(rows)} prompts, but one is saved, for all sequences; pass those of each "
+            'sequence to generate, as member_prompts={"anchor": …}'
+        )
+    mixture.config.set_member_prompts({"anchor": rows[0]})
     return mixture
 
 
@@ -161,10 +165,13 @@ def ensemble(
     The weights are at least 0. Those of "prob" sum to 1. Those of "logit" may have another sum, which acts as an
     inverse temperature. Raises `ValueError` for other weights, or fewer than two members.
     """
-    if isinstance(members, str) or len(members) < 2:
-        raise ValueError(f"an ensemble is a list of at least 2 members, got {members!r}")
-    weights = [1 / len(members)] * len(members) if weights is None else list(weights)
-    if min(weights, default=0) < 0 or not any(weights):
+    if not isinstance(members, (list, tuple)) or len(members) < 2:
+        kind = repr(members) if isinstance(members, str) else f"a {type(members).__name__}"
+        got = str(len(members)) if isinstance(members, (list, tuple)) else kind
+        raise ValueError(f"an ensemble is a list of at least 2 members, got {got}")
+    weights = [1 / len(members)] * len(members) if weights is None else weights
+    numbers = validate_weights(weights, len(members), "logit")
+    if (numbers < 0).any() or not numbers.any():
         raise ValueError(
             f"the weights are {weights}, but those of an ensemble are at least 0, and not all 0; dexperts, "
             "proxy_tuning and contrastive_decoding subtract a member"

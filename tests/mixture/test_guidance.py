@@ -67,6 +67,39 @@ def test_the_saved_mixture_has_its_negative_prompt(tmp_path):
     assert completions == [uncached(prompt, NEGATIVE, 6) for prompt in prompts()]
 
 
+def test_a_negative_prompt_may_be_what_a_tokenizer_returns():
+    inputs = character_tokenizer()(["abc"], return_tensors="pt")
+    assert guided(inputs).config.member_prompts == {"anchor_0": [3, 4, 5]}
+    assert guided(inputs["input_ids"][0]).config.member_prompts == {"anchor_0": [3, 4, 5]}
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([5], "member_prompts is a list, but must be a dict of prompts by the names of members: policy, anchor_0"),
+        ({"anchor": "abc"}, "the prompt of anchor_0 is 'abc', but one to save is a list of token ids"),
+        (
+            {"anchor": [[5], [6]]},
+            r"the prompt of anchor_0 is \[\[5\], \[6\]\], but one to save is a list of token ids",
+        ),
+        ({"anchor": [5.0]}, "but one to save is a list of token ids"),
+        ({"anchor": None}, "the prompt of anchor_0 is None, but one to save is a list of token ids"),
+        ({"policy": [5], "anchor": [6]}, "has a prompt for every member, so none would read input_ids"),
+        ({"nobody": [5]}, "there is no member 'nobody'"),
+    ],
+)
+def test_a_prompt_that_no_member_could_read_is_not_saved(prompts, message):
+    model = guided()
+    with pytest.raises(ValueError, match=message):
+        model.config.set_member_prompts(prompts)
+    assert model.config.member_prompts == {"anchor_0": NEGATIVE}
+
+
+def test_the_new_tokens_of_max_length_count_in_the_context_of_each_member():
+    with pytest.raises(ValueError, match="the prompt of anchor_0 has 126 tokens; with max_new_tokens 5 that exceeds"):
+        guided([5] * 126).generate(torch.tensor([[5, 6]]), max_length=7, do_sample=False)
+
+
 def test_a_call_may_give_another_negative_prompt():
     prompt, other = prompts()[1], [3, 3, 8]
     output = guided().generate(
@@ -107,6 +140,15 @@ def test_without_a_negative_prompt_it_is_bos_and_texts_are_read_by_the_tokenizer
         (lambda: guidance(tiny_member(), "abc"), "the negative prompt is a text, but the model has no tokenizer"),
         (lambda: guidance(tiny_member(), []), "the prompt of anchor_0 is empty"),
         (lambda: guidance(tiny_member(bos_token_id=None)), "the model has no BOS token"),
+        (lambda: guidance(tiny_member(), [5, 61]), "the prompt of anchor_0 has a token id outside 0 to 60"),
+        (lambda: guidance(tiny_member(), [5, -1]), "the prompt of anchor_0 has a token id outside 0 to 60"),
+        (
+            lambda: guidance(tiny_member(), [5] * 128),
+            "has 128 tokens, which leaves no room .* the member's context of",
+        ),
+        (lambda: guidance(tiny_member(), [[5], [6]]), "negative_prompt is 2 prompts, but one is saved"),
+        (lambda: guidance(tiny_member(), [1.5]), "the prompt of anchor_0 is a list, but must be a text, token ids"),
+        (lambda: guidance(tiny_member(), 5), "the prompt of anchor_0 is a int, but must be a text, token ids"),
     ],
 )
 def test_what_is_not_guidance_is_refused(build, message):

@@ -1,5 +1,6 @@
 """The decode-time methods by name, against uncached loops in float32 that follow the papers' equations."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -136,7 +137,12 @@ def test_presets_are_built_from_folders(tmp_path):
         (lambda: ensemble(MEMBERS, [float("nan"), 1, 1]), "weights are not finite"),
         (lambda: ensemble(MEMBERS, [1, 1]), "for 3 members"),
         (lambda: ensemble(MEMBERS, [1, 1, 1], "prob"), "scheme 'prob' needs weights >= 0 that sum to 1"),
-        (lambda: ensemble(MEMBERS[:1]), "at least 2 members"),
+        (lambda: ensemble(MEMBERS, ["1", "2", "3"]), r"weights are \['1', '2', '3'\], but must be numbers"),
+        (lambda: ensemble(MEMBERS, [1, None, 1]), r"weights are \[1, None, 1\], but must be numbers"),
+        (lambda: ensemble(MEMBERS, "abc"), "weights are 'abc', but must be numbers"),
+        (lambda: ensemble(MEMBERS, {"policy": 1}), "weights are {'policy': 1}, but must be numbers"),
+        (lambda: ensemble(MEMBERS[0]), "an ensemble is a list of at least 2 members, got a Qwen2ForCausalLM"),
+        (lambda: ensemble(MEMBERS[:1]), "at least 2 members, got 1"),
         (lambda: ensemble("folder"), "is a list of at least 2 members, got 'folder'"),
     ],
 )
@@ -152,6 +158,11 @@ def test_a_plausibility_outside_its_range_is_refused(threshold):
         contrastive_decoding("never", "loaded", plausibility=threshold)
     with pytest.raises(ValueError, match=message):
         ensemble(MEMBERS).config.set_plausibility(threshold)
+
+
+def test_numbers_of_numpy_are_numbers():
+    assert dexperts(*MEMBERS, alpha=np.float32(1.5)).config.weights == [1, 1.5, -1.5]
+    assert ensemble(MEMBERS[:2], np.array([1, 2])).config.weights == [1, 2]
 
 
 def test_a_negative_weight_is_refused_with_the_scheme_prob():
