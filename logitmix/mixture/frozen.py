@@ -44,22 +44,25 @@ from logitmix.mixture.references import (
 )
 from logitmix.mixture.transformers_patches import saved_state_dict
 
+POLICY = ("policy",)
 
-def trained_state_dict(mixture: MixtureBase) -> dict[str, Tensor]:
-    """The weights of the policy, of a policy with an adapter only the adapter's, by their names in the mixture."""
-    frozen = frozen_names(mixture)
+
+def trained_state_dict(mixture: MixtureBase, changing: Sequence[str] = POLICY) -> dict[str, Tensor]:
+    """The weights of the policy, or of the adapters of the members in `changing`, by their names in the mixture."""
+    frozen = frozen_names(mixture, changing)
     return {name: weight for name, weight in mixture.state_dict().items() if name not in frozen}
 
 
-def frozen_names(mixture: MixtureBase) -> set[str]:
-    """The names of the other weights in the mixture's state dict."""
+def frozen_names(mixture: MixtureBase, changing: Sequence[str] = POLICY) -> set[str]:
+    """The names of the weights in the mixture's state dict that are not in `trained_state_dict`."""
     names = set(mixture.state_dict())
     if "policy" not in mixture.config.adapters:
         return {name for name in names if not name.startswith("policy.")}
     adapters = {
-        f"policy.{path}.{attribute}.policy"
+        f"policy.{path}.{attribute}.{name}"
         for path, layer in adapter_layers(mixture.policy)
         for attribute in layer.adapter_layer_names
+        for name in changing
     }
     modules = tuple(f"{adapter}." for adapter in adapters)
     return {name for name in names if name not in adapters and not name.startswith(modules)}
@@ -73,12 +76,12 @@ def owner_of(name: str, config: LogitMixConfig) -> str:
     return next((a for a in config.adapters if f".{a}." in name or name.endswith(f".{a}")), "policy")
 
 
-def save_store(mixture: MixtureBase, run: Path, staging: Path) -> dict[str, Any]:
-    """Write the frozen weights to `run/frozen`, unless they are there already; return the reference to them.
+def save_store(mixture: MixtureBase, run: Path, staging: Path, changing: Sequence[str] = POLICY) -> dict[str, Any]:
+    """Write the `frozen_names` to `run/frozen`, unless they are there already; return the reference to them.
 
     They are written to the folder `staging` first: a file in `run/frozen` is whole.
     """
-    frozen = frozen_names(mixture)
+    frozen = frozen_names(mixture, changing)
     state = {name: weight for name, weight in mixture.state_dict().items() if name in frozen}
     mixture.save_pretrained(staging, state_dict=state)
     quantized = [name for name in mixture.config.quantized_models if (staging / name).is_dir()]
@@ -130,7 +133,7 @@ def without_source(mixture: MixtureBase) -> list[str]:
     config = mixture.config
     frozen = [name for name in config.members[1:] if config.adapters.get(name) != NO_ADAPTER]
     frozen += ["policy"] if "policy" in config.adapters else []
-    return [name for name in frozen if name not in mixture.sources or _folders_of(mixture.sources[name]) is None]
+    return [name for name in frozen if name not in mixture.sources or folders_of(mixture.sources[name]) is None]
 
 
 def frozen_sources(config: LogitMixConfig, sources: Sequence[Any]) -> dict[str, str]:
@@ -155,11 +158,12 @@ def fingerprint_of(source: str) -> str | None:
 
     None for a hub id without files on this machine.
     """
-    folders = _folders_of(source)
+    folders = folders_of(source)
     return None if folders is None else source_fingerprint(folders)
 
 
-def _folders_of(source: str) -> list[Path] | None:
+def folders_of(source: str) -> list[Path] | None:
+    """The folders of a model, or of an adapter and its base; None for a hub id without files on this machine."""
     folders = []
     while True:
         try:
@@ -312,7 +316,8 @@ def _load_source(
     model = load_member(path, **options)
     for member, adapter in config.adapters.items() if name == "policy" else ():
         if adapter != NO_ADAPTER:
-            own = None if member == "policy" else _find_source(checkpoint, member, sources[member])
+            has_own = member in sources and member != "policy"  # otherwise the checkpoint holds it
+            own = _find_source(checkpoint, member, sources[member]) if has_own else None
             add_adapter(model, member, adapter_config_from_dict(adapter), own)
     return model
 

@@ -75,7 +75,7 @@ class LogitMixGRPOConfig(ResumableConfig, GRPOConfig):
             the mixture on the kept tokens, renormalised. All updates score a rollout on the tokens that were kept when
             it was sampled, so that the mean of the ratio is 1. For mixtures, with rollouts by `generate`.
         reanchor_steps: make the policy the anchor after every so many updates, a multiple of an outer step's.
-            Checkpoints then hold the anchor, as with save_frozen `"always"`.
+            Checkpoints then hold the anchor, as with save_frozen `"always"`, or of adapters on one base its adapter.
         reanchor_to: what the anchor becomes: the `"policy"`, or the `"merged"` weights of both at the present alpha.
         train_target: whose log-probabilities the loss has. `"mixture"`: both sides of the ratio are of the mixture
             (eq. 6). `"policy"`: rollouts are sampled from the mixture, and the ratio is the policy alone over the

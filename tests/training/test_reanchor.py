@@ -4,13 +4,17 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from logitmix.cli.__main__ import main
 from logitmix.mixture.modeling import LogitMixForCausalLM
+from logitmix.mixture.references import STORE
 from logitmix.runs.files import read_jsonl
+from tests.helpers.adapters import lora, save_adapter, save_folders
 from tests.helpers.commands import TINY, save_member
 from tests.helpers.grpo import assert_same_weights, mixture, trainer_of
+from tests.helpers.members import logits, tiny_member
 from tests.helpers.two_processes import mixture as two_process_mixture
 
 
@@ -77,13 +81,118 @@ def test_an_evaluation_decodes_the_present_anchor(tmp_path):
     assert [texts[0, "anchor", i] for i in range(4)] != [texts[1, "anchor", i] for i in range(4)]
 
 
+# --- members that are adapters on one base ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    path = tmp_path_factory.mktemp("adapters")
+    larger = {"r": 6, "target_modules": ["q_proj", "k_proj", "v_proj", "down_proj"]}
+    return save_folders(path) | {
+        "same": save_adapter(path / "same", str(path / "base"), 3),
+        "larger": save_adapter(path / "larger", str(path / "base"), 4, **larger),
+        "dora": save_adapter(path / "dora", str(path / "base"), 5, use_dora=True),
+    }
+
+
+def on_one_base(folders, anchor="base", policy="policy adapter"):
+    return LogitMixForCausalLM.from_members(folders[policy], folders[anchor], alpha=0.4)
+
+
+class LogitsRecorder(TrainerCallback):
+    """The logits of policy and anchor after each update, before the anchor is replaced."""
+
+    def __init__(self):
+        self.members = []
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.members.append((logits(model, alpha=0.0), logits(model, alpha=1.0)))
+
+
+@pytest.mark.parametrize(
+    ("anchor", "policy"), [("base", "policy adapter"), ("same", "policy adapter"), ("larger", "policy adapter"),
+                           ("base", "dora")],
+)  # fmt: skip
+def test_the_policys_adapter_becomes_the_anchors(folders, tmp_path, anchor, policy):
+    model = on_one_base(folders, anchor, policy)
+    start = logits(model, alpha=1.0)
+    trainer = trainer_of(tmp_path, model, max_steps=3, reanchor_steps=2)
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if anchor == "larger" or policy == "dora" else {"rtol": 0, "atol": 0}
+    recorder = LogitsRecorder()
+    trainer.add_callback(recorder)
+    trainer.train()
+    first, second, third = recorder.members
+    torch.testing.assert_close(first[1], start, **tolerance)
+    assert torch.equal(second[1], first[1])
+    torch.testing.assert_close(third[1], second[0], **tolerance)
+    assert not torch.allclose(third[1], second[1], atol=1e-3)
+    trained = [name for name, p in trainer.model.named_parameters() if p.requires_grad]
+    assert trained
+    assert all(".policy." in name for name in trained)
+
+
+@pytest.mark.parametrize("save_frozen", ["once", "never"])
+@pytest.mark.parametrize("anchor", ["base", "same"])
+def test_checkpoints_hold_both_adapters_and_the_base_once(folders, tmp_path, anchor, save_frozen):
+    options = {"max_steps": 3, "reanchor_steps": 2, "save_frozen": save_frozen}
+    whole = trainer_of(tmp_path, on_one_base(folders, anchor), save_strategy="steps", save_steps=1, **options)
+    whole.train()
+    for step in (1, 2, 3):
+        names = load_file(tmp_path / f"checkpoint-{step}" / "model.safetensors")
+        assert all("lora_" in name for name in names)
+        assert {name.split(".")[-2] for name in names} == {"policy", "anchor_0"}
+    saved = [LogitMixForCausalLM.from_pretrained(tmp_path / f"checkpoint-{step}") for step in (1, 2)]
+    assert not torch.equal(logits(saved[0], alpha=1.0), logits(saved[1], alpha=1.0))
+    assert torch.equal(logits(saved[1], alpha=0.0), logits(saved[1], alpha=1.0)), "the policy became the anchor"
+    if save_frozen == "once":
+        (stored,) = (tmp_path / STORE).iterdir()
+        assert not any("lora_" in name for name in load_file(stored))
+    for step in (1, 2):
+        again = trainer_of(tmp_path, on_one_base(folders, anchor), **options)
+        again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert same(again.model.state_dict(), whole.model.state_dict())
+    whole.save_model()
+    for folder in (tmp_path, tmp_path / "checkpoint-3"):
+        assert same(LogitMixForCausalLM.from_pretrained(folder).state_dict(), whole.model.state_dict())
+
+
+def test_the_ratio_is_1_before_the_first_update_with_a_new_anchor(folders, tmp_path):
+    options = {"max_steps": 4, "reanchor_steps": 2, "num_iterations": 2}
+    trainer = trainer_of(tmp_path, on_one_base(folders), **options)
+    trainer.train()
+    ratios = [(log["ratio/min"], log["ratio/max"]) for log in trainer.state.log_history if "ratio/min" in log]
+    assert ratios[0] == ratios[2] == (1, 1)
+    assert ratios[1] != (1, 1) != ratios[3]
+
+
+@pytest.mark.parametrize(
+    ("anchor", "policy", "message"),
+    [
+        ("same", "larger", "the anchor's adapter cannot take the policy's weights: it .* at model.layers.0"),
+        ("same", "dora", "it is smaller, or of another kind, at .*; leave out reanchor_steps, or give the policy"),
+    ],
+)
+def test_an_anchors_adapter_without_room_for_the_policys_is_refused(folders, tmp_path, anchor, policy, message):
+    with pytest.raises(ValueError, match=message):
+        trainer_of(tmp_path, on_one_base(folders, anchor, policy), reanchor_steps=1)
+
+
+# --- what is refused ----------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
     ("members", "options", "message"),
     [
         ("qwen2", {"reanchor_steps": 0}, "reanchor_steps is 0, and an outer step has 1 updates"),
         ("qwen2", {"reanchor_steps": 3, "num_iterations": 2}, "an outer step has 2 updates; .* a multiple of 2"),
         ("llama", {"reanchor_steps": 1}, "the weights of policy and anchor cannot be merged: .*; leave out"),
-        ("adapters", {"reanchor_steps": 1}, "the anchor shares the policy's model"),
+        ("adapters", {"reanchor_steps": 1, "reanchor_to": "merged"}, "merged adapters have the rank of both together"),
+        ("adapters", {"reanchor_steps": 1, "offload_anchor": True}, "offload_anchor"),
+        (
+            "adapter, whole anchor",
+            {"reanchor_steps": 1},
+            "the policy is an adapter, and the anchor a model of its own",
+        ),
         ("qwen2", {"reanchor_steps": 1, "save_frozen": "never"}, "save_frozen is 'never'"),
         ("qwen2", {"reanchor_steps": 1, "offload_anchor": True}, "offload_anchor keeps a copy"),
         ("qwen2", {"reanchor_to": "merged"}, "nothing would read it: it goes with reanchor_steps"),
@@ -91,6 +200,9 @@ def test_an_evaluation_decodes_the_present_anchor(tmp_path):
     ],
 )
 def test_what_cannot_be_replaced_is_refused(tmp_path, members, options, message):
-    model = two_process_mixture(adapters=True) if members == "adapters" else mixture(anchor=members)
+    if members == "adapter, whole anchor":
+        model = LogitMixForCausalLM.from_members(tiny_member(seed=0), tiny_member(seed=1), peft_config=lora())
+    else:
+        model = two_process_mixture(adapters=True) if members == "adapters" else mixture(anchor=members)
     with pytest.raises(ValueError, match=message):
         trainer_of(tmp_path, model, **options)

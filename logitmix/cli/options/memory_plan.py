@@ -187,8 +187,8 @@ def print_disk(args: TrainingArguments, setup: Setup, updates: int) -> None:
         saved = {SaveStrategy.NO: 0, SaveStrategy.EPOCH: math.ceil(args.num_train_epochs)}.get(args.save_strategy, 1)
     kept = min(saved, args.save_total_limit or saved)
     mode = getattr(args, "save_frozen", "always") if len(setup.members) > 1 else "always"
-    if getattr(args, "reanchor_steps", None) is not None:
-        mode = "always"  # checkpoints hold the anchor, which changes
+    if getattr(args, "reanchor_steps", None) is not None and not setup.one_base:
+        mode = "always"  # checkpoints hold the anchor, which changes; of one base only its adapter, which is small
     sizes = disk_bytes(setup, kept, mode, not args.save_only_model)
     total = sum(sizes.values())
     Console().print(

@@ -27,7 +27,7 @@ from logitmix.training.alpha.controllers import (
 from logitmix.training.alpha.kl_budget import alpha_within_budget
 from logitmix.training.alpha.validation import FreshQuestions, HeldOut, Rows, updates_per_outer_step, validate
 from logitmix.training.config import LogitMixGRPOConfig
-from logitmix.training.reanchor import Reanchor, validate_reanchor
+from logitmix.training.reanchor import Reanchor, prepare_reanchor
 
 STATE = "alpha"  # in the checkpoint's trainer_state.json, under stateful_callbacks
 
@@ -99,7 +99,7 @@ def outer_step_callbacks(trainer: GRPOTrainer, questions: HeldOut | FreshQuestio
     """
     callbacks: list[TrainerCallback] = []
     if trainer.args.reanchor_steps is not None:
-        validate_reanchor(trainer)
+        prepare_reanchor(trainer)
         callbacks.append(Reanchor(trainer))
     if trainer.args.alpha_controller != "fixed":
         callbacks.append(AlphaControl(trainer, questions))

@@ -20,6 +20,7 @@ from transformers.trainer_utils import HubStrategy
 
 from logitmix.mixture.configuration import LogitMixConfig
 from logitmix.mixture.frozen import (
+    POLICY,
     describe_sources,
     frozen_names,
     open_frozen,
@@ -57,9 +58,12 @@ class FrozenWeights:
             self.mode = "never"  # the base is on disk already, and is quantised again when it is loaded
         if self.mode == "never":
             _validate_never(trainer, is_sharded)
+        self.changing = POLICY  # the members whose adapters are not frozen
+        if getattr(args, "reanchor_steps", None) and isinstance(model, LogitMixForCausalLM):
+            self.changing = tuple(model.config.members)
+            if self.mode == "once" and len(model.config.model_names) > 1:
+                self.mode = "always"  # the anchor of one checkpoint is not that of the next
         # what is pushed during training has to load without the run's folder
-        if self.mode == "once" and getattr(args, "reanchor_steps", None):
-            self.mode = "always"  # the anchor of one checkpoint is not that of the next
         is_pushed = args.push_to_hub and args.hub_strategy != HubStrategy.END
         if is_sharded or (is_pushed and self.mode == "once"):
             self.mode = "always"
@@ -76,7 +80,7 @@ class FrozenWeights:
 
     def trained(self) -> dict[str, Tensor]:
         """The weights that a checkpoint holds."""
-        return trained_state_dict(self.trainer.model)
+        return trained_state_dict(self.trainer.model, self.changing)
 
     def weights_to_save(self) -> list[Tensor]:
         """The weights that the next checkpoint writes: also the frozen ones, unless it refers to what is on disk."""
@@ -89,7 +93,7 @@ class FrozenWeights:
     def write_references(self, folder: Path, final: Path) -> None:
         """Write `frozen.json` to `folder`, which becomes `final`, and before it the copy that it refers to."""
         if self.mode == "once" and self._store is None:
-            self._store = save_store(self.trainer.model, self.run, self.run / STAGING / STORE)
+            self._store = save_store(self.trainer.model, self.run, self.run / STAGING / STORE, self.changing)
         if self._sources is None:
             self._sources = describe_sources(self.trainer.model, self.trainer.model.sources)
         references = {"store": self._store, "sources": relative_to(final, self._sources)}
@@ -128,7 +132,7 @@ class FrozenWeights:
         if self.mode == "always":
             quantized = model.config.quantized_models if isinstance(model, LogitMixForCausalLM) else ()
             return [name for name in missing if name.partition(".")[0] not in quantized]
-        frozen = frozen_names(model)
+        frozen = frozen_names(model, self.changing)
         return [name for name in missing if name not in frozen]
 
     # --- the model at the end -----------------------------------------------------------------------------------
@@ -136,7 +140,7 @@ class FrozenWeights:
     def before_model(self) -> None:
         """Keep a copy while the run's model, which checkpoints may refer to, is written again."""
         if self.mode == "once" and any(_reads_model(path, self.run) for path in saved_checkpoints(self.run)):
-            self._store = save_store(self.trainer.model, self.run, self.run / STAGING / STORE)
+            self._store = save_store(self.trainer.model, self.run, self.run / STAGING / STORE, self.changing)
             shutil.rmtree(self.run / STAGING, ignore_errors=True)
 
     def after_model(self) -> None:
