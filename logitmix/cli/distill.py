@@ -94,6 +94,9 @@ def run(options: DistillOptions, command: Sequence[str]) -> None:
     """Distil, with `command` as the command line that is printed to continue the run when it is stopped."""
     from pathlib import Path
 
+    from transformers import set_seed
+
+    from logitmix.cli.options.memory_plan import launched_sharded
     from logitmix.evaluation.complement import validate_enough_problems
     from logitmix.mixture.loading import require_tokenizer
     from logitmix.mixture.modeling import LogitMixForCausalLM
@@ -130,11 +133,14 @@ def run(options: DistillOptions, command: Sequence[str]) -> None:
     tokenizer = require_tokenizer(source, padding_side="left", truncation_side="left")
     base_folder = None if peft_config is None else str(Path(args.output_dir) / BASE_FOLDER)
     init_kwargs = model_args.init_kwargs | {"trust_remote_code": args.trust_remote_code}
-    student = build_student(mixture, start, base_folder, **init_kwargs)
+    on_members = None if args.use_vllm or launched_sharded() else peft_config  # vLLM would have it merged into them
+    set_seed(args.seed)  # a new adapter starts at random
+    student = build_student(mixture, start, base_folder, on_members, **init_kwargs)
     if task.template.chat:
         validate_chat_template(tokenizer)
     prepare_for_task(tokenizer, task, problems)
     args.disable_tqdm = True
+    print_shared_memory(student, mixture, peft_config is not None)
     make = sft_trainer if method == "sft" else on_policy_trainer
     trainer, rows = make(student, mixture, tokenizer, task, problems, options)
     data = {"train": rows} | ({"test": test_problems} if test_problems else {})
@@ -146,6 +152,21 @@ def run(options: DistillOptions, command: Sequence[str]) -> None:
         console.print("Several processes write no report; compare the student with logitmix eval and complement.")
 
 
+def print_shared_memory(student: "PreTrainedModel", mixture: "LogitMixForCausalLM", is_adapter: bool) -> None:
+    """Print, of a student with an adapter, the weights that it shares with the mixture, or copies."""
+    from logitmix.mixture.quantization import num_bytes
+    from logitmix.training.student_adapters import shared_bytes
+
+    if not is_adapter:
+        return
+    shared, own = shared_bytes(student, mixture), sum(map(num_bytes, student.parameters()))
+    if shared:
+        text = f"Student and mixture share {shared / 1e9:.3g} GB of weights, which are in memory once."
+    else:
+        text = f"The student has weights of its own, {own / 1e9:.3g} GB, and shares none with the mixture."
+    console.print(text, soft_wrap=True)
+
+
 def on_policy_trainer(
     student: "PreTrainedModel",
     mixture: "LogitMixForCausalLM",
@@ -155,6 +176,8 @@ def on_policy_trainer(
     options: DistillOptions,
 ) -> tuple[Any, "Sequence[Any]"]:
     """The trainer of method `on_policy`, and what it trains on."""
+    from accelerate.utils import is_peft_model
+
     from logitmix.training.distillation import MixtureDistillationTrainer
     from logitmix.training.rewards import grpo_dataset
 
@@ -167,7 +190,7 @@ def on_policy_trainer(
         args,
         train_dataset=grpo_dataset(task, problems),
         processing_class=tokenizer,
-        peft_config=options.adapter.peft_config,
+        peft_config=None if is_peft_model(student) else options.adapter.peft_config,
     )
     return trainer, problems
 
@@ -184,6 +207,7 @@ def sft_trainer(
     from pathlib import Path
 
     from accelerate import PartialState
+    from accelerate.utils import is_peft_model
     from transformers import set_seed
 
     from logitmix.evaluation.samples import right_rows, sample_mixture
@@ -192,7 +216,7 @@ def sft_trainer(
     from logitmix.training.distillation_sft import sft_config, validate_sft_student
     from logitmix.training.sft import ResumableSFTTrainer, sft_dataset
 
-    args, peft_config = options.training, options.adapter.peft_config
+    args, peft_config = options.training, None if is_peft_model(student) else options.adapter.peft_config
     if args.world_size > 1:
         raise ValueError(
             f"method sft samples in one process, and there are {args.world_size}; start it without torchrun or "

@@ -1,10 +1,12 @@
-"""What decoding with each model of a comparison costs: tokens a second, and the memory of its weights."""
+"""What decoding with each model of a comparison costs: tokens a second, and the memory of weights and KV cache."""
 
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from logitmix.evaluation.decode import make_decoder, make_requests
@@ -16,9 +18,10 @@ ROWS = 32  # responses that are timed, decoded together
 
 @dataclass(frozen=True)
 class DecodingCost:
-    """Greedy responses of one model, decoded together, and the bytes of the weights that it runs.
+    """Greedy responses of one model, decoded together, and the memory that it takes.
 
-    `tokens` are those of the responses, without padding.
+    `tokens` are those of the responses, without padding. `weight_bytes` are those of the weights that it runs, and
+    `cache_bytes` what each token of the context adds to the KV cache of a response, of all members that run.
     """
 
     name: str
@@ -26,6 +29,7 @@ class DecodingCost:
     tokens: int
     seconds: float
     weight_bytes: int
+    cache_bytes: int
 
     @property
     def tokens_per_second(self) -> float:
@@ -52,7 +56,8 @@ def decoding_costs(
         completions = decode.complete(batch)
         seconds = time.perf_counter() - started
         tokens = sum(map(len, completions))
-        costs.append(DecodingCost(name, len(completions), tokens, seconds, weight_bytes(model, alpha)))
+        sizes = weight_bytes(model, alpha), cache_bytes(model, alpha)
+        costs.append(DecodingCost(name, len(completions), tokens, seconds, *sizes))
     return costs
 
 
@@ -74,3 +79,20 @@ def weight_bytes(model: PreTrainedModel, alpha: float | None = None) -> int:
 
 def _bytes(parameters: Mapping[str, Any]) -> int:
     return sum(p.numel() * p.element_size() for p in {id(p): p for p in parameters.values()}.values())
+
+
+@torch.no_grad()
+def cache_bytes(model: PreTrainedModel, alpha: float | None = None) -> int:
+    """The bytes by which the KV cache of a sequence grows from its first token to its second.
+
+    For attention this is `2 · layers · key-value heads · head size · bytes of a value`. States of a fixed size, as of
+    state-space layers, do not count, and layers with a sliding window grow no more beyond it.
+    """
+    options = {} if alpha is None else {"alpha": alpha}
+    sizes = []
+    for length in (1, 2):
+        ids = torch.ones(1, length, dtype=torch.long, device=model.device)
+        cache = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, **options).past_key_values
+        states = [state for layer in cache.layers for state in vars(layer).values()]
+        sizes.append(sum(state.numel() * state.element_size() for state in states if isinstance(state, Tensor)))
+    return sizes[1] - sizes[0]

@@ -18,11 +18,12 @@ from logitmix.evaluation.inspect import token_text
 from logitmix.evaluation.metrics import group_by
 from logitmix.evaluation.responses import open_responses
 from logitmix.loss_head.divergence import kl
+from logitmix.mixture.merging import MERGED
 from logitmix.mixture.mixing import weights_to_alpha
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.mixture.scoring import following_prompts
 from logitmix.tasks import Problem, Task
-from logitmix.training.students import MERGED, build_student
+from logitmix.training.students import build_student
 
 STUDENT, MIXTURE = "student", "mixture"
 WORST = 20  # tokens that are shown

@@ -47,7 +47,16 @@ def merge_into_copy(model: PreTrainedModel, name: str) -> PreTrainedModel:
     Weights that the adapter does not change are shared with the model.
     """
     memo = {id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in model.parameters()}
-    result: PreTrainedModel = copy.deepcopy(model, memo)
+    return _without_adapters(copy.deepcopy(model, memo), name)
+
+
+def share_base(model: PreTrainedModel) -> PreTrainedModel:
+    """The model without adapters: other modules around the same parameters, which move and freeze with the model's."""
+    return _without_adapters(copy.deepcopy(model, {id(p): p for p in model.parameters()}), NO_ADAPTER)
+
+
+def _without_adapters(result: PreTrainedModel, name: str) -> PreTrainedModel:
+    """The model, whose layers become plain ones, the adapter `name` (if it has one) merged into their weights."""
     for path, layer in adapter_layers(result):
         if isinstance(layer, BaseTunerLayer):
             layer.merge(safe_merge=True, adapter_names=[name])  # safe: into a new tensor
@@ -57,6 +66,7 @@ def merge_into_copy(model: PreTrainedModel, name: str) -> PreTrainedModel:
             layer.set_adapter(names)
             plain = layer.unload_and_optionally_merge_module(merge=bool(names), safe_merge=True, adapter_names=names)
             result.set_submodule(path, plain)
-    mark_adapters_loaded(result, False)
-    del result.peft_config
+    if hasattr(result, "peft_config"):
+        mark_adapters_loaded(result, False)
+        del result.peft_config
     return result

@@ -5,6 +5,8 @@ import copy
 import torch
 from transformers import PreTrainedModel
 
+MERGED = "merged"  # the name of the merged weights among policy and anchors
+
 
 def merge_weights(policy: PreTrainedModel, anchor: PreTrainedModel, way_out: str) -> PreTrainedModel:
     """A frozen copy of the policy in evaluation mode, to hold merged weights; see `set_merge`.

@@ -13,6 +13,7 @@ from logitmix.evaluation.metrics import group_by, rates
 from logitmix.evaluation.outcomes import pack_outcomes
 from logitmix.evaluation.responses import read_responses
 from logitmix.evaluation.sweep import by_mix
+from logitmix.mixture.merging import MERGED
 from logitmix.paper.recipes import ARMS, DISTILLED
 from logitmix.paper.report import write_report
 from logitmix.paper.scales import load_scale
@@ -20,7 +21,6 @@ from logitmix.paper.stages import DISTILL_REPORT, SWEEP, Stage
 from logitmix.runs.console import console
 from logitmix.runs.files import EVALUATIONS_FILE, METRICS_FILE, RESPONSES_FILE, RUN_FILE, append_jsonl, read_jsonl
 from logitmix.runs.folder import record_start, validate_same_arguments
-from logitmix.training.students import MERGED
 
 TIMES_FILE = "times.jsonl"
 LOG_FILE = "log.txt"

@@ -34,6 +34,7 @@ from logitmix.training.fsdp import prepare_fsdp
 from logitmix.training.monitoring.finite import require_finite_parameters
 from logitmix.training.resumable_config import ResumableConfig
 from logitmix.training.rollouts.vllm import sampling_parameters
+from logitmix.training.student_adapters import shared_bytes
 from logitmix.training.students import validate_vocabulary
 
 
@@ -93,7 +94,8 @@ class MixtureDistillationTrainer(PatchedDistillationTrainer):
     """Trains a student to match a mixture: TRL's `DistillationTrainer`, of a teacher that is a `LogitMixForCausalLM`.
 
     Args:
-        model: the student, a causal language model or a `PeftModel` of one, with the mixture's tokenizer.
+        model: the student, a causal language model or a `PeftModel` of one, with the mixture's tokenizer. It may share
+            weights with the mixture that do not train, as `build_student` with `peft_config` does.
         teacher_model: the mixture. It is frozen.
         args, train_dataset, processing_class, …: as in TRL. The data set needs the column `prompt`.
         peft_config: gives the student a LoRA adapter, as in TRL.
@@ -156,6 +158,7 @@ class MixtureDistillationTrainer(PatchedDistillationTrainer):
             self.vllm_generation.generation_kwargs = sampling_parameters(
                 args.generation_kwargs, self.stop_strings, self.eos_token_ids, tokenizer.get_added_vocab()
             )
+        self._validate_shared_weights(student)
         prepare_fsdp(self)
         self.checkpointing = Checkpointing(self, states)
 
@@ -216,6 +219,21 @@ class MixtureDistillationTrainer(PatchedDistillationTrainer):
         return total / (count.clamp(min=1) if num_tokens is None else num_tokens), entropy_N.detach().sum(), count
 
     # --- what is refused ----------------------------------------------------------------------------------------
+
+    def _validate_shared_weights(self, student: PreTrainedModel) -> None:
+        """Weights that the student shares with the mixture must stay as they are, where they are."""
+        if not shared_bytes(student, self.teacher):
+            return
+        way_out = "build the student without peft_config, and pass it here"
+        if self.use_vllm:
+            raise ValueError(
+                "use_vllm is set, and for vLLM TRL merges the student's adapter into weights that the mixture shares "
+                f"and takes it out again, which rounds them; {way_out}"
+            )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                f"the student shares weights with the mixture, which FSDP or DeepSpeed would shard; {way_out}"
+            )
 
     def _validate_train_dataset(self) -> None:
         if not isinstance(self.train_dataset, Dataset):

@@ -4,32 +4,44 @@ import copy
 import os
 from typing import Any
 
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
-from logitmix.mixture.adapters import read_adapter_config
+from logitmix.mixture.adapters import read_adapter_config, validate_adapter_targets
 from logitmix.mixture.export import merge_into_copy
 from logitmix.mixture.loading import load_member, require_tokenizer, validate_same_tokenizer
-from logitmix.mixture.merging import merge_weights, set_merge
+from logitmix.mixture.merging import MERGED, merge_weights, set_merge
 from logitmix.mixture.modeling import LogitMixForCausalLM
+from logitmix.training.student_adapters import adapter_on_member
 
-MERGED = "merged"
 _WAY_OUT = "start the student from policy or anchor"
 
 
 def build_student(
-    mixture: LogitMixForCausalLM, source: str = "policy", base_folder: str | None = None, **kwargs: Any
-) -> PreTrainedModel:
-    """The student, with weights of its own, all of them trainable.
+    mixture: LogitMixForCausalLM,
+    source: str = "policy",
+    base_folder: str | None = None,
+    peft_config: LoraConfig | None = None,
+    **kwargs: Any,
+) -> PreTrainedModel | PeftModel:
+    """The student, with weights of its own, all of them trainable; with `peft_config`, a LoRA adapter that trains.
+
+    An adapter is on the weights of the member that it starts from, which the mixture and the student then share, where
+    `adapter_on_member` can do so, and else on a copy. Merge one that shares weights into a copy of them.
 
     Args:
         source: `"policy"`, `"anchor"` (of several `"anchor_0"`, …), `"merged"` for `(1 - alpha) θ_policy + alpha
             θ_anchor`, or a folder or hub id.
         base_folder: where to save the student, and so the name of an adapter's base, if it has no folder of its own.
+        peft_config: of the adapter, whose new weights are random: set a seed.
         kwargs: arguments of `from_pretrained`, for a folder or hub id.
 
     Raises `ValueError` for a checkpoint that does not exist, is a mixture, or has another tokenizer than the mixture,
     and for weights that cannot be merged.
     """
+    shared = None if peft_config is None else adapter_on_member(mixture, source, peft_config, base_folder)
+    if shared is not None:
+        return shared
     names = (*mixture.config.members, "anchor")
     if source == MERGED:
         student = _merged(mixture)
@@ -43,7 +55,12 @@ def build_student(
         if mixture.tokenizer is not None:
             mixture.tokenizer.save_pretrained(base_folder)
         student.name_or_path = base_folder
-    return student
+    if peft_config is None:
+        return student
+    validate_adapter_targets(student, peft_config)
+    adapted = get_peft_model(student, copy.deepcopy(peft_config))
+    assert isinstance(adapted, PeftModel)
+    return adapted
 
 
 def _alone(mixture: LogitMixForCausalLM, name: str) -> PreTrainedModel:

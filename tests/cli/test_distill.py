@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import AutoPeftModelForCausalLM, LoraConfig
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from logitmix import LogitMixForCausalLM
 from logitmix.cli.__main__ import main
@@ -31,6 +33,10 @@ def folders(tmp_path_factory) -> Path:
     policy, anchor = (save_member(folder / name, seed) for seed, name in enumerate(("policy", "anchor")))
     save_member(folder / "letters", 2, alphabet="abc")
     LogitMixForCausalLM.from_members(policy, anchor, alpha=0.4).save_pretrained(folder / "mixture")
+    torch.manual_seed(2)
+    config = LoraConfig(r=4, init_lora_weights=False)
+    adapters = LogitMixForCausalLM.from_members(policy, policy, alpha=0.4, peft_config=config)
+    adapters.save_pretrained(folder / "adapters")
     return folder
 
 
@@ -39,21 +45,25 @@ def distil(folders: Path, output: Path, *flags: str, mixture: str = "mixture") -
 
 
 WITHOUT_LOGITMIX = """
-import sys
+import json, os, sys
 sys.modules["logitmix"] = None
-from transformers import AutoTokenizer
-{load}
-tokenizer = AutoTokenizer.from_pretrained({folder!r})
-output = model.generate(**tokenizer("1+2=", return_tensors="pt"), max_new_tokens=3, do_sample=False)
-print(type(model).__name__, output.shape[0])
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+for folder in sys.argv[1:]:
+    is_adapter = os.path.exists(os.path.join(folder, "adapter_config.json"))
+    model = (AutoPeftModelForCausalLM if is_adapter else AutoModelForCausalLM).from_pretrained(folder)
+    inputs = AutoTokenizer.from_pretrained(folder)("1+2=", return_tensors="pt")
+    ids = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    print(json.dumps([type(model).__name__, ids[0].tolist()]))
 """
 
 
-def generate_without_logitmix(folder: Path, load: str) -> str:
-    script = WITHOUT_LOGITMIX.format(load=load.format(folder=str(folder)), folder=str(folder))
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd="/")
+def generate_without_logitmix(*folders: Path) -> list[list]:
+    """The class of each model, and what it generates where logitmix cannot be imported."""
+    command = [sys.executable, "-c", WITHOUT_LOGITMIX, *map(str, folders)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd="/")
     assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()[-1]
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -63,13 +73,29 @@ def whole(folders, tmp_path_factory) -> Path:
     return run
 
 
-@pytest.mark.slow
+@pytest.fixture(scope="module")
+def adapter(folders, tmp_path_factory) -> Path:
+    """A student with an adapter, on the merged weights of members with a model each."""
+    run = tmp_path_factory.mktemp("runs") / "adapter"
+    flags = ["--use_peft", "--lora_r", "2", "--save_strategy", "no", "--max_steps", "1"]
+    distil(folders, run, *flags, "--student", "merged")
+    return run
+
+
+def test_students_load_where_logitmix_cannot_be_imported(whole, fine_tuned, adapter, on_one_base):
+    runs, expected = (whole, fine_tuned, adapter, on_one_base), []
+    for folder, kind in zip(runs, [AutoModelForCausalLM] * 2 + [AutoPeftModelForCausalLM] * 2, strict=True):
+        model, tokenizer = kind.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        ids = model.generate(**tokenizer("1+2=", return_tensors="pt"), max_new_tokens=3, do_sample=False)
+        expected.append([type(model).__name__, ids[0].tolist()])
+    assert generate_without_logitmix(*runs) == expected
+    assert [name for name, _ in expected] == ["Qwen2ForCausalLM"] * 2 + ["PeftModelForCausalLM"] * 2
+
+
 @pytest.mark.parametrize("run", ["whole", "fine_tuned"])
-def test_the_student_is_one_ordinary_model(folders, run, request):
-    whole = request.getfixturevalue(run)
-    load = "from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained({folder!r})"
-    assert generate_without_logitmix(whole, load) == "Qwen2ForCausalLM 1"
-    before, after = load_file(folders / "policy" / "model.safetensors"), load_file(whole / "model.safetensors")
+def test_the_student_has_the_weights_of_one_model_and_they_moved(folders, run, request):
+    after = load_file(request.getfixturevalue(run) / "model.safetensors")
+    before = load_file(folders / "policy" / "model.safetensors")
     assert before.keys() == after.keys()
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
@@ -105,14 +131,46 @@ def test_a_resumed_run_matches_an_uninterrupted_one(folders, whole, tmp_path, lm
     assert runs[0] == runs[1]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("student", ["policy", "merged"])
-def test_an_adapter_loads_with_peft_alone(folders, tmp_path, student):
-    run = tmp_path / "run"
-    distil(folders, run, "--use_peft", "--student", student, "--lora_r", "2", "--save_strategy", "no")
-    load = "from peft import AutoPeftModelForCausalLM\nmodel = AutoPeftModelForCausalLM.from_pretrained({folder!r})"
-    assert generate_without_logitmix(run, load) == "PeftModelForCausalLM 1"
-    assert json.loads((run / "adapter_config.json").read_text())["base_model_name_or_path"] == str(run / "base")
+def base_of(run: Path) -> str:
+    return json.loads((run / "adapter_config.json").read_text())["base_model_name_or_path"]
+
+
+def test_an_adapter_names_the_base_that_is_written_where_there_is_no_folder_of_it(adapter):
+    assert base_of(adapter) == str(adapter / "base")
+
+
+@pytest.fixture(scope="module")
+def on_one_base(folders, tmp_path_factory) -> Path:
+    """A student with an adapter on the base that the members, adapters, share."""
+    run = tmp_path_factory.mktemp("runs") / "on_one_base"
+    distil(folders, run, *ON_ONE_BASE, mixture="adapters")
+    return run
+
+
+ON_ONE_BASE = ["--use_peft", "--lora_r", "4", "--max_steps", "2", "--save_steps", "1", "--learning_rate", "1e-2"]
+
+
+def test_a_student_of_adapters_is_an_adapter_on_their_base(capsys, folders, on_one_base, tmp_path):
+    assert base_of(on_one_base) == str((folders / "policy").resolve())
+    assert not (on_one_base / "base").exists()
+    resumed = tmp_path / "resumed"
+    shutil.copytree(on_one_base, resumed)
+    (resumed / "adapter_model.safetensors").unlink()
+    shutil.rmtree(resumed / "checkpoint-2")
+    capsys.readouterr()
+    distil(folders, resumed, *ON_ONE_BASE, "--resume_from_checkpoint", "true", mixture="adapters")
+    assert "GB of weights, which are in memory once." in capsys.readouterr().err
+    expected, found = (load_file(folder / "adapter_model.safetensors") for folder in (on_one_base, resumed))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    saved = load_file(on_one_base / "checkpoint-1" / "adapter_model.safetensors")
+    assert any(not torch.equal(expected[name], saved[name]) for name in expected)
+
+
+def test_a_student_without_room_for_the_members_adapter_has_a_copy(capsys, folders, tmp_path):
+    flags = ["--use_peft", "--lora_r", "2", "--max_steps", "1", "--save_strategy", "no"]
+    distil(folders, tmp_path / "run", *flags, mixture="adapters")
+    assert "The student has weights of its own" in capsys.readouterr().err
+    assert (tmp_path / "run" / "base" / "model.safetensors").exists()
 
 
 def test_a_pair_with_the_scheme_prob_and_another_checkpoint_as_the_student(folders, tmp_path):

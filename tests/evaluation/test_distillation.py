@@ -130,6 +130,10 @@ def test_a_mixture_holds_the_weights_of_both_and_decodes_the_same_responses(pair
     costs = {c.name: c for c in decoding_costs(models, tokenizer, task, task.problems("test", 40), 5)}
     one = sum(p.numel() for p in student.parameters()) * 4
     assert [costs[name].weight_bytes for name in models] == [one, 2 * one, one]
+    config = student.config
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_size * 4
+    assert [costs[name].cache_bytes for name in models] == [token, 2 * token, token]
     assert all(c.responses == 32 and 32 <= c.tokens <= 160 for c in costs.values())
     assert all(c.tokens_per_second == c.tokens / c.seconds > 0 for c in costs.values())
 
@@ -167,7 +171,7 @@ def test_the_report_compares_the_same_problems(pair, tokenizer, task, tmp_path, 
     lines = [json.loads(line) for line in (folder / "distillation.jsonl").read_text().splitlines()]
     assert lines[0] == {"verdict": sentence}
     assert [line["decoding_of"] for line in lines if "decoding_of" in line] == [STUDENT]
-    assert "tokens a second" in readme
+    assert "| weights, MiB | KV cache a token, KiB |" in readme
     assert {line["minus"] for line in lines if "minus" in line} == {"mixture", "policy", "anchor", "merged"}
     assert [line["responses_of"] for line in lines if "responses_of" in line] == ["mixture", "student"]
     assert decode_student(student, pair, tokenizer, task, problems, str(folder), {"a": 1}, 6) == responses, (

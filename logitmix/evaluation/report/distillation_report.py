@@ -18,6 +18,7 @@ RATES = "Rates, %"
 PAIRED = "The student minus each of the others, points"
 TOKENS = "Student and mixture, token by token"
 COSTS = "Decoding"
+MEMORY = ["weights, MiB", "KV cache a token, KiB"]
 WORST = "The tokens where they differ most"
 
 
@@ -40,14 +41,15 @@ def distillation_tables(
         cells = [f"{interval(column.b_minus_a)}, p {p_value(column.p_value)}" for column in columns]
         paired.append([name, *cells, str(c.only_b), str(c.only_a)])
     by_token = [[c.responses_of, str(c.tokens), f"{c.kl:.4f}", percent(c.agreement)] for c in tokens]
-    decoding = [
-        [c.name, str(c.responses), f"{c.tokens_per_second:,.0f}", f"{c.weight_bytes / 2**20:,.1f}"] for c in costs
-    ]
+    decoding = []
+    for c in costs:
+        memory = f"{c.weight_bytes / 2**20:,.1f}", f"{c.cache_bytes / 2**10:,.1f}"
+        decoding.append([c.name, str(c.responses), f"{c.tokens_per_second:,.0f}", *memory])
     return [
         Table(RATES, ["", *RATE_COLUMNS], rows),
         Table(PAIRED, ["minus", "format", "answer", "lenient", "only the student right", "only the other"], paired),
         Table(TOKENS, ["on responses of", "tokens", "KL(mixture ‖ student)", "same first token, %"], by_token),
-        Table(COSTS, ["", "responses at a time", "tokens a second", "weights, MiB"], decoding),
+        Table(COSTS, ["", "responses at a time", "tokens a second", *MEMORY], decoding),
         Table(
             WORST,
             ["in a response of", "KL", "problem", "after", "token", "mixture's first", "student's"],
@@ -95,7 +97,8 @@ NOTE = (
     "Greedy responses to the same held-out problems. Answer: right and in the format; lenient: right anywhere. "
     "[ ]: 95 % interval; p: McNemar's exact test. KL in nats at temperature 1. "
     "Tokens a second: one measurement of each model after the others, on the machine of the run; a token of the "
-    "mixture may take a pass of both members."
+    "mixture may take a pass of both members. Memory: the weights that run, and what each token of each response's "
+    "context adds to the KV cache; activations are not counted."
 )
 
 
