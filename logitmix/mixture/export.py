@@ -59,7 +59,8 @@ def _without_adapters(result: PreTrainedModel, name: str) -> PreTrainedModel:
     """The model, whose layers become plain ones, the adapter `name` (if it has one) merged into their weights."""
     for path, layer in adapter_layers(result):
         if isinstance(layer, BaseTunerLayer):
-            layer.merge(safe_merge=True, adapter_names=[name])  # safe: into a new tensor
+            if has_adapter(layer, name):  # PEFT's layers of torchao look it up
+                layer.merge(safe_merge=True, adapter_names=[name])  # safe: into a new tensor
             result.set_submodule(path, layer.get_base_layer())
         else:
             names = [name] if has_adapter(layer, name) else []

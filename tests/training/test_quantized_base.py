@@ -6,6 +6,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 from logitmix.mixture.modeling import LogitMixForCausalLM
+from logitmix.training.students import build_student
 from tests.helpers.grpo import trainer_of
 from tests.helpers.members import character_tokenizer, logits, tiny_member
 
@@ -53,6 +54,30 @@ def test_the_adapter_alone_trains_and_a_run_resumes_exactly(members, tmp_path, q
         assert loaded.weight_bytes() == whole.model.weight_bytes()
     resumed.model.export_member("policy", tmp_path / "adapter")
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("quantization", ["int8", "bitsandbytes-4bit"])
+def test_the_policys_adapter_becomes_the_anchors_and_a_resumed_run_has_it(members, tmp_path, quantization):
+    options = {"max_steps": 2, "reanchor_steps": 1}
+    whole = trainer(members, tmp_path, quantization, "base", **options)
+    whole.train()
+    assert torch.equal(logits(whole.model.eval(), alpha=0.0), logits(whole.model, alpha=1.0))
+    resumed = trainer(members, tmp_path, quantization, "base", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    loaded = LogitMixForCausalLM.from_pretrained(tmp_path / "checkpoint-2")
+    for model in (resumed.model.eval(), loaded):
+        assert torch.equal(logits(model), logits(whole.model))
+
+
+@pytest.mark.parametrize("quantization", ["int8", "bitsandbytes-4bit"])
+def test_a_student_is_an_adapter_on_the_quantised_base(members, quantization):
+    teacher = LogitMixForCausalLM.from_members(
+        str(members / "adapter"), str(members / "base"), quantization_config={"policy": quantization}
+    )
+    student = build_student(teacher, "policy", peft_config=LoraConfig(r=2, target_modules="all-linear"))
+    held = {id(p) for p in teacher.parameters()}
+    assert all(".default." in name for name, p in student.named_parameters() if id(p) not in held)
+    assert torch.equal(logits(student.eval()), logits(teacher, alpha=0.0))
 
 
 def test_such_a_mixture_is_not_saved_by_itself(members, tmp_path):

@@ -42,9 +42,9 @@ def distillation_tables(
         paired.append([name, *cells, str(c.only_b), str(c.only_a)])
     by_token = [[c.responses_of, str(c.tokens), f"{c.kl:.4f}", percent(c.agreement)] for c in tokens]
     decoding = []
-    for c in costs:
-        memory = f"{c.weight_bytes / 2**20:,.1f}", f"{c.cache_bytes / 2**10:,.1f}"
-        decoding.append([c.name, str(c.responses), f"{c.tokens_per_second:,.0f}", *memory])
+    for cost in costs:
+        memory = f"{cost.weight_bytes / 2**20:,.1f}", f"{cost.cache_bytes / 2**10:,.1f}"
+        decoding.append([cost.name, str(cost.responses), f"{cost.tokens_per_second:,.0f}", *memory])
     return [
         Table(RATES, ["", *RATE_COLUMNS], rows),
         Table(PAIRED, ["minus", "format", "answer", "lenient", "only the student right", "only the other"], paired),

@@ -58,7 +58,7 @@ class FrozenWeights:
             self.mode = "never"  # the base is on disk already, and is quantised again when it is loaded
         if self.mode == "never":
             _validate_never(trainer, is_sharded)
-        self.changing = POLICY  # the members whose adapters are not frozen
+        self.changing: tuple[str, ...] = POLICY  # the members whose adapters are not frozen
         if getattr(args, "reanchor_steps", None) and isinstance(model, LogitMixForCausalLM):
             self.changing = tuple(model.config.members)
             if self.mode == "once" and len(model.config.model_names) > 1:
