@@ -42,7 +42,8 @@ class FusedDistiller:
         config = self.teacher.config
         names = [n for n, w in zip(config.members, config.weights, strict=True) if w != 0] or config.members[:1]
         weights = [w for w in config.weights if w != 0] or [0.0]  # all 0: the uniform distribution
-        hidden = self._members.frozen_states(names, input_ids, attention_mask, scored_BT)
+        with torch.no_grad():
+            hidden = [self._members.hidden_states(name, input_ids, attention_mask, scored_BT) for name in names]
         output = run_decoder(
             student,
             input_ids=input_ids,

@@ -11,11 +11,9 @@ from torch import Tensor
 
 from logitmix.loss_head import Coefficients, fused_log_probs
 from logitmix.loss_head.libraries import Library, ShapeClass, choose_libraries, read_choices
-from logitmix.mixture.adapters import RowsAreMixed
 from logitmix.mixture.configuration import resolve_weights
 from logitmix.mixture.decoding.support import SequenceSupport, Support
 from logitmix.mixture.diagnostics import MixtureDiagnostics
-from logitmix.mixture.folding import MOST_TOKENS
 from logitmix.mixture.head import (
     REFERENCE,
     Head,
@@ -60,7 +58,6 @@ class FusedScorer:
                 f"{REFERENCE}, or config.set_plausibility(None)"
             )
         self.model = model
-        self._runs_together = model.adapters is not None and model.adapters.can_run_together
         self._head_transforms: dict[str, HeadTransform] = {
             name: infer_head_transform(getattr(model, name), name) for name in model.config.model_names
         }
@@ -198,52 +195,12 @@ class FusedScorer:
             )
             if aux_losses is not None and needs_aux_loss and read.attention_mask is not None:
                 aux_losses.append(load_balancing_loss(member.config, output, read.attention_mask))
-        return _at_scored(name, output.last_hidden_state, scored_BT)
-
-    @torch.no_grad()
-    def frozen_states(
-        self, names: Sequence[str], input_ids: Tensor, attention_mask: Tensor, scored_BT: Tensor
-    ) -> list[Tensor]:
-        """`hidden_states` of each member, without gradients.
-
-        Members that are adapters on one base read few tokens in one pass over its weights; see `folding.MOST_TOKENS`.
-        """
-        on_base = [name for name in names if name in self.model.config.adapters]
-        together: dict[str, Tensor] = {}
-        if self._runs_together and len(on_base) > 1 and len(on_base) * input_ids.numel() <= MOST_TOKENS:
-            try:
-                together = self._states_of_one_pass(on_base, input_ids, attention_mask, scored_BT)
-            except RowsAreMixed:
-                self._runs_together = False
-        return [
-            together[name] if name in together else self.hidden_states(name, input_ids, attention_mask, scored_BT)
-            for name in names
-        ]
-
-    def _states_of_one_pass(
-        self, names: Sequence[str], input_ids: Tensor, attention_mask: Tensor, scored_BT: Tensor
-    ) -> dict[str, Tensor]:
-        assert self.model.adapters is not None
-        count = len(names)
-        with self.model.adapters.as_members([name for name in names for _ in input_ids], then="policy"):
-            output = run_decoder(
-                self.model.policy,
-                input_ids=input_ids.repeat(count, 1),
-                attention_mask=attention_mask.repeat(count, 1),
-                position_ids=position_ids_from_mask(attention_mask).repeat(count, 1),
-            )
-        states = zip(names, output.last_hidden_state.chunk(count), strict=True)
-        return {name: _at_scored(name, states_BTD, scored_BT) for name, states_BTD in states}
-
-
-def _at_scored(name: str, states_BTD: Tensor, scored_BT: Tensor) -> Tensor:
-    """The states `[N, D]` of the member `name` at the tokens that predict a scored one."""
-    hidden_ND = states_BTD[:, -1 - scored_BT.shape[1] : -1][scored_BT]
-    device = hidden_ND.device.type
-    if name != "policy" and torch.is_autocast_enabled(device):
-        # the dtype in which a head would take them, kept or not: otherwise kept states would move the ratio off 1
-        hidden_ND = hidden_ND.to(torch.get_autocast_dtype(device))
-    return hidden_ND
+        hidden_ND = output.last_hidden_state[:, -1 - scored_BT.shape[1] : -1][scored_BT]
+        device = hidden_ND.device.type
+        if name != "policy" and torch.is_autocast_enabled(device):
+            # the dtype in which a head would take them, kept or not: otherwise kept states would move the ratio off 1
+            hidden_ND = hidden_ND.to(torch.get_autocast_dtype(device))
+        return hidden_ND
 
 
 def _scatter(scores_N: Tensor, scored_BT: Tensor) -> Tensor:

@@ -36,7 +36,6 @@ _PREFIX = "base_model.model."  # of the weights' names in an adapter file
 ADAPTER_WEIGHTS = ["lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"]
 # Initialisations that subtract from the base's weights, which other members and exports share
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-_BASE = "__base__"  # PEFT's name of no adapter, for a row
 _UNTESTED_VARIANTS = (
     *("alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "velora_config"),
     *("use_bdlora", "use_qalora", "megatron_config", "target_parameters"),
@@ -179,10 +178,6 @@ def merge_adapter(model: PreTrainedModel, source: str, is_anchor: bool = False) 
     return merged.eval()
 
 
-class RowsAreMixed(Exception):
-    """A layer does not see the rows of the batch apart."""
-
-
 class Adapters:
     """The adapters of one model, of which at most one is active."""
 
@@ -232,33 +227,6 @@ class Adapters:
             self.activate(then)
             for module in training:
                 module.training = True
-
-    @contextmanager
-    def as_members(self, names: Sequence[str], then: str) -> Iterator[None]:
-        """Within the context the rows of a batch run as the members of these names, one for each row; see `as_member`.
-
-        A pass raises `RowsAreMixed` where a layer with adapters does not see the rows apart, as an expert of an MoE.
-        """
-
-        def add_names(layer: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-            is_embedding = not inputs[0].is_floating_point()
-            if inputs[0].dim() < (2 if is_embedding else 3) or len(inputs[0]) != len(names):
-                raise RowsAreMixed(f"an input has shape {list(inputs[0].shape)}, for {len(names)} rows")
-            own = [name if has_adapter(layer, name) else _BASE for name in names]
-            return inputs, kwargs | {"adapter_names": own}
-
-        with self.as_member(NO_ADAPTER, then):
-            hooks = [layer.register_forward_pre_hook(add_names, with_kwargs=True) for layer in self._layers]
-            try:
-                yield
-            finally:
-                for hook in hooks:
-                    hook.remove()
-
-    @property
-    def can_run_together(self) -> bool:
-        """Whether PEFT runs rows of one batch with different ones of these adapters: not with DoRA."""
-        return not any(config.use_dora for config in getattr(self.model, "peft_config", {}).values())
 
     @torch.no_grad()
     def validate_adapter_effect(self, name: str, source: str) -> None:

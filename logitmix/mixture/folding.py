@@ -24,7 +24,7 @@ from logitmix.mixture.padding import position_ids_from_mask
 
 _MOST_PADDING = 1.25  # how many times their tokens prompts may take to be read in one pass
 # tokens of one pass for several members: with more, reading the weights once saves little, and takes memory
-MOST_TOKENS = 512
+_MOST_TOKENS = 512
 _LAYERS = {DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer}
 
 
@@ -64,7 +64,7 @@ def passes(
         if has_static or len(members) * max(widths) <= _MOST_PADDING * sum(widths):
             aligned |= align(inputs, members)
             num_tokens = sum(aligned[name].input_ids.numel() for name in members)
-            groups += [members] if num_tokens <= MOST_TOKENS else [[name] for name in members]
+            groups += [members] if num_tokens <= _MOST_TOKENS else [[name] for name in members]
         elif all(inputs[name].reads_prompt for name in members):
             groups += [[name] for name in members]
         else:
