@@ -64,6 +64,7 @@ def test_a_student_starts_as_its_source_on_the_members_own_weights(folders, sour
     torch.testing.assert_close(dict(teacher.state_dict()), before, rtol=0, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:Adapter 'default'")  # PEFT's, of a bias, which has one axis
 @pytest.mark.parametrize(
     "config", [{"use_dora": True}, {"modules_to_save": ["o_proj"]}, {"lora_bias": True, "target_modules": ["q_proj"]}]
 )
