@@ -8,6 +8,8 @@ from transformers import AutoModelForCausalLM
 
 from logitmix.cli.__main__ import main
 from logitmix.evaluation.decode import make_decoder, make_requests
+from logitmix.evaluation.distillation import compare_tokens
+from logitmix.evaluation.samples import sample_mixture
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.paper.tiny_model import character_tokenizer, tiny_model
 from logitmix.presets import contrastive_decoding, dexperts, ensemble, guidance, proxy_tuning
@@ -65,7 +67,7 @@ def flags_of(command, source, out):
         "eval": ("eval", *decoded, "--output_dir", str(out)),
         "inspect": ("inspect", "7+8-9", *decoded[:2], *decoded[4:], "--output_file", str(out / "page.html")),
         "export": ("export", *decoded[:2], "--member", "anchor_0", "--output_dir", str(out / "member")),
-        "sweep": ("sweep", *decoded, "--mixes", "logit", "--alphas", "0.5", "--output_dir", str(out)),
+        "sweep": ("sweep", *decoded, "--mixes", "logit", "--alphas", "0.5", "-1", "--output_dir", str(out)),
         "sweep --weights simplex": (
             *("sweep", *decoded, "--weights", "simplex", "--simplex_parts", "2", "--output_dir", str(out)),
         ),
@@ -128,3 +130,43 @@ def test_the_weights_of_no_alpha_are_not_given_one(folders):
     model = LogitMixForCausalLM.from_pretrained(folders / "its original")
     with pytest.raises(ValueError, match=r"no alpha gives the weights \[1.0, -1.0\], which do not sum to 1"):
         _ = model.alpha
+
+
+@pytest.mark.parametrize("name", ["guidance", "its original"])
+def test_sft_samples_a_preset_that_on_policy_distillation_refuses_and_compares_its_tokens(folders, tmp_path, name):
+    task, mixture = Arithmetic(), LogitMixForCausalLM.from_pretrained(folders / name).eval()
+    tokenizer, problems = character_tokenizer(Arithmetic.alphabet), task.problems("test", 2)
+    responses = sample_mixture(
+        mixture, tokenizer, task, problems, str(tmp_path), {}, samples=1, max_new_tokens=4, temperature=1.0, seed=0,
+        batch_size=2,
+    )  # fmt: skip
+    prompt_ids = [tokenizer(task.prompt(problem))["input_ids"] for problem in problems]
+    student = AutoModelForCausalLM.from_pretrained(folders / "a").eval()
+    found = compare_tokens(student, mixture, tokenizer, responses, prompt_ids)
+
+    kls, agreeing = [], 0
+    for response in responses:
+        ids = tokenizer(response.response, add_special_tokens=False)["input_ids"]
+        for t in range(len(ids)):
+            prompt = prompt_ids[response.problem]
+            log_m, log_s = log_p(mixture, prompt, ids[:t]), log_p_of(student, prompt + ids[:t])
+            kls.append(float((log_m.exp() * (log_m - log_s).masked_fill(log_m.isneginf(), 0)).sum()))
+            agreeing += int(log_m.argmax() == log_s.argmax())
+    assert (found.tokens, found.agreement) == (len(kls), agreeing / len(kls))
+    assert found.kl == pytest.approx(sum(kls) / len(kls), rel=1e-3, abs=1e-4)
+
+
+def log_p_of(member, ids):
+    with torch.no_grad():
+        return member(torch.tensor([ids])).logits[0, -1].double().log_softmax(-1)
+
+
+def log_p(mixture, prompt_ids, ids):
+    """The mixture's log-probabilities of the next token, from each member's own prompt."""
+    own, config = mixture.config.member_prompts, mixture.config
+    models = {name: getattr(mixture, config.model_of(name)) for name in config.members}
+    logs = [log_p_of(model, own.get(name, prompt_ids) + ids) for name, model in models.items()]
+    mixed = sum(weight * each for weight, each in zip(config.weights, logs, strict=True))
+    if config.plausibility is not None:
+        mixed[logs[0].exp() < config.plausibility * logs[0].exp().max()] = -torch.inf
+    return mixed.log_softmax(-1)
