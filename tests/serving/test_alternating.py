@@ -40,7 +40,7 @@ from tests.helpers.engines import (
 from tests.helpers.members import character_tokenizer
 from tests.helpers.vllm_members import build_member, build_mixture, save_member
 
-SAMPLES, TOKENS = (192, 2) if IS_INTERPRETED else (1024, 3)
+SAMPLES, TOKENS = (128, 2) if IS_INTERPRETED else (1024, 3)
 
 
 @contextmanager
@@ -179,7 +179,15 @@ class TestInOneEngine:
         assert output.num_cached_tokens == 32
 
     @pytest.mark.runners
-    @pytest.mark.parametrize("top_k", [0, pytest.param(5, marks=SLOW_ON_SECOND_RUNNER)])
+    @pytest.mark.parametrize(
+        "top_k",
+        [
+            0,
+            pytest.param(
+                5, marks=pytest.mark.skipif(IS_INTERPRETED, reason="Triton's interpreter fails in vLLM's top-k kernel")
+            ),
+        ],
+    )
     def test_samples_of_turns_have_the_mixtures_distribution(self, mixture, llm, top_k):
         """Among greedy requests, at the request's own alpha."""
         alpha, temperature, prompt = 0.7, 0.8, PROMPTS[0]

@@ -18,6 +18,7 @@ from tests.helpers.adapters import save_adapter
 from tests.helpers.engines import (
     ALPHAS,
     PROMPTS,
+    SLOW_ON_SECOND_RUNNER,
     TOLERANCE,
     assert_matches_transformers,
     engine,
@@ -25,15 +26,17 @@ from tests.helpers.engines import (
     greedy_params,
     greedy_tokens,
     log_prob_difference,
+    slow_on_second_runner,
     token_log_probs,
 )
 from tests.helpers.vllm_members import build_mixture, save_member
 
 PAIRS = [
-    ("qwen2", "llama"),
+    pytest.param(("qwen2", "llama"), marks=SLOW_ON_SECOND_RUNNER),
     ("qwen3", "gemma2"),  # soft-capped logits, sliding and full attention
-    ("mistral", "gpt2"),  # a sliding window in one member; absolute positions in the other
-    ("gptj", "qwen3_moe"),
+    # a sliding window in one member; absolute positions in the other
+    pytest.param(("mistral", "gpt2"), marks=SLOW_ON_SECOND_RUNNER),
+    pytest.param(("gptj", "qwen3_moe"), marks=SLOW_ON_SECOND_RUNNER),
 ]
 
 
@@ -49,6 +52,7 @@ def test_pairs_match_transformers(tmp_path, pair):
 
 
 @pytest.mark.runners
+@slow_on_second_runner
 def test_a_plausibility_cut_matches_transformers(tmp_path):
     mixture = build_mixture("qwen2", "llama", weights=[1.5, -0.5])
     mixture.config.set_plausibility(0.4, "anchor")
@@ -74,7 +78,10 @@ def test_a_checkpoint_that_refers_to_its_frozen_members_matches_transformers(tmp
         assert_matches_transformers(mixture, llm)
 
 
-@pytest.mark.parametrize("anchor", ["gemma2", "qwen3_moe", pytest.param("adapter", marks=pytest.mark.runners)])
+@pytest.mark.parametrize(
+    "anchor",
+    ["gemma2", "qwen3_moe", pytest.param("adapter", marks=[pytest.mark.runners, *SLOW_ON_SECOND_RUNNER])],
+)
 def test_members_are_loaded_from_their_own_folders(tmp_path, anchor):
     """With tied weights, with weights that transformers renames and joins, and as an adapter on one base."""
     if anchor == "adapter":
@@ -122,16 +129,49 @@ def test_three_members_with_scheme_prob_match_transformers(tmp_path):
             generate(llm, PROMPTS[:1], greedy_params({"weights": [0.5, 0.5]}))
 
 
-@pytest.mark.runners
-def test_a_cached_prefix_serves_every_alpha(tmp_path):
-    mixture = build_mixture("qwen2", "llama", alpha=0.4)
-    mixture.save_pretrained(tmp_path)
-    prompt = (PROMPTS[2] * 3)[:50]
-    with engine(tmp_path, block_size=32) as llm:
+class TestInOneEngine:
+    """vLLM cannot run two engines in a process, so these tests share theirs."""
+
+    @pytest.fixture(scope="class")
+    def mixture(self):
+        return build_mixture("qwen2", "llama", alpha=0.4)
+
+    @pytest.fixture(scope="class")
+    def llm(self, mixture, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("mixture")
+        mixture.save_pretrained(folder)
+        # the log-probabilities of greedy requests are the same, processed or not
+        with engine(folder, block_size=32, logprobs_mode="processed_logprobs", max_num_seqs=16) as llm:
+            yield llm
+
+    @pytest.mark.runners
+    def test_a_cached_prefix_serves_every_alpha(self, mixture, llm):
+        prompt = (PROMPTS[2] * 3)[:50]
         for alpha in (None, 0.9, -0.5, 1.4, None):
             assert_matches_transformers(mixture, llm, [prompt], [{} if alpha is None else {"alpha": alpha}])
         (output,) = generate(llm, [prompt], greedy_params())
         assert output.num_cached_tokens == 32
+
+    @pytest.mark.runners
+    def test_samples_and_their_log_probs_have_the_requests_weights_and_temperature(self, mixture, llm):
+        (output,) = generate(llm, PROMPTS[:1], greedy_params({"alpha": 0.7}, n=16, temperature=0.8, max_tokens=6))
+        assert len(output.outputs) == 16
+        assert len({tuple(choice.token_ids) for choice in output.outputs}) > 1
+        for choice in output.outputs:
+            ids = PROMPTS[0] + list(choice.token_ids)
+            with torch.no_grad():
+                logits = mixture(input_ids=torch.tensor([ids]), alpha=0.7).logits[0] / 0.8
+            expected = logits.log_softmax(-1)[len(PROMPTS[0]) - 1 : -1]
+            for row, token, log_probs in zip(expected, choice.token_ids, choice.logprobs, strict=True):
+                assert abs(row[token].item() - log_probs[token].logprob) < TOLERANCE
+
+    @pytest.mark.runners
+    def test_a_request_can_choose_one_member(self, mixture, llm):
+        for name, alpha in (("policy", 0.0), ("anchor_0", 1.0)):
+            (output,) = generate(llm, PROMPTS[:1], greedy_params({"member": name}))
+            assert log_prob_difference(mixture, PROMPTS[0], output, alpha=alpha) < TOLERANCE
+        with pytest.raises(VLLMValidationError, match=r"'teacher'.*policy, anchor_0"):
+            generate(llm, PROMPTS[:1], greedy_params({"member": "teacher"}))
 
 
 @pytest.mark.runners
@@ -146,36 +186,14 @@ def test_a_preempted_request_keeps_its_weights(tmp_path):
     assert preemptions > 0
 
 
-@pytest.mark.runners
-def test_samples_and_their_log_probs_have_the_requests_weights_and_temperature(tmp_path):
-    mixture = build_mixture("qwen2", "llama", alpha=0.4)
-    mixture.save_pretrained(tmp_path)
-    with engine(tmp_path, logprobs_mode="processed_logprobs", max_num_seqs=16) as llm:
-        (output,) = generate(llm, PROMPTS[:1], greedy_params({"alpha": 0.7}, n=16, temperature=0.8, max_tokens=6))
-    assert len(output.outputs) == 16
-    assert len({tuple(choice.token_ids) for choice in output.outputs}) > 1
-    for choice in output.outputs:
-        ids = PROMPTS[0] + list(choice.token_ids)
-        with torch.no_grad():
-            logits = mixture(input_ids=torch.tensor([ids]), alpha=0.7).logits[0] / 0.8
-        expected = logits.log_softmax(-1)[len(PROMPTS[0]) - 1 : -1]
-        for row, token, log_probs in zip(expected, choice.token_ids, choice.logprobs, strict=True):
-            assert abs(row[token].item() - log_probs[token].logprob) < TOLERANCE
-
-
-@pytest.mark.runners
-def test_a_request_can_choose_one_member(tmp_path):
-    mixture = build_mixture("qwen2", "llama", alpha=0.4)
-    mixture.save_pretrained(tmp_path)
-    with engine(tmp_path) as llm:
-        for name, alpha in (("policy", 0.0), ("anchor_0", 1.0)):
-            (output,) = generate(llm, PROMPTS[:1], greedy_params({"member": name}))
-            assert log_prob_difference(mixture, PROMPTS[0], output, alpha=alpha) < TOLERANCE
-        with pytest.raises(VLLMValidationError, match=r"'teacher'.*policy, anchor_0"):
-            generate(llm, PROMPTS[:1], greedy_params({"member": "teacher"}))
-
-
-@pytest.mark.parametrize("kind", ["full anchor", "two adapters", "base anchor"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param("full anchor", marks=SLOW_ON_SECOND_RUNNER),
+        "two adapters",
+        pytest.param("base anchor", marks=SLOW_ON_SECOND_RUNNER),
+    ],
+)
 @pytest.mark.runners
 def test_adapters_match_transformers(tmp_path, kind):
     """Members on one base run in one pass over its weights."""
@@ -194,6 +212,7 @@ def test_adapters_match_transformers(tmp_path, kind):
 
 
 @pytest.mark.runners
+@slow_on_second_runner
 def test_members_that_share_a_head_with_a_bias_match_transformers(tmp_path):
     """Mixing their hidden states would be wrong: for weights that do not sum to 1, it would not scale the bias."""
     base = save_member(tmp_path / "base", "gptj")

@@ -34,7 +34,7 @@ from tests.helpers.engines import (
 from tests.helpers.ngram import check_ngram_drafts
 from tests.helpers.vllm_members import build_member, build_mixture, save_member
 
-SAMPLES, TOKENS = (192, 2) if IS_INTERPRETED else (1024, 3)
+SAMPLES, TOKENS = (128, 2) if IS_INTERPRETED else (1024, 3)
 
 
 @pytest.fixture(scope="module")
