@@ -10,7 +10,6 @@ updates: the divergence from the mixture, its backward pass with gradient checkp
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -95,7 +94,7 @@ def table(rows: dict[str, dict[str, int]], args: argparse.Namespace) -> str:
         [
             "# Memory of a student that is an adapter",
             "",
-            f"{date.today()}, {processor() or platform.machine()}, torch {torch.__version__}, peft {version('peft')}. "
+            f"{date.today()}, {processor()['name']}, torch {torch.__version__}, peft {version('peft')}. "
             f"A mixture of two adapters on one base (hidden size {args.hidden_size}, {args.layers} layers, vocabulary "
             f"{args.vocab_size}, tied, float32), and a student with an adapter, all of rank {args.rank} on all linear "
             f"layers; batches of {args.batch_size} sequences of {args.tokens} tokens. Printed by "
