@@ -21,6 +21,7 @@ SCHEMES: tuple[str, ...] = get_args(Scheme)
 Weights = Sequence[float] | Sequence[Sequence[float]] | Tensor
 """One weight per member, for the batch `[K]` or for each sequence `[B, K]`."""
 
+_LARGEST_WEIGHT = 1e30  # times a logit of 1e8 is the largest number of float32
 _SUM_TOLERANCE = 1e-6
 
 
@@ -91,6 +92,11 @@ def validate_weights(weights: Weights, num_members: int, scheme: str, batch: int
         raise ValueError(f"weights have {len(weights)} rows for a batch of {batch} sequences")
     if not torch.isfinite(weights).all():
         raise ValueError(f"weights are not finite: {weights.tolist()}")
+    if (weights.abs() > _LARGEST_WEIGHT).any():
+        raise ValueError(
+            f"weights are {weights.tolist()}, but must be at most {_LARGEST_WEIGHT:g} in size: their products with "
+            "logits would overflow float32"
+        )
     if scheme == "prob":
         is_distribution = (weights >= 0).all() and ((weights.sum(-1) - 1).abs() <= _SUM_TOLERANCE).all()
         if not is_distribution:

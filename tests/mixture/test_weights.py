@@ -35,6 +35,7 @@ def test_alpha_with_too_many_axes_is_rejected():
         ([0.5, math.nan], 2, "logit", r"weights are not finite: \[0.5, nan\]"),
         ([math.inf, -math.inf], 2, "logit", r"weights are not finite: \[inf, -inf\]"),
         ([0.5, math.nan], 2, "prob", r"weights are not finite"),
+        ([1.0, 1e300], 2, "logit", r"weights are \[1.0, 1e\+300\], but must be at most 1e\+30 in size"),
         ([1.5, -0.5], 2, "prob", r"needs weights >= 0 that sum to 1 \(alpha within \[0, 1\]\), got \[1.5, -0.5\]"),
         ([0.5, 0.4], 2, "prob", r"got \[0.5, 0.4\]; scheme 'logit' takes any real weights"),
         ([[0.5, 0.5], [0.6, 0.5]], 2, "prob", r"needs weights >= 0 that sum to 1"),

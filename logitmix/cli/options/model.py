@@ -148,7 +148,7 @@ def load_mixture(model_args: ModelArguments, mixture_args: MixtureArguments) -> 
     if num_anchors != 1:
         raise ValueError(
             f"{model_args.model_name_or_path} has {num_anchors} anchors, but alpha is the weight of one; give the "
-            "policy and one of them with --anchor"
+            "policy and one of them with --anchor, or sweep the weights of all with logitmix sweep --weights simplex"
         )
     return model
 
