@@ -143,6 +143,7 @@ def test_the_server_works_after_being_killed(server, client, mixture):
 
 
 @pytest.mark.slow
+@pytest.mark.runners
 def test_the_server_decodes_alternately(folder, mixture):
     """The scheduler and the worker run in a process of their own here."""
     engine = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "128", "--decoding", "alternating"]
