@@ -37,12 +37,15 @@ def main() -> None:
     predictions, _ = predict(decoder.model, rollouts, args.alphas)
     print(f"{date.today()}, {processor()['name']}, torch {version('torch')}, transformers {version('transformers')}.")
     print(f"Predicted from {len(rollouts.responses)} rollouts at alpha {args.alpha:g}.\n")
-    print("| alpha | effective rollouts | format %, predicted | sampled | answer %, predicted | sampled | agree |")
-    print("|---|---|---|---|---|---|---|")
+    print("| alpha | effective | covered % | format %, predicted | sampled | answer %, predicted | sampled | agree |")
+    print("|---|---|---|---|---|---|---|---|")
     other = replace(decoder, seed=args.seed + 1)
     for prediction in predictions:
         sampled = sample_rollouts(other, prediction.alpha, args.num_samples, args.batch_size).responses
-        cells, both_agree = [f"{prediction.alpha:g}", f"{prediction.effective:.0f}"], []
+        cells, both_agree = (
+            [f"{prediction.alpha:g}", f"{prediction.effective:.0f}", f"{100 * prediction.covered:.0f}"],
+            [],
+        )
         for predicted, outcome in ((prediction.format, "format_ok"), (prediction.answer, "answer_ok")):
             rate = wilson_estimate(sum(getattr(each, outcome) for each in sampled), len(sampled))
             cells += ["too few" if predicted is None else cell(predicted), cell(rate)]

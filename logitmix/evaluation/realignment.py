@@ -14,10 +14,11 @@ from logitmix.evaluation.decode import Decoder, Request, Response, make_batches
 from logitmix.evaluation.statistics import Estimate
 from logitmix.mixture.configuration import LogitMixConfig
 from logitmix.mixture.modeling import LogitMixForCausalLM
-from logitmix.mixture.realignment import alpha_for_kl, kl_divergence, kl_to_anchor, log_mixture, reweighting
+from logitmix.mixture.realignment import alpha_for_kl, coverage, kl_divergence, kl_to_anchor, log_mixture, reweighting
 from logitmix.runs.console import progress_bar
 
 LEAST_EFFECTIVE = 30.0  # an interval of fewer effective samples says nothing
+LEAST_COVERED = 0.9  # of the responses at another alpha; with less, rates were wrong by 30 points
 KEPT_TOKENS = 512  # whose members' log-probabilities are kept for a KL budget: 200 MB at 49,152 tokens
 Z = 1.959964
 
@@ -37,12 +38,15 @@ class Prediction:
     """What is expected of decoding at `alpha`.
 
     `kl` is KL(mixture ‖ anchor) in nats a token, on the tokens of the rollouts. `effective` is the effective sample
-    size of the rollouts for this alpha; `format` and `answer` are None where it is below `LEAST_EFFECTIVE`.
+    size of the rollouts for this alpha, and `covered` the share of its responses that are like one of them; `format`
+    and `answer` are None where these are below `LEAST_EFFECTIVE` or `LEAST_COVERED`. Their intervals allow for
+    responses that are not covered.
     """
 
     alpha: float
     kl: float
     effective: float
+    covered: float
     format: Estimate | None
     answer: Estimate | None
 
@@ -118,26 +122,31 @@ def predict(
     scores = score(model, rollouts, [rollouts.alpha, *alphas])
     own_N, *others = scores.log_probs_AN
     found = [
-        _prediction(alpha, float(kl), reweighting(own_N, other_N), rollouts.responses)
+        _prediction(alpha, float(kl), own_N, other_N, rollouts.responses)
         for alpha, kl, other_N in zip(alphas, scores.kls_A[1:], others, strict=True)
     ]
     return found, None if kl_budget is None else scores.alpha_for(kl_budget)
 
 
-def _prediction(alpha: float, kl: float, weights_N: Tensor, responses: Sequence[Response]) -> Prediction:
+def _prediction(alpha: float, kl: float, own_N: Tensor, other_N: Tensor, responses: Sequence[Response]) -> Prediction:
+    weights_N, covered = reweighting(own_N, other_N), coverage(own_N, other_N)
     effective = float(1 / weights_N.square().sum())
-    if effective < LEAST_EFFECTIVE:
-        return Prediction(alpha, kl, effective, None, None)
+    if effective < LEAST_EFFECTIVE or covered < LEAST_COVERED:
+        return Prediction(alpha, kl, effective, covered, None, None)
     rates = (
-        reweighted_rate(weights_N, torch.tensor([getattr(response, key) for response in responses]))
+        reweighted_rate(weights_N, torch.tensor([getattr(response, key) for response in responses]), covered)
         for key in ("format_ok", "answer_ok")
     )
-    return Prediction(alpha, kl, effective, *rates)
+    return Prediction(alpha, kl, effective, covered, *rates)
 
 
-def reweighted_rate(weights_N: Tensor, outcomes_N: Tensor) -> Estimate:
-    """The rate of outcomes under the normalised weights, with its 95 % interval: the delta method's standard error."""
+def reweighted_rate(weights_N: Tensor, outcomes_N: Tensor, covered: float = 1.0) -> Estimate:
+    """The rate of outcomes under the normalised weights, with its 95 % interval: the delta method's standard error.
+
+    Of the share that is not covered, the interval allows for all outcomes or none.
+    """
     outcomes_N = outcomes_N.to(weights_N)
     rate = float((weights_N * outcomes_N).sum())
     half = Z * sqrt(float((weights_N * (outcomes_N - rate)).square().sum()))
-    return Estimate(rate, max(0.0, rate - half), min(1.0, rate + half))
+    low, high = max(0.0, rate - half), min(1.0, rate + half)
+    return Estimate(rate, covered * low, covered * high + 1 - covered)

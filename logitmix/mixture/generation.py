@@ -73,7 +73,9 @@ def generate_completions(
     recorder = None if supports is None else SupportRecorder(settings)
     settings = settings if recorder is None else recorder.settings
     config = GenerationConfig(
-        **({"pad_token_id": pad_token_id} | settings | {"eos_token_id": eos_token_ids}), disable_compile=True
+        **({"pad_token_id": pad_token_id} | settings | {"eos_token_id": eos_token_ids}),
+        disable_compile=True,
+        return_dict_in_generate=decoding != "joint",
     )
     input_ids, attention_mask = left_pad(prompt_ids, pad_token_id, model.device)
     P, completions = input_ids.shape[1], dict[int, list[int]]()
@@ -92,7 +94,6 @@ def generate_completions(
             generation_config=config,
             stopping_criteria=StoppingCriteriaList([CompletionEnds(P, eos, stop, report)]),
             logits_processor=LogitsProcessorList([] if recorder is None else [recorder]),
-            return_dict_in_generate=decoding != "joint",
             **model_kwargs,
         )
     if statistics is not None and isinstance(output, MixtureGenerateOutput) and output.statistics is not None:

@@ -85,6 +85,13 @@ def reweighting(log_probs: Tensor, other_log_probs: Tensor) -> Tensor:
     return torch.softmax((other_log_probs - log_probs).double(), dim=0)
 
 
+def coverage(log_probs: Tensor, other_log_probs: Tensor) -> float:
+    """About how much of the other model's probability is on responses like the samples: the mean of the importance
+    ratios, at most 1. Its expectation is 1; it is lower where the other model often gives what was never drawn, and
+    then the effective sample size does not tell that the weights mislead."""
+    return min(1.0, float((other_log_probs - log_probs).double().exp().mean()))
+
+
 def _validate(beta: float, trained_alpha: float) -> None:
     if not beta > 0:
         raise ValueError(f"beta is {beta}, but must be above 0")

@@ -14,6 +14,7 @@ from logitmix.mixture.mixing import mix_logits
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.mixture.realignment import (
     alpha_for_kl,
+    coverage,
     equivalent_alpha,
     equivalent_beta,
     kl_to_anchor,
@@ -112,6 +113,20 @@ def test_reweighted_rates_match_exact_ones_of_the_bandit(bandit):
         assert estimate.low < estimate.value < estimate.high
         exact = 1 / ((other - drawn_from).exp() * other.exp()).sum().item()  # share of samples that count
         assert (1 / weights.square().sum() / len(arms)).item() == pytest.approx(exact, abs=1e-3)
+
+
+def test_responses_that_were_never_drawn_are_not_covered(bandit):
+    """Only arms that the other policy draws less often were drawn; the interval allows for any outcome of the rest."""
+    anchor, reward = bandit
+    own, other = (mixed(optimum(anchor, reward, 0.2), anchor, alpha) for alpha in (0.5, 0.3))
+    (drawn,) = torch.where(other < own)
+    arms = torch.repeat_interleave(drawn, (own[drawn].exp() * 100_000).round().long())
+    expected = (other[drawn].exp().sum() / own[drawn].exp().sum()).item()
+    assert expected < 0.9
+    assert coverage(own[arms], other[arms]) == pytest.approx(expected, abs=1e-3)
+    assert coverage(own[arms], own[arms]) == 1
+    estimate = reweighted_rate(torch.full((100,), 0.01, dtype=torch.float64), torch.ones(100), covered=0.95)
+    assert (estimate.value, estimate.low, estimate.high) == pytest.approx((1, 0.95, 1))
 
 
 def test_the_interval_at_equal_weights_is_the_binomial_one():

@@ -212,14 +212,15 @@ def print_predictions(title: str, predictions: Sequence[Prediction], betas: Sequ
         title=title,
         title_justify="left",
         caption="beta: of the KL penalty that an alpha stands for; KL: to the anchor, nats a token; n: effective "
-        "number of rollouts, with no rates where it is too small",
+        "number of rollouts; covered: share of the responses at that alpha that the rollouts are like; no rates where "
+        "either is too small",
         caption_justify="left",
     )
-    for column in ("alpha", "beta", "KL", "n", "format %", "answer %"):
+    for column in ("alpha", "beta", "KL", "n", "covered %", "format %", "answer %"):
         table.add_column(column, justify="right")
     for p, beta in zip(predictions, betas, strict=True):
         shares = ("–" if rate is None else interval(rate) for rate in (p.format, p.answer))
-        table.add_row(f"{p.alpha:g}", f"{beta:.3g}", f"{p.kl:.3f}", f"{p.effective:.0f}", *shares)
+        table.add_row(f"{p.alpha:g}", f"{beta:.3g}", f"{p.kl:.3f}", f"{p.effective:.0f}", percent(p.covered), *shares)
     Console().print(table)
 
 
