@@ -19,6 +19,7 @@ from logitmix.serving.requests import MEMBER_PROMPTS, REQUEST_FIELDS, parse_requ
 
 COMPLETIONS = ("/v1/completions", "/v1/chat/completions")
 PATHS = (*COMPLETIONS, "/v1/responses")
+MEMBER_LOGPROBS = "member_logprobs"
 ALPHA = Histogram(
     "logitmix_request_alpha",
     "Weight of the anchor in the mixture of each request.",
@@ -33,14 +34,14 @@ Send = Callable[[Message], Awaitable[None]]
 class MixtureFields:
     """ASGI middleware that moves the mixture's fields to vLLM's sampling parameters, and adds `member_logprobs`.
 
-    It answers invalid fields with status 400. Requests that are not completions pass through unchanged.
+    It answers invalid fields with status 400, and so fields at other paths than `PATHS`, where vLLM would ignore them.
     """
 
     def __init__(self, app: Any) -> None:
         self.app = app
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in PATHS:
+        if scope["type"] != "http" or scope["method"] != "POST":
             await self.app(scope, receive, send)
             return
         config = scope["app"].state.engine_client.model_config.hf_config
@@ -49,7 +50,11 @@ class MixtureFields:
             return
         body = await _read_body(receive)
         request = parse_object(body)
-        if request is None:  # vLLM reports the error
+        unread = [] if request is None or scope["path"] in PATHS else _given_fields(request)
+        if unread:
+            await _send_error(send, f"{scope['path']} does not read {unread[0]}; use one of {', '.join(PATHS)}")
+            return
+        if request is None or scope["path"] not in PATHS:
             await self.app(scope, _replay_body(body, receive), send)
             return
         try:
@@ -93,9 +98,13 @@ class MixtureFields:
         await _send_response(send, start["status"], list(start["headers"]), body)
 
 
+def _given_fields(request: dict[str, Any]) -> list[str]:
+    return [name for name in (*REQUEST_FIELDS, MEMBER_LOGPROBS, MEMBER_PROMPTS) if request.get(name) is not None]
+
+
 def _take_member_logprobs(request: dict[str, Any], path: str) -> bool:
     """Remove `member_logprobs` from the request, and return whether it is set."""
-    is_set = _flag("member_logprobs", request.pop("member_logprobs", None))
+    is_set = _flag(MEMBER_LOGPROBS, request.pop(MEMBER_LOGPROBS, None))
     if is_set:
         _flag("return_token_ids", request.get("return_token_ids"))  # replaced before vLLM sees it
     if is_set and (request.get("stream") or path not in COMPLETIONS):

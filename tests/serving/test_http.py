@@ -46,7 +46,7 @@ def test_a_prompt_of_a_member_is_refused(request_):
         move_mixture_fields(request_, config)
 
 
-def respond(request):
+def respond(request, path="/v1/completions"):
     """The status and body that the middleware answers with, and the request that reaches the server behind it."""
     from transformers import LlamaConfig, Qwen2Config
 
@@ -66,7 +66,7 @@ def respond(request):
     config = LogitMixConfig.from_member_configs([Qwen2Config(), LlamaConfig()], alpha_range=[0.0, 1.0])
     client = SimpleNamespace(model_config=SimpleNamespace(hf_config=config))
     state = SimpleNamespace(state=SimpleNamespace(engine_client=client))
-    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "app": state, "headers": []}
+    scope = {"type": "http", "method": "POST", "path": path, "app": state, "headers": []}
     asyncio.run(MixtureFields(app)(scope, receive, send))
     return sent[0]["status"], json.loads(sent[1]["body"]), passed
 
@@ -110,3 +110,16 @@ def test_fields_that_are_null_are_left_out():
     assert "alpha" not in (passed[0].get("vllm_xargs") or {})
     assert passed[0]["prompt"] == "a"
     assert respond({"alpha": 0.3, "weights": None})[2] == [{"vllm_xargs": {"alpha": 0.3}}]
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/chat/completions/batch", "/inference/v1/generate"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("alpha", 0.3), ("weights", [0.5, 0.5]), ("member", "policy"), ("member_logprobs", True), ("member_prompts", {})],
+)
+def test_a_field_at_a_path_that_does_not_read_it_returns_status_400(path, name, value):
+    status, body, passed = respond({"prompt": "x", name: value}, path)
+    assert (status, passed) == (400, [])
+    assert body["error"]["message"].startswith(f"{path} does not read {name}; use one of /v1/completions, ")
+    request = {"prompt": "x", name: None}
+    assert respond(request, path)[0::2] == (200, [request])
