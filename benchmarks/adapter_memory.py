@@ -17,6 +17,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -120,8 +121,8 @@ def measure(kind: str, args: argparse.Namespace, folder: Path) -> dict[str, int]
     return result
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_sizes(parser: argparse.ArgumentParser, kinds: Mapping[str, str]) -> argparse.Namespace:
+    """The sizes of the members, and the kind that a process of its own measures, if any."""
     parser.add_argument("--hidden_size", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--vocab_size", type=int, default=32000)
@@ -129,20 +130,30 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--kind", choices=KINDS, help=argparse.SUPPRESS)
+    parser.add_argument("--kind", choices=kinds, help=argparse.SUPPRESS)
     parser.add_argument("--adapter", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def measure_each(kinds: Mapping[str, str], args: argparse.Namespace) -> dict[str, dict[str, int]]:
+    """What each kind measures, in a process of its own that this script starts with `--kind`."""
+    rows = {}
+    with tempfile.TemporaryDirectory() as folder:
+        save_adapter(args, Path(folder))
+        for kind in kinds:
+            command = [sys.executable, *sys.argv, "--kind", kind, "--adapter", folder]
+            rows[kind] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    args = parse_sizes(parser, KINDS)
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.kind is not None:
         print(json.dumps(measure(args.kind, args, args.adapter)))
         return
-    results = {}
-    with tempfile.TemporaryDirectory() as folder:
-        save_adapter(args, Path(folder))
-        for kind in KINDS:
-            command = [sys.executable, *sys.argv, "--kind", kind, "--adapter", folder]
-            results[kind] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
-    report = table(results, args)
+    report = table(measure_each(KINDS, args), args)
     print(report)
     if args.output is not None:
         args.output.write_text(report + "\n")

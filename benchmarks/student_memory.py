@@ -10,9 +10,6 @@ updates: the divergence from the mixture, its backward pass with gradient checkp
 import argparse
 import json
 import os
-import subprocess
-import sys
-import tempfile
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +17,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
-from adapter_memory import lora, memory, mixture, reset_peak, save_adapter
+from adapter_memory import lora, measure_each, memory, mixture, parse_sizes, reset_peak
 
 from logitmix.loss_head.distiller import FusedDistiller
 from logitmix.runs.provenance import processor
@@ -58,27 +55,12 @@ def measure(kind: str, args: argparse.Namespace, adapter: Path) -> dict[str, int
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden_size", type=int, default=1024)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--vocab_size", type=int, default=32000)
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--kind", choices=KINDS, help=argparse.SUPPRESS)
-    parser.add_argument("--adapter", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parse_sizes(parser, KINDS)
     args.device = "cpu"
     if args.kind is not None:
         print(json.dumps(measure(args.kind, args, args.adapter)))
         return
-    with tempfile.TemporaryDirectory() as folder:
-        save_adapter(args, Path(folder))
-        rows = {}
-        for kind in KINDS:
-            command = [sys.executable, *sys.argv, "--kind", kind, "--adapter", folder]
-            rows[kind] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
-    report = table(rows, args)
+    report = table(measure_each(KINDS, args), args)
     print(report)
     if args.output is not None:
         args.output.write_text(report + "\n")

@@ -18,7 +18,7 @@ from logitmix.mixture.realignment import alpha_for_kl, coverage, kl_divergence, 
 from logitmix.runs.console import progress_bar
 
 LEAST_EFFECTIVE = 30.0  # an interval of fewer effective samples says nothing
-LEAST_COVERED = 0.9  # of the responses at another alpha; with less, rates were wrong by 30 points
+LEAST_COVERED = 0.9  # at 0.68 and 0.31, format rates were wrong by 18 and 28 points: benchmarks/results/realign.md
 KEPT_TOKENS = 512  # whose members' log-probabilities are kept for a KL budget: 200 MB at 49,152 tokens
 Z = 1.959964
 
