@@ -1,16 +1,13 @@
-"""Checks of a training run before anything is sampled. Each error names the reason and the way out."""
+"""Checks of a training run's options before anything is sampled. `data_checks.py` checks its data."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, get_args
 
 from accelerate.utils import is_peft_model
-from datasets import Dataset
-from transformers import PreTrainedModel, ProcessorMixin
-from trl import GRPOTrainer
+from transformers import PreTrainedModel
 from trl.import_utils import is_vllm_available
 
 from logitmix.mixture.adapters import CHANGES_BASE
-from logitmix.mixture.context import context_length, validate_fits_context
 from logitmix.mixture.decoding.loop import Decoding, validate_decoding
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.mixture.quantization import as_quantization
@@ -269,61 +266,3 @@ def validate_sampling(args: LogitMixGRPOConfig) -> None:
                 "on the rest of their batch; set scale_rewards to 'group' or 'none', and "
                 "multi_objective_aggregation to 'sum_then_normalize'"
             )
-
-
-def validate_train_size(trainer: GRPOTrainer) -> None:
-    """Raise `ValueError` where an outer step needs more questions than there are: TRL would take no step at all."""
-    if trainer.args.dynamic_sampling == "refill" and not isinstance(trainer.train_dataset, Dataset):
-        raise ValueError(
-            f"dynamic_sampling='refill' draws questions from anywhere in the data set, which a "
-            f"{type(trainer.train_dataset).__name__} does not allow; use a Dataset, or 'filter'"
-        )
-    needed = trainer.args.generation_batch_size // trainer.num_generations
-    if isinstance(trainer.train_dataset, Dataset) and len(trainer.train_dataset) < needed:
-        raise ValueError(
-            f"the data set has {len(trainer.train_dataset)} questions, fewer than the {needed} of an outer step "
-            f"(generation_batch_size {trainer.args.generation_batch_size} / num_generations "
-            f"{trainer.num_generations}); use smaller batches or more data"
-        )
-
-
-def validate_no_images(trainer: GRPOTrainer, rows: Iterable[Mapping[str, Any]], name: str = "row") -> None:
-    """Raise `ValueError` for a row with an image where the policy reads text only."""
-    if isinstance(trainer.processing_class, ProcessorMixin):
-        return
-    for i, row in enumerate(rows):
-        messages = row["prompt"] if isinstance(row.get("prompt"), list) else []
-        parts = [
-            part
-            for message in messages
-            if isinstance(message.get("content"), list)
-            for part in message["content"]
-            if isinstance(part, dict)
-        ]
-        if "image" in row or row.get("images", []) != [] or any(part.get("type") == "image" for part in parts):
-            raise ValueError(
-                f"{name} {i} has an image, but the policy reads text only; remove the column or part, or train on text"
-            )
-
-
-def validate_prompts_fit(trainer: GRPOTrainer, dataset: Any, name: str = "prompt") -> None:
-    """Raise `ValueError` where a prompt of the data set holds an image, or exceeds the context with its completion.
-
-    Prompts of a stream or an environment are checked as they are sampled from, by `validate_lengths`.
-    """
-    if not isinstance(dataset, Dataset) or trainer.environment_factories is not None:
-        return
-    columns = [column for column in ("prompt", "image", "images") if column in dataset.column_names]
-    validate_no_images(trainer, dataset.select_columns(columns), f"the {name} of row")
-    for start in range(0, len(dataset), 1000):
-        prompts = dataset[start : start + 1000]["prompt"]
-        validate_lengths(trainer, trainer.tokenize_prompts(prompts), name, start)
-
-
-def validate_lengths(trainer: GRPOTrainer, prompt_ids: list, name: str = "prompt", start: int = 0) -> None:
-    """Raise `ValueError` where a prompt, counted from `start`, and its completion exceed the context."""
-    context = context_length(trainer.model.config)
-    for offset, ids in enumerate(prompt_ids if context is not None else []):
-        validate_fits_context(
-            context, len(ids), trainer.max_completion_length, f"{name} {start + offset}", "max_completion_length"
-        )

@@ -36,13 +36,8 @@ from logitmix.training.alpha.validation import FreshQuestions, validation_questi
 from logitmix.training.batch import Batch, TokenScores, own_tokens
 from logitmix.training.checkpointing.resume import Checkpointing, State
 from logitmix.training.config import GROUP_LOSS, LogitMixGRPOConfig, build_model
-from logitmix.training.config_checks import (
-    validate_config,
-    validate_lengths,
-    validate_no_images,
-    validate_prompts_fit,
-    validate_train_size,
-)
+from logitmix.training.config_checks import validate_config
+from logitmix.training.data_checks import validate_data, validate_lengths, validate_no_images
 from logitmix.training.dropout import disable_dropout
 from logitmix.training.fsdp import prepare_fsdp
 from logitmix.training.model_card import write_model_card
@@ -104,9 +99,7 @@ class LogitMixGRPOTrainer(PatchedGRPOTrainer):
             self.ref_model = self._score_anchor if args.beta != 0 else None
             if self.aux_loss_enabled:
                 self.aux_loss_enabled = has_load_balancing_loss(model.policy)
-        validate_train_size(self)
-        validate_prompts_fit(self, self.train_dataset)
-        validate_prompts_fit(self, validation_dataset, "validation prompt")
+        validate_data(self, validation_dataset)
         require_finite_parameters(self.model)
 
         self.scorer = MixtureScorer(model, args) if is_mixture else None
