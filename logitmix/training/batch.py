@@ -5,6 +5,7 @@ Shape legend: B sequences of a process, P prompt tokens (left padding), T comple
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from logitmix.mixture.diagnostics import MixtureDiagnostics
@@ -32,6 +33,15 @@ def own_tokens(batch: Batch) -> Tensor:
     """`[B, T]`: 1 at the completion tokens that the policy wrote, 0 at those of tools and at padding."""
     mask_BT: Tensor = batch["completion_mask"] * batch.get("tool_mask", 1)
     return mask_BT
+
+
+def scored_inputs(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, attention mask and labels `[B, P + T]` of prompts and completions, of which the completions are scored."""
+    input_ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    attention_mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+    labels = input_ids.masked_fill(attention_mask == 0, -100)
+    labels[:, : -batch["completion_ids"].shape[1]] = -100
+    return input_ids, attention_mask, labels
 
 
 class TokenScores(NamedTuple):

@@ -33,7 +33,7 @@ from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.mixture.router import has_load_balancing_loss
 from logitmix.training.alpha.callback import outer_step_callbacks, validate_alpha_controller
 from logitmix.training.alpha.validation import FreshQuestions, validation_questions
-from logitmix.training.batch import Batch, TokenScores, own_tokens
+from logitmix.training.batch import Batch, TokenScores, own_tokens, scored_inputs
 from logitmix.training.checkpointing.resume import Checkpointing, State
 from logitmix.training.config import GROUP_LOSS, LogitMixGRPOConfig, build_model
 from logitmix.training.config_checks import validate_config
@@ -47,7 +47,7 @@ from logitmix.training.offload import AnchorOffload
 from logitmix.training.rollouts.dynamic_sampling import QuestionStream, has_spread, refill
 from logitmix.training.rollouts.vllm import mixture_for_vllm, sampling_parameters
 from logitmix.training.sampling_checks import validate_suppressed_tokens
-from logitmix.training.scoring import MixtureScorer, loss_coefficients, on_supports, scored_inputs
+from logitmix.training.scoring import MixtureScorer, loss_coefficients, on_supports
 from logitmix.training.target import add_sampling_log_probs, target_weights
 from logitmix.training.tokenizer import prepare_tokenizer
 from logitmix.training.trl_patches import PatchedGRPOTrainer, reference_is_a_copy, without_reference_model

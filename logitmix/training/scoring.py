@@ -21,7 +21,7 @@ from logitmix.mixture.decoding.support import SequenceSupport
 from logitmix.mixture.diagnostics import MixtureDiagnostics
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.mixture.scoring import score_and_diagnose_labels, score_labels
-from logitmix.training.batch import Batch, own_tokens
+from logitmix.training.batch import Batch, own_tokens, scored_inputs
 from logitmix.training.checkpointing.resume import State
 from logitmix.training.config import LogitMixGRPOConfig
 from logitmix.training.trl_patches import PatchedGRPOTrainer, install_scoring_forward
@@ -139,15 +139,6 @@ class MixtureScorer:
         if self.args.anchor_states != "offload":
             return states
         return [{name: hidden.to("cpu") for name, hidden in of_sequence.items()} for of_sequence in states]
-
-
-def scored_inputs(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, attention mask and labels `[B, T]` of the prompts and completions of a batch; completions are scored."""
-    input_ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
-    attention_mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
-    labels = input_ids.masked_fill(attention_mask == 0, -100)
-    labels[:, : -batch["completion_ids"].shape[1]] = -100
-    return input_ids, attention_mask, labels
 
 
 def on_supports(model: Callable[..., Any], supports: Sequence[SequenceSupport]) -> Callable[..., Any]:

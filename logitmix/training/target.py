@@ -10,7 +10,7 @@ advantage, before the clip. Weights of single tokens leave the prefixes as the m
 
 import torch
 
-from logitmix.training.batch import Batch
+from logitmix.training.batch import Batch, scored_inputs
 from logitmix.training.trl_patches import PatchedGRPOTrainer
 
 
@@ -29,8 +29,7 @@ def add_sampling_log_probs(trainer: PatchedGRPOTrainer, batch: Batch) -> None:
     """
     if trainer.args.train_target == "mixture" or "old_per_token_logps" in batch:
         return
-    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
-    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+    ids, mask, _ = scored_inputs(batch)
     with torch.no_grad():
         batch["old_per_token_logps"], _, _ = trainer.score_tokens(
             trainer.model,

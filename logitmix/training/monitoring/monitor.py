@@ -18,7 +18,7 @@ from logitmix.mixture.decoding.alternating import DecodingStatistics
 from logitmix.mixture.diagnostics import MixtureDiagnostics
 from logitmix.mixture.mixing import weights_to_alpha
 from logitmix.mixture.modeling import LogitMixForCausalLM
-from logitmix.training.batch import Batch, TokenScores, own_tokens
+from logitmix.training.batch import Batch, TokenScores, own_tokens, scored_inputs
 from logitmix.training.monitoring import finite
 from logitmix.training.monitoring.advice import AdviceCallback
 from logitmix.training.monitoring.clock import Clock, OptimizerClock
@@ -177,10 +177,7 @@ class Monitor:
         model, accelerator = self.trainer.model, self.trainer.accelerator
         if not isinstance(model, LogitMixForCausalLM):
             return ""
-        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
-        mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
-        labels = ids.masked_fill(mask == 0, -100)
-        labels[:, : batch["prompt_ids"].shape[1]] = -100
+        ids, mask, labels = scored_inputs(batch)
         names, counts = self._member_names(), []
         for k in range(len(names)):
             alone = [float(i == k) for i in range(len(names))]
