@@ -111,19 +111,9 @@ class LogitMixGRPOTrainer(PatchedGRPOTrainer):
             self.refill_questions = QuestionStream(len(self.train_dataset), args.seed)
             states["refills"] = State(self.refill_questions.state_dict, self.refill_questions.load_state_dict)
         self.validation_questions = validation_questions(self, validation_dataset)
-        self.stop_strings = list(args.stop_strings or [])
-        self.eos_token_ids = get_eos_token_ids(self.model, self.text_tokenizer)
-        validate_suppressed_tokens(args, self.eos_token_ids)
+        self._set_ends()
         if args.disable_dropout:
             disable_dropout(self.model)
-        if in_vllm:
-            added_tokens = self.text_tokenizer.get_added_vocab()
-            self.vllm_generation.generation_kwargs = sampling_parameters(
-                args.generation_kwargs, self.stop_strings, self.eos_token_ids, added_tokens
-            )
-        elif not self.use_vllm:
-            self.generation_kwargs["eos_token_id"] = self.eos_token_ids
-
         prepare_fsdp(self)
         self.monitor = Monitor(self)
         self.checkpointing = Checkpointing(self, states)
@@ -131,6 +121,19 @@ class LogitMixGRPOTrainer(PatchedGRPOTrainer):
             self.add_callback(callback)
 
     # --- what is sampled (eq. 3) --------------------------------------------------------------------------------
+
+    def _set_ends(self) -> None:
+        """Set what ends a rollout, for `generate` and for a mixture in vLLM; TRL sets it for a single model there."""
+        self.stop_strings = list(self.args.stop_strings or [])
+        self.eos_token_ids = get_eos_token_ids(self.model, self.text_tokenizer)
+        validate_suppressed_tokens(self.args, self.eos_token_ids)
+        if not self.use_vllm:
+            self.generation_kwargs["eos_token_id"] = self.eos_token_ids
+        elif isinstance(self.model, LogitMixForCausalLM):
+            added_tokens = self.text_tokenizer.get_added_vocab()
+            self.vllm_generation.generation_kwargs = sampling_parameters(
+                self.args.generation_kwargs, self.stop_strings, self.eos_token_ids, added_tokens
+            )
 
     def check_prompts(self, prompt_ids: list[list[int]]) -> None:
         validate_lengths(self, prompt_ids, "the outer step's prompt")
