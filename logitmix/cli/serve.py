@@ -250,7 +250,7 @@ def save_mixture(args: ServeArguments) -> str:
 
     Without `--output_dir`, it is a temporary folder with references to the two instead of their weights.
     """
-    from logitmix.mixture.by_reference import save_by_reference
+    from logitmix.mixture.frozen.by_reference import save_by_reference
 
     if args.output_dir is not None and Path(args.output_dir).exists():
         raise ValueError(f"{args.output_dir} exists; serve it as it is, or choose another --output_dir")

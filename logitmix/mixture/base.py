@@ -23,12 +23,12 @@ from logitmix.mixture.cache import member_caches, validate_cached_tokens
 from logitmix.mixture.configuration import NO_ADAPTER, Alpha, LogitMixConfig, resolve_weights
 from logitmix.mixture.dtypes import dtypes_of
 from logitmix.mixture.folding import passes, run_together
+from logitmix.mixture.frozen.references import REFERENCES
 from logitmix.mixture.head import HeadTransform, infer_head_transform
 from logitmix.mixture.member_prompts import MemberPrompts, PassInputs, Prompts
 from logitmix.mixture.mixing import Weights, mix_logits
 from logitmix.mixture.prefill import repeated_prefill
 from logitmix.mixture.quantization import num_bytes, save_quantized
-from logitmix.mixture.references import REFERENCES
 from logitmix.mixture.sharding import are_sharded
 
 

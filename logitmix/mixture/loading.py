@@ -25,9 +25,9 @@ from logitmix.mixture.adapters import (
 from logitmix.mixture.architecture import validate_architecture
 from logitmix.mixture.configuration import NO_ADAPTER, LogitMixConfig, member_names
 from logitmix.mixture.dtypes import member_kwargs, validate_shared
+from logitmix.mixture.frozen.references import same_model
 from logitmix.mixture.opening import describe, first_line, open_model, validate_files
 from logitmix.mixture.quantization import loading_kwargs, member_quantizations
-from logitmix.mixture.references import same_model
 from logitmix.mixture.tokenizers import declared_ends, end_token_ids, leave_texts_open
 
 Member: TypeAlias = PreTrainedModel | str | os.PathLike[str]

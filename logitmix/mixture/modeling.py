@@ -30,14 +30,15 @@ from logitmix.mixture.decoding.loop import Decoding, DecodingRequest, current_re
 from logitmix.mixture.decoding.prompts import MODES_WITH_MEMBER_PROMPTS, with_member_prompts
 from logitmix.mixture.dtypes import dtypes_of, with_member_dtypes
 from logitmix.mixture.export import export_member
-from logitmix.mixture.frozen import frozen_sources, load_with_references
+from logitmix.mixture.frozen.loading import load_with_references
+from logitmix.mixture.frozen.references import read_references
+from logitmix.mixture.frozen.sources import frozen_sources
 from logitmix.mixture.loading import Member, load_members, load_tokenizer, validate_can_be_loaded
 from logitmix.mixture.member_prompts import MemberPrompts, Prompts
 from logitmix.mixture.mixing import Scheme, Weights, mix_logits, weights_to_alpha
 from logitmix.mixture.opening import validate_loaded
 from logitmix.mixture.outputs import MixtureOutput, concatenate_outputs
 from logitmix.mixture.quantization import open_quantized
-from logitmix.mixture.references import read_references
 from logitmix.mixture.scoring import ScoringMixture, num_labelled
 from logitmix.mixture.tokenizers import declared_ends
 from logitmix.mixture.torch_patches import avoid_weight_copies

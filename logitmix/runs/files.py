@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from logitmix.mixture.references import sync
+from logitmix.mixture.frozen.references import sync
 from logitmix.training.checkpointing.folders import explained_write_errors
 
 RUN_FILE = "run.jsonl"

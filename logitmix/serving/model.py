@@ -21,7 +21,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
 
-from logitmix.mixture.frozen import frozen_weights
+from logitmix.mixture.frozen.loading import frozen_weights
 from logitmix.serving.adapters import SharedModel
 from logitmix.serving.config import engine_class
 from logitmix.serving.draft import MemberDraft, drafts_for_itself

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from logitmix.mixture.adapter_sums import set_to_sum
 from logitmix.mixture.adapters import validate_adapter_config, validate_adapter_targets
 from logitmix.mixture.export import share_base
-from logitmix.mixture.frozen import folders_of
+from logitmix.mixture.frozen.sources import folders_of
 from logitmix.mixture.merging import MERGED
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.mixture.quantization import num_bytes

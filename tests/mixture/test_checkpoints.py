@@ -9,9 +9,9 @@ import torch
 from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2ForCausalLM
 
-from logitmix.mixture import references
 from logitmix.mixture.configuration import LogitMixConfig
-from logitmix.mixture.frozen import frozen_names, save_store
+from logitmix.mixture.frozen import references
+from logitmix.mixture.frozen.store import frozen_names, save_store
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from tests.helpers.members import (
     ARCHITECTURES,

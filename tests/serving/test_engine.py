@@ -10,10 +10,10 @@ import torch
 from peft import LoraConfig
 from vllm.exceptions import VLLMValidationError
 
-from logitmix.mixture.by_reference import save_by_reference
-from logitmix.mixture.frozen import save_store, trained_state_dict
+from logitmix.mixture.frozen.by_reference import save_by_reference
+from logitmix.mixture.frozen.references import REFERENCES
+from logitmix.mixture.frozen.store import save_store, trained_state_dict
 from logitmix.mixture.modeling import LogitMixForCausalLM
-from logitmix.mixture.references import REFERENCES
 from tests.helpers.adapters import save_adapter
 from tests.helpers.engines import (
     ALPHAS,

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, Qwen2
 from trl.generation import vllm_generation
 from vllm import LLM
 
-from logitmix.mixture.by_reference import save_by_reference
 from logitmix.mixture.configuration import LogitMixConfig
+from logitmix.mixture.frozen.by_reference import save_by_reference
 from logitmix.mixture.generation import GREEDY
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.training.rollouts import vllm as rollouts

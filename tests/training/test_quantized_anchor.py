@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from logitmix.mixture.frozen.references import STORE
 from logitmix.mixture.modeling import LogitMixForCausalLM
-from logitmix.mixture.references import STORE
 from logitmix.training.checkpointing.folders import fault
 from tests.helpers.commands import TINY, error_of
 from tests.helpers.grpo import trainer_of

@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from logitmix.cli.__main__ import main
+from logitmix.mixture.frozen.references import STORE
 from logitmix.mixture.modeling import LogitMixForCausalLM
-from logitmix.mixture.references import STORE
 from logitmix.runs.files import read_jsonl
 from tests.helpers.adapters import lora, save_adapter, save_folders
 from tests.helpers.commands import TINY, save_member

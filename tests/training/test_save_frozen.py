@@ -12,8 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from logitmix.mixture.frozen.references import REFERENCES, STORE
 from logitmix.mixture.modeling import LogitMixForCausalLM
-from logitmix.mixture.references import REFERENCES, STORE
 from logitmix.training.checkpointing.folders import fault, last_whole_checkpoint
 from logitmix.training.config import LogitMixGRPOConfig
 from logitmix.training.grpo import LogitMixGRPOTrainer

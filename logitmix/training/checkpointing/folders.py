@@ -17,7 +17,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from logitmix.mixture.references import store_fault, sync
+from logitmix.mixture.frozen.references import store_fault, sync
 
 STAGING = ".saving"
 FILE_LIST = "checkpoint_files.json"

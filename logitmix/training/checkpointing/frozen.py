@@ -19,21 +19,12 @@ from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 
 from logitmix.mixture.configuration import LogitMixConfig
-from logitmix.mixture.frozen import (
-    POLICY,
-    describe_sources,
-    frozen_names,
-    open_frozen,
-    read_store,
-    relative_to,
-    save_store,
-    trained_state_dict,
-    validate_sources,
-    without_source,
-)
+from logitmix.mixture.frozen.loading import open_frozen
+from logitmix.mixture.frozen.references import REFERENCES, STORE, frozen_files, read_references, sync, weight_files
+from logitmix.mixture.frozen.sources import describe_sources, relative_to, validate_sources, without_source
+from logitmix.mixture.frozen.store import POLICY, frozen_names, read_store, save_store, trained_state_dict
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.mixture.quantization import plain_tensors
-from logitmix.mixture.references import REFERENCES, STORE, frozen_files, read_references, sync, weight_files
 from logitmix.training.checkpointing.folders import STAGING, saved_checkpoints
 
 

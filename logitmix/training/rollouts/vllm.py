@@ -16,9 +16,9 @@ from accelerate import PartialState
 from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from logitmix.mixture.by_reference import save_by_reference
 from logitmix.mixture.configuration import LogitMixConfig
 from logitmix.mixture.decoding.alternating import DecodingStatistics
+from logitmix.mixture.frozen.by_reference import save_by_reference
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.serving.alternating import alternating_decoding, decoding_statistics
 from logitmix.training.config import LogitMixGRPOConfig

@@ -5,9 +5,10 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from logitmix.mixture.frozen import describe_sources, relative_to, trained_state_dict, without_source
+from logitmix.mixture.frozen.references import REFERENCES, WHOLE
+from logitmix.mixture.frozen.sources import describe_sources, relative_to, without_source
+from logitmix.mixture.frozen.store import trained_state_dict
 from logitmix.mixture.modeling import LogitMixForCausalLM
-from logitmix.mixture.references import REFERENCES, WHOLE
 
 
 def save_by_reference(mixture: LogitMixForCausalLM, folder: Path, policy: str | None = None) -> None:
