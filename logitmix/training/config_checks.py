@@ -61,8 +61,12 @@ def validate_config(args: LogitMixGRPOConfig, model: PreTrainedModel, given: Map
     validate_tools_are_given(args, given)
     validate_decoding(model, args.decoding)
     validate_score_truncated(args, isinstance(model, LogitMixForCausalLM), given)
-    if not isinstance(model, LogitMixForCausalLM):
-        return
+    if isinstance(model, LogitMixForCausalLM):
+        validate_mixture(args, model)
+
+
+def validate_mixture(args: LogitMixGRPOConfig, model: LogitMixForCausalLM) -> None:
+    """Raise `ValueError` for options of a single model, and for a mixture whose policy cannot train, or not alone."""
     for option, reason in {
         "use_liger_kernel": "its fused loss reads one model's hidden states",
         "cast_lm_head_to_fp32": "a mixture has no single head; its logits are mixed in float32 anyway",

@@ -19,6 +19,14 @@ class Reader(NamedTuple):
     setting: str
 
 
+def _by_generate(args: LogitMixGRPOConfig) -> bool:
+    return not args.use_vllm and not args.use_transformers_continuous_batching
+
+
+def _evaluates(args: LogitMixGRPOConfig) -> bool:
+    return bool(args.eval_strategy != "no")
+
+
 READERS = (
     Reader(("anchor_dtype", "anchor_quantization"), lambda args: args.anchor is not None, "anchor"),
     Reader(
@@ -28,13 +36,9 @@ READERS = (
     ),
     Reader(("max_refills",), lambda args: args.dynamic_sampling == "refill", "dynamic_sampling 'refill'"),
     Reader(("reanchor_to",), lambda args: args.reanchor_steps is not None, "reanchor_steps"),
-    Reader(("score_truncated",), lambda args: truncates(args), "top_k, top_p or min_p"),
+    Reader(("score_truncated",), truncates, "top_k, top_p or min_p"),
     Reader(("anchor_states",), lambda args: args.loss_head == "fused", "loss_head 'fused'"),
-    Reader(
-        ("rollout_batch_size", "cache_implementation"),
-        lambda args: _by_generate(args),
-        "rollouts by generate",
-    ),
+    Reader(("rollout_batch_size", "cache_implementation"), _by_generate, "rollouts by generate"),
     Reader(
         ("decoding",),
         lambda args: _by_generate(args) or (args.use_vllm and args.vllm_mode == "colocate"),
@@ -95,8 +99,8 @@ READERS = (
         lambda args: args.use_vllm and args.vllm_importance_sampling_correction,
         "use_vllm and vllm_importance_sampling_correction",
     ),
-    Reader(("eval_delay", "load_best_model_at_end"), lambda args: _evaluates(args), "an eval_strategy"),
-    Reader(("eval_steps",), lambda args: _evaluates(args), "eval_strategy 'steps'"),
+    Reader(("eval_delay", "load_best_model_at_end"), _evaluates, "an eval_strategy"),
+    Reader(("eval_steps",), _evaluates, "eval_strategy 'steps'"),
     Reader(
         ("metric_for_best_model", "greater_is_better"),
         lambda args: (
@@ -159,11 +163,3 @@ def _defaults() -> Mapping[str, Any]:
         field.name: field.default_factory() if field.default_factory is not MISSING else field.default
         for field in fields(LogitMixGRPOConfig)
     }
-
-
-def _by_generate(args: LogitMixGRPOConfig) -> bool:
-    return not args.use_vllm and not args.use_transformers_continuous_batching
-
-
-def _evaluates(args: LogitMixGRPOConfig) -> bool:
-    return bool(args.eval_strategy != "no")

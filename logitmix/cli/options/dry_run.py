@@ -89,9 +89,7 @@ def dry_run_train(
         prompt=recipe_args.prompt_length,
         completion=args.max_completion_length,
         adapter=0 if adapter is None else adapter_size(configs[0], adapter),
-        one_base=adapter is not None
-        and args.anchor is not None
-        and is_same_source(_base_of(args.anchor), _base_of(policy)),
+        one_base=adapter is not None and args.anchor is not None and _share_base(args.anchor, policy),
         **anchor_sizes(args, model_args.dtype, configs, is_adapter=adapter_at(args.anchor) is not None),
         **vllm_sizes(args, recipe_args),
         **device_sizes(recipe_args, model_args, args),
@@ -176,7 +174,7 @@ def _base_of(source: str) -> str:
     return source if adapter is None else str(adapter.base_model_name_or_path)
 
 
-def shares_base(anchor: str, policy: str) -> bool:
+def _share_base(anchor: str, policy: str) -> bool:
     """Whether the anchor is an adapter on the policy's base, or that base."""
     return is_same_source(_base_of(anchor), _base_of(policy))
 

@@ -79,9 +79,6 @@ class Comparison:
             return self._decided((), (), "the same text, in words or in a formula", True)
         return False
 
-    def _same_texts(self, prediction: str, gold: str) -> bool:
-        return self.same_tokens(tokenize(prediction), tokenize(gold))
-
     def same(self, left: Node, right: Node) -> bool:
         """Whether two trees are equal."""
         if self.depth > 60:
