@@ -3,7 +3,7 @@
 Shape legend: K members, N tokens, n tokens of a chunk, V vocabulary, v tokens of a tile, D hidden width of a member.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,6 +67,30 @@ class LossHeadInputs:
         return weights.to(like).unsqueeze(-1)
 
 
+def rows_to_use(heads: Sequence[Head], vocab_size: int | None) -> int:
+    """`vocab_size`, by default the rows of the smallest head. Raises `ValueError` for more than these, or none."""
+    smallest = min(len(head.weight) for head in heads)
+    vocab_size = smallest if vocab_size is None else vocab_size
+    if not 0 < vocab_size <= smallest:
+        raise ValueError(
+            f"vocab_size is {vocab_size}; it must be between 1 and {smallest}, the rows of the smallest head"
+        )
+    return vocab_size
+
+
+def active_members(weights: Tensor) -> list[int]:
+    """The members of a non-zero weight `[K]` or `[N, K]` at any token; the first if there is none.
+
+    Where all weights are 0, the mixture is the uniform distribution.
+    """
+    return (weights.view(-1, weights.shape[-1]) != 0).any(0).nonzero().flatten().tolist() or [0]
+
+
+def accumulation_dtype(tensors: Iterable[Tensor | None]) -> torch.dtype:
+    """float64 if a tensor is, else float32: what scores and gradients are summed in."""
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
 @dataclass
 class Gradients:
     """Gradients that the passes fill in; None where none is needed.
@@ -78,6 +102,16 @@ class Gradients:
     hidden: list[Tensor | None]
     weight: list[Tensor | None]
     bias: list[Tensor | None]
+
+    @classmethod
+    def zeros(cls, tensors: Sequence[Tensor | None], needed: Sequence[bool], dtype: torch.dtype) -> "Gradients":
+        """Gradients of 0 where `needed`, by K hidden states, K head weights and K biases."""
+        zeros = [
+            torch.zeros_like(t, dtype=dtype) if t is not None and is_needed else None
+            for t, is_needed in zip(tensors, needed, strict=True)
+        ]
+        K = len(tensors) // 3
+        return cls(zeros[:K], zeros[K : 2 * K], zeros[2 * K :])
 
     @property
     def reach_heads(self) -> bool:

@@ -16,7 +16,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from logitmix.loss_head.chunking import Gradients, LossHeadInputs
+from logitmix.loss_head.chunking import (
+    Gradients,
+    LossHeadInputs,
+    accumulation_dtype,
+    active_members,
+    rows_to_use,
+)
 from logitmix.loss_head.divergence import validate_divergence
 from logitmix.loss_head.log_probs import common_factor, half_dtype_of, validate_shapes
 from logitmix.loss_head.matmul import add_product, multiply
@@ -66,12 +72,7 @@ def fused_divergence(
     validate_divergence(beta, temperature)
     N = len(hidden_ND)
     weights = validate_weights(weights, len(teacher_hidden), scheme, batch=N)
-    smallest = min(len(h.weight) for h in (head, *teacher_heads))
-    vocab_size = smallest if vocab_size is None else vocab_size
-    if not 0 < vocab_size <= smallest:
-        raise ValueError(
-            f"vocab_size is {vocab_size}; it must be between 1 and {smallest}, the rows of the smallest head"
-        )
+    vocab_size = rows_to_use([head, *teacher_heads], vocab_size)
     # one for each token: a divergence has none, but the chunks are cut from them
     targets_N = torch.zeros(N, dtype=torch.long, device=hidden_ND.device)
     validate_shapes(teacher_hidden, teacher_heads, targets_N)
@@ -83,8 +84,7 @@ def fused_divergence(
     if N == 0:  # an empty result with a graph, so that a batch without tokens can be trained on
         empty = hidden_ND.sum(-1, dtype=torch.float32)
         return empty, empty.detach()
-    active = (weights.view(-1, len(teacher_hidden)) != 0).any(0).nonzero().flatten().tolist()
-    active = active or [0]  # all weights 0: the uniform distribution
+    active = active_members(weights)
     teacher = LossHeadInputs(
         [teacher_heads[k] for k in active], weights[..., active], targets_N, scheme, temperature, vocab_size,
         chunk=chunk, tile=tile, half_dtype=half_dtype_of([hidden_ND, *(teacher_hidden[k] for k in active)]),
@@ -145,12 +145,8 @@ def _run(
     assert weight is not None
     student, teacher = replace(inputs.head, weight=weight, bias=bias), inputs.teacher
     read = [*tensors, *inputs.teacher_hidden, *(head.weight for head in teacher.heads)]
-    dtype = torch.float64 if any(t is not None and t.dtype == torch.float64 for t in read) else torch.float32
-    zeros = [
-        torch.zeros_like(t, dtype=dtype) if t is not None and needed else None
-        for t, needed in zip(tensors, needs_grad, strict=True)
-    ]
-    gradients = Gradients(zeros[:1], zeros[1:2], zeros[2:])
+    dtype = accumulation_dtype(read)
+    gradients = Gradients.zeros(tensors, needs_grad, dtype)
     scores = torch.empty(2, len(hidden_ND), dtype=dtype, device=hidden_ND.device)
     with torch.no_grad(), torch.autocast(hidden_ND.device.type, enabled=False):
         slopes = int(student.softcap is not None)

@@ -51,6 +51,7 @@ def kl(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
 
 
 def validate_divergence(beta: float, temperature: float) -> None:
+    """Raise `ValueError` for a beta outside [0, 1] and a temperature that is not positive."""
     if not 0 <= beta <= 1:
         raise ValueError(f"beta is {beta}; it must be between 0 (forward KL) and 1 (reverse KL)")
     if not 0 < temperature < math.inf:

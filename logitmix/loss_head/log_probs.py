@@ -17,7 +17,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from logitmix.loss_head.chunking import Gradients, LossHeadInputs
+from logitmix.loss_head.chunking import (
+    Gradients,
+    LossHeadInputs,
+    accumulation_dtype,
+    active_members,
+    rows_to_use,
+)
 from logitmix.loss_head.coefficients import Coefficients
 from logitmix.loss_head.general_pass import run_general
 from logitmix.loss_head.linear_pass import run_linear
@@ -78,16 +84,10 @@ def fused_log_probs(
     are not finite.
     """
     weights = validate_weights(weights, len(hidden), scheme, batch=len(targets_N))
-    smallest = min(len(head.weight) for head in heads)
-    vocab_size = smallest if vocab_size is None else vocab_size
-    if not 0 < vocab_size <= smallest:
-        raise ValueError(
-            f"vocab_size is {vocab_size}; it must be between 1 and {smallest}, the rows of the smallest head"
-        )
+    vocab_size = rows_to_use(heads, vocab_size)
     if temperature <= 0:
         raise ValueError(f"temperature is {temperature}; it must be above 0")
-    active = (weights.view(-1, len(hidden)) != 0).any(0).nonzero().flatten().tolist()
-    active = active or [0]  # all weights 0: the uniform distribution
+    active = active_members(weights)
     validate_shapes(hidden, heads, targets_N)
     if check:
         _validate_values(hidden, active, targets_N, vocab_size)
@@ -187,6 +187,7 @@ def half_dtype_of(hidden: Sequence[Tensor]) -> torch.dtype | None:
 
 
 def validate_shapes(hidden: Sequence[Tensor], heads: Sequence[Head], targets_N: Tensor) -> None:
+    """Raise `ValueError` for hidden states that are not `[N, D]` of their heads, or more or fewer than these."""
     N = len(targets_N)
     if len(heads) != len(hidden):
         raise ValueError(
@@ -240,12 +241,8 @@ def run_passes(
             for head, weight, bias in zip(inputs.heads, tensors[K : 2 * K], tensors[2 * K :], strict=True)
         ],
     )
-    dtype = torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
-    zeros = [
-        torch.zeros_like(t, dtype=dtype) if t is not None and needed else None
-        for t, needed in zip(tensors, needs_grad, strict=True)
-    ]
-    gradients = Gradients(zeros[:K], zeros[K : 2 * K], zeros[2 * K :])
+    dtype = accumulation_dtype(tensors)
+    gradients = Gradients.zeros(tensors, needs_grad, dtype)
     scores = torch.empty(2, N, dtype=dtype, device=inputs.targets_N.device)
     is_linear = inputs.scheme == "logit" and all(head.softcap is None for head in inputs.heads)
     is_linear = is_linear and inputs.support is None
