@@ -11,7 +11,8 @@ import time
 
 import torch
 
-from logitmix.evaluation.decode import Request, get_alphas, make_decoder, make_requests
+from logitmix.evaluation.decode import get_alphas, make_decoder
+from logitmix.evaluation.requests import Request, make_requests
 from logitmix.mixture.loading import load_member, require_tokenizer
 from logitmix.tasks import Arithmetic
 

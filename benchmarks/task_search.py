@@ -17,8 +17,9 @@ from pathlib import Path
 from logitmix.cli import sft
 from logitmix.cli.options.parser import build
 from logitmix.evaluation.complement import complement
-from logitmix.evaluation.decode import Response, make_batches, make_decoder, make_requests
+from logitmix.evaluation.decode import make_decoder
 from logitmix.evaluation.openings import NUM_PROBLEMS, Opening, measure_openings, sufficient_weight, summarise
+from logitmix.evaluation.requests import Response, make_batches, make_requests
 from logitmix.mixture.loading import load_member, require_tokenizer
 from logitmix.runs.files import append_jsonl
 from logitmix.tasks import Task, load_task

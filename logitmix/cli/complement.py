@@ -11,10 +11,10 @@ from logitmix.cli.options.evaluation import DecodingArguments
 from logitmix.cli.options.model import LoadingArguments, find_model
 from logitmix.cli.options.parser import flatten, parse
 from logitmix.cli.options.validation import validate_distinct
+from logitmix.evaluation.requests import Response
 from logitmix.runs.console import console
 
 if TYPE_CHECKING:
-    from logitmix.evaluation.decode import Response
     from logitmix.evaluation.openings import Opening
 
 COMPLEMENT_FILE = "complement.json"
@@ -78,16 +78,17 @@ def run(options: ComplementOptions) -> None:
 
 def decode_checkpoints(
     checkpoints: Sequence[str], options: ComplementOptions
-) -> tuple[dict[str, "list[Response]"], dict[str, "list[Opening]"]]:
+) -> tuple[dict[str, list[Response]], dict[str, "list[Opening]"]]:
     """Greedy responses of the checkpoints, and how they open the format of the first problems.
 
     Both are by source, or by member for a single mixture. One checkpoint is loaded at a time.
     """
     from accelerate import PartialState
 
-    from logitmix.evaluation.decode import get_alphas, make_batches, make_decoder, make_requests, weights_to_evaluate
+    from logitmix.evaluation.decode import get_alphas, make_decoder, weights_to_evaluate
     from logitmix.evaluation.metrics import group_by
     from logitmix.evaluation.openings import NUM_PROBLEMS, measure_openings
+    from logitmix.evaluation.requests import make_batches, make_requests
     from logitmix.evaluation.responses import Responses, open_responses
     from logitmix.mixture.loading import load_member, require_tokenizer, validate_same_tokenizer
 

@@ -26,9 +26,10 @@ def main(argv: Sequence[str]) -> None:
 
 
 def run(options: EvalOptions) -> None:
-    from logitmix.evaluation.decode import get_alphas, make_batches, make_decoder, make_requests
+    from logitmix.evaluation.decode import get_alphas, make_decoder
     from logitmix.evaluation.metrics import validate_num_samples
     from logitmix.evaluation.report.tables import print_evaluation
+    from logitmix.evaluation.requests import make_batches, make_requests
     from logitmix.evaluation.responses import open_responses
     from logitmix.mixture.loading import require_tokenizer
 

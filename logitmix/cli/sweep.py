@@ -177,8 +177,9 @@ def run_family(options: SweepOptions) -> None:
 
     An interrupted sweep continues. Raises `ValueError` for flags of the other sweep, and for members that do not fit.
     """
-    from logitmix.evaluation.decode import make_batches, make_decoder, make_requests, one_hot_weights
+    from logitmix.evaluation.decode import make_decoder
     from logitmix.evaluation.report.tables import print_evaluation, print_weights_choice
+    from logitmix.evaluation.requests import make_batches, make_requests, one_hot_weights
     from logitmix.evaluation.responses import open_responses
     from logitmix.evaluation.weights_sweep import choose_weights, preset_points, simplex_points
     from logitmix.mixture.loading import require_tokenizer

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from logitmix.evaluation.decode import Response
 from logitmix.evaluation.metrics import FIELDS
+from logitmix.evaluation.requests import Response
 from logitmix.evaluation.statistics import (
     CONFIDENCE,
     Estimate,

@@ -13,9 +13,10 @@ from accelerate.utils import is_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from logitmix.evaluation.complement import Complement, complement
-from logitmix.evaluation.decode import Decoder, Response, get_alphas, make_batches, make_decoder, make_requests
+from logitmix.evaluation.decode import Decoder, get_alphas, make_decoder
 from logitmix.evaluation.inspect import token_text
 from logitmix.evaluation.metrics import group_by
+from logitmix.evaluation.requests import Response, make_batches, make_requests
 from logitmix.evaluation.responses import open_responses
 from logitmix.loss_head.divergence import kl
 from logitmix.mixture.merging import MERGED

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from accelerate.utils import gather_object
 
-from logitmix.evaluation.decode import BATCH_SIZE, Response, get_alphas, greedy_responses
+from logitmix.evaluation.decode import BATCH_SIZE, get_alphas, greedy_responses
 from logitmix.evaluation.metrics import group_by, rates
 from logitmix.evaluation.outcomes import pack_outcomes
+from logitmix.evaluation.requests import Response
 from logitmix.runs.files import EVALUATION_RESPONSES_FILE, EVALUATIONS_FILE, append_jsonl
 from logitmix.runs.trackers import log_to_trackers
 from logitmix.tasks import Problem, Task

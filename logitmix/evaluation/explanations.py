@@ -1,16 +1,11 @@
 """Why rates are low, in words: a template that is not followed, responses that are cut. Pure functions."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from logitmix.evaluation.metrics import Rates, group_by, rates
+from logitmix.evaluation.requests import Response
 from logitmix.evaluation.statistics import CONFIDENCE, mcnemar_exact
-
-if TYPE_CHECKING:  # rates need no torch
-    from logitmix.evaluation.decode import Response
 
 CUT = 0.1  # the share of cut responses above which the limit is named
 

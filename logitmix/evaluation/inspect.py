@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from logitmix.evaluation.decode import one_hot_weights
+from logitmix.evaluation.requests import one_hot_weights
 from logitmix.mixture.context import context_length, longest_prompt, validate_fits_context
 from logitmix.mixture.decoding.loop import Decoding, validate_decoding
 from logitmix.mixture.generation import GREEDY, generate_completions, tokenize_prompts

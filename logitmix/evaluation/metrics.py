@@ -1,16 +1,11 @@
 """Rates of graded responses, with intervals, and pass@k. Pure functions."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from logitmix.evaluation.requests import Response
 from logitmix.evaluation.statistics import Estimate, mean_estimate, paired_bootstrap, pass_at_k, wilson_estimate
-
-if TYPE_CHECKING:  # rates need no torch
-    from logitmix.evaluation.decode import Response
-
 
 # The field of a response behind each rate
 FIELDS = {"format": "format_ok", "answer": "answer_ok", "lenient": "lenient_ok", "truncated": "truncated"}

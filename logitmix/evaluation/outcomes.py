@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from logitmix.evaluation.decode import Response
+from logitmix.evaluation.requests import Response
 
 KEYS = ("format_ok", "answer_ok", "lenient_ok")
 

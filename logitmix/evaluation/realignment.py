@@ -10,7 +10,8 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from logitmix.evaluation.decode import Decoder, Request, Response, make_batches
+from logitmix.evaluation.decode import Decoder
+from logitmix.evaluation.requests import Request, Response, make_batches
 from logitmix.evaluation.statistics import Estimate
 from logitmix.mixture.configuration import LogitMixConfig
 from logitmix.mixture.modeling import LogitMixForCausalLM

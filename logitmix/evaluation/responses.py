@@ -8,7 +8,8 @@ from typing import Any, get_args, get_type_hints
 
 from accelerate import PartialState
 
-from logitmix.evaluation.decode import Decode, Decoder, Request, Response
+from logitmix.evaluation.decode import Decode, Decoder
+from logitmix.evaluation.requests import Request, Response
 from logitmix.runs.console import console, progress_bar
 from logitmix.runs.files import RESPONSES_FILE, RUN_FILE, append_jsonl, read_jsonl
 from logitmix.runs.folder import find_run_or_model, read_last_start, record_start, validate_same_arguments

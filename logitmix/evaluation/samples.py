@@ -5,7 +5,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from logitmix.evaluation.decode import Response, make_batches, make_decoder, make_requests
+from logitmix.evaluation.decode import make_decoder
+from logitmix.evaluation.requests import Response, make_batches, make_requests
 from logitmix.evaluation.responses import open_responses
 from logitmix.mixture.decoding.loop import Decoding
 from logitmix.mixture.modeling import LogitMixForCausalLM

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from logitmix.evaluation.decode import Response
 from logitmix.evaluation.metrics import group_by
+from logitmix.evaluation.requests import Response
 from logitmix.evaluation.responses import expected_responses, read_responses
 from logitmix.runs.files import RESPONSES_FILE
 

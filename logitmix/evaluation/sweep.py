@@ -4,8 +4,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from logitmix.evaluation.decode import Response
 from logitmix.evaluation.metrics import estimate, estimates, rates
+from logitmix.evaluation.requests import Response
 from logitmix.evaluation.statistics import Estimate, mcnemar_exact
 
 MIXES = ("logit", "prob", "merge")

@@ -6,7 +6,8 @@ from itertools import chain
 
 from transformers import PreTrainedModel
 
-from logitmix.evaluation.decode import Decoder, Request, make_batches, make_requests
+from logitmix.evaluation.decode import Decoder
+from logitmix.evaluation.requests import Request, make_batches, make_requests
 from logitmix.evaluation.responses import Responses
 from logitmix.evaluation.sweep import MEMBERS, Round, best_alphas
 from logitmix.mixture.merging import set_merge

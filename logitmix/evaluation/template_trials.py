@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from logitmix.evaluation.decode import Response, get_alphas, greedy_responses
+from logitmix.evaluation.decode import get_alphas, greedy_responses
 from logitmix.evaluation.openings import Margin, measure_openings, summarise
+from logitmix.evaluation.requests import Response
 from logitmix.tasks import Problem, Task
 from logitmix.tasks.templates import Template
 

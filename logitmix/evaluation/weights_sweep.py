@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from logitmix.evaluation.decode import Response, one_hot_weights
 from logitmix.evaluation.metrics import estimate, group_by
+from logitmix.evaluation.requests import Response, one_hot_weights
 from logitmix.evaluation.statistics import Estimate, mcnemar_exact
 from logitmix.mixture.presets import Preset
 

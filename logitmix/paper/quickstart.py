@@ -16,9 +16,10 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from logitmix.evaluation.decode import OnResponse, Response, get_alphas, greedy_responses
+from logitmix.evaluation.decode import OnResponse, get_alphas, greedy_responses
 from logitmix.evaluation.during_training import evaluate_members
 from logitmix.evaluation.metrics import Rates, rates_by
+from logitmix.evaluation.requests import Response
 from logitmix.mixture.loading import load_member
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.paper.quickstart_config import QuickstartConfig

@@ -8,8 +8,8 @@ import torch
 
 from logitmix.cli.__main__ import main
 from logitmix.evaluation.complement import complement
-from logitmix.evaluation.decode import Response
 from logitmix.evaluation.report.tables import complement_notes
+from logitmix.evaluation.requests import Response
 from logitmix.paper.tiny_model import character_tokenizer, tiny_model
 from logitmix.tasks import Arithmetic
 from tests.helpers.responses import make_response

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from logitmix.evaluation.complement import complement
-from logitmix.evaluation.decode import Response
 from logitmix.evaluation.decoding_cost import decoding_costs, weight_bytes
 from logitmix.evaluation.distillation import STUDENT, compare_tokens, compare_with_student, decode_student, verdict
 from logitmix.evaluation.report.distillation_report import distillation_tables, write_distillation_report
+from logitmix.evaluation.requests import Response
 from logitmix.loss_head.divergence import token_divergence
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.paper.tiny_model import character_tokenizer

@@ -10,16 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from logitmix.cli.__main__ import main
-from logitmix.evaluation.decode import (
-    SMALL_BATCH,
-    Response,
-    generation_settings,
-    get_alphas,
-    make_batches,
-    make_decoder,
-    make_requests,
-)
+from logitmix.evaluation.decode import generation_settings, get_alphas, make_decoder
 from logitmix.evaluation.metrics import estimate, pass_rates
+from logitmix.evaluation.requests import SMALL_BATCH, Response, make_batches, make_requests
 from logitmix.evaluation.responses import Responses, open_responses, read_responses
 from logitmix.mixture.generation import generate_completions
 from logitmix.mixture.modeling import LogitMixForCausalLM

@@ -7,8 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from logitmix.cli.__main__ import main
-from logitmix.evaluation.decode import make_decoder, make_requests
+from logitmix.evaluation.decode import make_decoder
 from logitmix.evaluation.distillation import compare_tokens
+from logitmix.evaluation.requests import make_requests
 from logitmix.evaluation.samples import sample_mixture
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.paper.tiny_model import character_tokenizer, tiny_model

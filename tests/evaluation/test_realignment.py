@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from logitmix.cli.__main__ import main
-from logitmix.evaluation.decode import Request, make_decoder
+from logitmix.evaluation.decode import make_decoder
 from logitmix.evaluation.realignment import LEAST_EFFECTIVE, predict, reweighted_rate, sample_rollouts, score
+from logitmix.evaluation.requests import Request
 from logitmix.mixture.diagnostics import mixture_diagnostics
 from logitmix.mixture.mixing import mix_logits
 from logitmix.mixture.modeling import LogitMixForCausalLM

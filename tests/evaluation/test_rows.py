@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from logitmix.cli.__main__ import main
-from logitmix.evaluation.decode import make_batches, make_decoder, make_requests
+from logitmix.evaluation.decode import make_decoder
+from logitmix.evaluation.requests import make_batches, make_requests
 from logitmix.evaluation.responses import Responses, read_responses
 from logitmix.mixture.generation import generate_completions
 from logitmix.mixture.modeling import LogitMixForCausalLM

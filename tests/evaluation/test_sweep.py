@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from logitmix.cli.__main__ import main
-from logitmix.evaluation.decode import Response, make_batches, make_decoder, make_requests
+from logitmix.evaluation.decode import make_decoder
+from logitmix.evaluation.requests import Response, make_batches, make_requests
 from logitmix.evaluation.sweep import Round, best_alphas, choose_alpha, dropped_notes, plan_rounds, sweep_rates
 from logitmix.mixture.merging import merge_weights, set_merge
 from logitmix.mixture.modeling import LogitMixForCausalLM

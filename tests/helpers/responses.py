@@ -1,6 +1,6 @@
 """Graded responses for tests of what is computed from them."""
 
-from logitmix.evaluation.decode import Response
+from logitmix.evaluation.requests import Response
 
 
 def make_response(**fields) -> Response:

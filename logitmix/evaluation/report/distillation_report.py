@@ -6,12 +6,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from logitmix.evaluation.complement import Complement
-from logitmix.evaluation.decode import Response
 from logitmix.evaluation.decoding_cost import DecodingCost
 from logitmix.evaluation.distillation import MIXTURE, STUDENT, TokenComparison, WorstToken, verdict
 from logitmix.evaluation.metrics import estimate, group_by, rates
 from logitmix.evaluation.report.pages import Table, distillation_page, visible
 from logitmix.evaluation.report.tables import RATE_COLUMNS, interval, p_value, percent, print_rows
+from logitmix.evaluation.requests import Response
 
 SUMMARY_FILE = "distillation.jsonl"
 RATES = "Rates, %"

@@ -11,18 +11,18 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from logitmix.evaluation.complement import Complement
 from logitmix.evaluation.explanations import explain
 from logitmix.evaluation.metrics import Rates, estimate, group_by, pass_rates, rates
 from logitmix.evaluation.report.pages import visible
+from logitmix.evaluation.requests import Response
 from logitmix.evaluation.statistics import Estimate
+from logitmix.evaluation.sweep import Choice
 
 if TYPE_CHECKING:  # reports need no torch
-    from logitmix.evaluation.complement import Complement
-    from logitmix.evaluation.decode import Response
     from logitmix.evaluation.inspect import Inspection
     from logitmix.evaluation.openings import Opening
     from logitmix.evaluation.realignment import Prediction
-    from logitmix.evaluation.sweep import Choice
     from logitmix.evaluation.template_trials import Trial
     from logitmix.evaluation.weights_sweep import WeightsChoice
 
