@@ -1,5 +1,6 @@
 """The code in README and docs runs as written, on tiny members in place of the paths it names."""
 
+import importlib
 import json
 import re
 import runpy
@@ -10,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from logitmix.cli.__main__ import main
+from logitmix.cli.__main__ import VERBS, main
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.paper.quickstart_config import QuickstartConfig
 from logitmix.paper.recipes import TITLES
@@ -142,6 +143,34 @@ def test_the_commands_of_the_analysis_page(tmp_path, monkeypatch, capsys):
     assert seen == {"eval", "complement", "sweep", "inspect", "report"}
     assert Path("inspect.html").exists()
     assert Path("report/report.html").exists()
+
+
+def commands_of_the_pages() -> list[list[str]]:
+    """Verb and flags of each command in a block of README and docs, without what a page leaves out with "…"."""
+    found = []
+    for page in ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]:
+        for block in (*blocks(page, "bash"), *blocks(page, "text")):
+            lines = [line.removeprefix("$ ") for line in block.replace("\\\n", " ").splitlines()]
+            found += [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("logitmix ")]
+    return [[word for word in command if word != "…"] for command in found]
+
+
+def test_every_command_of_the_pages_takes_its_flags(tmp_path, monkeypatch):
+    """Without running it; verbs that leave their flags to another program, or have none, are left out."""
+    monkeypatch.chdir(tmp_path)
+    seen, wrong = set(), []
+    for verb, *flags in commands_of_the_pages():
+        module = importlib.import_module(VERBS[verb][0])
+        if hasattr(module, "run"):
+            monkeypatch.setattr(module, "run", lambda *_: None)
+            try:
+                module.main(flags)
+            except ValueError as error:  # others are of this machine, such as bf16 without a GPU
+                if re.search("does not belong|unknown key|invalid|required|did you mean", str(error)):
+                    wrong.append(f"{verb}: {error}")
+            seen.add(verb)
+    assert wrong == []
+    assert {"train", "sft", "distill", "eval", "sweep", "complement", "inspect", "realign", "export"} <= seen
 
 
 def test_the_tasks_pages_task_and_template(tmp_path, monkeypatch, capsys):
