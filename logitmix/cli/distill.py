@@ -261,13 +261,13 @@ def report(
     """Compare the student with the mixture and its parts on the problems."""
     from pathlib import Path
 
+    from logitmix.evaluation.decode import get_alphas
     from logitmix.evaluation.decoding_cost import decoding_costs
     from logitmix.evaluation.distillation import (
         MIXTURE,
         STUDENT,
         compare_tokens,
         compare_with_student,
-        compared_alphas,
         compared_models,
         decode_student,
     )
@@ -291,7 +291,7 @@ def report(
     timed: dict[str, tuple[Any, float | None]] = {
         name: (model, None) for name, model in compared_models(student, mixture).items()
     }
-    timed |= {name: (mixture, alpha) for name, alpha in compared_alphas(mixture).items()}
+    timed |= {name: (mixture, alpha) for name, alpha in get_alphas(mixture).items()}
     costs = decoding_costs(timed, tokenizer, task, problems, args.max_completion_length)
     title = f"What {Path(args.output_dir).name} keeps of its mixture, on {task.name}"
     console.print(

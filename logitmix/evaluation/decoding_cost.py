@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from logitmix.evaluation.decode import make_decoder
-from logitmix.evaluation.requests import make_requests
+from logitmix.evaluation.requests import make_requests, one_hot_weights
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.tasks import Problem, Task
 
@@ -46,8 +46,9 @@ def decoding_costs(
 ) -> list[DecodingCost]:
     """Decode the first `ROWS` problems with each model, once.
 
-    `models` maps a name to a model and, for a mixture, an alpha: 0 and 1 run one member, None is its own. The first
-    call of a model is slower than later ones; decode with each before.
+    `models` maps a name to a model and, for a mixture, an alpha. At alpha 0 and 1, and without one under the name of
+    a member, a mixture runs that member alone; else None is its own alpha. The first call of a model is slower than
+    later ones; decode with each before.
     """
     costs = []
     for name, (model, alpha) in models.items():
@@ -57,22 +58,29 @@ def decoding_costs(
         completions = decode.complete(batch)
         seconds = time.perf_counter() - started
         tokens = sum(map(len, completions))
-        sizes = weight_bytes(model, alpha), cache_bytes(model, alpha)
+        member = _runs_alone(model, name, alpha)
+        sizes = weight_bytes(model, member), cache_bytes(model, member)
         costs.append(DecodingCost(name, len(completions), tokens, seconds, *sizes))
     return costs
 
 
-def weight_bytes(model: PreTrainedModel, alpha: float | None = None) -> int:
-    """The bytes of the weights that the model holds, shared ones once; at alpha 0 and 1 of that member alone.
+def _runs_alone(model: PreTrainedModel, name: str, alpha: float | None) -> str | None:
+    """The member that alone runs for requests of that name and alpha; None for the whole model."""
+    if not isinstance(model, LogitMixForCausalLM):
+        return None
+    members = dict(zip(model.config.display_names, model.config.members, strict=True))
+    return members.get(name) if alpha is None else dict(enumerate(model.config.members)).get(alpha)
+
+
+def weight_bytes(model: PreTrainedModel, member: str | None = None) -> int:
+    """The bytes of the weights that the model holds, or one member of a mixture; shared ones once.
 
     Of adapters on one base, a member has its own and the base.
     """
-    if not isinstance(model, LogitMixForCausalLM) or alpha not in (0.0, 1.0):
+    if not isinstance(model, LogitMixForCausalLM) or member is None:
         return _bytes(dict(model.named_parameters()))
-    policy, *anchors = names = model.config.members
-    name = policy if alpha == 0 else anchors[0]
-    others = {*names} - {name}  # also the names of their adapters
-    module: Any = getattr(model, model.config.model_of(name))
+    others = {*model.config.members} - {member}  # also the names of their adapters
+    module: Any = getattr(model, model.config.model_of(member))
     return _bytes(
         {key: p for key, p in module.named_parameters() if not any(part in others for part in key.split("."))}
     )
@@ -83,13 +91,13 @@ def _bytes(parameters: Mapping[str, Any]) -> int:
 
 
 @torch.no_grad()
-def cache_bytes(model: PreTrainedModel, alpha: float | None = None) -> int:
-    """The bytes by which the KV cache of a sequence grows from its first token to its second.
+def cache_bytes(model: PreTrainedModel, member: str | None = None) -> int:
+    """The bytes by which the KV cache of a sequence grows from its first token to its second, or that of one member.
 
     For attention this is `2 · layers · key-value heads · head size · bytes of a value`. States of a fixed size, as of
     state-space layers, do not count, and layers with a sliding window grow no more beyond it.
     """
-    options = {} if alpha is None else {"alpha": alpha}
+    options = {} if member is None else {"weights": one_hot_weights(model.config.members)[member]}
     sizes = []
     for length in (1, 2):
         ids = torch.ones(1, length, dtype=torch.long, device=model.device)

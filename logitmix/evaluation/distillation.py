@@ -20,7 +20,6 @@ from logitmix.evaluation.requests import Response, make_batches, make_requests
 from logitmix.evaluation.responses import open_responses
 from logitmix.loss_head.divergence import kl
 from logitmix.mixture.merging import MERGED
-from logitmix.mixture.mixing import weights_to_alpha
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.mixture.scoring import following_prompts
 from logitmix.tasks import Problem, Task
@@ -73,12 +72,12 @@ def decode_student(
     max_new_tokens: int | None = None,
     batch_size: int = 64,
 ) -> list[Response]:
-    """Greedy responses of the student, the mixture, its policy and anchor, and their merged weights.
+    """Greedy responses of the student, the mixture, its members, and their merged weights.
 
-    Written into the folder as they are decoded; a later start continues. With several anchors, only the student and
-    the mixture; without merged weights where the members' differ in shape.
+    Written into the folder as they are decoded; a later start continues. There are no merged weights of several
+    anchors, of members of different shapes, and at weights that no alpha gives.
     """
-    alphas, models = compared_alphas(mixture), compared_models(student, mixture)
+    alphas, models = get_alphas(mixture), compared_models(student, mixture)
     expected = dict.fromkeys([*models, *alphas], len(problems))
     responses = open_responses(output_dir, arguments, expected)
 
@@ -92,15 +91,10 @@ def decode_student(
     return responses.rows
 
 
-def compared_alphas(mixture: LogitMixForCausalLM) -> dict[str, float | None]:
-    """The names and alphas of the mixture and, of two members, of each alone."""
-    return {MIXTURE: None} if weights_to_alpha(mixture.config.weights) is None else get_alphas(mixture)
-
-
 def compared_models(student: PreTrainedModel, mixture: LogitMixForCausalLM) -> dict[str, PreTrainedModel]:
     """The student and, where members can be merged, the model of their merged weights."""
     models = {STUDENT: student}
-    with suppress(ValueError):  # several anchors, or members of different shapes
+    with suppress(ValueError):  # see `decode_student`
         models[MERGED] = build_student(mixture, MERGED).eval()
     return models
 

@@ -1,5 +1,6 @@
 """What a student keeps of its mixture: the verdict, the comparison of tokens, and the report's files."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from logitmix.evaluation.complement import complement
+from logitmix.evaluation.decode import greedy_responses
 from logitmix.evaluation.decoding_cost import decoding_costs, weight_bytes
 from logitmix.evaluation.distillation import STUDENT, compare_tokens, compare_with_student, decode_student, verdict
 from logitmix.evaluation.report.distillation_report import distillation_tables, write_distillation_report
@@ -142,7 +144,7 @@ def test_members_on_one_base_hold_its_weights_once():
     pair = two_adapters(adapters=True)
     adapter = sum(p.numel() for name, p in pair.named_parameters() if "lora" in name) * 4
     assert adapter > 0
-    assert weight_bytes(pair) == weight_bytes(pair, 0.0) == weight_bytes(pair, 1.0) + adapter
+    assert weight_bytes(pair) == weight_bytes(pair, "policy") == weight_bytes(pair, "anchor_0") + adapter
 
 
 def test_the_report_compares_the_same_problems(pair, tokenizer, task, tmp_path, capsys):
@@ -190,3 +192,24 @@ def test_members_of_different_shapes_are_compared_without_merged_weights(tokeniz
         build_student(pair, "policy"), pair, tokenizer, task, task.problems("test", 6), str(tmp_path / "r"), {}, 4
     )
     assert {r.name for r in responses} == {"student", "mixture", "policy", "anchor"}
+
+
+@pytest.mark.parametrize("names", [["policy", "anchor"], ["policy", "anchor_0", "anchor_1"]])
+def test_members_are_compared_where_no_alpha_gives_the_weights(pair, tokenizer, task, tmp_path, names):
+    """Each is its own model, which greedy responses and costs show."""
+    members = [pair.policy, pair.anchors[0], pair.policy][: len(names)]
+    mixture = LogitMixForCausalLM.from_members(
+        members[0], [copy.deepcopy(m) for m in members[1:]], weights=[0.7, 0.9, -0.2][: len(names)]
+    ).eval()
+    student, problems = build_student(mixture, "policy"), task.problems("test", 6)
+    responses = decode_student(student, mixture, tokenizer, task, problems, str(tmp_path / "r"), {}, 4)
+    texts = {name: [r.response for r in responses if r.name == name] for name in (STUDENT, "mixture", *names)}
+    assert len(responses) == 6 * len(texts)
+    assert texts[STUDENT] == texts[names[0]]
+    assert texts[names[1]] == [
+        r.response for r in greedy_responses(pair.anchors[0], tokenizer, task, problems, {"a": None}, 4)
+    ]
+    costs = decoding_costs(dict.fromkeys(["mixture", *names], (mixture, None)), tokenizer, task, problems, 4)
+    sizes = [(c.weight_bytes, c.cache_bytes) for c in costs]
+    assert sizes[0] == tuple(len(names) * size for size in sizes[1])
+    assert set(sizes[1:]) == {sizes[1]}
