@@ -104,6 +104,7 @@ def run(options: DistillOptions, command: Sequence[str]) -> None:
     from logitmix.runs.folder import find_checkpoint
     from logitmix.runs.trackers import validate_trackers
     from logitmix.runs.training import run_training
+    from logitmix.training.distillation_options import validate_distillation_options
     from logitmix.training.distillation_sft import sft_config
     from logitmix.training.students import build_student
 
@@ -112,8 +113,10 @@ def run(options: DistillOptions, command: Sequence[str]) -> None:
     validate_trackers(args.report_to)
     if args.eval_strategy != "no":
         raise ValueError("TRL's eval_strategy evaluates by sampling; evaluate the student with logitmix eval instead")
-    if method == "sft":
-        sft_config(args)  # its refusals come before anything is loaded
+    if method == "sft":  # refusals come before anything is loaded
+        sft_config(args)
+    else:
+        validate_distillation_options(args, {})
     peft_config = options.adapter.peft_config
     arguments = {"command": "distill"}
     arguments |= flatten(task_args, model_args, mixture_args, options.student, options.adapter) | args.to_dict()

@@ -240,7 +240,10 @@ def resolve_weights(
         if weights is not None:
             raise ValueError("pass alpha or weights, not both")
         if num_members != 2:
-            raise ValueError(f"alpha is the weight of one anchor; {num_members} members need weights")
+            raise ValueError(
+                f"alpha is the weight of one anchor; {num_members} members need weights: leave alpha out where a "
+                "checkpoint has them, or pass weights"
+            )
         weights = alpha_to_weights(alpha)
     elif weights is None:
         weights = default

@@ -134,8 +134,15 @@ def get_eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 
 
 def validate_stop_strings(tokenizer: PreTrainedTokenizerBase, stop_strings: Sequence[str]) -> None:
-    """Raise `ValueError` for a stop string that no tokens of the tokenizer spell, so that it would never be met."""
+    """Raise `ValueError` for a stop string that no tokens of the tokenizer spell, so that it would never be met.
+
+    An empty one, which every text contains, is refused too.
+    """
     for stop in stop_strings:
+        if not stop:
+            raise ValueError(
+                "a stop string is empty, so it would end each completion at its first token; leave it out"
+            )
         try:
             _stop_criterion(tokenizer, (stop,))
         except ValueError as error:

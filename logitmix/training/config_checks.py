@@ -24,6 +24,7 @@ from logitmix.training.config import (
 )
 from logitmix.training.option_readers import validate_options_are_read
 from logitmix.training.option_types import set_types
+from logitmix.training.resumable_config import validate_max_steps
 from logitmix.training.sampling_checks import (
     set_all_tokens,
     validate_sampling_is_scored,
@@ -164,7 +165,7 @@ def validate_adapter(args: LogitMixGRPOConfig, model: PreTrainedModel, peft_conf
         )
 
 
-def validate_tools_are_given(args: LogitMixGRPOConfig, given: Mapping[str, Any]) -> None:
+def validate_tools_are_given(args: Any, given: Mapping[str, Any]) -> None:
     """Raise `ValueError` for a limit on tool calls without tools."""
     if args.max_tool_calling_iterations is not None and not any(
         given.get(name) for name in ("tools", "environment_factory", "rollout_func")
@@ -194,8 +195,7 @@ def validate_choices(args: LogitMixGRPOConfig) -> None:
 
 def validate_numbers(args: LogitMixGRPOConfig) -> None:
     """Raise `ValueError` for a number outside its range."""
-    if args.max_steps == 0:  # transformers would use num_train_epochs instead
-        raise ValueError("max_steps is 0; it must be above 0, or -1 to train for num_train_epochs")
+    validate_max_steps(args)
     for name in ("epsilon", "epsilon_high", "beta"):
         value = getattr(args, name)
         if value is not None and value < 0:

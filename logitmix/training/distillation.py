@@ -7,6 +7,7 @@ ours, since TRL's reads the backbone and one output head of its teacher.
 Shape legend: B sequences of a process, T completion tokens, N compared tokens.
 """
 
+import math
 import random
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +30,7 @@ from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.mixture.tokenizers import leave_texts_open
 from logitmix.training.checkpointing.resume import Checkpointing, State
 from logitmix.training.config import LossHead
+from logitmix.training.distillation_options import validate_distillation_options
 from logitmix.training.distillation_trl_patches import PatchedDistillationTrainer
 from logitmix.training.fsdp import prepare_fsdp
 from logitmix.training.monitoring.finite import require_finite_parameters
@@ -82,8 +84,10 @@ class LogitMixDistillationConfig(ResumableConfig, DistillationConfig):
         super().__post_init__()
         if not 0 <= self.lmbda <= 1:
             raise ValueError(f"lmbda is {self.lmbda}; it must be between 0 (the mixture samples) and 1 (the student)")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature is {self.temperature}; it must be above 0")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature is {self.temperature}; it must be above 0, and finite")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1, which keeps all tokens")
         if self.max_completion_length is None or self.max_completion_length < 1:
             raise ValueError(f"max_completion_length is {self.max_completion_length}; it must be at least 1")
         if self.use_liger_kernel:
@@ -100,8 +104,8 @@ class MixtureDistillationTrainer(PatchedDistillationTrainer):
         args, train_dataset, processing_class, …: as in TRL. The data set needs the column `prompt`.
         peft_config: gives the student a LoRA adapter, as in TRL.
 
-    Raises `ValueError` for a teacher that is no mixture, a student of another vocabulary, and prompts that leave no
-    room for a completion in the context of one of the two.
+    Raises `ValueError` for a teacher that is no mixture, a student of another vocabulary, options that have no effect,
+    and prompts that leave no room for a completion in the context of one of the two.
     """
 
     def __init__(
@@ -118,6 +122,7 @@ class MixtureDistillationTrainer(PatchedDistillationTrainer):
             )
         if isinstance(model, LogitMixForCausalLM):
             raise ValueError("the student is a mixture; a student is one model, such as the mixture's policy")
+        validate_distillation_options(args, kwargs)
         teacher_model.config.require_one_prompt("distillation")
         if teacher_model.config.cut is not None:
             raise ValueError(

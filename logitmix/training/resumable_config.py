@@ -1,6 +1,7 @@
 """What the configurations of SFT, GRPO and distillation add to TRL's alike."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from logitmix.training.option_types import set_types
 
@@ -15,7 +16,7 @@ class ResumableConfig:
         resume_without_optimizer: resume from a checkpoint that has none (`save_only_model`), with a new optimizer and
             schedule. Otherwise such a checkpoint is refused.
 
-    Raises `ValueError` for a value of another type, as `option_types.typed` says.
+    Raises `ValueError` for a value of another type, as `option_types.typed` says, and for 0 updates.
     """
 
     resume_without_optimizer: bool = field(
@@ -26,3 +27,10 @@ class ResumableConfig:
     def __post_init__(self) -> None:
         set_types(self)
         super().__post_init__()  # type: ignore[misc]  # of TRL's configuration
+        validate_max_steps(self)
+
+
+def validate_max_steps(args: Any) -> None:
+    """Raise `ValueError` for 0 updates."""
+    if args.max_steps == 0:  # transformers would use num_train_epochs instead
+        raise ValueError("max_steps is 0; it must be above 0, or -1 to train for num_train_epochs")

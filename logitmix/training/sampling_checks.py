@@ -41,7 +41,7 @@ _LENGTHS = {"max_new_tokens": False, "max_tokens": True}  # whether in vLLM
 _ROUNDED_CACHE = "quantized"
 
 
-def set_all_tokens(args: LogitMixGRPOConfig) -> None:
+def set_all_tokens(args: Any) -> None:
     """Write a `top_k` that keeps all tokens as 0: `generate` reads None as transformers' default, 50."""
     if args.top_k in NEUTRAL["top_k"]:
         args.top_k = 0

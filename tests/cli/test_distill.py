@@ -33,6 +33,8 @@ def folders(tmp_path_factory) -> Path:
     policy, anchor = (save_member(folder / name, seed) for seed, name in enumerate(("policy", "anchor")))
     save_member(folder / "letters", 2, alphabet="abc")
     LogitMixForCausalLM.from_members(policy, anchor, alpha=0.4).save_pretrained(folder / "mixture")
+    weights = [0.5, 0.3, 0.2]
+    LogitMixForCausalLM.from_members(policy, [anchor, policy], weights=weights).save_pretrained(folder / "three")
     torch.manual_seed(2)
     config = LoraConfig(r=4, init_lora_weights=False)
     adapters = LogitMixForCausalLM.from_members(policy, policy, alpha=0.4, peft_config=config)
@@ -207,6 +209,12 @@ def test_the_report_is_in_the_runs_folder(capsys, folders, tmp_path):
         ("mixture", ["--beta", "-1"], "beta must be in [0.0, 1.0], got -1.0"),
         ("mixture", ["--template", "boxed"], "chat template"),
         ("mixture", ["--eval_strategy", "steps", "--eval_steps", "1"], "evaluate the student with logitmix eval"),
+        ("mixture", ["--teacher_model_name_or_path", "a"], "teacher_model_name_or_path is 'a', but nothing would"),
+        ("mixture", ["--max_steps", "0"], "max_steps is 0; it must be above 0"),
+        ("mixture", ["--stop_strings", ""], "a stop string is empty"),
+        ("three", ["--alpha", "0.3"], "3 members need weights: leave alpha out where a checkpoint has them"),
+        ("three", ["--student", "anchor"], "there is no member 'anchor'; the members are policy, anchor_0, anchor_1"),
+        ("three", ["--student", "merged"], "but the mixture has 2 anchors; start the student from policy or anchor_0"),
         ("mixture", ["--lora_r", "4"], "lora_r is 4, but there is no adapter; add --use_peft"),
         ("mixture", ["--train_limit", "4"], "the data set has 4 prompts, fewer than the 8 of an update"),
         ("mixture", ["--method", "gkd"], "method"),
