@@ -37,7 +37,7 @@ from logitmix.training.monitoring.finite import require_finite_parameters
 from logitmix.training.resumable_config import ResumableConfig
 from logitmix.training.rollouts.vllm import sampling_parameters
 from logitmix.training.student_adapters import shared_bytes
-from logitmix.training.students import validate_vocabulary
+from logitmix.training.students import num_logits, validate_vocabulary
 
 
 @dataclass
@@ -159,10 +159,13 @@ class MixtureDistillationTrainer(PatchedDistillationTrainer):
             dict.fromkeys([*get_eos_token_ids(self.teacher, tokenizer), *get_eos_token_ids(student, tokenizer)])
         )
         self.generation_kwargs["eos_token_id"] = self.eos_token_ids
+        self.padding_tokens = range(teacher_model.config.vocab_size, num_logits(student))
         if self.use_vllm:
             self.vllm_generation.generation_kwargs = sampling_parameters(
                 args.generation_kwargs, self.stop_strings, self.eos_token_ids, tokenizer.get_added_vocab()
             )
+            if self.padding_tokens:
+                self.vllm_generation.generation_kwargs["allowed_token_ids"] = list(range(self.padding_tokens.start))
         self._validate_shared_weights(student)
         prepare_fsdp(self)
         self.checkpointing = Checkpointing(self, states)
@@ -196,20 +199,22 @@ class MixtureDistillationTrainer(PatchedDistillationTrainer):
     def _decode(self, model: Any, prompt_ids: list[list[int]]) -> list[list[int]]:
         is_mixture = isinstance(model, LogitMixForCausalLM)
         decoding: Decoding = self.args.decoding if is_mixture else "joint"
-        return generate_completions(
-            model, self.text_tokenizer, prompt_ids, self.generation_kwargs, self.stop_strings, decoding
-        )
+        settings = self.generation_kwargs
+        if self.padding_tokens and not is_mixture:  # the mixture has no embeddings of these
+            settings = settings | {"suppress_tokens": [*(settings.get("suppress_tokens") or ()), *self.padding_tokens]}
+        return generate_completions(model, self.text_tokenizer, prompt_ids, settings, self.stop_strings, decoding)
 
     # --- what is learnt -----------------------------------------------------------------------------------------
 
     def loss(self, student: PreTrainedModel, batch: dict[str, Any], num_tokens: Any) -> tuple[Tensor, Tensor, Tensor]:
         """The mean divergence of the student from the mixture over the completions' tokens; see `token_divergence`.
 
-        Raises `FloatingPointError` where it is not finite.
+        Tokens that a tool wrote do not count. Raises `FloatingPointError` where it is not finite.
         """
         input_ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
         attention_mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
-        scored_BT = torch.cat([torch.zeros_like(batch["prompt_mask"]), batch["completion_mask"]], dim=1)[:, 1:] != 0
+        of_model = batch["completion_mask"] * batch.get("tool_mask", 1)
+        scored_BT = torch.cat([torch.zeros_like(batch["prompt_mask"]), of_model], dim=1)[:, 1:] != 0
         divergence_N, entropy_N = self.distiller(
             self.base_student(student), input_ids, attention_mask, scored_BT, self.args.beta, self.args.temperature
         )

@@ -11,6 +11,7 @@ from logitmix.mixture.adapters import read_adapter_config, validate_adapter_targ
 from logitmix.mixture.export import merge_into_copy
 from logitmix.mixture.loading import load_member, require_tokenizer, validate_same_tokenizer
 from logitmix.mixture.merging import MERGED, merge_weights, set_merge
+from logitmix.mixture.mixing import weights_to_alpha
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.training.student_adapters import adapter_on_member
 
@@ -78,6 +79,11 @@ def _merged(mixture: LogitMixForCausalLM) -> PreTrainedModel:
         raise ValueError(
             f"the student is 'merged', but the mixture has {len(config.members) - 1} anchors; {_WAY_OUT}_0"
         )
+    if weights_to_alpha(config.weights) is None:
+        raise ValueError(
+            f"the student is 'merged', the average at alpha, but no alpha gives the mixture's weights "
+            f"{config.weights}, which do not sum to 1; {_WAY_OUT}, or set alpha"
+        )
     policy, anchor = (_alone(mixture, name) for name in config.members)
     student = merge_weights(policy, anchor, _WAY_OUT)
     set_merge(student, policy, anchor, mixture.alpha)
@@ -98,9 +104,15 @@ def _loaded(mixture: LogitMixForCausalLM, source: str, **kwargs: Any) -> PreTrai
     return student
 
 
+def num_logits(student: PreTrainedModel) -> int:
+    """The number of logits of a token, which may be more than the tokens of the vocabulary."""
+    rows: int = student.config.get_text_config(decoder=True).vocab_size
+    return rows
+
+
 def validate_vocabulary(student: PreTrainedModel, mixture: LogitMixForCausalLM) -> None:
     """Raise `ValueError` for a student with fewer logits than the mixture has tokens."""
-    rows, vocab_size = student.config.get_text_config(decoder=True).vocab_size, mixture.config.vocab_size
+    rows, vocab_size = num_logits(student), mixture.config.vocab_size
     if rows < vocab_size:
         raise ValueError(
             f"the student has logits for {rows} tokens, and the mixture for {vocab_size}; use a student with the "

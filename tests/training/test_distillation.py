@@ -74,6 +74,21 @@ def test_the_loss_is_the_mean_divergence_of_the_completions_tokens(tmp_path):
     )
 
 
+def test_tokens_that_a_tool_wrote_do_not_count(tmp_path):
+    trainer = distiller_of(tmp_path)
+    batch = batch_of(trainer)
+    of_model = torch.ones_like(batch["completion_mask"])
+    of_model[:, 2:5] = 0
+    masks = [torch.ones_like(of_model), of_model, 1 - of_model]
+    with torch.no_grad():
+        (whole, *_), (total, _, count), (rest, *_) = (
+            trainer.loss(trainer.model, batch | {"tool_mask": mask}, 1) for mask in masks
+        )
+    assert count == (batch["completion_mask"] * of_model).sum()
+    assert rest > 0.1
+    torch.testing.assert_close(total + rest, whole)
+
+
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 def test_the_student_approaches_the_mixture_and_the_mixture_stays(tmp_path, beta):
     teacher = mixture()
@@ -135,6 +150,14 @@ def test_completions_end_at_stop_strings(tmp_path):
     assert any(text[-1:] in ("a", "e", "=") for text in texts)
 
 
+def test_a_student_with_more_logits_samples_only_tokens_of_the_mixture(tmp_path):
+    trainer = distiller_of(tmp_path, student=tiny_member(vocab_size=100), generation_kwargs={"suppress_tokens": [5]})
+    completions = batch_of(trainer)["completion_ids"]
+    assert 5 not in completions
+    assert 40 < completions.max() < 61
+    trainer.train()
+
+
 # --- students ---------------------------------------------------------------------------------------------------
 
 
@@ -163,6 +186,9 @@ def test_merged_weights_are_the_average_at_alpha():
         torch.testing.assert_close(merged, 0.7 * policy + 0.3 * anchor)
     with pytest.raises(ValueError, match=r"cannot be merged: .*; start the student from policy or anchor"):
         build_student(mixture(anchor="llama"), "merged")
+    teacher.config.set_weights([1.0, 0.5])
+    with pytest.raises(ValueError, match=r"no alpha gives the mixture's weights \[1.0, 0.5\].*or set alpha"):
+        build_student(teacher, "merged")
 
 
 @pytest.fixture(scope="module")
