@@ -1,5 +1,6 @@
 """`logitmix distill`: one ordinary model out of a mixture, trained to match it on samples of its own, or by SFT."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,6 +14,7 @@ from logitmix.cli.options.validation import validate_at_least
 from logitmix.runs.console import console
 
 if TYPE_CHECKING:
+    from peft import LoraConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from logitmix.mixture.modeling import LogitMixForCausalLM
@@ -24,6 +26,7 @@ else:  # the flags of the configuration, which takes seconds to import; the opti
 REPORT_FOLDER = "report"  # within the run's
 BASE_FOLDER = "base"  # within the run's, for an adapter's base that has no folder of its own
 SAMPLES_FOLDER = "samples"  # within the run's, for method sft
+MEMBER_OR_MERGED = r"policy|anchor(_\d+)?|merged"
 
 Method = Literal["on_policy", "sft"]
 
@@ -36,7 +39,7 @@ class StudentArguments:
         default="policy",
         metadata={
             "help": "What the student starts from: policy, anchor (of several anchor_0, ...), merged for the average "
-            "of their weights, or a folder or hub id with the mixture's tokenizer."
+            "of their weights, or a folder or hub id with the mixture's tokenizer (of such a name: ./policy)."
         },
     )
     method: Method = field(
@@ -60,7 +63,8 @@ class StudentArguments:
     report_batch_size: int = field(default=64, metadata={"help": "Responses decoded at a time for the report."})
 
     def __post_init__(self) -> None:
-        self.student = find_model(self.student)
+        if not re.fullmatch(MEMBER_OR_MERGED, self.student):
+            self.student = find_model(self.student)
         validate_at_least(self, report_batch_size=1, samples_per_prompt=1, sample_batch_size=1)
         for name in ("samples_per_prompt", "sample_batch_size"):
             value = getattr(self, name)
@@ -96,7 +100,6 @@ def run(options: DistillOptions, command: Sequence[str]) -> None:
 
     from transformers import set_seed
 
-    from logitmix.cli.options.memory_plan import launched_sharded
     from logitmix.evaluation.complement import validate_enough_problems
     from logitmix.mixture.loading import require_tokenizer
     from logitmix.mixture.modeling import LogitMixForCausalLM
@@ -136,7 +139,9 @@ def run(options: DistillOptions, command: Sequence[str]) -> None:
     tokenizer = require_tokenizer(source, padding_side="left", truncation_side="left")
     base_folder = None if peft_config is None else str(Path(args.output_dir) / BASE_FOLDER)
     init_kwargs = model_args.init_kwargs | {"trust_remote_code": args.trust_remote_code}
-    on_members = None if args.use_vllm or launched_sharded() else peft_config  # vLLM would have it merged into them
+    on_members = peft_config if leaves_members_as_they_are(args) else None
+    if re.fullmatch(MEMBER_OR_MERGED, start) and Path(start).is_dir():
+        console.print(f"The student starts from the mixture's {start}; for the folder, write ./{start}.")
     set_seed(args.seed)  # a new adapter starts at random
     student = build_student(mixture, start, base_folder, on_members, **init_kwargs)
     if task.template.chat:
@@ -153,6 +158,20 @@ def run(options: DistillOptions, command: Sequence[str]) -> None:
         report(trainer.model.eval(), mixture, tokenizer, task, test_problems, options, trainer.state.global_step)
     elif test_problems and trainer.is_world_process_zero():
         console.print("Several processes write no report; compare the student with logitmix eval and complement.")
+
+
+def leaves_members_as_they_are(args: LogitMixDistillationConfig) -> bool:
+    """Whether an adapter can train on weights of the mixture: none of them is merged for vLLM, or sharded."""
+    from logitmix.cli.options.memory_plan import launched_sharded
+
+    return not (args.use_vllm or args.fsdp or args.deepspeed_plugin or launched_sharded())
+
+
+def adapter_to_add(student: "PreTrainedModel", options: DistillOptions) -> "LoraConfig | None":
+    """The configuration of the adapter that the trainer gives to the student, unless that has one, or trains whole."""
+    from accelerate.utils import is_peft_model
+
+    return None if is_peft_model(student) else options.adapter.peft_config
 
 
 def print_shared_memory(student: "PreTrainedModel", mixture: "LogitMixForCausalLM", is_adapter: bool) -> None:
@@ -179,8 +198,6 @@ def on_policy_trainer(
     options: DistillOptions,
 ) -> tuple[Any, "Sequence[Any]"]:
     """The trainer of method `on_policy`, and what it trains on."""
-    from accelerate.utils import is_peft_model
-
     from logitmix.training.distillation import MixtureDistillationTrainer
     from logitmix.training.rewards import grpo_dataset
 
@@ -193,7 +210,7 @@ def on_policy_trainer(
         args,
         train_dataset=grpo_dataset(task, problems),
         processing_class=tokenizer,
-        peft_config=None if is_peft_model(student) else options.adapter.peft_config,
+        peft_config=adapter_to_add(student, options),
     )
     return trainer, problems
 
@@ -210,7 +227,6 @@ def sft_trainer(
     from pathlib import Path
 
     from accelerate import PartialState
-    from accelerate.utils import is_peft_model
     from transformers import set_seed
 
     from logitmix.evaluation.samples import right_rows, sample_mixture
@@ -219,7 +235,7 @@ def sft_trainer(
     from logitmix.training.distillation_sft import sft_config, validate_sft_student
     from logitmix.training.sft import ResumableSFTTrainer, sft_dataset
 
-    args, peft_config = options.training, None if is_peft_model(student) else options.adapter.peft_config
+    args, peft_config = options.training, adapter_to_add(student, options)
     if args.world_size > 1:
         raise ValueError(
             f"method sft samples in one process, and there are {args.world_size}; start it without torchrun or "

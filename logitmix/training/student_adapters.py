@@ -66,6 +66,11 @@ def shared_bytes(student: nn.Module, mixture: LogitMixForCausalLM) -> int:
     return sum(num_bytes(p) for p in student.parameters() if id(p) in held)
 
 
+def is_member(mixture: LogitMixForCausalLM, source: str) -> bool:
+    """Whether the source of a student is a member by its name, also where a folder has the same one."""
+    return source in (*mixture.config.members, "anchor")
+
+
 def _start(mixture: LogitMixForCausalLM, source: str) -> tuple[PreTrainedModel, dict[str, float]] | None:
     """The model whose weights the student shares, and the share of each of its adapters in the student's start."""
     config = mixture.config
@@ -74,7 +79,7 @@ def _start(mixture: LogitMixForCausalLM, source: str) -> tuple[PreTrainedModel, 
         if len(config.members) != 2 or len(on_policy) != 2 or not isclose(sum(config.weights), 1):
             return None
         members = dict(zip(config.members, config.weights, strict=True))
-    elif source in (*config.members, "anchor") and not os.path.isdir(source):
+    elif is_member(mixture, source):
         members = {config.resolve_member_name(source): 1.0}
     else:
         base = _name_on_disk(mixture.policy)

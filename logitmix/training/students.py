@@ -1,7 +1,6 @@
 """The model that a distillation starts from: a member of the mixture, their merged weights, or another checkpoint."""
 
 import copy
-import os
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -13,7 +12,7 @@ from logitmix.mixture.loading import load_member, require_tokenizer, validate_sa
 from logitmix.mixture.merging import MERGED, merge_weights, set_merge
 from logitmix.mixture.mixing import weights_to_alpha
 from logitmix.mixture.modeling import LogitMixForCausalLM
-from logitmix.training.student_adapters import adapter_on_member
+from logitmix.training.student_adapters import adapter_on_member, is_member
 
 _WAY_OUT = "start the student from policy or anchor"
 
@@ -32,7 +31,7 @@ def build_student(
 
     Args:
         source: `"policy"`, `"anchor"` (of several `"anchor_0"`, …), `"merged"` for `(1 - alpha) θ_policy + alpha
-            θ_anchor`, or a folder or hub id.
+            θ_anchor`, or a folder or hub id. A folder with such a name is written `./policy`.
         base_folder: where to save the student, and so the name of an adapter's base, if it has no folder of its own.
         peft_config: of the adapter, whose new weights are random: set a seed.
         kwargs: arguments of `from_pretrained`, for a folder or hub id.
@@ -43,10 +42,9 @@ def build_student(
     shared = None if peft_config is None else adapter_on_member(mixture, source, peft_config, base_folder)
     if shared is not None:
         return shared
-    names = (*mixture.config.members, "anchor")
     if source == MERGED:
         student = _merged(mixture)
-    elif source in names and not os.path.isdir(source):
+    elif is_member(mixture, source):
         student = _alone(mixture, mixture.config.resolve_member_name(source))
     else:
         student = _loaded(mixture, source, **kwargs)

@@ -14,9 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from logitmix import LogitMixForCausalLM
 from logitmix.cli.__main__ import main
+from logitmix.cli.distill import leaves_members_as_they_are
 from logitmix.runs.files import read_jsonl
 from logitmix.tasks import Arithmetic
 from logitmix.tasks.verify import Grade
+from logitmix.training.distillation import LogitMixDistillationConfig
 from tests.helpers.commands import error_of, save_member
 
 FLAGS = [
@@ -184,7 +186,8 @@ def test_a_pair_with_the_scheme_prob_and_another_checkpoint_as_the_student(folde
 
 def test_the_report_is_in_the_runs_folder(capsys, folders, tmp_path):
     run = tmp_path / "run"
-    distil(folders, run, "--report", "true", "--eval_limit", "8", "--max_steps", "1", "--use_peft", "--lora_r", "2")
+    flags = ["--report", "true", "--eval_limit", "8", "--use_peft", "--lora_r", "2", "--save_steps", "1"]
+    distil(folders, run, *flags, "--max_steps", "1")
     printed = " ".join(capsys.readouterr().err.split())
     verdict = json.loads((run / "report" / "distillation.jsonl").read_text().splitlines()[0])["verdict"]
     assert verdict in printed
@@ -232,6 +235,21 @@ def test_bad_input_is_one_error_line(capsys, folders, tmp_path, mixture, flags, 
     argv = ["distill", str(folders / mixture), *FLAGS, "--output_dir", str(tmp_path / "run"), *flags]
     assert message in error_of(capsys, argv)
     assert not (tmp_path / "run" / "run.jsonl").exists()
+
+
+def test_a_folder_with_the_name_of_a_member_is_left_out(capsys, folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(folders)
+    distil(folders, tmp_path / "run", "--student", "anchor", "--max_steps", "1", "--learning_rate", "0")
+    assert "The student starts from the mixture's anchor; for the folder, write ./anchor." in capsys.readouterr().err
+    found = load_file(tmp_path / "run" / "model.safetensors")
+    torch.testing.assert_close(found, load_file(folders / "anchor" / "model.safetensors"), rtol=0, atol=0)
+
+
+def test_a_sharded_run_does_not_train_an_adapter_on_the_members_weights():
+    options = {"output_dir": "run", "use_cpu": True, "bf16": False}
+    assert leaves_members_as_they_are(LogitMixDistillationConfig(**options))
+    assert not leaves_members_as_they_are(LogitMixDistillationConfig(**options, fsdp=True))
+    assert not leaves_members_as_they_are(LogitMixDistillationConfig(**options, use_vllm=True))
 
 
 def test_a_folder_that_holds_a_run_is_refused(capsys, folders, whole):

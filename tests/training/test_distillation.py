@@ -177,6 +177,18 @@ def test_a_student_starts_from_a_member_with_weights_of_its_own():
         assert not torch.equal(logits(student), logits(member))
 
 
+@pytest.mark.parametrize("peft_config", [None, LoraConfig(r=2, target_modules=["q_proj"])])
+def test_a_members_name_is_the_member_also_where_a_folder_has_it(tmp_path, monkeypatch, peft_config):
+    teacher = mixture()
+    monkeypatch.chdir(tmp_path)
+    tiny_member(seed=7).save_pretrained("policy")
+    character_tokenizer().save_pretrained("policy")
+    student = build_student(teacher, "policy", str(tmp_path / "base"), peft_config)
+    assert torch.equal(logits(student), logits(teacher.policy))
+    of_folder = build_student(teacher, "./policy", str(tmp_path / "base"), peft_config)
+    torch.testing.assert_close(logits(of_folder), logits(tiny_member(seed=7)))
+
+
 def test_merged_weights_are_the_average_at_alpha():
     teacher = mixture(anchor="qwen2", alpha=0.3)
     student = build_student(teacher, "merged")
