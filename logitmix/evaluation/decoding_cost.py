@@ -69,7 +69,7 @@ def _runs_alone(model: PreTrainedModel, name: str, alpha: float | None) -> str |
     if not isinstance(model, LogitMixForCausalLM):
         return None
     members = dict(zip(model.config.display_names, model.config.members, strict=True))
-    return members.get(name) if alpha is None else dict(enumerate(model.config.members)).get(alpha)
+    return members.get(name) if alpha is None else dict(zip((0.0, 1.0), model.config.members, strict=False)).get(alpha)
 
 
 def weight_bytes(model: PreTrainedModel, member: str | None = None) -> int:
