@@ -57,9 +57,10 @@ class MixtureFields:
         if request is None or scope["path"] not in PATHS:
             await self.app(scope, _replay_body(body, receive), send)
             return
+        logprobs_mode = scope["app"].state.engine_client.model_config.logprobs_mode
         try:
             weights = move_mixture_fields(request, config)
-            wants_member_logprobs = _take_member_logprobs(request, scope["path"])
+            wants_member_logprobs = _take_member_logprobs(request, scope["path"], logprobs_mode)
         except ValueError as error:
             await _send_error(send, str(error))
             return
@@ -88,13 +89,15 @@ class MixtureFields:
 
         await self._call_app(request | {"return_token_ids": True}, scope, receive, collect)
         body = b"".join(chunks)
-        if start["status"] == 200:
+        response = parse_object(body)  # None if the client has left
+        if start["status"] == 200 and response is not None:
             keep_ids = bool(request.get("return_token_ids"))
             try:
-                body = await _add_member_logprobs(scope["app"].state.engine_client, body, members, keep_ids)
-            except ValueError as error:  # the engine cannot score it: it fills the whole context, for instance
+                await _add_member_logprobs(scope["app"].state.engine_client, response, members, keep_ids)
+            except ValueError as error:  # the engine cannot score it
                 await _send_error(send, f"member_logprobs: {error}")
                 return
+            body = to_json(response)
         await _send_response(send, start["status"], list(start["headers"]), body)
 
 
@@ -102,17 +105,27 @@ def _given_fields(request: dict[str, Any]) -> list[str]:
     return [name for name in (*REQUEST_FIELDS, MEMBER_LOGPROBS, MEMBER_PROMPTS) if request.get(name) is not None]
 
 
-def _take_member_logprobs(request: dict[str, Any], path: str) -> bool:
+def _take_member_logprobs(request: dict[str, Any], path: str, logprobs_mode: str) -> bool:
     """Remove `member_logprobs` from the request, and return whether it is set."""
-    is_set = _flag(MEMBER_LOGPROBS, request.pop(MEMBER_LOGPROBS, None))
-    if is_set:
-        _flag("return_token_ids", request.get("return_token_ids"))  # replaced before vLLM sees it
-    if is_set and (request.get("stream") or path not in COMPLETIONS):
+    if not _flag(MEMBER_LOGPROBS, request.pop(MEMBER_LOGPROBS, None)):
+        return False
+    returns_token_ids = _flag("return_token_ids", request.get("return_token_ids"))  # replaced before vLLM sees it
+    if request.get("stream") or path not in COMPLETIONS:
         raise ValueError(
             f"member_logprobs is only supported for {' and '.join(COMPLETIONS)} without stream; leave it out, or set "
             "stream to false"
         )
-    return is_set
+    if request.get("echo") and path == "/v1/completions" and not returns_token_ids:
+        raise ValueError(
+            "echo is set beside member_logprobs, for which vLLM returns token ids and leaves the prompt out of the "
+            "text; leave out echo, or set return_token_ids to true"
+        )
+    if logprobs_mode.endswith("logits"):
+        raise ValueError(
+            f"the server's --logprobs-mode is {logprobs_mode}, but member_logprobs needs log-probabilities; leave it "
+            "out, or serve with raw_logprobs"
+        )
+    return True
 
 
 def _flag(name: str, value: Any) -> bool:
@@ -129,17 +142,28 @@ def move_mixture_fields(request: dict[str, Any], config: LogitMixConfig) -> list
     given = request.get("vllm_xargs")
     if given is not None and not isinstance(given, dict):
         raise ValueError(f"vllm_xargs is {given!r}, but must be an object; leave it out, or name its fields")
+    for key in fields:
+        other = (given or {}).get(key)
+        if other is not None and other != fields[key]:
+            raise ValueError(f"{key} is {fields[key]!r}, but {other!r} in vllm_xargs; set only one of them")
     extra_args = (given or {}) | fields
     if fields:
         request["vllm_xargs"] = extra_args
-    return parse_request_weights(config, {MEMBER_PROMPTS: request.get(MEMBER_PROMPTS)} | extra_args)
+    weights = parse_request_weights(config, {MEMBER_PROMPTS: request.get(MEMBER_PROMPTS)} | extra_args)
+    if weights is not None and request.get("use_beam_search"):
+        raise ValueError(
+            "use_beam_search is set, but vLLM's beam search would ignore the request's weights; leave out "
+            f"{' and '.join(key for key in REQUEST_FIELDS if extra_args.get(key) is not None)}, or use_beam_search"
+        )
+    return weights
 
 
-async def _add_member_logprobs(engine: Any, body: bytes, members: list[str], keep_ids: bool) -> bytes:
+async def _add_member_logprobs(engine: Any, response: dict[str, Any], members: list[str], keep_ids: bool) -> None:
     """Add `member_logprobs` to each choice of a response: for each member, one number per generated token."""
-    response = json.loads(body)
     chat_prompt = response.get("prompt_token_ids")
     for choice in response["choices"]:
+        if choice.get("token_ids") is None:  # as the reasoning that they would show
+            raise ValueError("the server hides the tokens of this response; set include_reasoning to true")
         prompt = choice.get("prompt_token_ids") or chat_prompt
         scores = await asyncio.gather(*[_score(engine, prompt, choice["token_ids"], name) for name in members])
         choice["member_logprobs"] = dict(zip(members, scores, strict=True))
@@ -148,18 +172,27 @@ async def _add_member_logprobs(engine: Any, body: bytes, members: list[str], kee
             choice.pop("token_ids")
     if not keep_ids:
         response.pop("prompt_token_ids", None)
-    return to_json(response)
 
 
 async def _score(engine: Any, prompt: list[int], completion: list[int], member: str) -> list[float]:
     """Log-probability of each token of the completion under one member, at temperature 1.
 
-    The completion is scored as part of a prompt. vLLM has to generate one token after it.
+    The completion is scored as part of a prompt. vLLM has to generate one token after it; where that exceeds the
+    context, it is the completion's last.
     """
-    params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, extra_args={"member": member})
-    async for output in engine.generate({"prompt_token_ids": prompt + completion}, params, f"member-{uuid4().hex}"):
+    ids, last, context = prompt + completion, {}, engine.model_config.max_model_len
+    if len(ids) >= context:
+        if engine.model_config.logprobs_mode != "raw_logprobs":  # that of the only allowed token would be 0
+            raise ValueError(
+                f"the completion fills the context of {context} tokens, which can be scored with --logprobs-mode "
+                "raw_logprobs only; lower max_tokens"
+            )
+        ids, last = ids[:-1], {"allowed_token_ids": ids[-1:], "logprobs": 0}
+    extra_args = {"member": member}
+    params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, extra_args=extra_args, **last)
+    async for output in engine.generate({"prompt_token_ids": ids}, params, f"member-{uuid4().hex}"):
         final = output
-    positions = final.prompt_logprobs[len(prompt) :]
+    positions = [*final.prompt_logprobs[len(prompt) :], *(final.outputs[0].logprobs or [])]
     return [position[token].logprob for position, token in zip(positions, completion, strict=True)]
 
 

@@ -46,7 +46,7 @@ def test_a_prompt_of_a_member_is_refused(request_):
         move_mixture_fields(request_, config)
 
 
-def respond(request, path="/v1/completions"):
+def respond(request, path="/v1/completions", answer=b'{"choices": []}', logprobs_mode="raw_logprobs"):
     """The status and body that the middleware answers with, and the request that reaches the server behind it."""
     from transformers import LlamaConfig, Qwen2Config
 
@@ -55,7 +55,7 @@ def respond(request, path="/v1/completions"):
     async def app(scope, receive, send):
         passed.append(json.loads((await receive())["body"]))
         await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": b'{"choices": []}'})
+        await send({"type": "http.response.body", "body": answer})
 
     async def receive():
         return {"type": "http.request", "body": json.dumps(request).encode()}
@@ -64,7 +64,7 @@ def respond(request, path="/v1/completions"):
         sent.append(message)
 
     config = LogitMixConfig.from_member_configs([Qwen2Config(), LlamaConfig()], alpha_range=[0.0, 1.0])
-    client = SimpleNamespace(model_config=SimpleNamespace(hf_config=config))
+    client = SimpleNamespace(model_config=SimpleNamespace(hf_config=config, logprobs_mode=logprobs_mode))
     state = SimpleNamespace(state=SimpleNamespace(engine_client=client))
     scope = {"type": "http", "method": "POST", "path": path, "app": state, "headers": []}
     asyncio.run(MixtureFields(app)(scope, receive, send))
@@ -123,3 +123,48 @@ def test_a_field_at_a_path_that_does_not_read_it_returns_status_400(path, name, 
     assert body["error"]["message"].startswith(f"{path} does not read {name}; use one of /v1/completions, ")
     request = {"prompt": "x", name: None}
     assert respond(request, path)[0::2] == (200, [request])
+
+
+def refusal(request, **kwargs):
+    """The message of status 400, before the request reaches the server."""
+    status, body, passed = respond({"prompt": "a"} | request, **kwargs)
+    assert (status, passed) == (400, [])
+    return body["error"]["message"]
+
+
+def test_two_values_of_a_field_return_status_400():
+    message = "alpha is 0.3, but 0.7 in vllm_xargs; set only one of them"
+    assert refusal({"alpha": 0.3, "vllm_xargs": {"alpha": 0.7}}) == message
+    assert "the request sets alpha and member" in refusal({"alpha": 0.3, "vllm_xargs": {"member": "policy"}})
+    for xargs in ({"alpha": 0.3}, {"alpha": None}):
+        assert respond({"alpha": 0.3, "vllm_xargs": xargs})[2] == [{"vllm_xargs": {"alpha": 0.3}}]
+
+
+@pytest.mark.parametrize("request_", [{"alpha": 0.3}, {"vllm_xargs": {"alpha": 0.3}}])
+def test_weights_that_beam_search_would_ignore_return_status_400(request_):
+    assert "would ignore the request's weights; leave out alpha, or" in refusal(request_ | {"use_beam_search": True})
+    assert respond({"use_beam_search": True})[0] == respond(request_ | {"use_beam_search": False})[0] == 200
+
+
+def test_member_logprobs_that_would_change_or_mismeasure_a_completion_return_status_400():
+    request = {"member_logprobs": True}
+    assert "without stream; leave it out" in refusal(request | {"stream": True})
+    assert "without stream; leave it out" in refusal(request, path="/v1/responses")
+    assert "leave out echo, or set return_token_ids to true" in refusal(request | {"echo": True})
+    for others in ({"echo": False}, {"echo": True, "return_token_ids": True}):
+        assert respond(request | others)[0] == 200
+    assert respond(request | {"echo": True}, "/v1/chat/completions")[0] == 200
+    for mode in ("raw_logits", "processed_logits"):
+        assert f"--logprobs-mode is {mode}, but member_logprobs" in refusal(request, logprobs_mode=mode)
+        assert respond({"alpha": 0.3}, logprobs_mode=mode)[0] == 200
+
+
+def test_member_logprobs_of_tokens_that_the_server_hides_return_status_400():
+    answer = json.dumps({"prompt_token_ids": [5], "choices": [{"index": 0, "token_ids": None}]}).encode()
+    status, body, _ = respond({"member_logprobs": True}, "/v1/chat/completions", answer)
+    assert status == 400
+    assert body["error"]["message"].endswith("set include_reasoning to true")
+
+
+def test_an_answer_to_a_client_that_has_left_passes_through():
+    assert respond({"member_logprobs": True}, answer=b"null")[:2] == (200, None)
