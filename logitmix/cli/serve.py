@@ -109,10 +109,11 @@ def main(argv: Sequence[str]) -> None:
 
 def validate_arguments(args: ServeArguments, flags: Sequence[str]) -> None:
     """Raise `ValueError` for a missing model, an invalid alpha, and flags of vLLM that `ServeArguments` replaces."""
+    from logitmix.serving.requests import validate_alpha_range
+
     if not args.model_name_or_path:
         raise ValueError("logitmix serve needs the folder of a mixture as its first argument")
-    if len(args.alpha_range) != 2 or args.alpha_range[0] > args.alpha_range[1]:
-        raise ValueError(f"alpha_range is {args.alpha_range}, but must be two numbers, the lower first")
+    validate_alpha_range(args.alpha_range)
     if args.alpha is not None and not args.alpha_range[0] <= args.alpha <= args.alpha_range[1]:
         raise ValueError(f"alpha is {args.alpha}, but alpha_range is {args.alpha_range}; widen the range")
     # every spelling that vLLM accepts: each would replace the settings of the mixture

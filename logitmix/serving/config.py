@@ -9,7 +9,7 @@ from logitmix.mixture.configuration import LogitMixConfig
 from logitmix.serving.alternating.validation import is_alternating, validate_alternating, validate_alternating_request
 from logitmix.serving.draft import draft_member, is_same_folder
 from logitmix.serving.engine import Engine
-from logitmix.serving.requests import parse_request_weights
+from logitmix.serving.requests import parse_request_weights, validate_alpha_range
 from logitmix.serving.vllm_patches import (
     declare_experts,
     second_model_runner_validates_requests,
@@ -27,6 +27,8 @@ class MixtureConfigHooks(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_model_config(model_config: ModelConfig) -> None:
         config = model_config.hf_config
+        validate_overrides(config)
+        validate_use(model_config)
         validate_members(config)
         declare_experts(model_config, [getattr(config, name) for name in config.model_names])
 
@@ -48,6 +50,33 @@ class MixtureConfigHooks(VerifyAndUpdateConfig):
                 "0.31 or later; unset it, or install a later vLLM"
             )
         validate_parallelism(vllm_config)
+
+
+def validate_overrides(config: LogitMixConfig) -> None:
+    """Raise `ValueError` for invalid values of a mixture's configuration: vLLM sets its `hf_overrides` unchecked."""
+    if hasattr(config, "alpha"):
+        raise ValueError(
+            f"hf_overrides sets alpha to {config.alpha!r}, which the configuration of a mixture does not have; set "
+            "weights, one number per member"
+        )
+    config.set_weights(config.weights)
+    config.set_plausibility(config.plausibility, config.plausibility_member)
+    alpha_range = getattr(config, "alpha_range", None)
+    if alpha_range is not None:
+        validate_alpha_range(alpha_range)
+
+
+def validate_use(model_config: ModelConfig) -> None:
+    """Raise `ValueError` for what vLLM does with models that a mixture cannot do."""
+    if model_config.runner_type == "pooling":
+        raise ValueError(
+            "the runner is 'pooling', but a mixture has no hidden states to pool, only logits; leave out runner and "
+            "convert, or serve one of its members"
+        )
+    if model_config.enable_prompt_embeds:
+        raise ValueError(
+            "enable_prompt_embeds is set, but each member of a mixture embeds tokens itself; leave it out"
+        )
 
 
 def validate_speculation(vllm_config: VllmConfig) -> None:
@@ -94,17 +123,17 @@ def validate_parallelism(vllm_config: VllmConfig) -> None:
             f"pipeline_parallel_size is {pipeline_parallel_size}, but must be 1 for a mixture; use "
             "tensor_parallel_size"
         )
+    # the model runners do not split the requests' weights together with their tokens
+    if parallel_config.use_ubatching:
+        raise ValueError("enable_dbo is set, but a mixture cannot run two batches at once; leave it out")
     if not uses_second_model_runner(vllm_config):
         return
-    # this runner would not split the requests' weights together with their tokens
     prefill_context_parallel_size = getattr(parallel_config, "prefill_context_parallel_size", 1)
     if prefill_context_parallel_size > 1:
         raise ValueError(
             f"prefill_context_parallel_size is {prefill_context_parallel_size}, but must be 1 for a mixture; use "
             "tensor_parallel_size"
         )
-    if parallel_config.use_ubatching:
-        raise ValueError("enable_dbo is set, but a mixture cannot run two batches at once; leave it out")
 
 
 def engine_class(vllm_config: VllmConfig) -> type[Engine]:

@@ -2,17 +2,19 @@
 
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed; `make test-serving` has an environment with it")
 
+import torch
 from transformers import LlamaConfig, MambaConfig, Qwen2Config
 from vllm import EngineArgs
 
 from logitmix.mixture.configuration import FORMAT_VERSION, NO_ADAPTER, LogitMixConfig
 from logitmix.serving import config
-from logitmix.serving.config import engine_class, validate_members
+from logitmix.serving.config import engine_class, validate_members, validate_speculation
 from tests.helpers.engines import engine
 from tests.helpers.vllm_members import build_mixture
 
@@ -48,6 +50,16 @@ def test_other_methods_of_speculative_decoding_are_rejected(folder):
         EngineArgs(model=str(folder), speculative_config=speculative).create_engine_config()
 
 
+@pytest.mark.parametrize("method", ["eagle", "eagle3", "mtp", "medusa"])
+def test_drafts_from_the_targets_hidden_states_are_rejected(method):
+    target = SimpleNamespace(
+        hf_config=LogitMixConfig.from_member_configs([Qwen2Config(), LlamaConfig()]), model="mixture"
+    )
+    speculative = SimpleNamespace(method=method, model="draft", target_model_config=target)
+    with pytest.raises(ValueError, match=f"the speculative method '{method}' is not supported for a mixture; use one"):
+        validate_speculation(SimpleNamespace(model_config=target, speculative_config=speculative))
+
+
 @pytest.mark.runners
 def test_the_mixture_follows_the_runner_that_vllm_chooses(folder):
     before = os.environ.get("VLLM_USE_V2_MODEL_RUNNER")
@@ -56,19 +68,21 @@ def test_the_mixture_follows_the_runner_that_vllm_chooses(folder):
     assert chosen.__name__ == ("SecondRunnerEngine" if vllm_config.use_v2_model_runner else "FirstRunnerEngine")
     assert issubclass(vllm_config.model_config.logits_processors[-1], chosen.request_validator)
     assert os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == before
+    assert vllm_config.model_config.dtype == torch.bfloat16  # for float32 weights, unless the engine is told otherwise
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"prefill_context_parallel_size": 2}, "prefill_context_parallel_size is 2, but must be 1 for a mixture"),
-        ({"enable_dbo": True}, "enable_dbo is set, but a mixture cannot run two batches at once"),
-    ],
-)
-def test_splits_of_a_batch_are_rejected_on_the_second_runner(folder, monkeypatch, arguments, message):
+def test_splits_of_a_batch_are_rejected_on_the_second_runner(folder, monkeypatch):
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    message = "prefill_context_parallel_size is 2, but must be 1 for a mixture; use tensor_parallel_size"
     with pytest.raises(ValueError, match=message):
-        EngineArgs(model=str(folder), **arguments).create_engine_config()
+        EngineArgs(model=str(folder), prefill_context_parallel_size=2).create_engine_config()
+
+
+@pytest.mark.parametrize("second", ["0", "1"])
+def test_two_batches_at_once_are_rejected(folder, monkeypatch, second):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", second)
+    with pytest.raises(ValueError, match="enable_dbo is set, but a mixture cannot run two batches at once"):
+        EngineArgs(model=str(folder), enable_dbo=True).create_engine_config()
 
 
 def test_a_second_runner_that_cannot_validate_requests_is_rejected(folder, monkeypatch):
@@ -77,6 +91,25 @@ def test_a_second_runner_that_cannot_validate_requests_is_rejected(folder, monke
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
     with pytest.raises(ValueError, match=r"only in vLLM 0\.31 or later; unset it, or install a later vLLM"):
         EngineArgs(model=str(folder)).create_engine_config()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"hf_overrides": {"alpha": 0.3}}, "hf_overrides sets alpha to 0.3, .* set weights"),
+        ({"hf_overrides": {"weights": [0.5, 0.3, 0.2]}}, "2 members"),
+        ({"hf_overrides": {"scheme": "linear"}}, "scheme is 'linear'"),
+        ({"hf_overrides": {"scheme": "prob", "weights": [1.5, -0.5]}}, "scheme 'prob' needs weights >= 0"),
+        ({"hf_overrides": {"plausibility": 2.0}}, "plausibility is 2.0"),
+        ({"hf_overrides": {"alpha_range": [1, 0]}}, r"alpha_range is \[1, 0\], but must be two numbers"),
+        ({"runner": "pooling"}, "the runner is 'pooling', but a mixture has no hidden states to pool"),
+        ({"enable_prompt_embeds": True}, "enable_prompt_embeds is set, but each member of a mixture embeds tokens"),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
+)
+def test_a_configuration_that_a_mixture_cannot_have_is_rejected(folder, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        EngineArgs(model=str(folder), **arguments).create_engine_config()
 
 
 def test_members_without_attention_are_rejected():

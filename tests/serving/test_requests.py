@@ -4,7 +4,7 @@ import pytest
 from transformers import LlamaConfig, Qwen2Config
 
 from logitmix.mixture.configuration import LogitMixConfig
-from logitmix.serving.requests import parse_request_weights
+from logitmix.serving.requests import parse_request_weights, validate_alpha_range
 
 
 @pytest.mark.parametrize(
@@ -47,3 +47,16 @@ def test_invalid_fields_are_rejected(fields, message):
     config = LogitMixConfig.from_member_configs([Qwen2Config(), LlamaConfig()], alpha_range=[0.0, 1.0])
     with pytest.raises(ValueError, match=message):
         parse_request_weights(config, fields)
+
+
+def test_a_member_alone_is_outside_no_range_of_alpha():
+    config = LogitMixConfig.from_member_configs([Qwen2Config(), LlamaConfig()], alpha_range=[0.2, 0.5])
+    assert parse_request_weights(config, {"member": "anchor"}) == [0.0, 1.0]
+    assert parse_request_weights(config, {"alpha": 0.5}) == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("alpha_range", [[0.5], [0.0, 0.5, 1.0], [1.0, 0.0], [0, "1"], [False, True], 0.5, "01"])
+def test_a_range_of_alpha_that_is_not_two_numbers_is_rejected(alpha_range):
+    with pytest.raises(ValueError, match=r"alpha_range is .*, but must be two numbers, the lower first"):
+        validate_alpha_range(alpha_range)
+    validate_alpha_range([-float("inf"), 1])
