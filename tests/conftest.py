@@ -14,7 +14,7 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_finish() -> None:
-    """Keep the objects that imports made out of garbage collection: every trainer runs one, a third of a second each."""
+    """Keep what the imports made out of garbage collection: each trainer runs one, which took a third of a second."""
     gc.freeze()
 
 
