@@ -19,15 +19,15 @@ from logitmix.cli.options.model import (
     load_several,
 )
 from logitmix.cli.options.parser import flatten, parse
+from logitmix.evaluation.sweep import MEMBERS, MIXES, choose_alpha, dropped_notes, plan_rounds, sweep_rates
 from logitmix.runs.console import console
 from logitmix.runs.files import SWEEP_FILE
+from logitmix.tasks import Problem, Task
 from logitmix.tasks.names import unknown_name
 
 if TYPE_CHECKING:
+    from logitmix.evaluation.responses import Responses
     from logitmix.mixture.presets import Preset
-
-
-MIXES = ("logit", "prob", "merge")  # of logitmix.evaluation.sweep, which needs torch
 
 
 @dataclass
@@ -115,11 +115,7 @@ def main(argv: Sequence[str]) -> None:
 def run(options: SweepOptions) -> None:
     """Decode and grade, print the tables and write responses, rates and a figure; an interrupted sweep continues."""
     from logitmix.evaluation.decode import make_decoder
-    from logitmix.evaluation.explanations import explain
-    from logitmix.evaluation.report.figures import plot_sweep
-    from logitmix.evaluation.report.tables import BETA_NOTE, print_choices, print_notes, print_sweep_intervals
     from logitmix.evaluation.responses import open_responses
-    from logitmix.evaluation.sweep import MEMBERS, MIXES, choose_alpha, dropped_notes, plan_rounds, sweep_rates
     from logitmix.evaluation.sweep_decoding import Decoders, decode_sweep
     from logitmix.mixture.configuration import resolve_weights
     from logitmix.mixture.loading import require_tokenizer
@@ -134,12 +130,7 @@ def run(options: SweepOptions) -> None:
         for alpha in between:
             resolve_weights(alpha, None, 2, "logit" if mix == "merge" else mix)
     data_args, task = options.problems.resolve_task(model_args.model_name_or_path, options.mixture.anchor)
-    problems = task.problems("test", options.problems.eval_limit)
-    if len(problems) < 2:
-        raise ValueError(
-            f"eval_limit is {options.problems.eval_limit}, but alpha is chosen on half of the problems and reported "
-            "on the other half; raise it above 1"
-        )
+    problems = _test_problems(task, options.problems.eval_limit, "alpha is")
     rounds = plan_rounds(len(between), len(problems), options.sweep.halve_from)
     pair = load_mixture(model_args, MixtureArguments(options.mixture.anchor))
     tokenizer = require_tokenizer(model_args.model_name_or_path)
@@ -157,9 +148,16 @@ def run(options: SweepOptions) -> None:
     expected = dict.fromkeys(MEMBERS, len(problems)) | dict.fromkeys(mixes, decoded)
     responses = open_responses(args.output_dir, arguments, expected)
     decode_sweep(responses, decoders, len(problems), mixes, between, args.batch_size, rounds)
+    report(responses, mixes, f"{task.name}, {len(problems)} test problems, greedy")
+
+
+def report(responses: "Responses", mixes: Sequence[str], title: str) -> None:
+    """Print the tables of a sweep; beside its responses, if they are in a folder, write the rates and a figure."""
+    from logitmix.evaluation.explanations import explain
+    from logitmix.evaluation.report.figures import plot_sweep
+    from logitmix.evaluation.report.tables import BETA_NOTE, print_choices, print_notes, print_sweep_intervals
 
     table, choices = sweep_rates(responses.rows), choose_alpha(responses.rows)
-    title = f"{task.name}, {len(problems)} test problems, greedy"
     print_sweep_intervals(title, table)
     print_choices(choices)
     notes = [BETA_NOTE] if "logit" in mixes else []
@@ -194,12 +192,7 @@ def run_family(options: SweepOptions) -> None:
         Plausibility(family.plausibility)  # before anything loads
     members = [find_model(member) for member in family.members or ()]
     data_args, task = options.problems.resolve_task(source, *members)
-    problems = task.problems("test", options.problems.eval_limit)
-    if len(problems) < 2:
-        raise ValueError(
-            f"eval_limit is {options.problems.eval_limit}, but weights are chosen on half of the problems and "
-            "reported on the other half; raise it above 1"
-        )
+    problems = _test_problems(task, options.problems.eval_limit, "weights are")
     model = load_several(model_args, members)
     config, names = model.config, model.config.members if preset is None else list(preset.roles)
     if preset is not None and len(names) != len(config.members):
@@ -229,6 +222,17 @@ def run_family(options: SweepOptions) -> None:
         path = responses.path.parent / SWEEP_FILE
         path.write_text(json.dumps({"weights": weights, "choice": asdict(choice)}, indent=2) + "\n")
         console.print(f"{SWEEP_FILE} and every response are in {path.parent}.", soft_wrap=True)
+
+
+def _test_problems(task: Task, limit: int | None, chosen: str) -> list[Problem]:
+    """The test problems. Raises `ValueError` for fewer than two, of which no half is left to report on."""
+    problems = task.problems("test", limit)
+    if len(problems) < 2:
+        raise ValueError(
+            f"eval_limit is {limit}, but {chosen} chosen on half of the problems and reported on the other half; "
+            "raise it above 1"
+        )
+    return problems
 
 
 def _validate_flags(options: SweepOptions) -> None:
