@@ -31,7 +31,8 @@ from trl.trainer.utils import FusedCausalLMOutput
 from logitmix.mixture.generation import GREEDY, generate_completions, get_eos_token_ids
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.mixture.router import has_load_balancing_loss
-from logitmix.training.alpha.callback import outer_step_callbacks, validate_alpha_controller
+from logitmix.training.alpha.callback import outer_step_callbacks
+from logitmix.training.alpha.checks import validate_alpha_controller
 from logitmix.training.alpha.validation import FreshQuestions, validation_questions
 from logitmix.training.batch import Batch, TokenScores, own_tokens, scored_inputs
 from logitmix.training.checkpointing.resume import Checkpointing, State

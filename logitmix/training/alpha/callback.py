@@ -6,16 +6,12 @@ ratio of eq. 5 compares two mixtures at the same alpha.
 
 from typing import Any
 
-from datasets import Dataset
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import GRPOTrainer
 
-from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.training.alpha.controllers import (
     KL_BUDGET,
     SCHEDULES,
-    VALIDATING,
-    Counts,
     adaptive,
     cosine,
     linear,
@@ -115,74 +111,3 @@ def scheduled_alpha(args: LogitMixGRPOConfig, step: int, max_steps: int) -> floa
     assert args.alpha_end is not None
     schedule = {"linear": linear, "cosine": cosine}[args.alpha_controller]
     return schedule(step / max_steps, args.alpha, args.alpha_end)
-
-
-def validate_alpha_controller(
-    args: LogitMixGRPOConfig, model: PreTrainedModel, validation_dataset: Dataset | None, kwargs: dict[str, Any]
-) -> None:
-    """Raise `ValueError` where `args.alpha_controller` does not fit the other options or the model."""
-    controller = args.alpha_controller
-    for option, value, readers in (
-        ("alpha_end", args.alpha_end, ("linear", "cosine")),
-        ("alpha_points", args.alpha_points, ("piecewise",)),
-        ("kl_budget", args.kl_budget, (KL_BUDGET,)),
-    ):
-        if (value is not None) != (controller in readers):
-            raise ValueError(
-                f"alpha_controller is {controller!r} and {option} is {value}; {option} goes with "
-                f"{' and '.join(readers)}, and is required there"
-            )
-    if validation_dataset is not None and controller not in VALIDATING:
-        raise ValueError(f"there is a validation_dataset, but alpha_controller {controller!r} validates nothing")
-    if controller == "fixed":
-        return
-    if not isinstance(model, LogitMixForCausalLM):
-        raise ValueError(f"alpha_controller is {controller!r}, but there is no anchor to weigh; set anchor")
-    weights = model.config.weights
-    if len(weights) != 2 or abs(sum(weights) - 1) > 1e-6:
-        raise ValueError(
-            f"alpha_controller {controller!r} needs a policy and one anchor whose weights sum to 1; the mixture has "
-            f"weights {weights}, so only 'fixed' can be used"
-        )
-    micro_batches, update = args.steps_per_generation * args.num_iterations, args.gradient_accumulation_steps
-    if micro_batches % update:
-        raise ValueError(
-            f"alpha_controller {controller!r} needs whole updates in an outer step, but steps_per_generation * "
-            f"num_iterations is {micro_batches} and gradient_accumulation_steps {update}; set steps_per_generation "
-            "to a multiple of it (rollout_batch_size limits the memory)"
-        )
-    if args.alpha_end is not None and not 0 <= args.alpha_end < 1:
-        raise ValueError(f"alpha_end is {args.alpha_end}; training needs 0 <= alpha < 1")
-    if args.kl_budget is not None and not args.kl_budget > 0:
-        raise ValueError(f"kl_budget is {args.kl_budget}, but must be above 0; only the anchor itself has no KL")
-    if controller == KL_BUDGET and model.config.scheme != "logit":
-        raise ValueError(
-            f"alpha_controller 'kl_budget' needs scheme 'logit', whose KL to the anchor falls with alpha; scheme is "
-            f"{model.config.scheme!r}"
-        )
-    if args.alpha_points is not None:
-        parse_points(args.alpha_points)
-    if controller in VALIDATING:
-        if args.validation_size < 1:
-            raise ValueError(f"validation_size is {args.validation_size}, but must be at least 1")
-        for option in ("tools", "environment_factory", "rollout_func"):
-            if kwargs.get(option) is not None:
-                raise ValueError(
-                    f"{option} cannot be used with alpha_controller {controller!r}, whose validation decodes one "
-                    "response per question without it"
-                )
-    if controller == "adaptive":
-        _validate_adaptive_scale(args)
-
-
-def _validate_adaptive_scale(args: LogitMixGRPOConfig) -> None:
-    if not args.adaptive_scale > 0:
-        raise ValueError(
-            f"adaptive_scale is {args.adaptive_scale}, but must be above 0, so that alpha rises with the gain"
-        )
-    n = args.validation_size
-    if not adaptive(Counts(n, 0, n, 0, n), args.adaptive_offset, args.adaptive_scale) < 1:
-        raise ValueError(
-            f"with adaptive_scale {args.adaptive_scale}, adaptive_offset {args.adaptive_offset} and validation_size "
-            f"{n} alpha can reach 1, where the policy has no gradient; raise adaptive_scale"
-        )
