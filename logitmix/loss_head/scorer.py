@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from logitmix.loss_head import Coefficients, fused_log_probs
+from logitmix.loss_head.chunking import active_members
 from logitmix.loss_head.libraries import Library, ShapeClass, choose_libraries, read_choices
 from logitmix.mixture.configuration import resolve_weights
 from logitmix.mixture.decoding.support import SequenceSupport, Support
@@ -91,8 +92,7 @@ class FusedScorer:
         """
         config = self.model.config
         resolved = resolve_weights(None, weights, len(config.members), config.scheme, config.weights)
-        is_active = (resolved.view(-1, resolved.shape[-1]) != 0).any(0)
-        active = is_active.nonzero().flatten().tolist() or [0]  # all weights 0: the uniform distribution
+        active = active_members(resolved)
         names = [config.members[k] for k in active]
         targets_BT = labels[:, 1:]
         scored_BT = targets_BT != -100
@@ -106,7 +106,6 @@ class FusedScorer:
             else self.hidden_states(name, input_ids, attention_mask, scored_BT, aux_losses, prompts)
             for name in names
         ]
-        models = [getattr(self.model, config.model_of(name)) for name in names]
         weights_K = resolved[..., active]
         if weights_K.dim() == 2:  # from one row a sequence to one row a token
             weights_K = weights_K.repeat_interleave(scored_BT.sum(1).cpu(), dim=0)
@@ -129,17 +128,19 @@ class FusedScorer:
                 check=False,  # the trainer checks the loss, without another synchronisation
             )
 
-        log_probs_N, entropy_N = run_inside_heads([m.get_output_embeddings() for m in models], hidden, score)
+        heads = [getattr(self.model, config.model_of(name)).get_output_embeddings() for name in names]
+        log_probs_N, entropy_N = run_inside_heads(heads, hidden, score)
         kept = None
         if keep_anchor_states:
             anchors = {name: h for name, h in zip(names, hidden, strict=True) if name != "policy"}
             kept = _split_by_sequence(anchors, scored_BT)
-        diagnostics = None
-        if chunks:
-            fields = (_scatter(torch.cat(parts), scored_BT) for parts in zip(*chunks, strict=True))
-            diagnostics = MixtureDiagnostics(*fields)
-        log_probs_BT, entropy_BT = _scatter(log_probs_N, scored_BT), _scatter(entropy_N, scored_BT)
-        return Scores(log_probs_BT, entropy_BT, diagnostics, kept, aux_losses[0] if aux_losses else None)
+        return Scores(
+            _scatter(log_probs_N, scored_BT),
+            _scatter(entropy_N, scored_BT),
+            _join_diagnostics(chunks, scored_BT) if chunks else None,
+            kept,
+            aux_losses[0] if aux_losses else None,
+        )
 
     def anchor_states(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> AnchorStates:
         """The states that a call with `keep_anchor_states` returns, without scoring anything."""
@@ -208,6 +209,11 @@ def _scatter(scores_N: Tensor, scored_BT: Tensor) -> Tensor:
     rest = scores_N.shape[1:]
     mask = scored_BT.view(*scored_BT.shape, *(1 for _ in rest)).expand(*scored_BT.shape, *rest)
     return scores_N.new_zeros(mask.shape).masked_scatter(mask, scores_N)
+
+
+def _join_diagnostics(chunks: Sequence[MixtureDiagnostics], scored_BT: Tensor) -> MixtureDiagnostics:
+    """Those of `[B, T - 1]` tokens, from those of chunks of the scored ones."""
+    return MixtureDiagnostics(*(_scatter(torch.cat(parts), scored_BT) for parts in zip(*chunks, strict=True)))
 
 
 def _split_by_sequence(hidden: dict[str, Tensor], scored_BT: Tensor) -> AnchorStates:
