@@ -24,6 +24,8 @@ from logitmix.paper.outcomes import Outcomes
 from logitmix.paper.recipes import EXTRA_TITLES, TITLES
 
 SweepCells = dict[tuple[str, float], dict[str, float]]
+SeedScores = dict[str, NDArray[Any]]  # `[S, N]` by key
+ALL = "all"  # the row of all seeds
 
 
 @dataclass(frozen=True)
@@ -50,29 +52,13 @@ def complement_tables(o: Outcomes) -> list[Table]:
     rates, differences, disagreements = [], [], []
     for name, rows in {
         **{f"seed {seed}": slice(i, i + 1) for i, seed in enumerate(o.seeds)},
-        "all": slice(None),
+        ALL: slice(None),
     }.items():
         a, b = ({key: scores[rows] for key, scores in scores_by_key.items()} for scores_by_key in (sft, policy))
-        right_a, right_b = a["answer_ok"], b["answer_ok"]
-        both, only_b, only_a, neither = (
-            int(((right_a == x) & (right_b == y)).sum()) for x, y in ((1, 1), (0, 1), (1, 0), (0, 0))
-        )
-        shares = [percent(scores[key].mean()) for key in KEYS for scores in (a, b)]
-        rates.append([name, *shares, *map(str, (both, only_b, only_a, neither))])
-        difference = paired_difference if name == "all" else _one_seed_difference
-        gaps = (
-            difference(a["format_ok"], b["format_ok"]),
-            difference(right_b, right_a),
-            difference(b["lenient_ok"], a["lenient_ok"]),
-        )
-        disagreement = (only_a + only_b) / right_a.size
-        if name == "all":
-            p, smallest = "", ""
-        else:
-            noise = difference_from_noise(o.n, disagreement)
-            p, smallest = p_value(mcnemar_exact(only_a, only_b)), percent(noise) if noise <= 1 else "none is"
-        differences.append([name, *map(signed, gaps), p])
-        disagreements.append([name, str(only_a + only_b), percent(disagreement), smallest])
+        rate, difference, disagreement = _complement_rows(name, a, b)
+        rates.append(rate)
+        differences.append(difference)
+        disagreements.append(disagreement)
     columns = ["", *(f"{what} {whose} %" for what in ("format", "answer", "lenient") for whose in ("SFT", "policy"))]
     return [
         Table(
@@ -96,6 +82,31 @@ def complement_tables(o: Outcomes) -> list[Table]:
             "With so many problems and this disagreement, smaller differences of the answer rates are within noise.",
         ),
     ]
+
+
+def _complement_rows(name: str, a: SeedScores, b: SeedScores) -> tuple[list[str], list[str], list[str]]:
+    """The rows of tables 1 to 3, from the scores of the SFT model (`a`) and the policy (`b`), of a seed or of all."""
+    right_a, right_b = a["answer_ok"], b["answer_ok"]
+    both, only_b, only_a, neither = (
+        int(((right_a == x) & (right_b == y)).sum()) for x, y in ((1, 1), (0, 1), (1, 0), (0, 0))
+    )
+    shares = [percent(scores[key].mean()) for key in KEYS for scores in (a, b)]
+    difference = paired_difference if name == ALL else _one_seed_difference
+    gaps = (
+        difference(a["format_ok"], b["format_ok"]),
+        difference(right_b, right_a),
+        difference(b["lenient_ok"], a["lenient_ok"]),
+    )
+    disagreement = (only_a + only_b) / right_a.size
+    p, smallest = "", ""
+    if name != ALL:
+        noise = difference_from_noise(right_a.size, disagreement)
+        p, smallest = p_value(mcnemar_exact(only_a, only_b)), percent(noise) if noise <= 1 else "none is"
+    return (
+        [name, *shares, *map(str, (both, only_b, only_a, neither))],
+        [name, *map(signed, gaps), p],
+        [name, str(only_a + only_b), percent(disagreement), smallest],
+    )
 
 
 def _one_seed_difference(a: NDArray[Any], b: NDArray[Any]) -> Estimate:

@@ -1,7 +1,7 @@
 """The options of a training run, and the model they train."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from peft import PeftConfig
 from transformers import PreTrainedModel
@@ -203,33 +203,9 @@ def build_model(
     validate_alpha(args.alpha)
     init_kwargs = resolve_init_kwargs(args, model)
     if args.anchor is not None:
-        if isinstance(model, LogitMixForCausalLM):
-            raise ValueError(
-                f"the model is a mixture with an anchor of its own, and anchor is {args.anchor!r} as well; "
-                "give only one"
-            )
-        with_anchor_dtype = init_kwargs | {"dtype": member_dtypes(args, init_kwargs["dtype"], model)}
-        if args.anchor_quantization is not None:
-            with_anchor_dtype["quantization_config"] = {"anchor_0": args.anchor_quantization}
-        alpha, scheme = 0.5 if args.alpha is None else args.alpha, args.scheme or "logit"
-        with explained_init_kwargs(init_kwargs):
-            model = LogitMixForCausalLM.from_members(
-                model, args.anchor, alpha=alpha, scheme=scheme, peft_config=peft_config, **with_anchor_dtype
-            )
+        model = _mix_with_anchor(model, args, init_kwargs, peft_config)
     elif isinstance(model, str):
-        adapter = read_adapter_config(model)
-        if peft_config is not None and adapter is not None:
-            raise ValueError(
-                f"the model {model!r} is an adapter already, and peft_config asks for a new one; merge it first, with "
-                "logitmix export --merge"
-            )
-        if is_mixture(model) and init_kwargs["dtype"] == "float32":
-            init_kwargs["dtype"] = {"policy": "float32"}  # the anchors keep theirs
-        with explained_init_kwargs(init_kwargs):
-            if adapter is None:
-                model = load_member(model, **init_kwargs)
-            else:
-                model = open_adapter(load_base(adapter, model, **init_kwargs), model, is_trainable=True)
+        model = _load(model, init_kwargs, peft_config)
     elif isinstance(model, LogitMixForCausalLM) and peft_config is not None:
         raise ValueError(
             "the model is a mixture already; give its members' names and args.anchor with peft_config, or build it "
@@ -251,3 +227,41 @@ def build_model(
     args.scheme = model.config.scheme
     args.alpha = model.alpha if len(model.config.weights) == 2 else None
     return model
+
+
+def _mix_with_anchor(
+    model: PreTrainedModel | str,
+    args: LogitMixGRPOConfig,
+    init_kwargs: dict[str, Any],
+    peft_config: PeftConfig | None,
+) -> LogitMixForCausalLM:
+    """The mixture of the policy and `args.anchor`."""
+    assert args.anchor is not None
+    if isinstance(model, LogitMixForCausalLM):
+        raise ValueError(
+            f"the model is a mixture with an anchor of its own, and anchor is {args.anchor!r} as well; give only one"
+        )
+    with_anchor_dtype = init_kwargs | {"dtype": member_dtypes(args, init_kwargs["dtype"], model)}
+    if args.anchor_quantization is not None:
+        with_anchor_dtype["quantization_config"] = {"anchor_0": args.anchor_quantization}
+    alpha, scheme = 0.5 if args.alpha is None else args.alpha, args.scheme or "logit"
+    with explained_init_kwargs(init_kwargs):
+        return LogitMixForCausalLM.from_members(
+            model, args.anchor, alpha=alpha, scheme=scheme, peft_config=peft_config, **with_anchor_dtype
+        )
+
+
+def _load(source: str, init_kwargs: dict[str, Any], peft_config: PeftConfig | None) -> PreTrainedModel:
+    """The model at a folder or hub id, or the adapter there on its base."""
+    adapter = read_adapter_config(source)
+    if peft_config is not None and adapter is not None:
+        raise ValueError(
+            f"the model {source!r} is an adapter already, and peft_config asks for a new one; merge it first, with "
+            "logitmix export --merge"
+        )
+    if is_mixture(source) and init_kwargs["dtype"] == "float32":
+        init_kwargs["dtype"] = {"policy": "float32"}  # the anchors keep theirs
+    with explained_init_kwargs(init_kwargs):
+        if adapter is None:
+            return load_member(source, **init_kwargs)
+        return open_adapter(load_base(adapter, source, **init_kwargs), source, is_trainable=True)

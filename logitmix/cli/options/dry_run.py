@@ -22,13 +22,14 @@ from logitmix.mixture.adapters import read_adapter_config
 from logitmix.mixture.configuration import LogitMixConfig
 from logitmix.mixture.loading import is_same_source
 from logitmix.paper.recipes import load_recipe
-from logitmix.training.alpha.controllers import VALIDATING, validate_alpha
+from logitmix.training.alpha.controllers import validate_alpha
 from logitmix.training.budget import Batches, Setup
 from logitmix.training.config import LogitMixGRPOConfig
 from logitmix.training.config_checks import validate_options
 from logitmix.training.model_shape import adapter_size, model_shape
 
-GIB = 2**30
+# The models that answer each validation question, by controller: policy, mixture, and the anchor
+VALIDATED_MODELS = {"adaptive": 2, "validation_weighted": 3}
 
 
 def dry_run_train(
@@ -62,13 +63,8 @@ def dry_run_train(
         updates = int(batches.updates_in(train_size(task_args)) * args.num_train_epochs)
     outer_steps = math.ceil(updates / batches.updates_per_outer_step)
     rollouts = outer_steps * batches.rollouts_per_outer_step
-    decodes = 0
-    if eval_args.eval_every:
-        times = 1 + math.ceil(updates / eval_args.eval_every)
-        decodes = task_args.eval_limit * (2 * times + 1 if len(members) > 1 else times)
-    validated = 0  # greedy responses
-    if args.alpha_controller in VALIDATING:  # of policy and mixture; validation_weighted also of the anchor
-        validated = outer_steps * args.validation_size * (2 if args.alpha_controller == "adaptive" else 3)
+    decodes = evaluated_responses(task_args.eval_limit, eval_args.eval_every, updates, len(members))
+    validated = outer_steps * args.validation_size * VALIDATED_MODELS.get(args.alpha_controller, 0)
     print_settings(recipe_args, (task_args, model_args, adapter_args, eval_args, args))
     print_budget(
         {
@@ -96,6 +92,14 @@ def dry_run_train(
     )
     print_memory(recipe_args, setup)
     print_disk(args, setup, updates)
+
+
+def evaluated_responses(eval_limit: int, eval_every: int | None, updates: int, num_members: int) -> int:
+    """The greedy responses of a run's evaluations: of policy and mixture each time, of the anchor once."""
+    if eval_every is None:
+        return 0
+    times = 1 + math.ceil(updates / eval_every)
+    return eval_limit * (2 * times + 1 if num_members > 1 else times)
 
 
 def dry_run_sft(
