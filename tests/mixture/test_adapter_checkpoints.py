@@ -9,14 +9,8 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from logitmix.mixture.modeling import LogitMixForCausalLM
-from tests.helpers.adapters import KINDS, VARIANTS, lora, mixture, reference, save_adapter, save_folders
+from tests.helpers.adapters import KINDS, VARIANTS, lora, mixture, reference, save_adapter
 from tests.helpers.members import character_tokenizer, logits, tiny_member
-
-
-@pytest.fixture
-def folders(tmp_path):
-    return save_folders(tmp_path)
-
 
 # --- saving ---------------------------------------------------------------------------------------------------------
 

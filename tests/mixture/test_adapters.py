@@ -19,15 +19,8 @@ from tests.helpers.adapters import (
     mixture,
     reference,
     save_adapter,
-    save_folders,
 )
 from tests.helpers.members import INPUT, gradients, logits, tiny_member
-
-
-@pytest.fixture
-def folders(tmp_path):
-    return save_folders(tmp_path)
-
 
 # --- the members ----------------------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ Shape legend: K members, B batch, T time, V vocabulary.
 """
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -14,15 +15,12 @@ from logitmix.mixture.diagnostics import mixture_diagnostics
 from logitmix.mixture.mixing import SCHEMES, mix_logits
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from tests.helpers.members import tiny_member
+from tests.helpers.random_logits import draw_logits
 
 INF = torch.inf
 B, T, V = 3, 5, 11
+random_logits = partial(draw_logits, (B, T, V))
 both_schemes = pytest.mark.parametrize("scheme", SCHEMES)
-
-
-def random_logits(num_members: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return [(3 * torch.randn(B, T, V, generator=generator, dtype=torch.float64)).to(dtype) for _ in range(num_members)]
 
 
 def naive(logits: list[Tensor], weights: list[float], scheme: str, temperature: float):

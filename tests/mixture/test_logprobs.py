@@ -4,6 +4,7 @@ Shape legend: K members, B batch, T time, V vocabulary.
 """
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -12,17 +13,14 @@ from torch import Tensor
 from logitmix.mixture import logprobs as log_probs_module
 from logitmix.mixture.logprobs import log_probs_and_entropy, mixture_log_probs
 from logitmix.mixture.mixing import SCHEMES, mix_logits
+from tests.helpers.random_logits import draw_logits
 
 INF = torch.inf
 B, T, V = 5, 4, 7
+random_logits = partial(draw_logits, (B, T, V))
 TARGETS_BT = torch.arange(B * T).reshape(B, T) % V
 both_schemes = pytest.mark.parametrize("scheme", SCHEMES)
 temperatures = pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])
-
-
-def random_logits(num_members: int = 2, dtype: torch.dtype = torch.float64, seed: int = 0) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [(3 * torch.randn(B, T, V, generator=generator, dtype=torch.float64)).to(dtype) for _ in range(num_members)]
 
 
 def naive(logits: list[Tensor], weights: list[float], scheme: str, temperature: float) -> tuple[Tensor, Tensor]:

@@ -4,30 +4,18 @@ Shape legend: K members, B batch, T time, V vocabulary.
 """
 
 import math
+from functools import partial
 
 import pytest
 import torch
-from torch import Tensor
 
 from logitmix.mixture.mixing import SCHEMES, alpha_to_weights, mix_logits
+from tests.helpers.random_logits import draw_logits, naive_probs
 
 INF = torch.inf
 B, T, V = 3, 4, 7
+random_logits = partial(draw_logits, (B, T, V))
 both_schemes = pytest.mark.parametrize("scheme", SCHEMES)
-
-
-def naive_probs(logits: list[Tensor], weights: list[float], scheme: str) -> Tensor:
-    """The mixture's distribution by definition: products of powers of the probabilities, or weighted sums."""
-    probs = [z.double().exp() / z.double().exp().sum(-1, keepdim=True) for z in logits]
-    if scheme == "prob":
-        return sum(w * p for w, p in zip(weights, probs, strict=True))
-    product = math.prod(p**w for w, p in zip(weights, probs, strict=True))
-    return product / product.sum(-1, keepdim=True)
-
-
-def random_logits(num_members: int = 2, dtype: torch.dtype = torch.float64, seed: int = 0) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [(3 * torch.randn(B, T, V, generator=generator, dtype=torch.float64)).to(dtype) for _ in range(num_members)]
 
 
 def test_prob_does_not_underflow_where_the_other_member_has_mass():

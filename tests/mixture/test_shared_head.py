@@ -7,13 +7,8 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
 from logitmix.mixture.modeling import LogitMixForCausalLM
-from tests.helpers.adapters import mixture, save_adapter, save_folders
+from tests.helpers.adapters import mixture, save_adapter
 from tests.helpers.members import INPUT, logits
-
-
-@pytest.fixture
-def folders(tmp_path):
-    return save_folders(tmp_path)
 
 
 def head_calls(model):
