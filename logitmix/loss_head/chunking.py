@@ -1,10 +1,11 @@
-"""The inputs that the passes of the fused loss head share, and how they are cut into chunks and tiles.
+"""What the passes of the fused losses share: their inputs, how these are cut into chunks and tiles, and gradients.
 
 Shape legend: K members, N tokens, n tokens of a chunk, V vocabulary, v tokens of a tile, D hidden width of a member.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ CHUNK_BYTES = {"cpu": 32_000_000, "cuda": 1_000_000_000}
 # Vocabulary rows of a tile: small enough for a CPU's cache; a GPU prefers fewer and larger operations
 _TILE = {"cpu": 2048, "cuda": 1 << 15}
 _MAX_CHUNK = {"cpu": 512, "cuda": 8192}
+# Largest error of the given coefficients against the loss's own, relative to the largest coefficient
+_TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,31 @@ def active_members(weights: Tensor) -> list[int]:
     return (weights.view(-1, weights.shape[-1]) != 0).any(0).nonzero().flatten().tolist() or [0]
 
 
+def validate_shapes(hidden: Sequence[Tensor], heads: Sequence[Head], targets_N: Tensor) -> None:
+    """Raise `ValueError` for hidden states that are not `[N, D]` of their heads, or more or fewer than these."""
+    N = len(targets_N)
+    if len(heads) != len(hidden):
+        raise ValueError(
+            f"got hidden states of {len(hidden)} members but {len(heads)} heads; pass one head for each member"
+        )
+    for k, (h, head) in enumerate(zip(hidden, heads, strict=True)):
+        if h.shape != (N, head.weight.shape[1]):
+            raise ValueError(
+                f"the hidden states of member {k} have shape {list(h.shape)}; {N} targets and a head of width "
+                f"{head.weight.shape[1]} need [{N}, {head.weight.shape[1]}]"
+            )
+
+
+def half_dtype_of(hidden: Sequence[Tensor]) -> torch.dtype | None:
+    """The dtype in which linear layers would multiply all of `hidden` here, if it is a half-precision one."""
+    device = hidden[0].device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    else:
+        dtype = reduce(torch.promote_types, [h.dtype for h in hidden])
+    return dtype if dtype in (torch.bfloat16, torch.float16) else None
+
+
 def accumulation_dtype(tensors: Iterable[Tensor | None]) -> torch.dtype:
     """float64 if a tensor is, else float32: what scores and gradients are summed in."""
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
@@ -116,3 +144,11 @@ class Gradients:
     @property
     def reach_heads(self) -> bool:
         return any(gradient is not None for gradient in (*self.weight, *self.bias))
+
+
+def common_factor(grad_N: Tensor, used_N: Tensor) -> float | None:
+    """The `f` such that `grad = f * used` within the tolerance, None if there is none."""
+    factor = (grad_N * used_N).sum() / (used_N * used_N).sum().clamp(min=torch.finfo(used_N.dtype).tiny)
+    error, largest = (grad_N - factor * used_N).abs().max(), grad_N.abs().max()
+    found, is_close = torch.stack([factor, (error <= _TOLERANCE * largest).to(factor)]).tolist()
+    return found if is_close else None

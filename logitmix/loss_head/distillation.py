@@ -21,10 +21,12 @@ from logitmix.loss_head.chunking import (
     LossHeadInputs,
     accumulation_dtype,
     active_members,
+    common_factor,
+    half_dtype_of,
     rows_to_use,
+    validate_shapes,
 )
 from logitmix.loss_head.divergence import validate_divergence
-from logitmix.loss_head.log_probs import common_factor, half_dtype_of, validate_shapes
 from logitmix.loss_head.matmul import add_product, multiply
 from logitmix.loss_head.mixture_tiles import MixtureTiles, SumExp
 from logitmix.mixture.head import Head

@@ -10,7 +10,6 @@ fits in memory, `[N, D]`. Otherwise the backward pass recomputes the chunks. `do
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import reduce
 from typing import Any
 
 import torch
@@ -22,7 +21,10 @@ from logitmix.loss_head.chunking import (
     LossHeadInputs,
     accumulation_dtype,
     active_members,
+    common_factor,
+    half_dtype_of,
     rows_to_use,
+    validate_shapes,
 )
 from logitmix.loss_head.coefficients import Coefficients
 from logitmix.loss_head.general_pass import run_general
@@ -31,9 +33,6 @@ from logitmix.mixture.decoding.support import Support
 from logitmix.mixture.diagnostics import MixtureDiagnostics
 from logitmix.mixture.head import Head
 from logitmix.mixture.mixing import Scheme, Weights, validate_weights
-
-# Largest error of the given coefficients against the loss's own, relative to the largest coefficient
-_TOLERANCE = 1e-5
 
 
 def fused_log_probs(
@@ -166,39 +165,6 @@ def _recompute_gradients(ctx: Any, grad: Tensor | None, grad_entropy: Tensor | N
         return run_passes(inputs, ctx.saved_tensors, ctx.needs_grad)[2]
     grad = torch.zeros_like(grad_entropy) if grad is None else grad
     return run_passes(ctx.inputs, ctx.saved_tensors, ctx.needs_grad, (grad, grad_entropy))[2]
-
-
-def common_factor(grad_N: Tensor, used_N: Tensor) -> float | None:
-    """The `f` such that `grad = f * used` within the tolerance, None if there is none."""
-    factor = (grad_N * used_N).sum() / (used_N * used_N).sum().clamp(min=torch.finfo(used_N.dtype).tiny)
-    error, largest = (grad_N - factor * used_N).abs().max(), grad_N.abs().max()
-    found, is_close = torch.stack([factor, (error <= _TOLERANCE * largest).to(factor)]).tolist()
-    return found if is_close else None
-
-
-def half_dtype_of(hidden: Sequence[Tensor]) -> torch.dtype | None:
-    """The dtype in which linear layers would multiply all of `hidden` here, if it is a half-precision one."""
-    device = hidden[0].device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-    else:
-        dtype = reduce(torch.promote_types, [h.dtype for h in hidden])
-    return dtype if dtype in (torch.bfloat16, torch.float16) else None
-
-
-def validate_shapes(hidden: Sequence[Tensor], heads: Sequence[Head], targets_N: Tensor) -> None:
-    """Raise `ValueError` for hidden states that are not `[N, D]` of their heads, or more or fewer than these."""
-    N = len(targets_N)
-    if len(heads) != len(hidden):
-        raise ValueError(
-            f"got hidden states of {len(hidden)} members but {len(heads)} heads; pass one head for each member"
-        )
-    for k, (h, head) in enumerate(zip(hidden, heads, strict=True)):
-        if h.shape != (N, head.weight.shape[1]):
-            raise ValueError(
-                f"the hidden states of member {k} have shape {list(h.shape)}; {N} targets and a head of width "
-                f"{head.weight.shape[1]} need [{N}, {head.weight.shape[1]}]"
-            )
 
 
 def _validate_values(hidden: Sequence[Tensor], active: list[int], targets_N: Tensor, vocab_size: int) -> None:
