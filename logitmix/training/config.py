@@ -190,6 +190,11 @@ class LogitMixGRPOConfig(ResumableConfig, GRPOConfig):
     )
 
 
+def updates_per_outer_step(args: LogitMixGRPOConfig) -> int:
+    """The number of updates in an outer step."""
+    return args.steps_per_generation * args.num_iterations // args.gradient_accumulation_steps
+
+
 def build_model(
     model: PreTrainedModel | str, args: LogitMixGRPOConfig, peft_config: PeftConfig | None = None
 ) -> PreTrainedModel:

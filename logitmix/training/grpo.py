@@ -31,7 +31,6 @@ from trl.trainer.utils import FusedCausalLMOutput
 from logitmix.mixture.generation import GREEDY, generate_completions, get_eos_token_ids
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.mixture.router import has_load_balancing_loss
-from logitmix.training.alpha.callback import outer_step_callbacks
 from logitmix.training.alpha.checks import validate_alpha_controller
 from logitmix.training.alpha.validation import FreshQuestions, validation_questions
 from logitmix.training.batch import Batch, TokenScores, own_tokens, scored_inputs
@@ -45,6 +44,7 @@ from logitmix.training.model_card import write_model_card
 from logitmix.training.monitoring.finite import require_finite_parameters
 from logitmix.training.monitoring.monitor import Monitor
 from logitmix.training.offload import AnchorOffload
+from logitmix.training.outer_steps import outer_step_callbacks
 from logitmix.training.rollouts.dynamic_sampling import QuestionStream, has_spread, refill
 from logitmix.training.rollouts.vllm import mixture_for_vllm, sampling_parameters
 from logitmix.training.sampling_checks import validate_suppressed_tokens

@@ -10,8 +10,7 @@ from logitmix.mixture.adapters import adapter_config_from_dict, add_adapter
 from logitmix.mixture.configuration import NO_ADAPTER
 from logitmix.mixture.merging import set_merge, validate_mergeable
 from logitmix.mixture.modeling import LogitMixForCausalLM
-from logitmix.training.alpha.validation import updates_per_outer_step
-from logitmix.training.config import LogitMixGRPOConfig
+from logitmix.training.config import LogitMixGRPOConfig, updates_per_outer_step
 
 _WAY_OUT = "leave out reanchor_steps"
 

@@ -21,9 +21,8 @@ from logitmix.training.alpha.controllers import (
     validation_weighted,
 )
 from logitmix.training.alpha.kl_budget import alpha_within_budget
-from logitmix.training.alpha.validation import FreshQuestions, HeldOut, Rows, updates_per_outer_step, validate
-from logitmix.training.config import LogitMixGRPOConfig
-from logitmix.training.reanchor import Reanchor, prepare_reanchor
+from logitmix.training.alpha.validation import FreshQuestions, HeldOut, Rows, validate
+from logitmix.training.config import LogitMixGRPOConfig, updates_per_outer_step
 
 STATE = "alpha"  # in the checkpoint's trainer_state.json, under stateful_callbacks
 
@@ -86,20 +85,6 @@ class AlphaControl(TrainerCallback):
     def _set(self, state: TrainerState, alpha: float) -> None:
         self.trainer.model.alpha = alpha
         state.stateful_callbacks[STATE] = {"args": {}, "attributes": {"alpha": alpha}}
-
-
-def outer_step_callbacks(trainer: GRPOTrainer, questions: HeldOut | FreshQuestions | None) -> list[TrainerCallback]:
-    """What sets anchor and alpha between outer steps: the anchor first, since alpha may be validated with it.
-
-    Raises `ValueError` for an anchor that cannot be replaced.
-    """
-    callbacks: list[TrainerCallback] = []
-    if trainer.args.reanchor_steps is not None:
-        prepare_reanchor(trainer)
-        callbacks.append(Reanchor(trainer))
-    if trainer.args.alpha_controller != "fixed":
-        callbacks.append(AlphaControl(trainer, questions))
-    return callbacks
 
 
 def scheduled_alpha(args: LogitMixGRPOConfig, step: int, max_steps: int) -> float:

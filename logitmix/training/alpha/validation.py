@@ -10,7 +10,7 @@ from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 
 from logitmix.training.alpha.controllers import VALIDATING, Counts
-from logitmix.training.config import LogitMixGRPOConfig
+from logitmix.training.config import updates_per_outer_step
 from logitmix.training.process_shares import process_share
 
 Rows = Sequence[Mapping[str, Any]]
@@ -39,11 +39,6 @@ def validation_questions(trainer: GRPOTrainer, held_out: Dataset | None) -> "Hel
         seed=args.seed if trainer.shuffle_dataset else None,
         outer_steps_done=lambda: trainer.state.global_step // updates_per_outer_step(args),
     )
-
-
-def updates_per_outer_step(args: LogitMixGRPOConfig) -> int:
-    """The number of updates in an outer step."""
-    return args.steps_per_generation * args.num_iterations // args.gradient_accumulation_steps
 
 
 class HeldOut:
