@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from logitmix.evaluation.decode import make_decoder
-from logitmix.evaluation.requests import make_requests, one_hot_weights
+from logitmix.evaluation.decode import make_decoder, make_requests, one_hot_weights
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.tasks import Problem, Task
 
@@ -68,8 +67,10 @@ def _runs_alone(model: PreTrainedModel, name: str, alpha: float | None) -> str |
     """The member that alone runs for requests of that name and alpha; None for the whole model."""
     if not isinstance(model, LogitMixForCausalLM):
         return None
-    members = dict(zip(model.config.display_names, model.config.members, strict=True))
-    return members.get(name) if alpha is None else dict(zip((0.0, 1.0), model.config.members, strict=False)).get(alpha)
+    if alpha is None:
+        return dict(zip(model.config.display_names, model.config.members, strict=True)).get(name)
+    policy, anchor = model.config.members
+    return {0.0: policy, 1.0: anchor}.get(alpha)
 
 
 def weight_bytes(model: PreTrainedModel, member: str | None = None) -> int:
