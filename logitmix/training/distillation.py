@@ -37,7 +37,7 @@ from logitmix.training.monitoring.finite import require_finite_parameters
 from logitmix.training.resumable_config import ResumableConfig
 from logitmix.training.rollouts.vllm import sampling_parameters
 from logitmix.training.student_adapters import shared_bytes
-from logitmix.training.students import num_logits, validate_vocabulary
+from logitmix.training.students import num_logits, validate_student, validate_vocabulary
 
 
 @dataclass
@@ -104,8 +104,9 @@ class MixtureDistillationTrainer(PatchedDistillationTrainer):
         args, train_dataset, processing_class, …: as in TRL. The data set needs the column `prompt`.
         peft_config: gives the student a LoRA adapter, as in TRL.
 
-    Raises `ValueError` for a teacher that is no mixture, a student of another vocabulary, options that have no effect,
-    and prompts that leave no room for a completion in the context of one of the two.
+    Raises `ValueError` for a teacher that is no mixture, a student that is one or a member of it, or has another
+    vocabulary, options that have no effect, and prompts that leave no room for a completion in the context of one of
+    the two.
     """
 
     def __init__(
@@ -120,8 +121,7 @@ class MixtureDistillationTrainer(PatchedDistillationTrainer):
                 f"the teacher is a {type(teacher_model).__name__}, not a mixture; TRL's DistillationTrainer distils a "
                 "single model"
             )
-        if isinstance(model, LogitMixForCausalLM):
-            raise ValueError("the student is a mixture; a student is one model, such as the mixture's policy")
+        validate_student(model, teacher_model)
         validate_distillation_options(args, kwargs)
         teacher_model.config.require_one_prompt("distillation")
         if teacher_model.config.cut is not None:
@@ -144,6 +144,11 @@ class MixtureDistillationTrainer(PatchedDistillationTrainer):
         if not args.use_vllm:
             validate_stop_strings(tokenizer, self.stop_strings)
         self.teacher: LogitMixForCausalLM = teacher_model.requires_grad_(False).eval()
+        if kwargs.get("peft_config") is None and not any(p.requires_grad for p in model.parameters()):
+            raise ValueError(
+                "the student has no weights that train; load an adapter with is_trainable=True, or call "
+                "student.requires_grad_(True)"
+            )
         super().__init__(model, None, args, **kwargs)
         self.teacher.to(self.accelerator.device)
         student = self.base_student(self.model)

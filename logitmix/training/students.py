@@ -4,6 +4,7 @@ import copy
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 from transformers import PreTrainedModel
 
 from logitmix.mixture.adapters import read_adapter_config, validate_adapter_targets
@@ -100,6 +101,26 @@ def _loaded(mixture: LogitMixForCausalLM, source: str, **kwargs: Any) -> PreTrai
     if read_adapter_config(source) is not None:
         student.name_or_path = ""  # that of the base, into which the adapter is merged
     return student
+
+
+def validate_student(student: Any, mixture: LogitMixForCausalLM) -> None:
+    """Raise `ValueError` for a student that is no model, a mixture, or has modules of the mixture's in it."""
+    if not isinstance(student, nn.Module):
+        raise ValueError(
+            f"the student is {student!r}, which is no model; load it with build_student(mixture, {student!r})"
+        )
+    if isinstance(student, LogitMixForCausalLM):
+        raise ValueError("the student is a mixture; a student is one model, such as the mixture's policy")
+    if _modules_with_weights(student) & _modules_with_weights(mixture):
+        raise ValueError(
+            "the student is a member of the mixture itself, which would change with it; give it modules of its own "
+            'with build_student(mixture, "policy"), for an adapter with peft_config=…'
+        )
+
+
+def _modules_with_weights(model: nn.Module) -> set[int]:
+    """The ids of the modules that have parameters of their own, beside those of modules inside."""
+    return {id(module) for module in model.modules() if any(True for _ in module.parameters(recurse=False))}
 
 
 def num_logits(student: PreTrainedModel) -> int:

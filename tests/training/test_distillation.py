@@ -292,6 +292,21 @@ def test_a_teacher_that_is_no_mixture_is_refused(tmp_path):
         distiller_of(tmp_path, student=mixture())
 
 
+@pytest.mark.parametrize("peft_config", [None, LoraConfig(r=2, target_modules=["q_proj"])])
+def test_a_student_that_is_the_mixtures_own_member_is_refused(tmp_path, peft_config):
+    teacher = mixture()
+    with pytest.raises(ValueError, match=r"the student is a member of the mixture itself.*build_student"):
+        distiller_of(tmp_path, teacher, teacher.policy, peft_config=peft_config)
+    assert not any("lora" in name for name, _ in teacher.named_parameters())
+    with pytest.raises(ValueError, match=r"the student is None, which is no model"):
+        distiller_of(tmp_path, teacher, None)
+
+
+def test_a_student_without_weights_that_train_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="the student has no weights that train"):
+        distiller_of(tmp_path, student=tiny_member().requires_grad_(False))
+
+
 def test_more_tokens_than_the_context_holds_are_refused(tmp_path):
     with pytest.raises(ValueError, match="with max_completion_length 125 that exceeds the members' context of 128"):
         distiller_of(tmp_path, max_completion_length=125)
