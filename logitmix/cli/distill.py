@@ -289,6 +289,7 @@ def report(
         compare_with_student,
         compared_models,
         decode_student,
+        set_aside_other_report,
     )
     from logitmix.evaluation.report.distillation_report import write_distillation_report
     from logitmix.mixture.generation import tokenize_prompts
@@ -297,6 +298,7 @@ def report(
     folder = Path(args.output_dir) / REPORT_FOLDER
     arguments = {"command": "distill", "report_of": args.output_dir, "step": step}
     arguments |= flatten(options.task) | {"max_new_tokens": args.max_completion_length}
+    set_aside_other_report(folder, arguments)
     mixture.eval()
     responses = decode_student(
         student, mixture, tokenizer, task, problems, str(folder), arguments, args.max_completion_length,

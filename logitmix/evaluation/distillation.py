@@ -3,9 +3,12 @@
 Shape legend: T tokens of a response, V vocabulary.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +25,8 @@ from logitmix.loss_head.divergence import kl
 from logitmix.mixture.merging import MERGED
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.mixture.scoring import following_prompts
+from logitmix.runs.console import console
+from logitmix.runs.folder import read_last_start
 from logitmix.tasks import Problem, Task
 from logitmix.training.students import build_student
 
@@ -89,6 +94,16 @@ def decode_student(
     batches = make_batches(make_requests(alphas, len(problems)), batch_size)
     responses.add("mixture and members", batches, decoder(mixture))
     return responses.rows
+
+
+def set_aside_other_report(folder: Path, arguments: Mapping[str, Any]) -> None:
+    """Move a report with other arguments, as of an earlier step of a run that was resumed, to `report-<time>`."""
+    start = read_last_start(folder)
+    if start is None or start["arguments"] == json.loads(json.dumps(arguments, default=str)):
+        return
+    aside = folder.with_name(f"{folder.name}-{datetime.now():%Y%m%d-%H%M%S}")
+    folder.rename(aside)
+    console.print(f"The report of step {start['arguments'].get('step')} is now in {aside}.", soft_wrap=True)
 
 
 def compared_models(student: PreTrainedModel, mixture: LogitMixForCausalLM) -> dict[str, PreTrainedModel]:

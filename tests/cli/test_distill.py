@@ -192,6 +192,11 @@ def test_the_report_is_in_the_runs_folder(capsys, folders, tmp_path):
     verdict = json.loads((run / "report" / "distillation.jsonl").read_text().splitlines()[0])["verdict"]
     assert verdict in printed
     assert {"README.md", "report.html", "responses.jsonl"} <= {path.name for path in (run / "report").iterdir()}
+    distil(folders, run, *flags, "--max_steps", "2", "--resume_from_checkpoint", "true")
+    found = {read_jsonl(path)[-1]["arguments"]["step"]: path.parent.name for path in run.glob("report*/run.jsonl")}
+    assert found.pop(2) == "report"
+    assert found[1].startswith("report-")
+    assert "The report of step 1 is now in" in capsys.readouterr().err
     argv = ["distill", str(folders / "mixture"), *FLAGS, "--output_dir", str(tmp_path / "few")]
     assert "with 5 problems no difference" in error_of(capsys, [*argv, "--report", "true", "--eval_limit", "5"])
     assert not (tmp_path / "few").exists()
@@ -245,7 +250,8 @@ def test_a_folder_with_the_name_of_a_member_is_left_out(capsys, folders, tmp_pat
     torch.testing.assert_close(found, load_file(folders / "anchor" / "model.safetensors"), rtol=0, atol=0)
 
 
-def test_a_sharded_run_does_not_train_an_adapter_on_the_members_weights():
+def test_a_sharded_run_does_not_train_an_adapter_on_the_members_weights(monkeypatch):
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # transformers sets it
     options = {"output_dir": "run", "use_cpu": True, "bf16": False}
     assert leaves_members_as_they_are(LogitMixDistillationConfig(**options))
     assert not leaves_members_as_they_are(LogitMixDistillationConfig(**options, fsdp=True))
