@@ -94,8 +94,8 @@ def greedy_params(fields=None, **kwargs):
     return SamplingParams(**defaults | kwargs, extra_args=fields)
 
 
-def generate(llm, prompts, params):
-    return llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+def generate(llm, prompts, params, **kwargs):
+    return llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False, **kwargs)
 
 
 def greedy_tokens(mixture, prompt, length, **weights):
@@ -124,11 +124,12 @@ def log_prob_difference(mixture, prompt, output, **weights):
     return (token_log_probs(mixture, ids, **weights)[-len(positions) :] - in_vllm).abs().max().item()
 
 
-def assert_matches_transformers(mixture, llm, prompts=PROMPTS, requests=None, **params):
+def assert_matches_transformers(mixture, llm, prompts=PROMPTS, requests=None, lora_request=None, **params):
     """vLLM's greedy tokens and log-probabilities are transformers', with each request's own weights."""
     requests = requests or [{} if alpha is None else {"alpha": alpha} for alpha in ALPHAS]
     params = {"max_tokens": 6 if IS_INTERPRETED else 12} | params
-    outputs = generate(llm, prompts, [greedy_params(fields or None, **params) for fields in requests])
+    greedy = [greedy_params(fields or None, **params) for fields in requests]
+    outputs = generate(llm, prompts, greedy, lora_request=lora_request)
     for prompt, output, weights in zip(prompts, outputs, requests, strict=True):
         tokens = list(output.outputs[0].token_ids)
         assert tokens == greedy_tokens(mixture, prompt, len(tokens), **weights)
