@@ -5,9 +5,11 @@ from datasets import Dataset
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.training.distillation import LogitMixDistillationConfig, MixtureDistillationTrainer
 from logitmix.training.students import build_student
+from tests.helpers.adapters import lora
 from tests.helpers.arguments import SMALL_RUN
 from tests.helpers.grpo import PROMPTS, mixture
 from tests.helpers.members import character_tokenizer
+from tests.helpers.two_processes import mixture as mixture_of_adapters
 
 
 def distiller_of(
@@ -31,3 +33,12 @@ def distiller_of(
     )
     result.current_gradient_accumulation_steps = result.args.gradient_accumulation_steps
     return result
+
+
+def pair_to_distil(on_one_base: bool):
+    """A mixture and its student; `on_one_base`, adapters on one base, which the student, a third one, shares."""
+    if not on_one_base:
+        teacher = mixture()
+        return teacher, build_student(teacher, "policy")
+    teacher = mixture_of_adapters(adapters=True)
+    return teacher, build_student(teacher, "policy", peft_config=lora(target_modules=["q_proj", "down_proj"]))
