@@ -92,6 +92,7 @@ def folders(tmp_path_factory):
         "same": save_adapter(path / "same", str(path / "base"), 3),
         "larger": save_adapter(path / "larger", str(path / "base"), 4, **larger),
         "dora": save_adapter(path / "dora", str(path / "base"), 5, use_dora=True),
+        "whole module": save_adapter(path / "whole", str(path / "base"), 6, modules_to_save=["o_proj"]),
     }
 
 
@@ -111,7 +112,7 @@ class LogitsRecorder(TrainerCallback):
 
 @pytest.mark.parametrize(
     ("anchor", "policy"), [("base", "policy adapter"), ("same", "policy adapter"), ("larger", "policy adapter"),
-                           ("base", "dora")],
+                           ("base", "dora"), ("base", "whole module")],
 )  # fmt: skip
 def test_the_policys_adapter_becomes_the_anchors(folders, tmp_path, anchor, policy):
     model = on_one_base(folders, anchor, policy)
@@ -192,6 +193,7 @@ def test_an_anchors_adapter_without_room_for_the_policys_is_refused(folders, tmp
             {"reanchor_steps": 1},
             "the policy is an adapter, and the anchor a model of its own",
         ),
+        ("two anchors", {"reanchor_steps": 1}, "needs a mixture of a policy and one anchor; leave out"),
         ("qwen2", {"reanchor_steps": 1, "save_frozen": "never"}, "save_frozen is 'never'"),
         ("qwen2", {"reanchor_steps": 1, "offload_anchor": True}, "offload_anchor keeps a copy"),
         ("qwen2", {"reanchor_to": "merged"}, "nothing would read it: it goes with reanchor_steps"),
@@ -201,6 +203,9 @@ def test_an_anchors_adapter_without_room_for_the_policys_is_refused(folders, tmp
 def test_what_cannot_be_replaced_is_refused(tmp_path, members, options, message):
     if members == "adapter, whole anchor":
         model = LogitMixForCausalLM.from_members(tiny_member(seed=0), tiny_member(seed=1), peft_config=lora())
+    elif members == "two anchors":
+        policy, *anchors = (tiny_member(seed=seed) for seed in range(3))
+        model = LogitMixForCausalLM.from_members(policy, anchors, weights=[0.4, 0.3, 0.3])
     else:
         model = two_process_mixture(adapters=True) if members == "adapters" else mixture(anchor=members)
     with pytest.raises(ValueError, match=message):
