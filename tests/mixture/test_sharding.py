@@ -48,6 +48,17 @@ def test_all_members_run_at_weights_of_each_sequence():
         assert len(passes) == 1, "weights of the batch are the same in all processes"
 
 
+def test_members_that_are_sharded_do_not_alternate():
+    """Each process would take passes for its own accepted drafts."""
+    model = LogitMixForCausalLM.from_members(tiny_member("qwen2", 0), tiny_member("llama", 1)).eval()
+    arguments = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": PAD}
+    expected = model.generate(**INPUT, **arguments)
+    shard(model.anchor_0)
+    with pytest.raises(ValueError, match="alternating decoding cannot be used with weights that are sharded"):
+        model.generate(**INPUT, **arguments, decoding="alternating")
+    assert torch.equal(model.generate(**INPUT, **arguments, decoding="auto"), expected)
+
+
 def test_sharded_weights_are_those_of_fsdp2_and_of_zero_3():
     plain, zero3 = nn.Linear(2, 2), nn.Linear(2, 2)
     zero3.weight.ds_id = 0

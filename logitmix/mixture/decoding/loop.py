@@ -12,7 +12,6 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.cache_utils import DynamicCache
 from transformers.generation import GenerateDecoderOnlyOutput
@@ -27,6 +26,7 @@ from logitmix.mixture.decoding.sequences import OpenSequences
 from logitmix.mixture.decoding.speculation import SpeculativeSampler
 from logitmix.mixture.mixing import validate_weights
 from logitmix.mixture.padding import position_ids_from_mask
+from logitmix.mixture.sharding import are_sharded
 from logitmix.mixture.torch_patches import fast_products_of_few_rows
 
 Decoding = Literal["auto", "joint", "alternating"]
@@ -211,7 +211,7 @@ def _reason_against(
         return f"{requested[0]}=True"
     if streamer is not None and len(input_ids) > 1:
         return "a streamer of several sequences"
-    if synced_gpus or isinstance(model, FSDPModule):  # FSDP2 starts at the mixture's forward, which is not called
+    if synced_gpus or are_sharded((model, *model.members)):
         return "weights that are sharded over processes, which must take their passes together"
     unsupported = unsupported_processor(processors)
     if unsupported is not None:
