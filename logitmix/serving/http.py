@@ -20,6 +20,7 @@ from logitmix.serving.requests import MEMBER_PROMPTS, REQUEST_FIELDS, parse_requ
 COMPLETIONS = ("/v1/completions", "/v1/chat/completions")
 PATHS = (*COMPLETIONS, "/v1/responses")
 MEMBER_LOGPROBS = "member_logprobs"
+SMALLEST_LOGPROB = -9999.0  # vLLM's: JSON has no infinity
 ALPHA = Histogram(
     "logitmix_request_alpha",
     "Weight of the anchor in the mixture of each request.",
@@ -180,7 +181,8 @@ async def _score(engine: Any, prompt: list[int], completion: list[int], member: 
     The completion is scored as part of a prompt. vLLM has to generate one token after it; where that exceeds the
     context, it is the completion's last.
     """
-    ids, last, context = prompt + completion, {}, engine.model_config.max_model_len
+    ids, context = prompt + completion, engine.model_config.max_model_len
+    last: dict[str, Any] = {}
     if len(ids) >= context:
         if engine.model_config.logprobs_mode != "raw_logprobs":  # that of the only allowed token would be 0
             raise ValueError(
@@ -193,7 +195,8 @@ async def _score(engine: Any, prompt: list[int], completion: list[int], member: 
     async for output in engine.generate({"prompt_token_ids": ids}, params, f"member-{uuid4().hex}"):
         final = output
     positions = [*final.prompt_logprobs[len(prompt) :], *(final.outputs[0].logprobs or [])]
-    return [position[token].logprob for position, token in zip(positions, completion, strict=True)]
+    log_probs = [position[token].logprob for position, token in zip(positions, completion, strict=True)]
+    return [max(log_prob, SMALLEST_LOGPROB) for log_prob in log_probs]
 
 
 # --- ASGI messages --------------------------------------------------------------------------------------------------

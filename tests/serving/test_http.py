@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed; `make test-serving` has an environment with it")
 
 from logitmix.mixture.configuration import LogitMixConfig
-from logitmix.serving.http import MixtureFields, move_mixture_fields, parse_object, to_json
+from logitmix.serving.http import MixtureFields, _score, move_mixture_fields, parse_object, to_json
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[1]", b'"text"', b"\xff", b"[" * 100_000, b'{"a":' * 100_000])
@@ -168,3 +168,36 @@ def test_member_logprobs_of_tokens_that_the_server_hides_return_status_400():
 
 def test_an_answer_to_a_client_that_has_left_passes_through():
     assert respond({"member_logprobs": True}, answer=b"null")[:2] == (200, None)
+
+
+def scored(completion, log_probs, context=6, mode="raw_logprobs"):
+    """The scores of a completion of a prompt of two tokens, and what the engine was asked for."""
+    asked = []
+
+    async def generate(prompt, params, request_id):
+        asked.append((prompt["prompt_token_ids"], params))
+        values = [SimpleNamespace(logprob=value) for value in log_probs]
+        positions = [dict([pair]) for pair in zip(completion, values, strict=True)]
+        kept = len(prompt["prompt_token_ids"]) - 2
+        yield SimpleNamespace(
+            prompt_logprobs=[None, {}, *positions[:kept]],
+            outputs=[SimpleNamespace(logprobs=positions[kept:] if params.logprobs is not None else None)],
+        )
+
+    config = SimpleNamespace(max_model_len=context, logprobs_mode=mode)
+    engine = SimpleNamespace(generate=generate, model_config=config)
+    return asyncio.run(_score(engine, [5, 6], completion, "policy")), *asked[0]
+
+
+def test_infinite_log_probs_are_numbers_of_json():
+    scores, ids, _ = scored([7, 8], [-1.5, -float("inf")])
+    assert (scores, ids) == ([-1.5, -9999.0], [5, 6, 7, 8])
+
+
+def test_the_last_token_of_a_completion_that_fills_the_context_is_generated():
+    scores, ids, params = scored([7, 8, 9, 10], [-1.0, -2.0, -3.0, -4.0])
+    assert (scores, ids, params.allowed_token_ids) == ([-1.0, -2.0, -3.0, -4.0], [5, 6, 7, 8, 9], [10])
+    with pytest.raises(
+        ValueError, match="fills the context of 6 tokens, which can be scored with --logprobs-mode raw"
+    ):
+        scored([7, 8, 9, 10], [-1.0] * 4, mode="processed_logprobs")

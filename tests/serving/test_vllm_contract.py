@@ -5,6 +5,7 @@ The source is read and not imported, so the newest wheel needs neither its CUDA 
 
 import ast
 import re
+from importlib.metadata import requires, version
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,7 @@ PARAMETERS = [
     # the server and the engine
     ("vllm.engine.protocol", "EngineClient.generate", ["self", "prompt", "sampling_params", "request_id"]),
     ("vllm.entrypoints.llm", "LLM.generate", ["self", "prompts", "sampling_params"]),
+    ("vllm.entrypoints.llm", "LLM.reset_prefix_cache", ["self", "reset_running_requests"]),
 ]
 
 
@@ -135,7 +137,11 @@ FIELDS = [
     ("vllm.v1.core.sched.output", "NewRequestData", ["req_id", "sampling_params"]),
     ("vllm.config.vllm", "VllmConfig", ["model_config", "parallel_config", "cache_config", "instance_id"]),
     ("vllm.config.parallel", "ParallelConfig", ["pipeline_parallel_size", "prefill_context_parallel_size"]),
-    ("vllm.config.model", "ModelConfig", ["logits_processors", "logprobs_mode"]),
+    ("vllm.config.model", "ModelConfig", ["logits_processors", "logprobs_mode", "max_model_len"]),
+    ("vllm.config.model", "ModelConfig", ["enable_prompt_embeds"]),
+    ("vllm.config.cache", "CacheConfig", ["kv_offloading_size"]),
+    ("vllm.config.vllm", "VllmConfig", ["kv_transfer_config"]),
+    ("vllm.sampling_params", "SamplingParams", ["thinking_token_budget", "structured_outputs", "logprob_token_ids"]),
     ("vllm.config.compilation", "CompilationConfig", ["static_forward_context"]),
     ("vllm.config.speculative", "SpeculativeConfig", ["target_model_config"]),
     ("vllm.config.model", "ModelConfig", ["runner"]),
@@ -183,6 +189,15 @@ BEHAVIOUR = [
     (f"{V2}.ubatch_utils", "slice_model_inputs", "('input_ids', 'inputs_embeds')"),
     ("vllm.v1.engine.input_processor", "InputProcessor", "build_custom_logits_processors_params_validator(custom_"),
     ("vllm.v1.engine.input_processor", "InputProcessor", "validate_logits_processors_parameters"),
+    ("vllm.config.vllm", "VllmConfig._get_v2_model_runner_unsupported_features", "'suffix'"),
+    # a session's next chunk of input has the id of the last, and comes from `_handle_stopped_request`
+    ("vllm.v1.request", "Request.__init__", "self.resumable = resumable"),
+    # without the prompt's text, where it returns token ids
+    (
+        "vllm.entrypoints.openai.completion.serving",
+        "OpenAIServingCompletion.request_output_to_completion_response",
+        "prompt_text = ''",
+    ),
     ("vllm.config.vllm", "VllmConfig.__post_init__", "self.try_verify_and_update_config()"),
     ("vllm.config.vllm", "VllmConfig.try_verify_and_update_config", "cls.verify_and_update_config(self)"),
     ("vllm.v1.engine.core", "EngineCore._initialize_kv_caches", "get_kv_cache_configs(vllm_config, kv_cache_specs, "),
@@ -268,6 +283,18 @@ def test_each_row_of_the_documented_table_names_a_test_that_runs_on_the_runners_
         assert row["test"] in marks, row
         assert (row["second"] == "tested") == ("runners" in marks[row["test"]]), row
         assert ("GPU" in states) == ("gpu" in marks[row["test"]]), row
+
+
+def test_beam_search_has_no_place_for_a_requests_weights(vllm):
+    """The server refuses them together; when this fails, it need not."""
+    assert "extra_args" not in vllm.fields("vllm.sampling_params", "BeamSearchParams"), vllm
+
+
+def test_the_documented_versions_that_trl_declares():
+    (declared,) = [r for r in requires("trl") or [] if r.startswith("vllm")]
+    assert "TRL 1.16 declares vLLM\n0.22 to 0.31" in (ROOT / "docs/serving.md").read_text()
+    assert version("trl").startswith("1.16")
+    assert {">=0.22.0", "<=0.31.0"} == set(declared.partition(";")[0].strip().removeprefix("vllm").split(","))
 
 
 def test_the_documented_versions_are_those_that_are_tested(vllm):

@@ -45,6 +45,10 @@ def _reason_against(vllm_config: VllmConfig) -> str | None:
             return f"{name} {getattr(parallel, name)}, but with 1"
     if vllm_config.scheduler_config.async_scheduling:
         return "async_scheduling"
+    # blocks would be stored elsewhere before the other member has written them
+    for owner, name in ((vllm_config, "kv_transfer_config"), (vllm_config.cache_config, "kv_offloading_size")):
+        if getattr(owner, name, None) is not None:
+            return name
     # a graph of a whole step is that of one member, and vLLM would replay it for the other
     mode = vllm_config.compilation_config.cudagraph_mode
     if mode is not None and mode.has_full_cudagraphs():
@@ -55,8 +59,9 @@ def _reason_against(vllm_config: VllmConfig) -> str | None:
 def validate_alternating_request(params: SamplingParams) -> None:
     """Raise `ValueError` for a request whose drafts another part of vLLM would change or count.
 
-    A grammar drops a draft by its value, after which verifying the others is not exact.
+    A grammar drops a draft by its value, after which verifying the others is not exact. vLLM returns the
+    log-probabilities of `logprob_token_ids` only where it verifies no draft.
     """
-    for name in ("structured_outputs", "thinking_token_budget"):
+    for name in ("structured_outputs", "thinking_token_budget", "logprob_token_ids"):
         if getattr(params, name, None) is not None:
             raise ValueError(f"{name} is set, which alternating decoding does not support; serve with joint decoding")
