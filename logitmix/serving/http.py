@@ -49,19 +49,20 @@ class MixtureFields:
         if not isinstance(config, LogitMixConfig):
             await self.app(scope, receive, send)
             return
+        path = scope["path"].removeprefix(scope.get("root_path", ""))  # of a proxy: --root-path
         body = await _read_body(receive)
         request = parse_object(body)
-        unread = [] if request is None or scope["path"] in PATHS else _given_fields(request)
+        unread = [] if request is None or path in PATHS else _given_fields(request)
         if unread:
-            await _send_error(send, f"{scope['path']} does not read {unread[0]}; use one of {', '.join(PATHS)}")
+            await _send_error(send, f"{path} does not read {unread[0]}; use one of {', '.join(PATHS)}")
             return
-        if request is None or scope["path"] not in PATHS:
+        if request is None or path not in PATHS:
             await self.app(scope, _replay_body(body, receive), send)
             return
         logprobs_mode = scope["app"].state.engine_client.model_config.logprobs_mode
         try:
             weights = move_mixture_fields(request, config)
-            wants_member_logprobs = _take_member_logprobs(request, scope["path"], logprobs_mode)
+            wants_member_logprobs = _take_member_logprobs(request, path, logprobs_mode)
         except ValueError as error:
             await _send_error(send, str(error))
             return

@@ -46,7 +46,7 @@ def test_a_prompt_of_a_member_is_refused(request_):
         move_mixture_fields(request_, config)
 
 
-def respond(request, path="/v1/completions", answer=b'{"choices": []}', logprobs_mode="raw_logprobs"):
+def respond(request, path="/v1/completions", answer=b'{"choices": []}', logprobs_mode="raw_logprobs", root=""):
     """The status and body that the middleware answers with, and the request that reaches the server behind it."""
     from transformers import LlamaConfig, Qwen2Config
 
@@ -66,7 +66,7 @@ def respond(request, path="/v1/completions", answer=b'{"choices": []}', logprobs
     config = LogitMixConfig.from_member_configs([Qwen2Config(), LlamaConfig()], alpha_range=[0.0, 1.0])
     client = SimpleNamespace(model_config=SimpleNamespace(hf_config=config, logprobs_mode=logprobs_mode))
     state = SimpleNamespace(state=SimpleNamespace(engine_client=client))
-    scope = {"type": "http", "method": "POST", "path": path, "app": state, "headers": []}
+    scope = {"type": "http", "method": "POST", "path": root + path, "root_path": root, "app": state, "headers": []}
     asyncio.run(MixtureFields(app)(scope, receive, send))
     return sent[0]["status"], json.loads(sent[1]["body"]), passed
 
@@ -164,6 +164,11 @@ def test_member_logprobs_of_tokens_that_the_server_hides_return_status_400():
     status, body, _ = respond({"member_logprobs": True}, "/v1/chat/completions", answer)
     assert status == 400
     assert body["error"]["message"].endswith("set include_reasoning to true")
+
+
+def test_fields_are_read_behind_a_proxy_with_a_path_of_its_own():
+    assert respond({"alpha": 0.3}, root="/models")[2] == [{"vllm_xargs": {"alpha": 0.3}}]
+    assert respond({"alpha": 0.3}, "/v1/messages", root="/models")[0] == 400
 
 
 def test_an_answer_to_a_client_that_has_left_passes_through():
