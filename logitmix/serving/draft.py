@@ -63,13 +63,16 @@ class MemberDraft(nn.Module):
         self.attention_layers = [m.layer_name for m in draft.modules() if isinstance(m, Attention)]
         self.width = getattr(mixture.config, member).get_text_config().hidden_size
         self.padding = mixture.config.hidden_size - self.width
+        self.vocab_size = mixture.vocab_size
         self.draft = (draft,)  # not a submodule: vLLM would load and repack its weights a second time
 
     def forward(self, input_ids: Tensor, positions: Tensor, **kwargs: Any) -> Tensor:
         return nn.functional.pad(self.draft[0](input_ids, positions), (0, self.padding))
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        return self.draft[0].compute_logits(hidden_states[:, : self.width].contiguous())
+        """The member's logits of the mixture's vocabulary, beyond which its own may be padded."""
+        logits: Tensor | None = self.draft[0].compute_logits(hidden_states[:, : self.width].contiguous())
+        return None if logits is None else logits[:, : self.vocab_size].contiguous()
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load nothing: the mixture has loaded them."""

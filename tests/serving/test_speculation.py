@@ -31,6 +31,7 @@ from tests.helpers.engines import (
     model_runner,
     random_prompts,
 )
+from tests.helpers.members import VOCAB_SIZE, character_tokenizer
 from tests.helpers.ngram import check_ngram_drafts
 from tests.helpers.vllm_members import build_member, build_mixture, save_member
 
@@ -43,10 +44,20 @@ def mixture():
 
 
 @pytest.fixture(scope="module")
-def folder(mixture, tmp_path_factory):
-    """A folder with the mixture, its policy, and a stale draft of other weights."""
+def padded():
+    """A mixture whose policy has a padded vocabulary, larger than the mixture's, as models of one family do."""
+    policy, anchor = build_member("qwen2", vocab_size=VOCAB_SIZE + 16), build_member("llama", 1)
+    mixture = LogitMixForCausalLM.from_members(policy, [anchor], alpha=0.4)
+    mixture.tokenizer = character_tokenizer()
+    return mixture
+
+
+@pytest.fixture(scope="module")
+def folder(mixture, padded, tmp_path_factory):
+    """A folder with two mixtures, the policy of the first, and a stale draft of other weights."""
     path = tmp_path_factory.mktemp("speculation")
     mixture.save_pretrained(path / "mixture")
+    padded.save_pretrained(path / "padded")
     save_member(path / "policy", "qwen2", 0)
     save_member(path / "stale", "qwen2", 7)
     return path
@@ -109,12 +120,13 @@ def test_requests_are_validated_and_aborted_beside_speculation(mixture, folder):
 @pytest.mark.runners
 @pytest.mark.parametrize(
     ("draft", "how"),
-    [("mixture", "probabilistic"), pytest.param("stale", "greedy", marks=SLOW_ON_SECOND_RUNNER)],
+    [("padded", "probabilistic"), pytest.param("stale", "greedy", marks=SLOW_ON_SECOND_RUNNER)],
 )
-def test_samples_have_the_mixtures_distribution(mixture, folder, draft, how):
+def test_samples_have_the_mixtures_distribution(mixture, padded, folder, draft, how):
     """The first token follows a prefill; the others are drafted and verified, at the request's own alpha."""
     alpha, temperature, prompt = 0.7, 0.8, PROMPTS[0]
-    expected = exact_marginals(mixture, prompt, alpha, temperature)
+    target, name = (padded, "padded") if draft == "padded" else (mixture, "mixture")  # the first drafts for itself
+    expected = exact_marginals(target, prompt, alpha, temperature)
     speculative = drafts_of(folder, draft, draft_sample_method=how)
     params = [
         SamplingParams(
@@ -123,7 +135,7 @@ def test_samples_have_the_mixtures_distribution(mixture, folder, draft, how):
         for i in range(SAMPLES)
     ]
     settings = {"speculative_config": speculative, "max_num_seqs": 128, "disable_log_stats": False}
-    with engine(folder / "mixture", **settings) as llm:
+    with engine(folder / name, **settings) as llm:
         outputs = generate(llm, [prompt] * len(params), params)
         assert accepted(llm) > 0
     for position, probabilities in enumerate(expected[:TOKENS]):
@@ -207,6 +219,12 @@ def test_a_draft_member_that_does_not_exist_or_does_not_draft_is_rejected(folder
         arguments = {"hf_overrides": {"draft_member": fields}, "speculative_config": speculative}
         with pytest.raises(ValueError, match=message):
             EngineArgs(str(folder / "mixture"), **arguments).create_engine_config()
+
+
+def test_a_draft_of_another_vocabulary_is_rejected(folder):
+    build_member("qwen2", vocab_size=VOCAB_SIZE + 16).save_pretrained(folder / "larger")
+    with pytest.raises(ValueError, match="should have the same vocabulary size"):
+        EngineArgs(str(folder / "mixture"), speculative_config=drafts_of(folder, "larger")).create_engine_config()
 
 
 def test_a_member_outside_the_first_group_of_the_kv_cache_does_not_draft_on_the_first_runner(tmp_path, monkeypatch):
