@@ -65,6 +65,7 @@ class FirstRunnerEngine(Engine):
         self.by_row: dict[int, list[float]] = {}  # of requests that set their own
         # parsed once, by the id of a running request; None if it leaves them to the mixture
         self.by_request: dict[str, list[float] | None] = {}
+        self.parsed: dict[str, SamplingParams] = {}  # a next request, or chunk of input, may have the same id
         # whether the next logits have one row per request: those to sample from do without drafts, prompts' do not
         self.next_rows_are_requests = False
         after_batch_update(FirstRunnerEngine.follow)
@@ -81,11 +82,12 @@ class FirstRunnerEngine(Engine):
 
     def read(self, requests: dict[str, SamplingParams], has_drafts: bool = False) -> None:
         """Keep the weights of the requests in the batch, in the order of its rows."""
-        known = self.by_request
+        known = {name: w for name, w in self.by_request.items() if self.parsed[name] is requests.get(name)}
         self.by_request = {
             name: known[name] if name in known else parse_request_weights(self.config, params.extra_args)
             for name, params in requests.items()
         }
+        self.parsed = requests
         own = enumerate(self.by_request.values())
         self.by_row = {row: weights for row, weights in own if weights is not None}
         self.next_rows_are_requests = not has_drafts

@@ -4,6 +4,7 @@ import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from unittest import mock
 
 import pytest
@@ -98,6 +99,33 @@ def generate(llm, prompts, params, **kwargs):
     return llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False, **kwargs)
 
 
+def session_tokens(llm, chunks):
+    """The tokens after each chunk of the input of one request; `chunks` are prompts with sampling parameters.
+
+    vLLM drops the last token before it reads the next chunk. All chunks wait from the start. The outputs are the
+    engine core's: within one process, vLLM's output processor extends the scheduler's own lists.
+    """
+    engine, tokens, name = llm.llm_engine, [], "session"
+    ends = list(accumulate(params.max_tokens for _, params in chunks))
+
+    def add(ids, params, **kwargs):
+        prompt, tasks = {"prompt_token_ids": list(ids)}, engine.get_supported_tasks()
+        request = engine.input_processor.process_inputs(name, prompt, params, tasks, **kwargs)
+        engine.engine_core.add_request(request)
+
+    for ids, params in chunks:
+        add(ids, params, resumable=True)
+    for _ in range(10 * ends[-1]):  # steps; a session that is stuck fails below
+        if len(tokens) == ends[-1]:
+            break
+        outputs = engine.engine_core.get_output().outputs
+        tokens += [token for output in outputs if output.request_id == name for token in output.new_token_ids]
+        engine.output_processor.process_outputs(outputs)  # of other requests; it does not know this one
+    add([0], chunks[-1][1])  # the end of the session
+    assert len(tokens) == ends[-1]
+    return [tokens[end - params.max_tokens : end] for end, (_, params) in zip(ends, chunks, strict=True)]
+
+
 def greedy_tokens(mixture, prompt, length, **weights):
     """The tokens that transformers generates greedily from the mixture, past its end tokens unless they are given."""
     settings = {"max_new_tokens": length, "do_sample": False, "eos_token_id": None}
@@ -134,3 +162,15 @@ def assert_matches_transformers(mixture, llm, prompts=PROMPTS, requests=None, lo
         tokens = list(output.outputs[0].token_ids)
         assert tokens == greedy_tokens(mixture, prompt, len(tokens), **weights)
         assert log_prob_difference(mixture, prompt, output, **weights) < TOLERANCE
+
+
+def assert_a_session_matches_transformers(mixture, llm):
+    """The input of a request arrives in chunks, each at its own alpha."""
+    chunks, alphas, lengths = (PROMPTS[0], PROMPTS[3], PROMPTS[1]), (0.9, 0.1, 0.5), (5, 4, 3)
+    params = [greedy_params({"alpha": a}, max_tokens=n) for a, n in zip(alphas, lengths, strict=True)]
+    ids: list[int] = []
+    completions = session_tokens(llm, list(zip(chunks, params, strict=True)))
+    for chunk, alpha, tokens in zip(chunks, alphas, completions, strict=True):
+        ids += chunk
+        assert tokens == greedy_tokens(mixture, ids, len(tokens), alpha=alpha)
+        ids += tokens[:-1]

@@ -28,6 +28,7 @@ from tests.helpers.engines import (
     PROMPTS,
     SLOW_ON_SECOND_RUNNER,
     TOLERANCE,
+    assert_a_session_matches_transformers,
     assert_matches_transformers,
     engine,
     generate,
@@ -145,6 +146,12 @@ class TestInOneEngine:
         assert drafted > accepted > 0
         statistics = decoding_statistics(llm)
         assert (sum(statistics.drafted), sum(statistics.accepted)) == (drafted, accepted)
+
+    @pytest.mark.runners
+    def test_a_request_whose_input_arrives_in_chunks_is_decoded_jointly(self, mixture, llm):
+        add(llm, "other", PROMPTS[2], greedy_params({"alpha": 0.6}))
+        assert_a_session_matches_transformers(mixture, llm)
+        finish(llm)
 
     @pytest.mark.runners
     def test_requests_end_at_the_longest_context(self, mixture, llm):

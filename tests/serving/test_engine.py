@@ -20,6 +20,7 @@ from tests.helpers.engines import (
     PROMPTS,
     SLOW_ON_SECOND_RUNNER,
     TOLERANCE,
+    assert_a_session_matches_transformers,
     assert_matches_transformers,
     engine,
     generate,
@@ -172,6 +173,10 @@ class TestInOneEngine:
             assert log_prob_difference(mixture, PROMPTS[0], output, alpha=alpha) < TOLERANCE
         with pytest.raises(VLLMValidationError, match=r"'teacher'.*policy, anchor_0"):
             generate(llm, PROMPTS[:1], greedy_params({"member": "teacher"}))
+
+    @pytest.mark.runners
+    def test_each_chunk_of_a_streamed_input_has_its_own_alpha(self, mixture, llm):
+        assert_a_session_matches_transformers(mixture, llm)
 
 
 @pytest.mark.runners
