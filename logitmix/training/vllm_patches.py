@@ -12,6 +12,8 @@ from torch import Tensor
 def reload_weights_in_place(llm: Any, weights: Iterable[tuple[str, Tensor]], prefix: str = "") -> None:
     """Load weights into the model of an engine in this process, then reset its prefix cache.
 
+    Requests that run read their tokens again, under the new weights: vLLM would keep the cache while they hold blocks.
+
     On a CPU vLLM repacks the weights of linear layers, after which `load_weights` cannot load single tensors. With a
     `prefix` such as `"policy."`, the weights are those of that submodule, and the others are left unchanged.
 
@@ -31,4 +33,4 @@ def reload_weights_in_place(llm: Any, weights: Iterable[tuple[str, Tensor]], pre
     for layer in layers:
         if isinstance(layer, ParallelLMHead) and id(layer.weight) in embeddings:
             layer.quant_method.process_weights_after_loading(layer)
-    llm.reset_prefix_cache()
+    llm.reset_prefix_cache(reset_running_requests=True)

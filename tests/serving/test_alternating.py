@@ -351,27 +351,22 @@ def test_preempted_and_aborted_requests(mixture, folder):
 
 @pytest.mark.runners
 @slow_on_second_runner
-def test_logits_of_earlier_weights_are_forgotten(folder):
-    """New weights arrive while requests run: the next token is that of joint decoding with the same history."""
-    policy = build_member("qwen2", seed=5).state_dict()
-
-    def tokens(llm, before):
-        add(llm, "a", PROMPTS[0], greedy_params({"alpha": 0.3}))
-        generated, is_pushed = [], False
-        while llm.llm_engine.has_unfinished_requests():
-            for output in llm.llm_engine.step():
-                generated = list(output.outputs[0].token_ids)
-            if len(generated) >= before and not is_pushed:
-                is_pushed = (
-                    reload_weights_in_place(llm, ((f"policy.{k}", v) for k, v in policy.items()), "policy.") or True
-                )
-        return generated
-
-    for before in (3, 4):
-        with engine(folder, block_size=32) as llm:
-            expected = tokens(llm, before)
-        with alternating(folder) as llm:
-            assert tokens(llm, before) == expected
+def test_logits_and_cache_of_earlier_weights_are_forgotten(mixture, folder):
+    """New weights arrive while a request runs: its next tokens are theirs, and so are those of the next request."""
+    mixture, prompt = build_mixture("qwen2", "llama", alpha=0.4, scheme=mixture.config.scheme), (PROMPTS[2] * 2)[:40]
+    with alternating(folder) as llm:
+        for seed, before in ((5, 3), (6, 4)):
+            add(llm, "a", prompt, greedy_params({"alpha": 0.3}))
+            first: list[int] = []
+            while len(first) < before:
+                for output in llm.llm_engine.step():
+                    first = list(output.outputs[0].token_ids)
+            assert first == greedy_tokens(mixture, prompt, len(first), alpha=0.3)
+            policy = build_member("qwen2", seed=seed).state_dict()
+            mixture.policy.load_state_dict(policy)
+            reload_weights_in_place(llm, ((f"policy.{name}", weight) for name, weight in policy.items()), "policy.")
+            rest = greedy_tokens(mixture, prompt + first, 12 - len(first), alpha=0.3)
+            assert finish(llm)["a"] == first + rest
 
 
 def test_other_models_and_configurations_are_rejected(tmp_path, folder):
