@@ -34,6 +34,7 @@ from tests.helpers.engines import (
     generate,
     greedy_params,
     greedy_tokens,
+    model_runner,
     random_prompts,
     scheduler,
     slow_on_second_runner,
@@ -53,7 +54,7 @@ def alternating(folder, always=True, **kwargs):
         yield llm
 
 
-@pytest.fixture(scope="module", params=["logit", pytest.param("prob", marks=SLOW_ON_SECOND_RUNNER)])
+@pytest.fixture(scope="module", params=["logit", pytest.param("prob", marks=pytest.mark.slow)])
 def mixture(request):
     return build_mixture("qwen2", "llama", alpha=0.4, scheme=request.param)
 
@@ -146,6 +147,16 @@ class TestInOneEngine:
         assert drafted > accepted > 0
         statistics = decoding_statistics(llm)
         assert (sum(statistics.drafted), sum(statistics.accepted)) == (drafted, accepted)
+
+    @pytest.mark.runners
+    def test_greedy_tokens_of_the_other_scheme_take_turns(self, mixture, llm, monkeypatch):
+        """The scheme is read in each step, and the KV cache does not depend on it."""
+        other = {"logit": "prob", "prob": "logit"}[mixture.config.scheme]
+        for config in (mixture.config, model_runner(llm).get_model().config):
+            monkeypatch.setattr(config, "scheme", other)
+        drafted = metric(llm, "vllm:spec_decode_num_drafts")
+        assert_matches_transformers(mixture, llm)
+        assert metric(llm, "vllm:spec_decode_num_drafts") > drafted
 
     @pytest.mark.runners
     def test_a_request_whose_input_arrives_in_chunks_is_decoded_jointly(self, mixture, llm):

@@ -196,7 +196,7 @@ def test_alternating_rollouts_that_vllm_cannot_decode_are_rejected(tmp_path, opt
         trainer_in_vllm(tmp_path, mixture, **{"decoding": "alternating"} | options)
 
 
-def test_validation_decodes_several_alphas_in_one_batch(tmp_path):
+def test_validation_decodes_several_alphas_in_one_batch_or_in_one_each(tmp_path, monkeypatch):
     model = build_mixture("qwen2", "llama", alpha=0.4)
     trainer = trainer_in_vllm(tmp_path, model, stop_strings=["e"])
     trainer.train()
@@ -205,6 +205,9 @@ def test_validation_decodes_several_alphas_in_one_batch(tmp_path):
     expected = trainer.decode(prompt_ids, GREEDY | {"max_new_tokens": trainer.max_completion_length}, alphas)
     assert trainer.decode_greedy(prompt_ids, alphas) == expected
     assert len({len(ids) for ids in expected}) > 1  # some ended at the stop string
+    generation = type(trainer.vllm_generation)  # as with a server, tensor parallelism or sleep mode
+    monkeypatch.setattr(generation, "_generate_one_batch", generation._generate_by_alpha)
+    assert trainer.decode_greedy(prompt_ids, alphas) == expected
 
 
 def test_an_adaptive_alpha_validates_in_vllm(tmp_path):

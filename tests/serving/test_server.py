@@ -60,6 +60,30 @@ def test_requests_can_set_weights_and_members_and_get_member_logprobs(client, mi
         assert alone.token_ids == greedy_tokens(mixture, PROMPT, 8, alpha=alpha)
 
 
+@pytest.mark.runners
+def test_member_logprobs_of_several_completions_of_which_some_fill_the_context(client, mixture):
+    prompts = [[3 + i % (VOCAB_SIZE - 3) for i in range(120)], PROMPT]
+    fields = {"alpha": 0.3, "member_logprobs": True}
+    choices = complete(client, prompts, fields, max_tokens=8, temperature=1, n=2).choices
+    for prompt, choice in zip([prompt for prompt in prompts for _ in range(2)], choices, strict=True):
+        assert len(choice.token_ids) == 8
+        for name, alpha in (("policy", 0.0), ("anchor_0", 1.0)):
+            expected = token_log_probs(mixture, prompt + choice.token_ids, alpha=alpha)[len(prompt) - 1 :].tolist()
+            assert max(abs(a - b) for a, b in zip(expected, choice.member_logprobs[name], strict=True)) < TOLERANCE
+
+
+def test_the_responses_api(client, mixture):
+    response = client.responses.create(
+        model="mixture",
+        input="ab12",
+        temperature=0,
+        max_output_tokens=8,
+        extra_body={"alpha": 0.7, "ignore_eos": True},
+    )
+    tokens = greedy_tokens(mixture, mixture.tokenizer("ab12=")["input_ids"], 8, alpha=0.7)
+    assert response.output_text == mixture.tokenizer.decode(tokens, skip_special_tokens=True)
+
+
 def test_chat_with_and_without_streaming(client, mixture):
     prompt = mixture.tokenizer("ab12=")["input_ids"]
     arguments = {

@@ -15,6 +15,7 @@ from tests.helpers.paths import ROOT
 pytest.importorskip("fastapi", reason="what serving needs is not installed: pip install 'logitmix[serve]'")
 pytest.importorskip("openai", reason="the openai client is not installed: pip install 'logitmix[serve]'")
 
+import httpx
 import openai
 
 from tests.helpers.engines import greedy_tokens
@@ -45,6 +46,7 @@ def test_the_log_names_the_server_and_the_model_has_one_name(server, client):
     assert "the server of transformers runs instead" in server.log.read_text()
     assert [model.id for model in client.models.list()] == ["mixture"]
     assert client.completions.create(model="mixture", prompt=PROMPT, max_tokens=1).model == "mixture"
+    assert httpx.get(f"{server.url}/metrics").status_code == 404
 
 
 def test_guidance_is_served_with_its_negative_prompt(mixture):

@@ -108,7 +108,7 @@ class MixtureVLLMGeneration(PatchedVLLMGeneration):
             rows = [i for i, other in enumerate(alphas) if other == alpha]
             with self._sampling_parameters(extra_args={"alpha": alpha}):
                 _, ids, _, _ = super().generate([list(prompts[i]) for i in rows], None, 1)
-            completions |= zip(rows, ids, strict=True)
+            completions |= zip(rows, map(list, ids), strict=True)
         return [completions[i] for i in range(len(prompts))]
 
     @contextmanager
