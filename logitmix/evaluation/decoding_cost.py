@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from logitmix.evaluation.decode import make_decoder, make_requests, one_hot_weights
+from logitmix.evaluation.decode import make_decoder
+from logitmix.evaluation.requests import make_requests, one_hot_weights
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.tasks import Problem, Task
 

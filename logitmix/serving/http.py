@@ -162,11 +162,10 @@ def move_mixture_fields(request: dict[str, Any], config: LogitMixConfig) -> list
 
 async def _add_member_logprobs(engine: Any, response: dict[str, Any], members: list[str], keep_ids: bool) -> None:
     """Add `member_logprobs` to each choice of a response: for each member, one number per generated token."""
-    chat_prompt = response.get("prompt_token_ids")
     for choice in response["choices"]:
         if choice.get("token_ids") is None:  # as the reasoning that they would show
             raise ValueError("the server hides the tokens of this response; set include_reasoning to true")
-        prompt = choice.get("prompt_token_ids") or chat_prompt
+        prompt = choice.get("prompt_token_ids") or response["prompt_token_ids"]  # a chat has one for all choices
         scores = await asyncio.gather(*[_score(engine, prompt, choice["token_ids"], name) for name in members])
         choice["member_logprobs"] = dict(zip(members, scores, strict=True))
         if not keep_ids:
