@@ -10,8 +10,9 @@ SERVING := OMP_NUM_THREADS=1 .venv-serving/bin/python -m pytest tests/serving --
 quickstart: .venv/installed
 	$(BIN)/logitmix quickstart
 
+# One thread for each of the two processes, and for what they start
 test: lint
-	$(BIN)/python -m pytest --numprocesses 2 -m "not sweep and not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 -m "not sweep and not slow"
 
 # Trainings that are killed and resumed, in several processes, and whole pages of the documentation
 test-slow: .venv/installed

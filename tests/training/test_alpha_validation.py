@@ -327,7 +327,10 @@ def test_held_out_questions_are_the_first_of_the_set_each_time():
 TWO_PASSES = {"held_out": None, "validation_size": 6, "train": QUESTIONS + [question + "?" for question in QUESTIONS]}
 
 
-@pytest.mark.parametrize("at", [4, 9], ids=["within an outer step", "between outer steps"])
+@pytest.mark.parametrize(
+    "at",
+    [pytest.param(4, id="within an outer step"), pytest.param(9, id="between outer steps", marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize(
     ("controller", "options"),
     [("adaptive", {}), ("adaptive", TWO_PASSES), ("validation_weighted", {}), ("cosine", {"alpha_end": 0.1})],

@@ -17,7 +17,7 @@ STALE = {"max_steps": 4, "num_iterations": 2, "steps_per_generation": 2, "per_de
 
 
 @pytest.mark.parametrize("options", [ALIGNED, STALE, STALE | {"anchor_states": "offload"}], ids=str)
-@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("autocast", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_updates_never_run_the_anchor_and_train_the_same_weights(tmp_path, options, autocast):
     expected = trainer_of(tmp_path / "a", bf16=autocast, **options)
     expected.train()

@@ -47,7 +47,9 @@ def test_the_ratio_is_exactly_1_before_an_update(members, tmp_path, autocast, qu
     assert (log["ratio/min"], log["ratio/max"]) == (1.0, 1.0)
 
 
-@pytest.mark.parametrize("mode", ["once", "always", "never"])
+@pytest.mark.parametrize(
+    "mode", ["once", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("always", "never"))]
+)
 def test_checkpoints_and_the_model_load_bit_for_bit_and_a_run_resumes_exactly(members, tmp_path, mode):
     run, whole = tmp_path / "run", trainer(members, tmp_path / "whole", save_frozen=mode, **(STEPS | {"max_steps": 3}))
     whole.train()

@@ -34,7 +34,11 @@ def trainer(members, run, quantization, anchor, **kwargs):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("quantization", ["int8", "bitsandbytes-4bit", {"load_in_8bit": True}], ids=str)
+@pytest.mark.parametrize(
+    "quantization",
+    ["int8", "bitsandbytes-4bit", pytest.param({"load_in_8bit": True}, marks=pytest.mark.slow)],
+    ids=str,
+)
 @pytest.mark.parametrize("anchor", ["base", "adapter"])
 def test_the_adapter_alone_trains_and_a_run_resumes_exactly(members, tmp_path, quantization, anchor):
     whole = trainer(members, tmp_path / "whole", quantization, anchor, max_steps=2)

@@ -132,7 +132,10 @@ def test_the_policys_adapter_becomes_the_anchors(folders, tmp_path, anchor, poli
     assert all(".policy." in name for name in trained)
 
 
-@pytest.mark.parametrize(("anchor", "save_frozen"), [("base", "once"), ("base", "never"), ("same", "once")])
+@pytest.mark.parametrize(
+    ("anchor", "save_frozen"),
+    [("base", "once"), pytest.param("base", "never", marks=pytest.mark.slow), ("same", "once")],
+)
 def test_checkpoints_hold_both_adapters_and_the_base_once(folders, tmp_path, anchor, save_frozen):
     options = {"max_steps": 3, "reanchor_steps": 2, "save_frozen": save_frozen}
     whole = trainer_of(tmp_path, on_one_base(folders, anchor), save_strategy="steps", save_steps=1, **options)
