@@ -24,7 +24,12 @@ from logitmix.mixture.head import (
     run_decoder,
     run_inside_heads,
 )
-from logitmix.mixture.member_prompts import MemberPrompts, PassInputs, Prompts
+from logitmix.mixture.member_prompts import (
+    MemberPrompts,
+    PassInputs,
+    Prompts,
+    validate_prompts_end_together,
+)
 from logitmix.mixture.mixing import Weights
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.mixture.padding import position_ids_from_mask
@@ -185,6 +190,7 @@ class FusedScorer:
         position_ids = position_ids_from_mask(attention_mask)
         read = PassInputs(input_ids, attention_mask, position_ids)
         if prompts is not None:
+            validate_prompts_end_together(scored_BT, attention_mask)
             shared = scored_BT.shape[1] - int(scored_BT.any(0).int().argmax())
             inputs, _ = prompts.inputs([name], input_ids, attention_mask, position_ids, {name: 0}, shared + 1)
             read, scored_BT = inputs[name], scored_BT[:, -shared:]

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from logitmix.mixture.configuration import LogitMixConfig
 from logitmix.mixture.padding import left_pad, position_ids_from_mask
-from logitmix.mixture.tokenizers import leave_texts_open
+from logitmix.mixture.tokenizers import tokenize_texts
 
 Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor | Mapping[str, Any]
 """One prompt for all sequences or one for each: texts, ids, or what a tokenizer returns, with its attention mask."""
@@ -179,6 +179,21 @@ class MemberPrompts:
         return inputs, min(logits_to_keep or kept, kept)
 
 
+def validate_prompts_end_together(is_scored_BT: Tensor, attention_mask: Tensor | None) -> None:
+    """Raise `ValueError` where sequences without padding on the left begin to be scored at different tokens.
+
+    Their prompts have different lengths, and the tokens that all members share, from the first scored one of the batch
+    on, would include the ends of the longer ones.
+    """
+    first = is_scored_BT.int().argmax(1)[is_scored_BT.any(1)]
+    if len(first) < 2 or (first == first[0]).all() or (attention_mask is not None and not attention_mask[:, 0].all()):
+        return
+    raise ValueError(
+        "labels begin at different tokens of sequences without padding on the left, and member_prompts stand for the "
+        "tokens before the first label of the batch; pad the prompts on the left, so that all end at one token"
+    )
+
+
 def _repeated(rows: Tensor, B: int) -> Tensor:
     """One row for each of B sequences; `generate` repeats sequences, for beams and returned sequences, in place."""
     return rows if len(rows) == B else rows.repeat_interleave(B // len(rows), dim=0)
@@ -193,7 +208,7 @@ def read_prompts(
         if tokenizer is None:
             raise ValueError(f"the prompt of {name} is a text; pass tokenizer=…, or token ids")
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        prompts = leave_texts_open(tokenizer)(texts)["input_ids"]
+        prompts = tokenize_texts(tokenizer, texts)
     elif isinstance(prompts, Mapping):
         prompts, mask = prompts.get("input_ids"), prompts.get("attention_mask")
     if hasattr(prompts, "tolist") and mask is None and pad_token_id is not None:

@@ -34,7 +34,7 @@ from logitmix.mixture.frozen.loading import load_with_references
 from logitmix.mixture.frozen.references import read_references
 from logitmix.mixture.frozen.sources import frozen_sources
 from logitmix.mixture.loading import Member, load_members, load_tokenizer, validate_can_be_loaded
-from logitmix.mixture.member_prompts import MemberPrompts, Prompts
+from logitmix.mixture.member_prompts import MemberPrompts, Prompts, validate_prompts_end_together
 from logitmix.mixture.mixing import Scheme, Weights, mix_logits, weights_to_alpha
 from logitmix.mixture.opening import validate_loaded
 from logitmix.mixture.outputs import MixtureOutput, concatenate_outputs
@@ -238,6 +238,7 @@ class LogitMixForCausalLM(ScoringMixture, MixtureGenerationMixin):
             self.config.require_one_prompt("forward without labels")
         prompts = self._member_prompts(member_prompts, input_ids)
         if prompts is not None and labels is not None:
+            validate_prompts_end_together(labels != -100, attention_mask)
             logits_to_keep = logits_to_keep or num_labelled(labels) + 1
             labels = labels[:, -logits_to_keep:]
         logits, weights, past_key_values, outputs = self.run_members(

@@ -15,7 +15,7 @@ from logitmix.mixture.configuration import Alpha
 from logitmix.mixture.decoding.support import SequenceSupport, Support
 from logitmix.mixture.diagnostics import MixtureDiagnostics
 from logitmix.mixture.logprobs import mixture_log_probs
-from logitmix.mixture.member_prompts import MemberPrompts, Prompts
+from logitmix.mixture.member_prompts import MemberPrompts, Prompts, validate_prompts_end_together
 from logitmix.mixture.mixing import Weights
 from logitmix.mixture.padding import left_pad, position_ids_from_mask
 from logitmix.mixture.router import WITH_ROUTER_LOGITS, load_balancing_loss
@@ -47,6 +47,8 @@ def score_labels(
     Members with `member_prompts` read these before the tokens from the first label of the batch on.
     """
     targets = labels[:, 1:]
+    if member_prompts is not None:
+        validate_prompts_end_together(targets != -100, attention_mask)
     T = targets.shape[1]
     keep = max(num_labelled(targets), 1)
     # Mix the logits even of members that share a head: diagnostics need each member's, and the ratio of a score with

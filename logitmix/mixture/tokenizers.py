@@ -50,6 +50,16 @@ def leave_texts_open(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerB
     return tokenizer
 
 
+def tokenize_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """The ids of texts, which may be rendered chats: BOS is not prepended to a text that begins with it."""
+    rows = leave_texts_open(tokenizer)(list(texts))["input_ids"]
+    bos, twice = tokenizer.bos_token, [tokenizer.bos_token_id] * 2
+    return [
+        ids[1:] if bos and text.startswith(bos) and ids[:2] == twice else ids
+        for text, ids in zip(texts, rows, strict=True)
+    ]
+
+
 def validate_texts_open(tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise `ValueError` if the tokenizer appends tokens to texts: for programs that load it themselves."""
     _, after = _added_tokens(tokenizer)

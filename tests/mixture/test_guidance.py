@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from logitmix.loss_head.scorer import FusedScorer
 from logitmix.mixture.generation import generate_completions
@@ -98,6 +99,12 @@ def test_a_prompt_that_no_member_could_read_is_not_saved(prompts, message):
 def test_the_new_tokens_of_max_length_count_in_the_context_of_each_member():
     with pytest.raises(ValueError, match="the prompt of anchor_0 has 126 tokens; with max_new_tokens 5 that exceeds"):
         guided([5] * 126).generate(torch.tensor([[5, 6]]), max_length=7, do_sample=False)
+
+
+@pytest.mark.parametrize("config", [None, GenerationConfig(max_length=30)], ids=["default", "in generation_config"])
+def test_other_limits_on_new_tokens_count_in_the_context_too(config):
+    with pytest.raises(ValueError, match=r"of anchor_0 has 120 tokens; with max_new_tokens (20|28) that"):
+        guided([5] * 120).generate(torch.tensor([[5, 6]]), generation_config=config)
 
 
 def test_a_call_may_give_another_negative_prompt():

@@ -6,9 +6,12 @@ are mixed in float64.
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import GenerationConfig, LogitsProcessorList
 
+from logitmix.loss_head.scorer import FusedScorer
 from logitmix.mixture.generation import GREEDY, generate_completions
+from logitmix.mixture.member_prompts import read_prompts
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from tests.helpers.members import PAD, character_tokenizer, tiny_member
 from tests.mixture.test_generation import NEW_TOKENS, PROMPTS, generate, left_padded, mixture
@@ -180,6 +183,24 @@ def test_prompts_are_ids_masks_or_texts(pair):
     assert torch.equal(generate(model, member_prompts={"anchor": texts}, tokenizer=tokenizer), expected)
 
 
+def test_settings_that_a_generation_config_lacks_are_the_models_own(pair):
+    """The padding of ids without a mask, as `generate` takes it."""
+    model, members = pair
+    expected = reference(members, [0.5, 0.5], [PROMPTS, OTHERS])
+    config = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False)
+    output = model.generate(
+        **left_padded(PROMPTS), generation_config=config, member_prompts={"anchor": left_padded(OTHERS)["input_ids"]}
+    )
+    assert torch.equal(output[:, -NEW_TOKENS:], expected)
+
+
+def test_a_rendered_chat_has_one_bos():
+    tokenizer = character_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    rows = read_prompts(["<bos>ab", "ab", "<bos><bos>a"], "anchor", tokenizer, None)
+    assert rows == [[1, 3, 4], [1, 3, 4], [1, 1, 3]]
+
+
 def test_repeated_prompts_are_read_once_only_where_all_members_repeat_theirs(pair):
     model, members = pair
     own, other = [PROMPTS[i] for i in (0, 0, 1, 0)], [OTHERS[i] for i in (0, 1, 0, 0)]
@@ -324,6 +345,27 @@ def test_scores_are_the_log_probabilities_of_the_shared_tokens(pair, scheme):
     torch.testing.assert_close(entropy[:, -3:], -(expected.exp() * expected).sum(-1).float(), atol=1e-4, rtol=1e-4)
     assert not log_probs[:, :-3].any()
     assert torch.equal(diagnosed[0], log_probs)
+
+
+def test_prompts_of_other_lengths_are_scored_only_with_padding_on_the_left(pair):
+    """Padded on the right, the ends of the longer prompts would count as shared tokens."""
+    model, rows = pair[0], [own + shared for own, shared in zip(PROMPTS, SHARED, strict=True)]
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [PAD] * (width - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    starts = torch.tensor([len(prompt) for prompt in PROMPTS])[:, None]
+    labels = ids.masked_fill((mask == 0) | (torch.arange(width) < starts), -100)
+    prompts = {"anchor": OTHERS}
+    for use in (
+        lambda: model.score(ids, mask, labels, member_prompts=prompts),
+        lambda: model(ids, mask, labels=labels, member_prompts=prompts),
+        lambda: FusedScorer(model)(ids, mask, labels, member_prompts=prompts),
+    ):
+        with pytest.raises(ValueError, match="pad the prompts on the left, so that all end at one token"):
+            use()
+    inputs, labels = sequences()
+    labels[1, -3] = -100  # a token that is not scored ends no prompt
+    model.score(**inputs, labels=labels, member_prompts=prompts)
 
 
 # --- bad input ------------------------------------------------------------------------------------------------
