@@ -19,6 +19,7 @@ from trl import TrlParser
 from logitmix.cli.options.evaluation import DECODING_HELP, Decoding
 from logitmix.cli.options.help import asks_for_help, print_help
 from logitmix.cli.options.model import MixtureArguments, find_model
+from logitmix.serving.alpha_range import validate_alpha_range
 
 UNSAVED = "mixture"  # the name, in requests, of a mixture that has no folder of its own
 
@@ -109,8 +110,6 @@ def main(argv: Sequence[str]) -> None:
 
 def validate_arguments(args: ServeArguments, flags: Sequence[str]) -> None:
     """Raise `ValueError` for a missing model, an invalid alpha, and flags of vLLM that `ServeArguments` replaces."""
-    from logitmix.serving.requests import validate_alpha_range
-
     if not args.model_name_or_path:
         raise ValueError("logitmix serve needs the folder of a mixture as its first argument")
     validate_alpha_range(args.alpha_range)

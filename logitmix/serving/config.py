@@ -6,10 +6,11 @@ from vllm.config import ModelConfig, SpeculativeConfig, VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from logitmix.mixture.configuration import LogitMixConfig
+from logitmix.serving.alpha_range import validate_alpha_range
 from logitmix.serving.alternating.validation import is_alternating, validate_alternating, validate_alternating_request
 from logitmix.serving.draft import draft_member, is_same_folder
 from logitmix.serving.engine import Engine
-from logitmix.serving.requests import parse_request_weights, validate_alpha_range
+from logitmix.serving.requests import parse_request_weights
 from logitmix.serving.vllm_patches import (
     declare_experts,
     second_model_runner_validates_requests,

@@ -4,6 +4,7 @@ import sys
 from typing import Any
 
 from logitmix.mixture.configuration import LogitMixConfig, resolve_weights
+from logitmix.serving.alpha_range import validate_in_range
 
 REQUEST_FIELDS = ("alpha", "weights", "member")
 MEMBER_PROMPTS = "member_prompts"  # an argument of `generate`
@@ -37,23 +38,8 @@ def parse_request_weights(config: LogitMixConfig, fields: dict[str, Any] | None)
     alpha, weights = (value, None) if key == "alpha" else (None, value)
     resolved = resolve_weights(alpha, weights, num_members=len(config.members), scheme=config.scheme).tolist()
     if getattr(config, "alpha_range", None) is not None:
-        _validate_within(config.alpha_range, [value] if key == "alpha" else resolved[1:])
+        validate_in_range(config.alpha_range, [value] if key == "alpha" else resolved[1:])
     return resolved
-
-
-def validate_alpha_range(alpha_range: Any) -> None:
-    """Raise `ValueError` for a range of alpha that is not two numbers, the lower first."""
-    numbers = alpha_range if isinstance(alpha_range, list | tuple) else []
-    is_pair = len(numbers) == 2 and all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers)
-    if not is_pair or not numbers[0] <= numbers[1]:  # nor if one is NaN
-        raise ValueError(f"alpha_range is {alpha_range!r}, but must be two numbers, the lower first")
-
-
-def _validate_within(alpha_range: list[float], anchor_weights: list[float]) -> None:
-    lowest, highest = alpha_range
-    for alpha in anchor_weights:
-        if not lowest <= alpha <= highest:
-            raise ValueError(f"alpha is {alpha}, but this server takes {lowest} to {highest}")
 
 
 def _is_number(value: Any) -> bool:

@@ -4,7 +4,8 @@ import pytest
 from transformers import LlamaConfig, Qwen2Config
 
 from logitmix.mixture.configuration import LogitMixConfig
-from logitmix.serving.requests import parse_request_weights, validate_alpha_range
+from logitmix.serving.alpha_range import validate_alpha_range
+from logitmix.serving.requests import parse_request_weights
 
 
 @pytest.mark.parametrize(
