@@ -1,35 +1,20 @@
-"""How a mixture holds and runs its members.
+"""How a mixture holds its members: each is a submodule, or the policy's submodule with an adapter of its own."""
 
-Shape legend: K members, B batch, T time, V vocabulary, D width of the hidden states.
-
-Each member is a submodule, or the policy's submodule with an adapter of its own. One KV cache serves all members: each
-sees its own range of layers. Members run through their own forward, so whatever an architecture does to its logits
-(soft caps, scaling, biases) happens before they are mixed. Only members that share one linear head mix their hidden
-states instead.
-"""
-
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import Cache, DynamicCache
 
 from logitmix.mixture.adapters import Adapters, adapter_layers, adapter_parameters
-from logitmix.mixture.cache import member_caches, validate_cached_tokens
 from logitmix.mixture.configuration import NO_ADAPTER, Alpha, LogitMixConfig, resolve_weights
 from logitmix.mixture.dtypes import dtypes_of
-from logitmix.mixture.folding import passes, run_together
 from logitmix.mixture.frozen.references import REFERENCES
-from logitmix.mixture.head import HeadTransform, infer_head_transform
-from logitmix.mixture.member_prompts import MemberPrompts, PassInputs, Prompts
-from logitmix.mixture.mixing import Weights, mix_logits
-from logitmix.mixture.prefill import repeated_prefill
+from logitmix.mixture.member_prompts import MemberPrompts, Prompts
+from logitmix.mixture.mixing import Weights
 from logitmix.mixture.quantization import num_bytes, save_quantized
-from logitmix.mixture.sharding import are_sharded
 
 
 class MixtureBase(PreTrainedModel):
@@ -43,8 +28,6 @@ class MixtureBase(PreTrainedModel):
     policy: PreTrainedModel
     adapters: Adapters | None
     _cache_layers: list[int]
-    _head_transform: HeadTransform | None = None  # of the policy's head, if linear; inferred on first use
-    _head_transform_is_known = False
     tokenizer: PreTrainedTokenizerBase | None
     sources: dict[str, str]  # the folders or hub ids of frozen members that `from_members` loaded
 
@@ -186,142 +169,3 @@ class MixtureBase(PreTrainedModel):
     ) -> MemberPrompts | None:
         prompts = self.config.member_prompts if prompts is None else prompts
         return None if prompts == {} else MemberPrompts.of(prompts, self.config, input_ids, self.tokenizer)
-
-    # --- running the members ----------------------------------------------------------------------------------
-
-    def run_members(
-        self,
-        weights: Tensor,
-        input_ids: Tensor | None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        mix_before_head: bool = True,
-        policy_kwargs: dict[str, Any] | None = None,
-        member_prompts: MemberPrompts | None = None,
-        **kwargs: Any,
-    ) -> tuple[list[Tensor], Tensor, Cache | None, list[Any]]:
-        """Run the members; return the arguments of `mix_logits`, the cache, and the outputs of the members that ran.
-
-        The logits are those of each member over the shared vocabulary; a member of weight 0, which `mix_logits`
-        ignores, does not run and is represented by the first active one's. With `mix_before_head`, members that share
-        a linear head instead give the mixture's own logits, with weight 1. `policy_kwargs` go to the policy alone.
-        With `member_prompts`, the logits are those of the tokens that the members share.
-        """
-        if input_ids is None or inputs_embeds is not None:
-            raise ValueError("a mixture takes input_ids, not inputs_embeds: its members have different embeddings")
-        if weights.dim() == 2 and len(weights) != len(input_ids):
-            raise ValueError(f"weights have {len(weights)} rows for a batch of {len(input_ids)} sequences")
-        sharded = are_sharded((self, *self.members))
-        is_active = _is_active(weights, sharded)
-        active = [name for name, runs in zip(self.config.members, is_active, strict=True) if runs]
-
-        use_cache = self.config.use_cache if use_cache is None else use_cache
-        if self.training and self.policy.is_gradient_checkpointing:
-            use_cache = False
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        caches = dict(zip(self.config.members, member_caches(past_key_values, self._cache_layers), strict=True))
-        inputs = dict.fromkeys(active, PassInputs(input_ids, attention_mask, position_ids))
-        if member_prompts is not None:
-            views = {name: caches[name] for name in active}
-            cached = {name: 0 if view is None else int(view.get_seq_length()) for name, view in views.items()}
-            inputs, logits_to_keep = member_prompts.inputs(
-                active, input_ids, attention_mask, position_ids, cached, logits_to_keep
-            )
-        arguments = kwargs | (policy_kwargs or {}) | {"returns_states": self._returns_states()}
-        groups, inputs = passes(self.config, inputs, member_prompts, past_key_values, arguments, not sharded)
-        if past_key_values is not None and not torch.compiler.is_compiling():
-            validate_cached_tokens({name: caches[name] for name in active}, inputs)
-
-        prompts = None
-        if not self._returns_states():
-            prompts = repeated_prefill(list(inputs.values()), past_key_values, logits_to_keep, kwargs)
-        if prompts is not None:
-            inputs = {name: prompts.select_inputs(each) for name, each in inputs.items()}
-        settings = {"use_cache": use_cache, "return_dict": True} | kwargs
-        head_transform = self._shared_linear_head(active) if mix_before_head else None
-        if head_transform is None:
-            settings["logits_to_keep"] = logits_to_keep
-        outputs = self._run_passes(groups, inputs, caches, settings, policy_kwargs or {}, head_transform is not None)
-        rows = slice(None) if prompts is None else prompts.prompt_B
-        if prompts is not None and past_key_values is not None:
-            past_key_values.batch_select_indices(prompts.prompt_B)
-        if head_transform is not None:
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            hidden = [outputs[name].last_hidden_state[:, kept][rows] for name in active]
-            mixed = self._mix_before_head(hidden, weights[..., torch.tensor(is_active)], head_transform)
-            return [mixed[..., : self.config.vocab_size]], torch.ones(1), past_key_values, list(outputs.values())
-        # again, because the forward of some members (Whisper's) ignores logits_to_keep
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else slice(None)
-        by_name = {n: output.logits[:, kept, : self.config.vocab_size][rows] for n, output in outputs.items()}
-        logits = [by_name.get(name, by_name[active[0]]) for name in self.config.members]
-        return logits, weights, past_key_values, list(outputs.values())
-
-    def _run_passes(
-        self,
-        groups: Sequence[Sequence[str]],
-        inputs: Mapping[str, PassInputs],
-        caches: Mapping[str, Cache | None],
-        settings: Mapping[str, Any],
-        policy_kwargs: Mapping[str, Any],
-        up_to_head: bool,
-    ) -> dict[str, Any]:
-        """The output of each member, those of a group from one pass; `up_to_head` leaves out the output embedding."""
-        outputs: dict[str, Any] = {}
-        for name, *others in groups:
-            own = {**settings, **(policy_kwargs if name == "policy" else {})}
-            with self.as_member(name) as model, torch.set_grad_enabled(torch.is_grad_enabled() and name == "policy"):
-                run = model.get_decoder() if up_to_head else model
-                if others:
-                    group = [name, *others]
-                    read, written = [inputs[each] for each in group], [caches[each] for each in group]
-                    outputs |= zip(group, run_together(run, read, written, own), strict=True)
-                else:
-                    outputs[name] = run(**vars(inputs[name]), past_key_values=caches[name], **own)
-        return outputs
-
-    def _returns_states(self) -> bool:
-        """Whether the members return hidden states or attentions without being asked."""
-        configs = [member.config for member in self.members]
-        return any(config.output_hidden_states or config.output_attentions for config in configs)
-
-    def _shared_linear_head(self, active: Sequence[str]) -> HeadTransform | None:
-        """The transform of the head that all active members share; None if they do not, or it is not linear."""
-        is_shared = len(active) > 1 and {self.config.model_of(name) for name in active} == {"policy"}
-        if not is_shared or self.config.scheme != "logit" or self.config.plausibility is not None:
-            return None
-        if torch.is_grad_enabled() and self.config.anchors_that_are_the_policy:
-            return None  # the head trains, on the policy's states alone
-        if not self._head_transform_is_known and not torch.compiler.is_compiling():
-            self._head_transform_is_known = True
-            try:
-                transform = infer_head_transform(self.policy)
-                self._head_transform = transform if transform.softcap is None else None
-            except ValueError:  # for example a head with adapters, which then differs between members
-                self._head_transform = None
-        return self._head_transform
-
-    def _mix_before_head(self, hidden_KBTD: Sequence[Tensor], weights: Tensor, transform: HeadTransform) -> Tensor:
-        """The mixture's logits `[B, T, V]`: `sum_k w_k (W h_k + b) = W (sum_k w_k h_k) + (sum_k w_k) b`."""
-        head = self.policy.get_output_embeddings()
-        hidden_BTD = mix_logits(hidden_KBTD, weights).to(hidden_KBTD[0].dtype)
-        logits_BTV = head(hidden_BTD)
-        if getattr(head, "bias", None) is not None:
-            excess = (weights.sum(-1) - 1).to(logits_BTV)
-            logits_BTV = logits_BTV + excess.view(-1, 1, 1) * head.bias
-        return logits_BTV if transform.scale == 1 else logits_BTV * transform.scale
-
-
-def _is_active(weights: Tensor, sharded: bool) -> list[bool]:
-    """Whether each member runs: its weight is not 0 for every sequence. If all are 0, the policy gives the shape.
-
-    With sharded weights all run at weights of each sequence, which are others in other processes.
-    """
-    if sharded and weights.dim() == 2:
-        return [True] * weights.shape[1]
-    is_active: list[bool] = (weights.reshape(-1, weights.shape[-1]) != 0).any(0).tolist()
-    return is_active if any(is_active) else [True, *is_active[1:]]

@@ -3,7 +3,7 @@
 Shape legend: B sequences, R distinct prompts among them, T tokens of a prompt.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +52,7 @@ def distinct_prompts(ids_BT: Tensor, *others_BT: Tensor | None) -> DistinctPromp
 
 
 def repeated_prefill(
-    inputs: Sequence[PassInputs], cache: Cache | None, logits_to_keep: int | Tensor, arguments: dict[str, Any]
+    inputs: Sequence[PassInputs], cache: Cache | None, logits_to_keep: int | Tensor, arguments: Mapping[str, Any]
 ) -> DistinctPrompts | None:
     """The distinct prompts of a pass that fills an empty cache and keeps the last logits; None for any other pass.
 

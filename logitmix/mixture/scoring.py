@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from logitmix.mixture.base import MixtureBase
 from logitmix.mixture.configuration import Alpha
 from logitmix.mixture.decoding.support import SequenceSupport, Support
 from logitmix.mixture.diagnostics import MixtureDiagnostics
@@ -19,6 +18,7 @@ from logitmix.mixture.member_prompts import MemberPrompts, Prompts, validate_pro
 from logitmix.mixture.mixing import Weights
 from logitmix.mixture.padding import left_pad, position_ids_from_mask
 from logitmix.mixture.router import WITH_ROUTER_LOGITS, load_balancing_loss
+from logitmix.mixture.running import RunningMixture
 
 
 def num_labelled(labels: Tensor) -> int:
@@ -28,7 +28,7 @@ def num_labelled(labels: Tensor) -> int:
 
 
 def score_labels(
-    model: MixtureBase,
+    model: RunningMixture,
     input_ids: Tensor,
     attention_mask: Tensor,
     labels: Tensor,
@@ -87,7 +87,7 @@ def score_labels(
 
 
 def score_and_diagnose_labels(
-    model: MixtureBase,
+    model: RunningMixture,
     input_ids: Tensor,
     attention_mask: Tensor,
     labels: Tensor,
@@ -131,7 +131,7 @@ def following_prompts(model: PreTrainedModel, num_tokens: int) -> dict[str, Any]
 
 @torch.no_grad()
 def continuation_logits(
-    model: MixtureBase, contexts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]
+    model: RunningMixture, contexts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]
 ) -> Tensor:
     """The mixture's logits `[B, T, V]` at each token of the longest continuation, of token ids of any lengths.
 
@@ -156,7 +156,7 @@ def continuation_logits(
     return logits
 
 
-class ScoringMixture(MixtureBase):
+class ScoringMixture(RunningMixture):
     """A mixture with methods that score tokens."""
 
     def score(
