@@ -7,7 +7,8 @@ an architecture does to its logits (soft caps, scaling, biases) happens before t
 one linear head mix their hidden states instead.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from logitmix.mixture.base import MixtureBase
 from logitmix.mixture.cache import member_caches, validate_cached_tokens
+from logitmix.mixture.configuration import LogitMixConfig
 from logitmix.mixture.folding import passes, run_together
 from logitmix.mixture.head import HeadTransform, infer_head_transform
 from logitmix.mixture.member_prompts import MemberPrompts, PassInputs
@@ -58,6 +60,24 @@ class Passes:
         return states_BTX if self.prompts is None else self.prompts.expand(states_BTX)
 
 
+@contextmanager
+def index_errors(config: LogitMixConfig, member: str) -> Iterator[None]:
+    """Within the context, a token or position that the member has no embedding of is a `ValueError` of one sentence.
+
+    Members without a table of positions read more tokens than their context, as in transformers.
+    """
+    try:
+        yield
+    except IndexError as error:
+        if "index out of range in self" not in str(error):
+            raise
+        context = config.context_lengths[config.members.index(member)]
+        raise ValueError(
+            f"{member} has no embedding of a token or of its position: its vocabulary has {config.vocab_size} tokens, "
+            f"and its context {context}; shorten the prompt, lower max_new_tokens, or correct the ids"
+        ) from error
+
+
 class RunningMixture(MixtureBase):
     """A mixture with the method that runs its members."""
 
@@ -88,6 +108,8 @@ class RunningMixture(MixtureBase):
         """
         if input_ids is None or inputs_embeds is not None:
             raise ValueError("a mixture takes input_ids, not inputs_embeds: its members have different embeddings")
+        if input_ids.shape[-1] == 0:
+            raise ValueError("input_ids have no tokens; a prompt needs at least one, such as BOS")
         if weights.dim() == 2 and len(weights) != len(input_ids):
             raise ValueError(f"weights have {len(weights)} rows for a batch of {len(input_ids)} sequences")
         use_cache = self.config.use_cache if use_cache is None else use_cache
@@ -154,7 +176,11 @@ class RunningMixture(MixtureBase):
             own = {**settings, **(policy_kwargs if name == "policy" else {})}
             if not up_to_head:
                 own["logits_to_keep"] = call.logits_to_keep
-            with self.as_member(name) as model, torch.set_grad_enabled(torch.is_grad_enabled() and name == "policy"):
+            with (
+                self.as_member(name) as model,
+                torch.set_grad_enabled(torch.is_grad_enabled() and name == "policy"),
+                index_errors(self.config, name),
+            ):
                 run = model.get_decoder() if up_to_head else model
                 if others:
                     group = [name, *others]

@@ -209,7 +209,7 @@ def test_only_the_policy_has_dropout(kind, tmp_path):
 
 def test_the_policys_adapter_is_active_after_a_call_that_failed(folders):
     model = mixture("two adapters", folders)
-    with pytest.raises(IndexError):
+    with pytest.raises(ValueError, match="has no embedding of a token"):
         model(input_ids=torch.tensor([[10**6]]), alpha=1.0)
     torch.testing.assert_close(logits(model.policy), logits(reference(folders["policy adapter"])))
 

@@ -204,6 +204,22 @@ def test_alpha_requires_exactly_one_anchor(pair):
         model.alpha  # noqa: B018
 
 
+@pytest.mark.parametrize("decoding", ["joint", "alternating"])
+def test_ids_and_positions_without_an_embedding_are_refused(decoding):
+    model = LogitMixForCausalLM.from_members(tiny_member("llama"), tiny_member("gpt2", 1)).eval()
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "decoding": decoding}
+    with pytest.raises(ValueError, match=r"anchor_0 has no embedding .* its context 128; shorten the prompt"):
+        model.generate(torch.full((1, 126), 5), **settings)
+    with pytest.raises(ValueError, match=r"policy has no embedding of .* its vocabulary has 61 tokens"):
+        model.generate(torch.tensor([[5, 61]]), **settings)
+
+
+def test_a_prompt_without_tokens_is_refused(model):
+    for ids in (torch.empty(1, 0, dtype=torch.long), torch.empty(2, 0)):  # the second is of a tokenizer, of "" twice
+        with pytest.raises(ValueError, match="input_ids have no tokens; a prompt needs at least one"):
+            model(input_ids=ids)
+
+
 def test_inputs_embeds_are_rejected(model):
     with pytest.raises(ValueError, match="takes input_ids, not inputs_embeds"):
         model(inputs_embeds=torch.zeros(1, 2, 32))

@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 from logitmix.mixture.base import MixtureBase
 from logitmix.mixture.padding import position_ids_from_mask
 from logitmix.mixture.prefill import distinct_prompts
+from logitmix.mixture.running import index_errors
 
 
 class RewindableMember:
@@ -48,7 +49,7 @@ class RewindableMember:
         mask_BT = self._mask_BT
         if prompts is not None:
             ids_BC, mask_BT = prompts.select(ids_BC), prompts.select(mask_BT)
-        with self._mixture.as_member(self._name) as member:
+        with self._mixture.as_member(self._name) as member, index_errors(self._mixture.config, self._name):
             output = member(
                 input_ids=ids_BC,
                 attention_mask=mask_BT,
