@@ -134,7 +134,8 @@ class LogitMixConfig(MemberConfigs, PreTrainedConfig):
 
         Raises `ValueError` for a threshold outside (0, 1] and an unknown member.
         """
-        self.plausibility, self.plausibility_member = threshold, self.resolve_member_name(member)
+        checked = None if threshold is None else float(Plausibility(threshold).threshold)
+        self.plausibility, self.plausibility_member = checked, self.resolve_member_name(member)
         self._set_format_version()
 
     def set_member_prompts(self, prompts: Mapping[str, Sequence[int]]) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,14 +34,35 @@ def member_kwargs(kwargs: Mapping[str, Any], sources: Sequence[Any]) -> dict[str
         return {name: dict(kwargs) for name in names}
     validate_members(dtype, names)
     for name, source in zip(names, sources, strict=True):
-        given = dtype.get(name, "auto")
-        if isinstance(source, PreTrainedModel) and given != "auto" and as_dtype(given) != source.dtype:
-            raise ValueError(
-                f"dtype of {name} is {name_of(given)}, but it is a loaded model in {name_of(source.dtype)}; convert "
-                "it with model.to(dtype), or pass its folder"
-            )
+        _validate_loaded_dtype(name, source, dtype.get(name, "auto"))
     given = {name: dtype.get(name, "auto") for name in names}
     return {name: {**kwargs, "dtype": d if d == "auto" else as_dtype(d)} for name, d in given.items()}
+
+
+def validate_loading_arguments(kwargs: Mapping[str, Any], sources: Sequence[Any]) -> None:
+    """Raise `ValueError` for arguments of `from_pretrained` where every member is a loaded model already.
+
+    They would have no effect, nor would a misspelt argument of the mixture. A dtype that the models have is no error.
+    """
+    if not all(isinstance(source, PreTrainedModel) for source in sources):
+        return
+    for key, value in kwargs.items():
+        if key in ("dtype", "torch_dtype") and not isinstance(value, Mapping):
+            for name, source in zip(member_names(len(sources)), sources, strict=True):
+                _validate_loaded_dtype(name, source, "auto" if value is None else value)
+        elif key not in ("dtype", "trust_remote_code") and value is not None:
+            raise ValueError(
+                f"{key}={reprlib.repr(value)} has no effect: it is an argument for loading members, which are loaded "
+                "models already; leave it out, or pass folders"
+            )
+
+
+def _validate_loaded_dtype(name: str, source: Any, given: Any) -> None:
+    if isinstance(source, PreTrainedModel) and given != "auto" and as_dtype(given) != source.dtype:
+        raise ValueError(
+            f"dtype of {name} is {name_of(given)}, but it is a loaded model in {name_of(source.dtype)}; convert it "
+            "with model.to(dtype), or pass its folder"
+        )
 
 
 def validate_members(dtype: Mapping[str, Any], names: Sequence[str]) -> None:

@@ -24,7 +24,7 @@ from logitmix.mixture.adapters import (
 )
 from logitmix.mixture.architecture import validate_architecture
 from logitmix.mixture.configuration import NO_ADAPTER, LogitMixConfig, member_names
-from logitmix.mixture.dtypes import member_kwargs, validate_shared
+from logitmix.mixture.dtypes import member_kwargs, validate_loading_arguments, validate_shared
 from logitmix.mixture.frozen.references import same_model
 from logitmix.mixture.opening import describe, first_line, open_model, validate_files
 from logitmix.mixture.quantization import loading_kwargs, member_quantizations
@@ -52,6 +52,7 @@ def load_members(
     """
     _validate_sources(sources, peft_config)
     quantizations = member_quantizations(kwargs.pop("quantization_config", None), sources)
+    validate_loading_arguments(kwargs, sources)
     options = member_kwargs(kwargs, sources)
     for name, quantization in quantizations.items():
         options[name] |= loading_kwargs(quantization)

@@ -10,6 +10,7 @@ import math
 import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal, get_args
 
 import torch
@@ -41,7 +42,7 @@ class Plausibility:
     member: int = 0
 
     def __post_init__(self) -> None:
-        is_number = isinstance(self.threshold, int | float) and not isinstance(self.threshold, bool)
+        is_number = isinstance(self.threshold, Real) and not isinstance(self.threshold, bool)
         if not (is_number and 0 < self.threshold <= 1):
             raise ValueError(
                 f"plausibility is {self.threshold!r}, but must be above 0 and at most 1: the share of the most "

@@ -7,13 +7,15 @@ its first member. `PRESETS` has their weights as functions of alpha, for sweeps.
 """
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from logitmix.mixture.dtypes import validate_loading_arguments
 from logitmix.mixture.loading import Member, load_member
 from logitmix.mixture.member_prompts import Prompts, read_prompts
 from logitmix.mixture.mixing import Plausibility, Scheme, validate_weights
@@ -38,6 +40,15 @@ class Preset:
             )
         return self.of_alpha(float(alpha))
 
+    def mix(self, members: Sequence[Member], weights: list[float], kwargs: dict[str, Any]) -> LogitMixForCausalLM:
+        """The mixture at these weights. Raises `ValueError` for others in `kwargs`, which `from_members` takes."""
+        if "weights" in kwargs:
+            raise ValueError(
+                f"{self.name} takes alpha, not weights: its weights are {self.formula} for {', '.join(self.roles)}; "
+                "from_members takes any"
+            )
+        return LogitMixForCausalLM.from_members(members[0], list(members[1:]), weights=weights, **kwargs)
+
 
 PRESETS = {
     preset.name: preset
@@ -60,8 +71,8 @@ def dexperts(
     for toxicity and 3.2 for sentiment. The paper also cuts the base model's logits to its nucleus first, which this
     does not. The weights are `[1, alpha, -alpha]`. Raises `ValueError` for a negative alpha.
     """
-    weights = PRESETS["dexperts"].weights(alpha)
-    return LogitMixForCausalLM.from_members(base, [expert, antiexpert], weights=weights, **kwargs)
+    preset = PRESETS["dexperts"]
+    return preset.mix([base, expert, antiexpert], preset.weights(alpha), kwargs)
 
 
 def proxy_tuning(
@@ -74,8 +85,8 @@ def proxy_tuning(
     The paper's eq. 1 has alpha = 1; its section on controlling the strength varies it. The weights are
     `[1, alpha, -alpha]`. Raises `ValueError` for a negative alpha.
     """
-    weights = PRESETS["proxy_tuning"].weights(alpha)
-    return LogitMixForCausalLM.from_members(large, [small_tuned, small_base], weights=weights, **kwargs)
+    preset = PRESETS["proxy_tuning"]
+    return preset.mix([large, small_tuned, small_base], preset.weights(alpha), kwargs)
 
 
 def contrastive_decoding(
@@ -94,10 +105,11 @@ def contrastive_decoding(
 
     Raises `ValueError` for a negative alpha, or a plausibility outside (0, 1].
     """
-    weights = [1.0, -1.0] if alpha is None else PRESETS["contrastive_decoding"].weights(alpha)
+    preset = PRESETS["contrastive_decoding"]
+    weights = [1.0, -1.0] if alpha is None else preset.weights(alpha)
     if plausibility is not None:
         Plausibility(plausibility)  # before the members load
-    model = LogitMixForCausalLM.from_members(expert, amateur, weights=weights, **kwargs)
+    model = preset.mix([expert, amateur], weights, kwargs)
     model.config.set_plausibility(plausibility)
     return model
 
@@ -133,8 +145,14 @@ def guidance(
             f"scale is {scale!r}, but guidance takes a number of at least 1: its weights are scale, 1 - scale for the "
             "model with the prompt and with the negative prompt"
         )
+    other = next((key for key in ("weights", "alpha") if key in kwargs), None)
+    if other is not None:
+        raise ValueError(
+            f"guidance takes scale, not {other}: its weights are scale, 1 - scale; from_members takes any"
+        )
     scale = float(scale)
-    loaded = model if isinstance(model, PreTrainedModel) else load_member(str(model), **kwargs)
+    validate_loading_arguments(kwargs, [model])
+    loaded = load_member(str(model), **kwargs) if isinstance(model, (str, os.PathLike)) else model
     mixture = LogitMixForCausalLM.from_members(loaded, loaded, weights=[scale, 1 - scale])
     tokenizer = tokenizer or mixture.tokenizer
     if negative_prompt is None:

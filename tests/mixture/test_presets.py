@@ -1,12 +1,14 @@
 """The decode-time methods by name, against uncached loops in float32 that follow the papers' equations."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.mixture.presets import PRESETS
-from logitmix.presets import contrastive_decoding, dexperts, ensemble, proxy_tuning
+from logitmix.presets import contrastive_decoding, dexperts, ensemble, guidance, proxy_tuning
 from tests.helpers.members import INPUT, VOCAB_SIZE, character_tokenizer, tiny_member
 
 MEMBERS = [tiny_member("qwen2", 0), tiny_member("llama", 1), tiny_member("gpt2", 2)]
@@ -144,6 +146,14 @@ def test_presets_are_built_from_folders(tmp_path):
         (lambda: ensemble(MEMBERS[0]), "an ensemble is a list of at least 2 members, got a Qwen2ForCausalLM"),
         (lambda: ensemble(MEMBERS[:1]), "at least 2 members, got 1"),
         (lambda: ensemble("folder"), "is a list of at least 2 members, got 'folder'"),
+        (
+            lambda: dexperts(*MEMBERS, weights=[1, -1, 1]),
+            r"dexperts takes alpha, not weights: its weights are 1, \+alpha, -alpha for base, expert, antiexpert",
+        ),
+        (
+            lambda: contrastive_decoding("never", "loaded", alpha=None, weights=[-1, 1]),
+            "contrastive_decoding takes alpha, not weights: its weights are 1 [+] alpha, -alpha",
+        ),
     ],
 )
 def test_weights_that_are_not_the_methods_are_refused(build, message):
@@ -156,13 +166,47 @@ def test_a_plausibility_outside_its_range_is_refused(threshold):
     message = f"plausibility is {threshold!r}, but must be above 0 and at most 1"
     with pytest.raises(ValueError, match=message):
         contrastive_decoding("never", "loaded", plausibility=threshold)
+    config = contrastive_decoding(*MEMBERS[:2]).config
     with pytest.raises(ValueError, match=message):
-        ensemble(MEMBERS).config.set_plausibility(threshold)
+        config.set_plausibility(threshold)
+    assert config.plausibility == 0.1
 
 
 def test_numbers_of_numpy_are_numbers():
     assert dexperts(*MEMBERS, alpha=np.float32(1.5)).config.weights == [1, 1.5, -1.5]
     assert ensemble(MEMBERS[:2], np.array([1, 2])).config.weights == [1, 2]
+    config = contrastive_decoding(*MEMBERS[:2], plausibility=np.float32(0.25)).config
+    assert json.loads(config.to_json_string())["plausibility"] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (
+            lambda: contrastive_decoding(*MEMBERS[:2], beta=0.7),
+            "beta=0.7 has no effect: it is an argument for loading",
+        ),
+        (lambda: guidance(MEMBERS[0], [5], guidance_scale=3), "guidance_scale=3 has no effect"),
+        (lambda: ensemble(MEMBERS, attn_implementation="eager"), "attn_implementation='eager' has no effect"),
+        (
+            lambda: ensemble(MEMBERS, dtype="bfloat16"),
+            "dtype of policy is bfloat16, but it is a loaded model in float32",
+        ),
+        (
+            lambda: guidance(MEMBERS[0], [5], alpha=0.3),
+            "guidance takes scale, not alpha: its weights are scale, 1 - scale",
+        ),
+        (lambda: guidance(5, [5]), "a member must be a model of transformers, a folder or a hub id, got int"),
+    ],
+)
+def test_arguments_without_effect_are_refused(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_the_dtype_of_loaded_models_may_be_stated():
+    for dtype in ("float32", torch.float32, "auto", None):
+        assert ensemble(MEMBERS[:2], dtype=dtype).policy is MEMBERS[0]
 
 
 def test_a_negative_weight_is_refused_with_the_scheme_prob():
