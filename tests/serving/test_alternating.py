@@ -159,7 +159,7 @@ class TestInOneEngine:
         assert metric(llm, "vllm:spec_decode_num_drafts") > drafted
 
     @pytest.mark.runners
-    def test_a_request_whose_input_arrives_in_chunks_is_decoded_jointly(self, mixture, llm):
+    def test_each_chunk_of_a_streamed_input_takes_turns_at_its_own_alpha(self, mixture, llm):
         add(llm, "other", PROMPTS[2], greedy_params({"alpha": 0.6}))
         assert_a_session_matches_transformers(mixture, llm)
         finish(llm)

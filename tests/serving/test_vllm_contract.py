@@ -190,8 +190,6 @@ BEHAVIOUR = [
     ("vllm.v1.engine.input_processor", "InputProcessor", "build_custom_logits_processors_params_validator(custom_"),
     ("vllm.v1.engine.input_processor", "InputProcessor", "validate_logits_processors_parameters"),
     ("vllm.config.vllm", "VllmConfig._get_v2_model_runner_unsupported_features", "'suffix'"),
-    # a session's next chunk of input has the id of the last, and comes from `_handle_stopped_request`
-    ("vllm.v1.request", "Request.__init__", "self.resumable = resumable"),
     # without the prompt's text, where it returns token ids
     (
         "vllm.entrypoints.openai.completion.serving",

@@ -105,12 +105,9 @@ class AlternatingScheduler(Scheduler):
         """The member that runs: the one that did not draft. None for both, which fits all requests.
 
         Both run where a request has more to read than its last token, where the requests' drafts are of both members,
-        where a turn costs more than it saves, and where a request awaits more input: vLLM then takes what one member
-        has read as read by both.
+        and where a turn costs more than it saves.
         """
         names, drafts = step.num_scheduled_tokens, step.scheduled_spec_decode_tokens
-        if any(self.requests[name].resumable for name in names):
-            return None
         if not self.prefilled.isdisjoint(names) or any(n - len(drafts.get(name, ())) > 1 for name, n in names.items()):
             return None
         if self.costs.choose_num_drafts(len(names), self.acceptance.rate, max_drafts=1) is None:
