@@ -1,5 +1,6 @@
 """Trainers that distil a tiny mixture."""
 
+from accelerate import DistributedType, PartialState
 from datasets import Dataset
 
 from logitmix.mixture.modeling import LogitMixForCausalLM
@@ -13,7 +14,13 @@ from tests.helpers.two_processes import mixture as mixture_of_adapters
 
 
 def distiller_of(
-    tmp_path, teacher: LogitMixForCausalLM | None = None, student="policy", tokenizer=None, peft_config=None, **kwargs
+    tmp_path,
+    teacher: LogitMixForCausalLM | None = None,
+    student="policy",
+    tokenizer=None,
+    peft_config=None,
+    sharded=False,
+    **kwargs,
 ) -> MixtureDistillationTrainer:
     teacher = teacher if teacher is not None else mixture()
     arguments = {
@@ -23,10 +30,14 @@ def distiller_of(
         "learning_rate": 1e-2,
         **SMALL_RUN,
     } | kwargs
+    args = LogitMixDistillationConfig(str(tmp_path), **arguments)
+    if sharded:
+        # accelerate shards on what it takes for accelerators alone; all that follows runs on the CPU all the same
+        PartialState().distributed_type = DistributedType.MULTI_GPU
     result = MixtureDistillationTrainer(
         build_student(teacher, student) if isinstance(student, str) else student,
         teacher,
-        LogitMixDistillationConfig(str(tmp_path), **arguments),
+        args,
         train_dataset=Dataset.from_dict({"prompt": PROMPTS * 8}),
         processing_class=tokenizer or character_tokenizer(),
         peft_config=peft_config,

@@ -12,7 +12,7 @@ SCRIPT = """
     import sys
     import torch
     from pathlib import Path
-    from accelerate import DistributedType, PartialState
+    from accelerate import PartialState
     from logitmix.training.student_adapters import shared_bytes
     from tests.helpers.distill import distiller_of, pair_to_distil
     from tests.helpers.two_processes import use_fsdp2, whole
@@ -21,8 +21,7 @@ SCRIPT = """
     state = PartialState(cpu=True)
     if sharded:
         use_fsdp2()
-        PartialState().distributed_type = DistributedType.MULTI_GPU
-    options = dict(optim="sgd", lr_scheduler_type="constant", learning_rate=0.1)
+    options = dict(sharded=sharded, optim="sgd", lr_scheduler_type="constant", learning_rate=0.1)
     options |= dict(max_grad_norm=0.0, max_steps=2, per_device_train_batch_size=3)
     trainer = distiller_of(folder, *pair_to_distil(on_one_base), save_strategy="steps", save_steps=1, **options)
     sampled = []
@@ -33,6 +32,7 @@ SCRIPT = """
         return completions
     trainer.sample = record
     trainer.train()
+    assert trainer.is_fsdp_enabled == sharded
     after = {{name.removeprefix("module."): whole(p) for name, p in trainer.model.named_parameters()}}
     again = distiller_of(folder, *pair_to_distil(on_one_base), **options)
     again.train(resume_from_checkpoint=str(folder / "checkpoint-1"))
