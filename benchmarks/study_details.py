@@ -39,7 +39,7 @@ def kinds(run: Path) -> None:
 
 @torch.no_grad()
 def ratios(seed: Path) -> None:
-    """The base's probability over the untrained mixture's, at each token of the policy target's first right answers."""
+    """The base's probability over the untrained mixture's, at each token of the first right answers."""
     tokenizer = AutoTokenizer.from_pretrained(seed / "base")
     members = [AutoModelForCausalLM.from_pretrained(seed / name).eval() for name in ("base", "sft")]
     found: dict[int, list[float]] = defaultdict(list)
