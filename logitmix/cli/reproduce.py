@@ -31,6 +31,13 @@ class ReproduceArguments:
     seeds: int = field(
         default=3, metadata={"help": "Number of seeds, from 0; running again with more adds the missing ones."}
     )
+    earlier_results: str | None = field(
+        default=None,
+        metadata={
+            "help": "results.jsonl of an earlier report at the same scale, as of another machine: its seeds join "
+            "the report and are not run again."
+        },
+    )
     output_dir: str | None = field(
         default=None, metadata={"help": "Folder of the reproduction; default: runs/reproduce-SCALE."}
     )
@@ -61,14 +68,23 @@ def main(argv: Sequence[str]) -> None:
 def run(args: ReproduceArguments) -> None:
     from logitmix.paper.claims import validate_num_problems
     from logitmix.paper.reproduction import REPORT, report_stages, run_stages, start_reproduction
+    from logitmix.paper.results import read_earlier_results
     from logitmix.runs.console import console
 
     scale = load_scale(args.scale)
     if args.seeds < 1:
         raise ValueError(f"seeds is {args.seeds}, but must be at least 1; 3 show how much seeds differ")
     folder = Path(args.output_dir or f"runs/reproduce-{args.scale}")
-    planned = plan_stages(scale, args.seeds, folder, args.eval_limit, args.decoding, args.extra_arms)
-    validate_num_problems(planned[-1].settings["eval_limit"])
+    planned = plan_stages(scale, range(args.seeds), folder, args.eval_limit, args.decoding, args.extra_arms)
+    num_problems = planned[-1].settings["eval_limit"]
+    validate_num_problems(num_problems)
+    earlier: list[dict[str, Any]] = []
+    if args.earlier_results is not None:
+        arms = {stage.kind for stage in planned if stage.verb in ("train", "distill")}
+        earlier = read_earlier_results(Path(args.earlier_results), args.scale, arms, num_problems)
+        planned = [stage for stage in planned if stage.seed not in {row["seed"] for row in earlier[1:]}]
+        if not planned:
+            raise ValueError(f"{args.earlier_results} has every seed below {args.seeds}; give more --seeds")
     if args.dry_run:
         print_commands(planned)
         return
@@ -77,10 +93,10 @@ def run(args: ReproduceArguments) -> None:
     arguments |= {} if args.extra_arms is None else {"extra_arms": args.extra_arms}
     start_reproduction(folder, arguments)
     try:
-        for seed in range(args.seeds):
+        for seed in sorted({stage.seed for stage in planned}):
             stages = [stage for stage in planned if stage.seed <= seed]
             run_stages(stages, planned, folder, run_stage)
-            report_stages(folder, args.scale, stages)
+            report_stages(folder, args.scale, stages, earlier)
     except KeyboardInterrupt:
         console.print("Run the same command to continue; complete stages are not made again.")
         raise

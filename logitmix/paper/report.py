@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from logitmix.evaluation.report.curves import PANELS, Arm, Panel, group_by_arm, panel_lines, read_runs
+from logitmix.evaluation.report.curves import PANELS, Arm, Panel, Run, panel_lines
 from logitmix.evaluation.report.figures import plot_panel, plot_sweep
 from logitmix.evaluation.report.pages import reproduction_page
 from logitmix.evaluation.report.tables import interval, percent
@@ -39,23 +39,18 @@ SIGNS = {"holds": "✓", "does not hold": "✗", "undecided": "?"}
 EXTRA_PANELS = {"alpha": ("fixed_mixing", "adaptive_mixing"), "reward": tuple(TITLES)}
 
 
-def write_report(folder: Path, rows: Sequence[Mapping[str, Any]], runs: Mapping[str, Sequence[Path]]) -> None:
+def write_report(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write `results.jsonl`, `claims.json`, the figures, `README.md` and `index.html` into the folder.
 
-    `rows` are those of `results.jsonl`; the first describes the reproduction. `runs` has the folders of the training
-    runs of every arm, one for each seed.
+    `rows` are those of `results.jsonl`; the first describes the reproduction.
     """
     outcomes = Outcomes(rows)
     findings = evaluate_claims(outcomes)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RESULTS_FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "claims.json").write_text(json.dumps([asdict(finding) for finding in findings], indent=2) + "\n")
-    arms = {
-        arm: group_by_arm(replace(read_runs(str(path))[0], label=TITLES[arm]) for path in paths)[0]
-        for arm, paths in runs.items()
-    }
     cells = sweep_cells(outcomes)
-    figures = plot_figures(folder, cells, arms)
+    figures = plot_figures(folder, cells, {arm: collect_arm(arm, rows) for arm in TITLES})
     tables = [*complement_tables(outcomes), sweep_table(cells), arms_table(outcomes), *one_model_tables(outcomes)]
     about, notes = rows[0], reading_notes(outcomes)
     readme = markdown(about, findings, notes, tables, figures)
@@ -66,7 +61,7 @@ def write_report(folder: Path, rows: Sequence[Mapping[str, Any]], runs: Mapping[
     ]
     page = reproduction_page(
         about=about,
-        made_on=format_provenance(about),
+        made_on=describe_origins(about),
         counts=count_verdicts(findings),
         findings=shown,
         notes=notes,
@@ -75,6 +70,19 @@ def write_report(folder: Path, rows: Sequence[Mapping[str, Any]], runs: Mapping[
         others=[cell.replace("/", "-") for cell in PAPER_CELLS if cell != about["cell"]],
     )
     (folder / "index.html").write_text(page, encoding="utf-8")
+
+
+def collect_arm(arm: str, rows: Sequence[Mapping[str, Any]]) -> Arm:
+    """The arm's curves: what was evaluated and logged in each seed."""
+    updates = rows[0].get("updates_per_outer_step", 1.0)
+    own = [row for row in rows if row.get("arm") == arm]
+    runs = []
+    for seed in sorted({row["seed"] for row in own}):
+        evaluations, metrics = (
+            [row for row in own if (row["seed"], row["what"]) == (seed, what)] for what in ("evaluation", "training")
+        )
+        runs.append(Run(Path(f"seed-{seed}", arm), TITLES[arm], {}, evaluations, metrics, updates))
+    return Arm(TITLES[arm], runs)
 
 
 def plot_figures(folder: Path, cells: SweepCells, arms: Mapping[str, Arm]) -> dict[str, str]:
@@ -137,6 +145,16 @@ def format_rates(finding: Finding) -> str:
     return ", ".join(f"{name}: {percent(value)} %" for name, value in finding.rates.items())
 
 
+def describe_origins(about: Mapping[str, Any]) -> list[str]:
+    """Where the seeds were run: a line for this reproduction, and one for each earlier report that it continues."""
+    lines = [f"{format_provenance(about)}."]
+    while "earlier" in about:
+        about = about["earlier"]
+        seeds = ", ".join(map(str, about["seeds_taken"]))
+        lines.append(f"From an earlier report, seed {seeds}: {format_provenance(about)}.")
+    return lines
+
+
 def format_provenance(about: Mapping[str, Any]) -> str:
     """Hardware, time, versions and commit, in one line."""
     devices = ", ".join(about["devices"]) or "no GPU"
@@ -183,7 +201,7 @@ def markdown(
             "## Figures\n",
             "Lines are means over seeds, bands go from the lowest seed to the highest.\n",
             *(f"![{title}]({name}.png)\n" for name, title in figures.items()),
-            f"## Made on\n\n{format_provenance(about)}.",
-            "",
+            "## Made on\n",
+            *(f"{line}\n" for line in describe_origins(about)),
         ]
     )

@@ -1,6 +1,6 @@
 """The stages of a reproduction: what is run, in which order, with which settings."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ class Stage:
 
 def plan_stages(
     scale: Scale,
-    seeds: int,
+    seeds: Iterable[int],
     folder: Path,
     eval_limit: int | None = None,
     decoding: str | None = None,
@@ -74,11 +74,10 @@ def plan_stages(
     for arm in extra:
         if arm not in EXTRA_TITLES:
             raise unknown_name("extra arm", arm, EXTRA_TITLES)
-    folders = [folder / f"seed-{seed}" for seed in range(seeds)]
     return [
         stage
-        for seed, own in enumerate(folders)
-        for stage in _plan_seed(scale, seed, own, eval_limit, decoding, extra)
+        for seed in seeds
+        for stage in _plan_seed(scale, seed, folder / f"seed-{seed}", eval_limit, decoding, extra)
     ]
 
 

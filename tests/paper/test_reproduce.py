@@ -10,12 +10,15 @@ from logitmix.cli.__main__ import main
 from logitmix.cli.options.parser import build
 from logitmix.paper.claims import CLAIMS
 from logitmix.paper.recipes import ARMS, EXTRA_ARMS, EXTRA_TITLES, PAPER_CELLS
+from logitmix.paper.report import write_report
 from logitmix.paper.reproduction import format_time_left
 from logitmix.paper.scales import SCALES, load_scale
 from logitmix.paper.stages import plan_stages
 from tests.helpers.browser import ParsedPage, assert_self_contained, page_in_chromium
+from tests.helpers.paths import ROOT
 
 KINDS = ["base", "sft", "sweep", *ARMS, *EXTRA_TITLES]
+RESULTS = ROOT / "docs" / "results" / "smollm2" / "results.jsonl"
 CLAIMED = len(CLAIMS) + len(EXTRA_TITLES)
 
 
@@ -115,6 +118,36 @@ def test_the_page_uses_no_network_and_fits_a_phone(interrupted):
 
 
 @pytest.mark.slow
+def test_seeds_of_an_earlier_report_join_the_report_and_are_not_run(interrupted, tmp_path):
+    """As if seed 0 had run on another machine."""
+    earlier = interrupted / "report" / "results.jsonl"
+    folder = tmp_path / "out"
+    flags = ["--scale", "smoke", "--seeds", "2", "--earlier_results", str(earlier), "--output_dir", str(folder)]
+    assert main(["reproduce", *flags]) == 0
+    assert {row["seed"] for row in rows_of(folder / "times.jsonl")} == {1}
+    assert not (folder / "seed-0").exists()
+    about, *rows = rows_of(folder / "report" / "results.jsonl")
+    theirs, *expected = rows_of(earlier)
+    assert [row for row in rows if row["seed"] == 0] == expected
+    assert len([row for row in rows if row["seed"] == 1]) == len(expected)
+    assert (about["seeds"], about["earlier"]) == (2, theirs | {"seeds_taken": [0]})
+    for name in ("README.md", "index.html"):
+        page = (folder / "report" / name).read_text()
+        assert "logitmix reproduce --scale smoke --seeds 2" in page
+        assert "From an earlier report, seed 0:" in page
+    assert "fixed mixing, 2 seeds" in (folder / "report" / "figure-2.svg").read_text()
+
+
+def test_a_report_is_a_function_of_its_results(tmp_path):
+    """The committed page of a real model is what today's code makes of the numbers beside it."""
+    committed = RESULTS.parent
+    write_report(tmp_path, rows_of(RESULTS))
+    assert {file.name for file in tmp_path.iterdir()} == {file.name for file in committed.iterdir()}
+    for name in ("results.jsonl", "claims.json", "README.md"):
+        assert (tmp_path / name).read_text() == (committed / name).read_text(), name
+
+
+@pytest.mark.slow
 def test_another_scale_in_its_folder_is_rejected(interrupted, capsys):
     before = (interrupted / "run.jsonl").read_text()
     assert main(["reproduce", "--scale", "tiny", "--output_dir", str(interrupted)]) == 2
@@ -135,6 +168,25 @@ def test_another_scale_in_its_folder_is_rejected(interrupted, capsys):
 )
 def test_wrong_input(tmp_path, capsys, flags, message):
     assert main(["reproduce", "--output_dir", str(tmp_path / "out"), *flags]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--scale", "tiny"], "is of the scale 'smollm2', not 'tiny'; give --scale smollm2"),
+        (["--eval_limit", "50"], "has 100 test problems, not 50; give --eval_limit 100"),
+        (["--extra_arms", "anneal"], "differ in anneal; change --extra_arms"),
+        (["--seeds", "1"], "has every seed below 1; give more --seeds"),
+        (["--earlier_results", "nowhere.jsonl"], "nowhere.jsonl does not exist"),
+        (["--earlier_results", str(RESULTS.with_name("README.md"))], "README.md is not JSON lines"),
+        (["--earlier_results", str(RESULTS.parent)], "is a folder; give the results.jsonl in it"),
+    ],
+)
+def test_results_of_another_reproduction_are_rejected_before_anything_runs(tmp_path, capsys, flags, message):
+    first = ["--scale", "smollm2", "--earlier_results", str(RESULTS), "--output_dir", str(tmp_path / "out")]
+    assert main(["reproduce", *first, *flags]) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "out").exists()
 
@@ -163,7 +215,7 @@ def test_a_dry_run_prints_the_commands_and_writes_nothing(tmp_path, capsys):
 @pytest.mark.parametrize("name", ["tiny", *(cell.replace("/", "-") for cell in PAPER_CELLS)])
 def test_every_scale_trains_what_the_paper_compares(name, tmp_path):
     """Policy and anchor of every arm, in the options that its stage is run with."""
-    planned = plan_stages(load_scale(name), 1, tmp_path)
+    planned = plan_stages(load_scale(name), [0], tmp_path)
     sft = str(tmp_path / "seed-0" / "sft")
     (stage,) = [stage for stage in planned if stage.kind == "sft"]
     base = stage.settings["model_name_or_path"]
@@ -180,11 +232,11 @@ def test_every_scale_trains_what_the_paper_compares(name, tmp_path):
 
 
 def test_any_scale_may_run_the_arms_beyond_the_paper(tmp_path):
-    assert [stage.kind for stage in plan_stages(load_scale("tiny"), 1, tmp_path)] == KINDS
-    without = [stage.kind for stage in plan_stages(load_scale("math-3b"), 1, tmp_path)]
+    assert [stage.kind for stage in plan_stages(load_scale("tiny"), [0], tmp_path)] == KINDS
+    without = [stage.kind for stage in plan_stages(load_scale("math-3b"), [0], tmp_path)]
     assert without == ["sft", "sweep", *ARMS]
     arms = ["distilled", "anneal"]
-    *_, student, anneal = plan_stages(load_scale("math-3b"), 1, tmp_path, extra_arms=arms)
+    *_, student, anneal = plan_stages(load_scale("math-3b"), [0], tmp_path, extra_arms=arms)
     assert [student.kind, anneal.kind] == arms
     options = build(distill.DistillOptions, None, {**student.settings, "use_cpu": True, "bf16": False})
     args = options.training

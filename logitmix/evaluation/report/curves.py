@@ -1,7 +1,7 @@
 """Training runs for a report: read from their folders, grouped by arm, and turned into curves."""
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,18 @@ IGNORED_ARGUMENTS = {
 
 @dataclass(frozen=True)
 class Run:
-    """The contents of a run's folder; `label` is the arm that the user named, if any."""
+    """The contents of a run's folder.
+
+    label:   the arm that the user named, if any
+    updates: in an outer step
+    """
 
     folder: Path
     label: str | None
-    arguments: dict[str, Any]
-    evaluations: list[dict[str, Any]]
-    metrics: list[dict[str, Any]]
+    arguments: Mapping[str, Any]
+    evaluations: Sequence[Mapping[str, Any]]
+    metrics: Sequence[Mapping[str, Any]]
+    updates: float = 1.0
 
     @property
     def name(self) -> str | None:
@@ -42,13 +47,6 @@ class Run:
     def is_drawn(self) -> bool:
         """Whether any panel shows a number of the run."""
         return any(points(self, panel.source, key) for panel in PANELS for key in panel.keys)
-
-    @property
-    def updates(self) -> float:
-        """The number of updates in an outer step; 1 if the run does not record it."""
-        per_generation = self.arguments.get("steps_per_generation") or 1
-        accumulated = self.arguments.get("gradient_accumulation_steps") or 1
-        return per_generation * (self.arguments.get("num_iterations") or 1) / accumulated
 
     @property
     def progress(self) -> str:
@@ -169,7 +167,15 @@ def _read(folder: Path, label: str) -> Run:
         for name in (RUN_FILE, EVALUATIONS_FILE, METRICS_FILE)
     }
     arguments = lines[RUN_FILE][-1]["arguments"] if lines[RUN_FILE] else {}
-    return Run(folder, label or None, arguments, lines[EVALUATIONS_FILE], lines[METRICS_FILE])
+    updates = count_updates(arguments)
+    return Run(folder, label or None, arguments, lines[EVALUATIONS_FILE], lines[METRICS_FILE], updates)
+
+
+def count_updates(arguments: Mapping[str, Any]) -> float:
+    """The number of updates in an outer step of a run with these arguments; 1 if they do not say."""
+    per_generation = arguments.get("steps_per_generation") or 1
+    accumulated = arguments.get("gradient_accumulation_steps") or 1
+    return float(per_generation * (arguments.get("num_iterations") or 1) / accumulated)
 
 
 def group_by_arm(runs: Iterable[Run]) -> list[Arm]:
@@ -194,7 +200,7 @@ def group_by_arm(runs: Iterable[Run]) -> list[Arm]:
 def points(run: Run, source: str, key: str) -> dict[float, float]:
     """A quantity of a run by outer step, at the steps where the run recorded it; see `Panel` for `source`."""
     if source == "metrics":
-        rows: Sequence[dict[str, Any]] = run.metrics
+        rows = run.metrics
     else:
         name = run.name if source == "main" else source
         rows = [row for row in run.evaluations if row["name"] == name]
