@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from rich.console import Console
 from rich.table import Table
 
-from logitmix.cli.options.data import DataArguments
+from logitmix.cli.options.data import RenderedDataArguments
 from logitmix.cli.options.parser import parse
 from logitmix.cli.options.validation import validate_at_least
 from logitmix.tasks import Task
@@ -36,7 +36,7 @@ class TrialArguments:
 
 @dataclass
 class CheckTaskOptions:
-    task: DataArguments
+    task: RenderedDataArguments
     trial: TrialArguments
 
 

@@ -126,6 +126,7 @@ def run(options: DistillOptions, command: Sequence[str]) -> None:
     checkpoint = find_checkpoint(args.output_dir, arguments, args.resume_from_checkpoint)
 
     task = task_args.load()
+    task.chat_template_kwargs = args.chat_template_kwargs or {}
     mixture = load_model(model_args, mixture_args)
     if not isinstance(mixture, LogitMixForCausalLM):
         raise ValueError(
@@ -242,7 +243,8 @@ def sft_trainer(
             "accelerate launch, or use --method on_policy"
         )
     assert args.max_completion_length is not None
-    prompt_ids = tokenize_prompts(tokenizer, [task.prompt(problem) for problem in problems])
+    prompts = [task.prompt(problem) for problem in problems]
+    prompt_ids = tokenize_prompts(tokenizer, prompts, task.chat_template_kwargs)
     validate_sft_student(student, mixture, prompt_ids, args.max_completion_length)
     if peft_config is not None:
         validate_adapter_targets(student, peft_config)
@@ -304,7 +306,8 @@ def report(
         student, mixture, tokenizer, task, problems, str(folder), arguments, args.max_completion_length,
         options.student.report_batch_size,
     )  # fmt: skip
-    prompt_ids = tokenize_prompts(tokenizer, [task.prompt(problem) for problem in problems])
+    prompts = [task.prompt(problem) for problem in problems]
+    prompt_ids = tokenize_prompts(tokenizer, prompts, task.chat_template_kwargs)
     tokens = [
         compare_tokens(student, mixture, tokenizer, [r for r in responses if r.name == name], prompt_ids)
         for name in (MIXTURE, STUDENT)

@@ -57,13 +57,15 @@ def run(options: InspectOptions) -> None:
     if path.is_dir() or not path.parent.is_dir():
         raise ValueError(f"--output_file {path} cannot be written; give a file in a folder that exists")
     source, anchor = model_args.model_name_or_path, options.mixture.anchor
-    template = options.data.resolve(source, anchor).load().template
+    task = options.data.resolve(source, anchor).load()
+    template = task.template
     model = require_mixture(load_model(model_args, options.mixture), source)
     tokenizer = require_tokenizer(source)
     keep_tags(tokenizer, template)
     inspection = inspect(
-        model, tokenizer, template.prompt(args.question), args.max_new_tokens, template.stop, args.decoding
-    )
+        model, tokenizer, template.prompt(args.question), args.max_new_tokens, template.stop, args.decoding,
+        task.chat_template_kwargs,
+    )  # fmt: skip
     print_inspection(inspection)
     names = [source, anchor] if anchor else [f"{source} ({name})" for name in model.config.display_names]
     path.write_text(inspection_page(inspection, args.question, *names), encoding="utf-8")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from logitmix.cli.options.data import TaskArguments
+from logitmix.cli.options.data import CHAT_TEMPLATE_KWARGS, TaskArguments, parse_chat_template_kwargs
 from logitmix.cli.options.described import described
 from logitmix.cli.options.lora import AdapterArguments
 from logitmix.cli.options.model import ModelArguments
@@ -30,6 +30,10 @@ class DemonstrationArguments:
             "alone, for data without solutions."
         },
     )
+    chat_template_kwargs: dict | str | None = field(**CHAT_TEMPLATE_KWARGS)
+
+    def __post_init__(self) -> None:
+        self.chat_template_kwargs = parse_chat_template_kwargs(self.chat_template_kwargs)
 
 
 @dataclass
@@ -73,6 +77,8 @@ def run(options: SFTOptions, command: Sequence[str]) -> None:
     checkpoint = find_checkpoint(args.output_dir, arguments, args.resume_from_checkpoint)
 
     task = task_args.load()
+    assert not isinstance(options.demonstrations.chat_template_kwargs, str)
+    task.chat_template_kwargs = options.demonstrations.chat_template_kwargs or {}
     rows = task.demonstrations(task_args.train_limit, options.demonstrations.demonstrate)
     source = model_args.model_name_or_path
     if peft_config is not None and read_adapter_config(source) is not None:

@@ -155,7 +155,7 @@ def make_decoder(
     validate_decoding(model, decoding)
     prepare_for_task(tokenizer, task, problems)
     prompts = [task.prompt(problem) for problem in problems]
-    prompt_ids = tokenize_prompts(tokenizer, prompts)
+    prompt_ids = tokenize_prompts(tokenizer, prompts, task.chat_template_kwargs)
     texts = [p if isinstance(p, str) else tokenizer.decode(ids) for p, ids in zip(prompts, prompt_ids, strict=True)]
     settings = generation_settings(temperature) | {
         "max_new_tokens": _resolve_max_new_tokens(model, prompt_ids, max_new_tokens)

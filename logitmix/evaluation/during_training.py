@@ -1,5 +1,6 @@
 """Greedy evaluation of policy, anchor and mixture on test problems while they are trained."""
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -30,6 +31,8 @@ def evaluate_members(
     Processes share the problems. Each decodes equally many, because sharded weights are gathered by all processes
     together; a problem that is decoded twice for this reason counts once.
     """
+    task = copy.copy(task)
+    task.chat_template_kwargs = trainer.chat_template_kwargs  # prompts as in the rollouts
     share = process_share(len(problems), trainer.accelerator)
     mine = [problems[i % len(problems)] for i in share]
     batch_size = trainer.args.rollout_batch_size or BATCH_SIZE

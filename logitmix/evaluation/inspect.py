@@ -5,6 +5,7 @@ Shape legend: K members, T tokens of the response, V vocabulary.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,6 +109,7 @@ def inspect(
     max_new_tokens: int,
     stop_strings: tuple[str, ...] = (),
     decoding: Decoding = "auto",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Inspection:
     """Decode the prompt greedily with each member and the mixture, and inspect each token of the mixture's response.
 
@@ -116,7 +118,7 @@ def inspect(
     context, and for a `decoding` that the mixture does not have.
     """
     validate_decoding(model, decoding)
-    (prompt_ids,) = tokenize_prompts(tokenizer, [prompt])
+    (prompt_ids,) = tokenize_prompts(tokenizer, [prompt], chat_template_kwargs)
     length, longest = longest_prompt(model.config, len(prompt_ids))
     validate_fits_context(context_length(model.config), length, max_new_tokens, longest)
     names, own = model.config.display_names, model.config.weights

@@ -90,7 +90,7 @@ def measure_openings(
             encoded = tokenizer(completion, add_special_tokens=False, return_offsets_mapping=True)
             covered = [i for i, (a, b) in enumerate(encoded["offset_mapping"]) if b > start and a < b <= stop]
             if covered:
-                (prompt_ids,) = tokenize_prompts(tokenizer, [task.prompt(problem)])
+                (prompt_ids,) = tokenize_prompts(tokenizer, [task.prompt(problem)], task.chat_template_kwargs)
                 openings.append(_measure(model, tokenizer, prompt_ids, encoded["input_ids"], covered, forward))
     return openings
 

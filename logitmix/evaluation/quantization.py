@@ -48,7 +48,8 @@ def compare_quantized(
 
     Raises `ValueError` where a prompt and its response do not fit the context.
     """
-    prompt_ids = tokenize_prompts(tokenizer, [task.template.prompt(problem.question) for problem in problems])
+    prompts = [task.prompt(problem) for problem in problems]
+    prompt_ids = tokenize_prompts(tokenizer, prompts, task.chat_template_kwargs)
     validate_fits_context(
         context_length(original.config), max(map(len, prompt_ids)), max_new_tokens, "a prompt", "max_new_tokens"
     )

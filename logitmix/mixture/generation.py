@@ -4,7 +4,7 @@ A checkpoint may ship its own (Qwen2.5's sets temperature, top-k, top-p and a re
 every field from it that the caller does not set. Rollouts and evaluation must not depend on it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
@@ -26,6 +26,7 @@ from logitmix.mixture.tokenizers import (
     end_token_ids,
     leave_texts_open,
     validate_chat_template,
+    validate_no_chat_template_kwargs,
 )
 from logitmix.tasks.templates import Prompt
 
@@ -107,17 +108,27 @@ def generate_completions(
     return [completions[i] for i in range(len(input_ids))]
 
 
-def tokenize_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[list[int]]:
+def tokenize_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> list[list[int]]:
     """The token ids of each prompt, a text or the messages of a chat.
 
-    Messages are rendered by the chat template, up to the assistant's turn. The prompts are all texts or all messages,
-    as in TRL. Raises `ValueError` for messages that the tokenizer's chat template, if it has one, cannot render.
+    Messages are rendered by the chat template, up to the assistant's turn, with `chat_template_kwargs`. The prompts
+    are all texts or all messages, as in TRL. Raises `ValueError` for messages that the tokenizer's chat template, if
+    it has one, cannot render, and for `chat_template_kwargs` that nothing reads.
     """
+    kwargs = chat_template_kwargs or {}
     if all(isinstance(prompt, str) for prompt in prompts):
+        validate_no_chat_template_kwargs(kwargs)
         return leave_texts_open(tokenizer)(list(prompts))["input_ids"]
-    validate_chat_template(tokenizer)
+    validate_chat_template(tokenizer, kwargs)
     with chat_template_errors(tokenizer):
-        return tokenizer.apply_chat_template(list(prompts), add_generation_prompt=True, return_dict=True)["input_ids"]
+        rendered = tokenizer.apply_chat_template(
+            list(prompts), add_generation_prompt=True, return_dict=True, **kwargs
+        )  # fmt: skip
+    return rendered["input_ids"]
 
 
 def get_eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -3,9 +3,10 @@
 A tokenizer that fails one of them gives prompts or responses that are wrong in silence.
 """
 
+import re
 import string
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -82,14 +83,32 @@ def _added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[i
     return (whole[:-1], whole[-1:]) if whole and whole[-1] == tokenizer.eos_token_id else (whole, [])
 
 
-def validate_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise `ValueError` if the tokenizer has no chat template, or one that leaves out a user's text."""
+def validate_chat_template(tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any] | None = None) -> None:
+    """Raise `ValueError` if the tokenizer has no chat template, or one that leaves out a user's text.
+
+    `kwargs` are the `chat_template_kwargs`, of which the template must read each: Jinja ignores the others in silence.
+    """
     if tokenizer.chat_template is None:
         raise ValueError(
             f"the prompts are chats, but the tokenizer of {tokenizer.name_or_path!r} has no chat template; use a "
             "tokenizer that has one, or a text --template such as r1"
         )
+    for name in kwargs or {}:
+        if not re.search(rf"\b{re.escape(name)}\b", tokenizer.get_chat_template()):
+            raise ValueError(
+                f"chat_template_kwargs has {name!r}, which the chat template of {tokenizer.name_or_path!r} does not "
+                "read; correct the name, or leave it out"
+            )
     validate_renders_texts(tokenizer)
+
+
+def validate_no_chat_template_kwargs(kwargs: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for `chat_template_kwargs` beside prompts that are texts."""
+    if kwargs:
+        raise ValueError(
+            f"chat_template_kwargs is {dict(kwargs)}, but the prompts are texts, which no chat template renders; "
+            "leave it out, or use a --template of chats such as boxed"
+        )
 
 
 def validate_renders_texts(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, get_args
 
 from logitmix.tasks.rows import Message, open_question, open_text
@@ -45,12 +46,14 @@ class Problem:
 class Task(ABC):
     """A source of problems, and the template that asks them and grades the answers.
 
-    `load_task` constructs a task with the keyword `seed`, and with `data` if it is given.
+    `load_task` constructs a task with the keyword `seed`, and with `data` if it is given. `chat_template_kwargs` are
+    TRL's: arguments for the chat template that renders the prompts, such as `{"enable_thinking": False}`.
     """
 
     name: ClassVar[str]
     template: Template
     verifier: Verifier = "strict"
+    chat_template_kwargs: Mapping[str, Any] = MappingProxyType({})
 
     @abstractmethod
     def problems(self, split: Split, limit: int | None = None) -> list[Problem]:
@@ -105,9 +108,15 @@ class Task(ABC):
         return grade(self.template.through_stop(text), problem.answer, self.template, self.verifier == "lenient")
 
     def row(self, problem: Problem, completion: str) -> dict[str, Any]:
-        """A row for TRL's `SFTTrainer`: both columns are texts, or both are messages if the template is a chat."""
+        """A row for TRL's `SFTTrainer`: both columns are texts, or both are messages if the template is a chat.
+
+        `chat_template_kwargs` are a third column, if there are any.
+        """
         reply: Prompt = [{"role": "assistant", "content": completion}] if self.template.chat else completion
-        return {"prompt": self.prompt(problem), "completion": reply}
+        row = {"prompt": self.prompt(problem), "completion": reply}
+        if self.chat_template_kwargs:
+            row["chat_template_kwargs"] = dict(self.chat_template_kwargs)
+        return row
 
 
 def validate_request(split: str, limit: int | None) -> None:

@@ -12,7 +12,7 @@ from logitmix.training.sft import ResumableSFTConfig
 from logitmix.training.students import validate_vocabulary
 
 # Options of a distillation that SFT has not, but the samples of the mixture have
-_OF_SAMPLES = {"max_completion_length", "temperature", "decoding"}
+_OF_SAMPLES = {"max_completion_length", "temperature", "decoding", "chat_template_kwargs"}
 _OWN_DEFAULTS = {"remove_unused_columns"}  # SFT drops the columns that it has tokenized, a distillation reads them
 
 

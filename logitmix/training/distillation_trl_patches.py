@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DistillationTrainer
 from trl.data_utils import is_conversational
 
-from logitmix.mixture.tokenizers import chat_template_errors, validate_chat_template
+from logitmix.mixture.tokenizers import chat_template_errors, validate_chat_template, validate_no_chat_template_kwargs
 from logitmix.training.checkpointing.resume import by_epoch
 from logitmix.training.rollouts.trl_patches import GatheredGeneration
 from logitmix.training.transformers_patches import PatchedTrainer
@@ -77,8 +77,10 @@ class PatchedDistillationTrainer(PatchedTRLTrainer, GatheredGeneration, Distilla
 
     def _tokenized(self, prompts: list) -> tuple:
         """As TRL's, with one sentence for a chat template that fails, or leaves out the messages' texts."""
-        if is_conversational({"prompt": prompts[0]}) and not self._is_vlm:
-            validate_chat_template(self._tokenizer)
+        if not is_conversational({"prompt": prompts[0]}):
+            validate_no_chat_template_kwargs(self.chat_template_kwargs)
+        elif not self._is_vlm:
+            validate_chat_template(self._tokenizer, self.chat_template_kwargs)
         with chat_template_errors(self._tokenizer):
             tokenized: tuple = super()._tokenize_prompts(prompts)
         return tokenized

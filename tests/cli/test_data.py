@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from logitmix.cli.__main__ import main
-from logitmix.cli.options.data import CheckpointDataArguments, DataArguments
+from logitmix.cli.options.data import CheckpointDataArguments, RenderedDataArguments
 from logitmix.runs.files import RUN_FILE, read_jsonl
 from tests.helpers.commands import error_of, save_member
 
@@ -87,7 +87,7 @@ def test_without_a_run_it_is_the_arithmetic_task(tmp_path):
 def test_run_files_of_other_programs_are_ignored(line, tmp_path):
     folder = save_member(tmp_path / "model", 0)
     (Path(folder) / RUN_FILE).write_text(line + "\n" if line else "")
-    assert CheckpointDataArguments().resolve(folder) == DataArguments()
+    assert CheckpointDataArguments().resolve(folder) == RenderedDataArguments()
 
 
 def test_runs_may_differ_in_the_column_of_solutions_which_only_sft_reads(run, problems, tmp_path):

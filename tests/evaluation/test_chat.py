@@ -21,8 +21,11 @@ from tests.helpers.paths import SHARED
 START, END = "<|im_start|>", "<|im_end|>"
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<empty>{% endif %}{% endif %}"
 )
+NO_THINKING = {"enable_thinking": False}
+NO_THINKING_FLAG = ["--chat_template_kwargs", json.dumps(NO_THINKING)]
 TOKENIZER = SHARED / "tokenizers" / "qwen2.5"
 
 
@@ -129,6 +132,73 @@ def test_the_commands_accept_the_boxed_template(folders, tmp_path):
     ]) == 0  # fmt: skip
     rows = [json.loads(line) for line in (tmp_path / "eval" / "responses.jsonl").read_text().splitlines()]
     assert [row["name"] for row in rows] == ["policy"] * 2 + ["anchor"] * 2 + ["mixture"] * 2
+
+
+def test_chat_template_kwargs_reach_every_prompt(tokenizer):
+    task = load_task("arithmetic", template="boxed")
+    task.chat_template_kwargs = NO_THINKING
+    (problem,) = problems = task.problems("test", 1)
+    (ids,) = tokenize_prompts(tokenizer, [task.prompt(problem)], NO_THINKING)
+    assert tokenizer.decode(ids).endswith(f"{START}assistant\n<empty>")
+    (response,) = greedy_responses(member(tokenizer), tokenizer, task, problems, {"model": None}, max_new_tokens=4)
+    assert response.prompt == tokenizer.decode(ids)
+    (row,) = task.demonstrations(1)
+    assert row["chat_template_kwargs"] == NO_THINKING, "TRL's column"
+
+
+def test_a_run_is_evaluated_with_the_chat_template_kwargs_of_its_training(folders, tmp_path, capsys):
+    base, sft = folders
+    run, sizes = str(tmp_path / "run"), ["--max_completion_length", "4", "--logging_steps", "1", "--eval_limit", "1"]
+    assert main([
+        "train", "--model_name_or_path", base, "--anchor", sft, "--output_dir", run, *BOXED, *QUIET, *sizes,
+        "--per_device_train_batch_size", "4", "--num_generations", "2", "--eval_every", "1", *NO_THINKING_FLAG,
+    ]) == 0  # fmt: skip
+    evaluated = (tmp_path / "run" / "evaluation_responses.jsonl").read_text().splitlines()
+    assert all(json.loads(line)["prompt"].endswith("assistant\n<empty>") for line in evaluated)
+    for flags, expected in (([], True), (["--chat_template_kwargs", "{}"], False)):
+        out = tmp_path / f"eval-{expected}"
+        assert main(["eval", "--model_name_or_path", run, "--eval_limit", "1", "--max_new_tokens", "2", *flags,
+                     "--output_dir", str(out)]) == 0  # fmt: skip
+        rows = [json.loads(line) for line in (out / "responses.jsonl").read_text().splitlines()]
+        assert {row["prompt"].endswith("<empty>") for row in rows} == {expected}
+
+
+def test_a_distillation_is_reported_with_its_chat_template_kwargs(folders, tmp_path):
+    base, sft = folders
+    assert main([
+        "distill", base, "--anchor", sft, "--output_dir", str(tmp_path), *BOXED, *QUIET, "--eval_limit", "20",
+        "--per_device_train_batch_size", "2", "--max_completion_length", "2", *NO_THINKING_FLAG,
+    ]) == 0  # fmt: skip
+    rows = (tmp_path / "report" / "responses.jsonl").read_text().splitlines()
+    assert all(json.loads(row)["prompt"].endswith("<empty>") for row in rows)
+
+
+def test_sft_trains_on_chats_rendered_with_its_chat_template_kwargs(folders, tokenizer, tmp_path):
+    task = load_task("arithmetic", template="boxed")
+    task.chat_template_kwargs = NO_THINKING
+    dataset, _ = sft_dataset(task.demonstrations(2), tokenizer, max_length=None)
+    assert dataset["chat_template_kwargs"][:] == [NO_THINKING] * 2
+    flags = ["--model_name_or_path", folders[0], "--output_dir", str(tmp_path / "sft"), *BOXED, *QUIET]
+    assert main(["sft", *flags, *NO_THINKING_FLAG]) == 0
+    start = json.loads((tmp_path / "sft" / "run.jsonl").read_text().splitlines()[0])
+    assert start["arguments"]["chat_template_kwargs"] == NO_THINKING
+
+
+@pytest.mark.parametrize("command", ["sft", "train", "eval"])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (['{"enable_thinkin": false}'], "has 'enable_thinkin', which the chat template"),
+        (['{"enable_thinking": false}', "--template", "r1"], "but the prompts are texts"),
+        (["enable_thinking=false"], "chat_template_kwargs"),
+    ],
+)
+def test_chat_template_kwargs_that_nothing_reads_are_refused(command, flags, message, folders, tmp_path, capsys):
+    more = BOXED[:4] if command == "eval" else [*BOXED, "--output_dir", str(tmp_path / "run"), *QUIET]
+    if command == "train":
+        more += ["--per_device_train_batch_size", "4", "--num_generations", "2", "--max_completion_length", "4"]
+    assert main([command, "--model_name_or_path", folders[0], *more, "--chat_template_kwargs", *flags]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("command", ["sft", "train", "eval"])

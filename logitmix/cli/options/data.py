@@ -1,5 +1,6 @@
 """Flags for tasks and problems. A checkpoint is evaluated on the problems of the run that made it, unless told."""
 
+import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,47 @@ class DataArguments(SourceArguments):
         )
 
 
+CHAT_TEMPLATE_KWARGS: dict[str, Any] = {
+    "default": None,
+    "metadata": {
+        "help": "Arguments for the chat template that renders the prompts, as JSON such as "
+        "'{\"enable_thinking\": false}'."
+    },
+}
+
+
+def parse_chat_template_kwargs(given: dict[str, Any] | str | None) -> dict[str, Any] | None:
+    """The object in the JSON of a flag. Raises `ValueError` for anything else."""
+    if given is None or isinstance(given, dict):
+        return given
+    try:
+        parsed = json.loads(given)
+    except json.JSONDecodeError:
+        parsed = None
+    if not isinstance(parsed, dict):
+        raise ValueError(
+            f"chat_template_kwargs is {given!r}, which is not a JSON object; write it as in "
+            "--chat_template_kwargs '{\"enable_thinking\": false}'"
+        )
+    return parsed
+
+
+@dataclass
+class RenderedDataArguments(DataArguments):
+    """Task and data"""
+
+    chat_template_kwargs: dict | str | None = field(**CHAT_TEMPLATE_KWARGS)
+
+    def __post_init__(self) -> None:
+        self.chat_template_kwargs = parse_chat_template_kwargs(self.chat_template_kwargs)
+
+    def load(self) -> Task:
+        task = super().load()
+        assert not isinstance(self.chat_template_kwargs, str)
+        task.chat_template_kwargs = self.chat_template_kwargs or {}
+        return task
+
+
 @dataclass
 class TaskArguments(DataArguments):
     """Task and data"""
@@ -81,8 +123,12 @@ class CheckpointDataArguments(SourceArguments):
     split_seed: int | None = field(
         default=None, metadata={"help": "Seed of the splits; default: that of the checkpoint's run, else 0."}
     )
+    chat_template_kwargs: dict | str | None = field(**CHAT_TEMPLATE_KWARGS)
 
-    def resolve(self, *checkpoints: str | None) -> DataArguments:
+    def __post_init__(self) -> None:
+        self.chat_template_kwargs = parse_chat_template_kwargs(self.chat_template_kwargs)
+
+    def resolve(self, *checkpoints: str | None) -> RenderedDataArguments:
         """The data to evaluate checkpoints on: what the flags give and, for the rest, what the checkpoints' runs used.
 
         That includes the seed of the splits: with another one, training problems would be among the test problems.
@@ -90,20 +136,23 @@ class CheckpointDataArguments(SourceArguments):
 
         Raises `ValueError` if the runs differ in what the flags leave open.
         """
-        given = {f.name: value for f in fields(DataArguments) if (value := getattr(self, f.name)) is not None}
+        given = {f.name: value for f in fields(RenderedDataArguments) if (value := getattr(self, f.name)) is not None}
         found = {source: data for source in checkpoints if source is not None and (data := read_run_data(source))}
         if self.task is not None:
             found = {source: data for source, data in found.items() if data["task"] == self.task}
-        resolved = {source: data | given for source, data in found.items()}
-        for source, data in resolved.items():
-            first = next(iter(resolved))
+        resolved: dict[str, Any] = dict(given)
+        read_from: dict[str, str] = {}
+        for source, data in found.items():
             for key, value in data.items():
-                if value != resolved[first][key]:
+                if key in given:
+                    continue
+                if resolved.setdefault(key, value) != value:
                     raise ValueError(
-                        f"the run of {first} had {key} {resolved[first][key]!r}, and that of {source} {value!r}; "
+                        f"the run of {read_from[key]} had {key} {resolved[key]!r}, and that of {source} {value!r}; "
                         f"choose one with --{key}"
                     )
-        return DataArguments(**next(iter(resolved.values()), given))
+                read_from.setdefault(key, source)
+        return RenderedDataArguments(**resolved)
 
 
 @dataclass
@@ -120,9 +169,10 @@ class TestProblemArguments(CheckpointDataArguments):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         validate_at_least(self, eval_limit=1)
 
-    def resolve_task(self, *checkpoints: str | None) -> tuple[DataArguments, Task]:
+    def resolve_task(self, *checkpoints: str | None) -> tuple[RenderedDataArguments, Task]:
         """The data to evaluate checkpoints on, as `resolve` finds it, and its task with this verifier."""
         data = self.resolve(*checkpoints)
         task = data.load()
@@ -131,9 +181,9 @@ class TestProblemArguments(CheckpointDataArguments):
 
 
 def read_run_data(checkpoint: str) -> dict[str, Any] | None:
-    """The values of `DataArguments` in the `run.jsonl` of the run that made a checkpoint; None without such a run.
+    """The values of `RenderedDataArguments` in the `run.jsonl` of the run that made a checkpoint.
 
-    The column of solutions is left out: only SFT reads it.
+    None without such a run. The column of solutions is left out: only SFT reads it.
     """
     folder = Path(checkpoint).resolve()  # gives "." and links their name and parent
     for path in (folder / RUN_FILE, folder.parent / RUN_FILE):  # in the parent for a checkpoint-N
@@ -141,6 +191,6 @@ def read_run_data(checkpoint: str) -> dict[str, Any] | None:
             starts = read_jsonl(path)
             arguments = starts[-1].get("arguments") if starts and isinstance(starts[-1], dict) else None
             if isinstance(arguments, dict) and isinstance(arguments.get("task"), str):
-                names = [f.name for f in fields(DataArguments) if f.name != "solution_column"]
+                names = [f.name for f in fields(RenderedDataArguments) if f.name != "solution_column"]
                 return {name: arguments[name] for name in names if name in arguments}
     return None

@@ -17,7 +17,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 from trl.models import unwrap_model_for_generation
 from trl.trainer import grpo_trainer
 
-from logitmix.mixture.tokenizers import chat_template_errors, validate_chat_template
+from logitmix.mixture.tokenizers import chat_template_errors, validate_chat_template, validate_no_chat_template_kwargs
 from logitmix.training.fsdp import gathered_weights
 from logitmix.training.transformers_patches import generate_without_fsdp_hooks
 
@@ -97,9 +97,11 @@ class PatchedRollouts(GatheredGeneration, GRPOTrainer):
 
     def _tokenized(self, prompts: list) -> tuple:
         """As TRL's, with one sentence for a chat template that fails, or leaves out the messages' texts."""
-        is_text = is_conversational({"prompt": prompts[0]}) and isinstance(prompts[0][0]["content"], str)
-        if is_text and not self._is_vlm:
-            validate_chat_template(self._tokenizer)
+        is_chat = is_conversational({"prompt": prompts[0]})
+        if not is_chat:
+            validate_no_chat_template_kwargs(self.chat_template_kwargs)
+        elif isinstance(prompts[0][0]["content"], str) and not self._is_vlm:
+            validate_chat_template(self._tokenizer, self.chat_template_kwargs)
         with chat_template_errors(self._tokenizer):
             tokenized: tuple = super()._tokenize_prompts(prompts)
         return tokenized
