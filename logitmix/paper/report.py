@@ -10,12 +10,12 @@ from logitmix.evaluation.report.curves import PANELS, Arm, Panel, Run, panel_lin
 from logitmix.evaluation.report.figures import plot_panel, plot_sweep
 from logitmix.evaluation.report.pages import reproduction_page
 from logitmix.evaluation.report.tables import interval, percent
+from logitmix.evaluation.report.text_table import TextTable
 from logitmix.paper.claims import evaluate_claims
 from logitmix.paper.outcomes import Outcomes
 from logitmix.paper.recipes import PAPER_CELLS, TITLES
 from logitmix.paper.tables import (
     SweepCells,
-    Table,
     arms_table,
     complement_tables,
     one_model_tables,
@@ -170,11 +170,11 @@ def markdown(
     about: Mapping[str, Any],
     findings: Sequence[Finding],
     notes: Sequence[str],
-    tables: Sequence[Table],
+    tables: Sequence[TextTable],
     figures: Mapping[str, str],
 ) -> str:
     """The report as Markdown; the figures are files in the same folder."""
-    claims = Table(
+    claims = TextTable(
         "",
         ["claim", "the paper", "here", "verdict"],
         [
@@ -194,7 +194,7 @@ def markdown(
             f"{about['about']}. Written by `{about['command']}`; "
             "[index.html](index.html) is the same as one page, [results.jsonl](results.jsonl) has every number.\n",
             f"**{count_verdicts(findings)}.**",
-            claims.markdown().removeprefix("### \n"),
+            f"\n{claims.markdown()}",
             *(f"- {note}" for note in notes),
             "\n## Tables\n",
             *(table.markdown() for table in tables),

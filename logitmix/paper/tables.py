@@ -3,8 +3,6 @@
 Shape legend: S seeds, N problems.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,6 +10,7 @@ from numpy.typing import NDArray
 
 from logitmix.evaluation.outcomes import KEYS
 from logitmix.evaluation.report.tables import interval, p_value, percent
+from logitmix.evaluation.report.text_table import TextTable
 from logitmix.evaluation.statistics import (
     Estimate,
     difference_from_noise,
@@ -28,23 +27,7 @@ SeedScores = dict[str, NDArray[Any]]  # `[S, N]` by key
 ALL = "all"  # the row of all seeds
 
 
-@dataclass(frozen=True)
-class Table:
-    """A table of formatted cells; the first column holds names."""
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    note: str = ""
-    rule: str = "---:"  # Markdown alignment of all columns but the first
-
-    def markdown(self) -> str:
-        lines = [self.columns, ["---", *[self.rule] * (len(self.columns) - 1)], *self.rows]
-        table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-        return f"### {self.title}\n\n{table}\n" + (f"\n{self.note}\n" if self.note else "")
-
-
-def complement_tables(o: Outcomes) -> list[Table]:
+def complement_tables(o: Outcomes) -> list[TextTable]:
     """Tables 1 to 3: the SFT model and the policy of fixed mixing after training, a row for each seed and for all."""
     last = o.steps("fixed_mixing")[-1]
     sft = {key: o.anchor_scores(key) for key in KEYS}
@@ -61,21 +44,21 @@ def complement_tables(o: Outcomes) -> list[Table]:
         disagreements.append(disagreement)
     columns = ["", *(f"{what} {whose} %" for what in ("format", "answer", "lenient") for whose in ("SFT", "policy"))]
     return [
-        Table(
+        TextTable(
             "Table 1: the SFT model and the policy alone after fixed mixing",
             [*columns, "both", "policy only", "SFT only", "neither"],
             rates,
             f"{o.n} held-out problems, greedy; counts are of answer-correct problems. lenient: correct in any "
             "format, which the paper does not report.",
         ),
-        Table(
+        TextTable(
             "Table 2: their differences in points",
             ["", "format, SFT - policy", "answer, policy - SFT", "lenient, policy - SFT", "p (answer)"],
             differences,
             "p: McNemar's exact test. [ ]: 95 %; for a seed it excludes 0 where p < 0.05, for all of them it is a "
             "bootstrap over problems and seeds.",
         ),
-        Table(
+        TextTable(
             "Table 3: problems that exactly one of them has right",
             ["", "problems", "share %", "smallest difference beyond noise, points"],
             disagreements,
@@ -126,7 +109,7 @@ def sweep_cells(o: Outcomes) -> SweepCells:
     return cells
 
 
-def sweep_table(cells: SweepCells) -> Table:
+def sweep_table(cells: SweepCells) -> TextTable:
     """Table 4: means over seeds with intervals; the best answer rate of each scheme is bold."""
     schemes, alphas = (list(dict.fromkeys(column)) for column in zip(*cells, strict=True))
     best = {scheme: max(alphas, key=lambda alpha: cells[scheme, alpha]["answer"]) for scheme in schemes}
@@ -138,7 +121,7 @@ def sweep_table(cells: SweepCells) -> Table:
             answer = interval(Estimate(cell["answer"], cell["answer_low"], cell["answer_high"]))
             row += [percent(cell["format"]), f"**{answer}**" if alpha == best[scheme] else answer]
         rows.append(row)
-    return Table(
+    return TextTable(
         "Table 4: mixing the untrained base with its SFT model",
         ["alpha", *(f"{scheme} {what} %" for scheme in schemes for what in ("format", "answer"))],
         rows,
@@ -147,7 +130,7 @@ def sweep_table(cells: SweepCells) -> Table:
     )
 
 
-def arms_table(o: Outcomes) -> Table:
+def arms_table(o: Outcomes) -> TextTable:
     """Rates of every arm's mixture, or of its model without an anchor, before and after training."""
     rows = []
     for arm, title in TITLES.items():
@@ -158,7 +141,7 @@ def arms_table(o: Outcomes) -> Table:
             cells.append(interval(_rate(scores)))
         by_seed = o.arm_scores(arm, last).mean(axis=1)
         rows.append([title, *cells, ", ".join(map(percent, by_seed))])
-    return Table(
+    return TextTable(
         "All arms: the mixture, or the model where there is no anchor",
         ["", "answer % before", "answer % after", "format % after", "answer % after, by seed"],
         rows,
@@ -166,7 +149,7 @@ def arms_table(o: Outcomes) -> Table:
     )
 
 
-def one_model_tables(o: Outcomes) -> list[Table]:
+def one_model_tables(o: Outcomes) -> list[TextTable]:
     """The arms beyond the paper, which end with one model, beside fixed mixing; no table if none was run."""
     mixture = o.arm_scores("fixed_mixing", o.steps("fixed_mixing")[-1])
     rows = []
@@ -178,7 +161,7 @@ def one_model_tables(o: Outcomes) -> list[Table]:
             rows.append([title, *cells, signed(paired_difference(scores, mixture)), by_seed])
     columns = ["", "answer % after", "format % after", "minus fixed mixing, points", "answer % after, by seed"]
     note = f"{o.n} held-out problems, greedy, decoded by one model. Fixed mixing is its mixture of two."
-    return [Table("Beyond the paper: one model in the end", columns, rows, note)] if rows else []
+    return [TextTable("Beyond the paper: one model in the end", columns, rows, note)] if rows else []
 
 
 def _rate(scores_SN: NDArray[np.float64]) -> Estimate:

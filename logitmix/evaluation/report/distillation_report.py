@@ -9,8 +9,9 @@ from logitmix.evaluation.complement import Complement
 from logitmix.evaluation.decoding_cost import DecodingCost
 from logitmix.evaluation.distillation import MIXTURE, STUDENT, TokenComparison, WorstToken, verdict
 from logitmix.evaluation.metrics import estimate, group_by, rates
-from logitmix.evaluation.report.pages import Table, distillation_page, visible
+from logitmix.evaluation.report.pages import distillation_page, visible
 from logitmix.evaluation.report.tables import RATE_COLUMNS, interval, p_value, percent, print_rows
+from logitmix.evaluation.report.text_table import TextTable
 from logitmix.evaluation.requests import Response
 
 SUMMARY_FILE = "distillation.jsonl"
@@ -27,7 +28,7 @@ def distillation_tables(
     comparisons: Mapping[str, Complement],
     tokens: Sequence[TokenComparison],
     costs: Sequence[DecodingCost] = (),
-) -> list[Table]:
+) -> list[TextTable]:
     """The tables of the report, as text cells."""
     groups = group_by(responses, "name")
     rows = []
@@ -46,14 +47,17 @@ def distillation_tables(
         memory = f"{cost.weight_bytes / 2**20:,.1f}", f"{cost.cache_bytes / 2**10:,.1f}"
         decoding.append([cost.name, str(cost.responses), f"{cost.tokens_per_second:,.0f}", *memory])
     return [
-        Table(RATES, ["", *RATE_COLUMNS], rows),
-        Table(PAIRED, ["minus", "format", "answer", "lenient", "only the student right", "only the other"], paired),
-        Table(TOKENS, ["on responses of", "tokens", "KL(mixture ‖ student)", "same first token, %"], by_token),
-        Table(COSTS, ["", "responses at a time", "tokens a second", *MEMORY], decoding),
-        Table(
+        TextTable(RATES, ["", *RATE_COLUMNS], rows),
+        TextTable(
+            PAIRED, ["minus", "format", "answer", "lenient", "only the student right", "only the other"], paired
+        ),
+        TextTable(TOKENS, ["on responses of", "tokens", "KL(mixture ‖ student)", "same first token, %"], by_token),
+        TextTable(COSTS, ["", "responses at a time", "tokens a second", *MEMORY], decoding),
+        TextTable(
             WORST,
             ["in a response of", "KL", "problem", "after", "token", "mixture's first", "student's"],
             _worst_rows(tokens),
+            rule="---",
         ),
     ]
 
@@ -86,7 +90,7 @@ def write_distillation_report(
     lines += [{"decoding_of": c.name} | asdict(c) for c in costs]
     (folder / SUMMARY_FILE).write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     (folder / "report.html").write_text(distillation_page(title, sentence, tables), encoding="utf-8")
-    parts = [f"# {title}", sentence, *(f"## {table.title}\n\n{markdown(table)}" for table in tables)]
+    parts = [f"# {title}", sentence, *(table.markdown("##").rstrip() for table in tables)]
     (folder / "README.md").write_text("\n\n".join([*parts, NOTE]) + "\n", encoding="utf-8")
     for table in tables[:-1]:
         print_rows(table.title, table.columns, table.rows)
@@ -100,10 +104,3 @@ NOTE = (
     "mixture may take a pass of both members. Memory: the weights that run, and what each token of each response's "
     "context adds to the KV cache; activations are not counted."
 )
-
-
-def markdown(table: Table) -> str:
-    def line(cells: Sequence[str]) -> str:
-        return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
-
-    return "\n".join([line(table.columns), line(["---"] * len(table.columns)), *map(line, table.rows)])

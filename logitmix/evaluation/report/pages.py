@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
+
+from logitmix.evaluation.report.text_table import TextTable
 
 if TYPE_CHECKING:  # reports need no torch
     from logitmix.evaluation.inspect import Inspection
@@ -42,15 +44,7 @@ def report_page(
     return _render("report.html", title=title, columns=columns, rows=rows, figures=_embed_svgs(svgs), notes=notes)
 
 
-class Table(NamedTuple):
-    """A table of text cells."""
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-
-def distillation_page(title: str, verdict: str, tables: Sequence[Table]) -> str:
+def distillation_page(title: str, verdict: str, tables: Sequence[TextTable]) -> str:
     """The page of a distillation: its verdict and its tables."""
     return _render("distillation.html", title=title, verdict=verdict, tables=tables)
 
