@@ -282,44 +282,16 @@ def report(
     """Compare the student with the mixture and its parts on the problems."""
     from pathlib import Path
 
-    from logitmix.evaluation.decode import get_alphas
-    from logitmix.evaluation.decoding_cost import decoding_costs
-    from logitmix.evaluation.distillation import (
-        MIXTURE,
-        STUDENT,
-        compare_tokens,
-        compare_with_student,
-        compared_models,
-        decode_student,
-        set_aside_other_report,
-    )
-    from logitmix.evaluation.report.distillation_report import write_distillation_report
-    from logitmix.mixture.generation import tokenize_prompts
+    from logitmix.evaluation.report.distillation_report import report_student
 
     args = options.training
     folder = Path(args.output_dir) / REPORT_FOLDER
     arguments = {"command": "distill", "report_of": args.output_dir, "step": step}
     arguments |= flatten(options.task) | {"max_new_tokens": args.max_completion_length}
-    set_aside_other_report(folder, arguments)
-    mixture.eval()
-    responses = decode_student(
-        student, mixture, tokenizer, task, problems, str(folder), arguments, args.max_completion_length,
+    title = f"What {Path(args.output_dir).name} keeps of its mixture, on {task.name}"
+    sentence = report_student(
+        student, mixture.eval(), tokenizer, task, problems, folder, title, arguments, args.max_completion_length,
         options.student.report_batch_size,
     )  # fmt: skip
-    prompts = [task.prompt(problem) for problem in problems]
-    prompt_ids = tokenize_prompts(tokenizer, prompts, task.chat_template_kwargs)
-    tokens = [
-        compare_tokens(student, mixture, tokenizer, [r for r in responses if r.name == name], prompt_ids)
-        for name in (MIXTURE, STUDENT)
-    ]
-    timed: dict[str, tuple[Any, float | None]] = {
-        name: (model, None) for name, model in compared_models(student, mixture).items()
-    }
-    timed |= {name: (mixture, alpha) for name, alpha in get_alphas(mixture).items()}
-    costs = decoding_costs(timed, tokenizer, task, problems, args.max_completion_length)
-    title = f"What {Path(args.output_dir).name} keeps of its mixture, on {task.name}"
-    console.print(
-        write_distillation_report(folder, title, responses, compare_with_student(responses), tokens, costs),
-        soft_wrap=True,
-    )
+    console.print(sentence, soft_wrap=True)
     console.print(f"The report is in {folder}.", soft_wrap=True)

@@ -4,15 +4,33 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from logitmix.evaluation.complement import Complement
-from logitmix.evaluation.decoding_cost import DecodingCost
-from logitmix.evaluation.distillation import MIXTURE, STUDENT, TokenComparison, WorstToken, verdict
+from logitmix.evaluation.decode import get_alphas
+from logitmix.evaluation.decoding_cost import DecodingCost, decoding_costs
+from logitmix.evaluation.distillation import (
+    MIXTURE,
+    STUDENT,
+    TokenComparison,
+    WorstToken,
+    compare_tokens,
+    compare_with_student,
+    compared_models,
+    decode_student,
+    set_aside_other_report,
+    verdict,
+)
 from logitmix.evaluation.metrics import estimate, group_by, rates
 from logitmix.evaluation.report.pages import distillation_page, visible
 from logitmix.evaluation.report.tables import RATE_COLUMNS, interval, p_value, percent, print_rows
 from logitmix.evaluation.report.text_table import TextTable
 from logitmix.evaluation.requests import Response
+from logitmix.mixture.generation import tokenize_prompts
+from logitmix.mixture.modeling import LogitMixForCausalLM
+from logitmix.tasks import Problem, Task
 
 SUMMARY_FILE = "distillation.jsonl"
 RATES = "Rates, %"
@@ -72,6 +90,38 @@ def _worst_rows(tokens: Sequence[TokenComparison]) -> list[list[str]]:
         [", ".join(names), f"{t.kl:.2f}", str(t.problem), *map(visible, (t.before, t.token, t.mixture, t.student))]
         for t, names in sorted(found.values(), key=lambda row: -row[0].kl)
     ]
+
+
+def report_student(
+    student: PreTrainedModel,
+    mixture: LogitMixForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    problems: Sequence[Problem],
+    folder: Path,
+    title: str,
+    arguments: Mapping[str, Any],
+    max_new_tokens: int | None = None,
+    batch_size: int = 64,
+) -> str:
+    """Decode, compare and time the student and what its mixture is made of; write the report, and return the verdict.
+
+    An interrupted report with the same `arguments` continues; one with others is moved aside.
+    """
+    set_aside_other_report(folder, arguments)
+    responses = decode_student(
+        student, mixture, tokenizer, task, problems, str(folder), arguments, max_new_tokens, batch_size
+    )
+    prompts = [task.prompt(problem) for problem in problems]
+    prompt_ids = tokenize_prompts(tokenizer, prompts, task.chat_template_kwargs)
+    groups = group_by(responses, "name")
+    tokens = [compare_tokens(student, mixture, tokenizer, groups[name], prompt_ids) for name in (MIXTURE, STUDENT)]
+    timed: dict[str, tuple[Any, float | None]] = {
+        name: (model, None) for name, model in compared_models(student, mixture).items()
+    }
+    timed |= {name: (mixture, alpha) for name, alpha in get_alphas(mixture).items()}
+    costs = decoding_costs(timed, tokenizer, task, problems, max_new_tokens)
+    return write_distillation_report(folder, title, responses, compare_with_student(responses), tokens, costs)
 
 
 def write_distillation_report(
