@@ -12,9 +12,10 @@ from datetime import date
 from importlib.metadata import version
 
 from logitmix.cli.options.parser import parse
-from logitmix.cli.realign import RealignOptions, load_decoder
+from logitmix.cli.realign import RealignOptions, load_decoder, resolve_alpha
+from logitmix.evaluation.metrics import estimate
 from logitmix.evaluation.realignment import predict, sample_rollouts
-from logitmix.evaluation.statistics import Estimate, wilson_estimate
+from logitmix.evaluation.statistics import Estimate
 from logitmix.runs.provenance import processor
 
 AGREES = 2.8
@@ -33,10 +34,11 @@ def main() -> None:
     options = parse("realign", __doc__, RealignOptions, sys.argv[1:])
     args = options.realignment
     decoder = load_decoder(options)
-    rollouts = sample_rollouts(decoder, args.alpha, args.num_samples, args.batch_size)
+    alpha = resolve_alpha(decoder.model.config) if args.alpha is None else args.alpha
+    rollouts = sample_rollouts(decoder, alpha, args.num_samples, args.batch_size)
     predictions, _ = predict(decoder.model, rollouts, args.alphas)
     print(f"{date.today()}, {processor()['name']}, torch {version('torch')}, transformers {version('transformers')}.")
-    print(f"Predicted from {len(rollouts.responses)} rollouts at alpha {args.alpha:g}.\n")
+    print(f"Predicted from {len(rollouts.responses)} rollouts at alpha {alpha:g}.\n")
     print("| alpha | effective | covered % | format %, predicted | sampled | answer %, predicted | sampled | agree |")
     print("|---|---|---|---|---|---|---|---|")
     other = replace(decoder, seed=args.seed + 1)
@@ -47,7 +49,7 @@ def main() -> None:
             [],
         )
         for predicted, outcome in ((prediction.format, "format_ok"), (prediction.answer, "answer_ok")):
-            rate = wilson_estimate(sum(getattr(each, outcome) for each in sampled), len(sampled))
+            rate = estimate(sampled, outcome)
             cells += ["too few" if predicted is None else cell(predicted), cell(rate)]
             both_agree += [] if predicted is None else [agrees(predicted, rate)]
         print("| " + " | ".join([*cells, "–" if not both_agree else "yes" if all(both_agree) else "**no**"]) + " |")

@@ -11,14 +11,13 @@ Every row is a line of the output file, also of combinations that are no candida
 import argparse
 import json
 from itertools import product
-from math import inf
 from pathlib import Path
 
 from logitmix.cli import sft
 from logitmix.cli.options.parser import build
 from logitmix.evaluation.complement import complement
 from logitmix.evaluation.decode import make_decoder
-from logitmix.evaluation.openings import NUM_PROBLEMS, Opening, measure_openings, sufficient_weight, summarise
+from logitmix.evaluation.openings import NUM_PROBLEMS, Opening, measure_openings, opening_weights, summarise
 from logitmix.evaluation.requests import Response, make_batches, make_requests
 from logitmix.mixture.loading import load_member, require_tokenizer
 from logitmix.runs.files import append_jsonl
@@ -82,8 +81,8 @@ def main() -> None:
                     row |= {f"base_{rate}": difference.a.value, f"anchor_{rate}": difference.b.value}
                 if base_openings and openings:
                     row |= {"base_margin": summarise(base_openings).nats, "anchor_margin": summarise(openings).nats}
-                    weight = sufficient_weight(base_openings, openings)
-                    row["sufficient_weight"] = weight if weight < inf else None
+                    weights = opening_weights(base_openings, openings)
+                    row["sufficient_weight"] = None if weights is None else weights[0]
                 append_jsonl(Path(args.output), [row])
                 print(json.dumps(row), flush=True)
 

@@ -93,7 +93,8 @@ def print_trials(task: Task, source: str, args: TrialArguments) -> None:
     tokenizer = require_tokenizer(source)
     model = load_member(source).to(PartialState().device).eval()
     problems = task.problems("validation", args.num_questions)
-    templates = list({template.name: template for template in (task.template, *TEMPLATES.values())}.values())
+    others = [template for template in TEMPLATES.values() if template.name != task.template.name]
+    templates = [task.template, *others]
     trials = []
     with progress_bar() as bar:
         shown = bar.add_task("templates", total=len(templates), info="")

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from logitmix.cli.options.data import TestProblemArguments
+from logitmix.cli.options.data import TestProblemArguments, read_run_arguments
 from logitmix.cli.options.model import AnchorArguments, MixtureArguments, ModelArguments, load_mixture
 from logitmix.cli.options.parser import parse
 from logitmix.cli.options.validation import validate_at_least
@@ -16,21 +16,32 @@ from logitmix.runs.console import console
 
 if TYPE_CHECKING:  # `--help` needs no torch
     from logitmix.evaluation.decode import Decoder
+    from logitmix.mixture.configuration import LogitMixConfig
 
 
 @dataclass
 class RealignArguments:
     """Realignment"""
 
-    alpha: float = field(default=0.5, metadata={"help": "Weight of the anchor at which the rollouts are sampled."})
+    alpha: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of the anchor at which the rollouts are sampled; default: the checkpoint's, or 0.5 with "
+            "--anchor."
+        },
+    )
     alphas: list[float] = field(
         default_factory=lambda: [i / 10 for i in range(11)], metadata={"help": "Weights to predict."}
     )
     beta: float = field(
         default=1.0, metadata={"help": "Strength of the KL to the anchor that the policy was trained with."}
     )
-    trained_alpha: float = field(
-        default=0.0, metadata={"help": "Weight of the anchor in that training; 0 for a policy trained alone."}
+    trained_alpha: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of the anchor in that training; default: the checkpoint's if logitmix train made it, else "
+            "0, for a policy trained alone."
+        },
     )
     kl_budget: float | None = field(
         default=None, metadata={"help": "Find the smallest alpha within this KL to the anchor, in nats a token."}
@@ -47,10 +58,12 @@ class RealignArguments:
     def __post_init__(self) -> None:
         validate_at_least(self, num_samples=1, batch_size=1)
         for alpha in (self.alpha, *self.alphas):
-            if not 0 <= alpha <= 1:
+            if alpha is not None and not 0 <= alpha <= 1:
                 raise ValueError(f"alpha {alpha:g} is not from 0, the policy alone, to 1, the anchor alone")
         if self.output_file is not None and not Path(self.output_file).parent.is_dir():
             raise ValueError(f"--output_file {self.output_file} is in no folder; give a file in a folder that exists")
+        if self.output_file is not None and Path(self.output_file).is_dir():
+            raise ValueError(f"--output_file {self.output_file} is a folder; give a file in it")
         if self.kl_budget is not None and not self.kl_budget > 0:
             raise ValueError(f"kl_budget is {self.kl_budget}, but must be above 0; only the anchor itself has none")
 
@@ -82,9 +95,27 @@ def load_decoder(options: RealignOptions) -> Decoder:
     problems = task.problems("test", options.problems.eval_limit)
     model = load_mixture(options.model, MixtureArguments(options.mixture.anchor))
     validate_geometric(model.config)
-    model.config.scheme = "logit"  # beta and the reweighting are those of geometric mixtures
     tokenizer = require_tokenizer(source)
     return make_decoder(model, tokenizer, task, problems, args.max_new_tokens, temperature=1.0, seed=args.seed)
+
+
+def resolve_alpha(config: LogitMixConfig) -> float:
+    """The mixture's own alpha. Raises `ValueError` for weights outside [0, 1], or whose sum is not 1."""
+    from logitmix.mixture.mixing import weights_to_alpha
+
+    alpha = weights_to_alpha(config.weights)
+    if alpha is None or not 0 <= alpha <= 1:
+        raise ValueError(
+            f"the mixture has weights {config.weights}, which no alpha from 0 to 1 gives; realign is about weighted "
+            "averages: save it with config.set_weights, or give the members with --anchor"
+        )
+    return alpha
+
+
+def is_trained_mixture(options: RealignOptions) -> bool:
+    """Whether the policy was trained within the mixture that is realigned, by `logitmix train`."""
+    arguments = read_run_arguments(options.model.model_name_or_path)
+    return options.mixture.anchor is None and arguments is not None and arguments.get("command") == "train"
 
 
 def run(options: RealignOptions) -> None:
@@ -93,16 +124,25 @@ def run(options: RealignOptions) -> None:
     from logitmix.mixture.realignment import equivalent_beta
 
     args = options.realignment
-    betas = [equivalent_beta(args.beta, alpha, args.trained_alpha) for alpha in args.alphas]
+    for alpha in args.alphas:  # refuses beta and alphas before anything is loaded
+        equivalent_beta(args.beta, alpha, args.trained_alpha or 0.0)
     decoder = load_decoder(options)
-    rollouts = sample_rollouts(decoder, args.alpha, args.num_samples, args.batch_size)
+    own_alpha = resolve_alpha(decoder.model.config)
+    trained_alpha = args.trained_alpha
+    if trained_alpha is None:
+        trained_alpha = own_alpha if is_trained_mixture(options) else 0.0
+    betas = [equivalent_beta(args.beta, alpha, trained_alpha) for alpha in args.alphas]
+    sampled_alpha = own_alpha if args.alpha is None else args.alpha
+    rollouts = sample_rollouts(decoder, sampled_alpha, args.num_samples, args.batch_size)
     predictions, budget_alpha = predict(decoder.model, rollouts, args.alphas, args.kl_budget)
-    title = f"{decoder.task.name}, predicted from {len(rollouts.responses)} rollouts at alpha {args.alpha:g}"
-    print_predictions(title, predictions, betas)
+    title = f"{decoder.task.name}, predicted from {len(rollouts.responses)} rollouts at alpha {sampled_alpha:g}"
+    trained = f"beta {args.beta:g} at alpha {trained_alpha:g}"
+    print_predictions(f"{title} and temperature 1", predictions, betas, trained)
     if budget_alpha is not None:
         print(f"The smallest alpha within {args.kl_budget:g} nats a token of the anchor is {budget_alpha:.3f}.")
     if args.output_file is not None:
         rows = [asdict(p) | {"beta": b if p.alpha < 1 else None} for p, b in zip(predictions, betas, strict=True)]
-        numbers = {"rollouts": len(rollouts.responses), "alpha": args.alpha, "kl_budget_alpha": budget_alpha}
+        numbers = {"rollouts": len(rollouts.responses), "alpha": sampled_alpha, "trained_alpha": trained_alpha}
+        numbers |= {"kl_budget_alpha": budget_alpha}
         Path(args.output_file).write_text(json.dumps(numbers | {"predictions": rows}, indent=2) + "\n")
         console.print(f"The numbers are in {args.output_file}.", soft_wrap=True)

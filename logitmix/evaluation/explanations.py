@@ -9,8 +9,8 @@ from logitmix.evaluation.statistics import CONFIDENCE, mcnemar_exact
 
 CUT = 0.1  # the share of cut responses above which the limit is named
 
-# Fields are those of `Rates`, in per cent; several alphas of one mix share a line, with the range of each field
-NOT_FOLLOWED = "{format} % in the format, {lenient} % right without it: the template is not followed"
+# In per cent; several alphas of one mix share a line, with the range of each field
+NOT_FOLLOWED = "{format} % in the format, {without} % right without it: the template is not followed"
 ELSEWHERE = (
     "{format} % in the format, {answer} % right in it and {lenient} % anywhere in the text: the answer is not where "
     "the template asks for it"
@@ -22,10 +22,15 @@ TRUNCATED = "{truncated} % were cut at {limit} tokens: raise --max_new_tokens"
 
 @dataclass(frozen=True)
 class Finding:
-    """A sentence that explains the rates of a group of responses."""
+    """A sentence that explains the rates of a group of responses.
+
+    without: the share that is right without the format
+    limit:   the length in tokens at which responses were cut
+    """
 
     sentence: str
     rates: Rates
+    without: float
     limit: int
 
 
@@ -61,13 +66,15 @@ def findings(responses: Sequence[Response]) -> list[Finding]:
         sentences.append(NEVER_RIGHT if r.format > 0 else NOTHING)
     if r.truncated >= CUT:
         sentences.append(TRUNCATED)
+    without = sum(response.lenient_ok and not response.format_ok for response in responses) / len(responses)
     limit = max((response.length for response in responses if response.truncated), default=0)
-    return [Finding(sentence, r, limit) for sentence in sentences]
+    return [Finding(sentence, r, without, limit) for sentence in sentences]
 
 
 def _filled(sentence: str, causes: Sequence[Finding]) -> str:
     shares = {key: [100 * getattr(cause.rates, key) for cause in causes] for key in ("format", "answer", "lenient")}
     shares["truncated"] = [100 * cause.rates.truncated for cause in causes]
+    shares["without"] = [100 * cause.without for cause in causes]
     spans = {key: _span(values) for key, values in shares.items()}
     return sentence.format(**spans, limit=max(cause.limit for cause in causes))
 

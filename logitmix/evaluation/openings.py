@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 from statistics import median
+from string import Formatter
 from typing import Any
 
 import torch
@@ -51,22 +52,30 @@ def summarise(openings: Sequence[Opening]) -> Margin:
     return Margin(median(opening.margins[opening.weakest] for opening in openings), tokens.most_common(1)[0][0])
 
 
-def sufficient_weight(a: Sequence[Opening], b: Sequence[Opening]) -> float:
-    """The weight of b from which on the geometric mixture of a and b writes every token of the opening.
+def opening_weights(a: Sequence[Opening], b: Sequence[Opening]) -> tuple[float, float] | None:
+    """The lowest and the highest weight of b at which the geometric mixture of a and b writes every token of the
+    opening, as medians over problems; None if there is no such weight.
 
     At weight w the margin of a token is at least `(1 - w) m_a + w m_b`, for the margins m under a and b, whose largest
-    other tokens may differ. This is the smallest w at which that is 0 for all tokens of a problem, as the median over
-    problems; 0 where a alone writes them, and infinite where neither does.
+    other tokens may differ. It is positive above `m_a / (m_a - m_b)` for a token that only b writes, and below that
+    for one that only a writes.
     """
+    bounds = [_bounds(x, y) for x, y in zip(a, b, strict=True)]
+    low, high = (median(ends) for ends in zip(*bounds, strict=True))
+    return (low, high) if low <= high else None
 
-    def least(x: Opening, y: Opening) -> float:
-        needed = 0.0
-        for m_a, m_b in zip(x.margins, y.margins, strict=True):
-            if m_a <= 0:
-                needed = max(needed, inf if m_b <= 0 else m_a / (m_a - m_b))
-        return needed
 
-    return median(least(x, y) for x, y in zip(a, b, strict=True))
+def _bounds(a: Opening, b: Opening) -> tuple[float, float]:
+    """The bounds of one problem, `(inf, -inf)` where neither writes some token."""
+    low, high = 0.0, 1.0
+    for m_a, m_b in zip(a.margins, b.margins, strict=True):
+        if m_a <= 0 and m_b <= 0:
+            return inf, -inf
+        if m_a <= 0:
+            low = max(low, m_a / (m_a - m_b))
+        elif m_b <= 0:
+            high = min(high, m_a / (m_a - m_b))
+    return low, high
 
 
 @torch.no_grad()
@@ -85,8 +94,9 @@ def measure_openings(
         return []
     openings = []
     for problem in problems:
-        if problem.solution is not None:
-            start, stop, completion = _locate(task.template, problem)
+        located = _locate(task.template, problem)
+        if located is not None:
+            start, stop, completion = located
             encoded = tokenizer(completion, add_special_tokens=False, return_offsets_mapping=True)
             covered = [i for i, (a, b) in enumerate(encoded["offset_mapping"]) if b > start and a < b <= stop]
             if covered:
@@ -115,11 +125,23 @@ def _measure(
     return Opening(tokens, tuple((own_N - others_N).tolist()))
 
 
-def _locate(template: Template, problem: Problem) -> tuple[int, int, str]:
-    """Where a perfect response opens its answer, and where the answer itself begins; and the response."""
-    before, _, after = template.completion_format.partition("{solution}")
-    opening, _, _ = after.partition("{answer}")
-    solution = problem.solution or ""
-    solution = unbox(solution) if "\\boxed" in template.completion_format else solution
-    start = len(before.format()) + len(solution.strip())
-    return start, start + len(opening.format()), template.completion(problem.solution or "", problem.answer)
+def _locate(template: Template, problem: Problem) -> tuple[int, int, str] | None:
+    """Where a perfect response opens its answer, and where the answer itself begins; and the response.
+
+    None for a problem that has no solution, or a solution at which the response would stop: check-task reports it.
+    """
+    if problem.solution is None:
+        return None
+    try:
+        completion = template.completion(problem.solution, problem.answer)
+    except ValueError:
+        return None
+    solution = unbox(problem.solution) if "\\boxed" in template.completion_format else problem.solution
+    start = position = 0
+    for text, field, *_ in Formatter().parse(template.completion_format):
+        position += len(text)
+        if field == "answer":
+            break
+        if field is not None:
+            start = position = position + len(solution.strip())
+    return start, position, completion

@@ -5,14 +5,13 @@ Shape legend: A alphas, N rollouts, T tokens of a rollout, K tokens of all rollo
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import sqrt
 
 import torch
 from torch import Tensor
 
 from logitmix.evaluation.decode import Decoder
 from logitmix.evaluation.requests import Request, Response, make_batches
-from logitmix.evaluation.statistics import Estimate
+from logitmix.evaluation.statistics import Estimate, score_interval
 from logitmix.mixture.configuration import LogitMixConfig
 from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.mixture.realignment import alpha_for_kl, coverage, kl_divergence, kl_to_anchor, log_mixture, reweighting
@@ -21,7 +20,6 @@ from logitmix.runs.console import progress_bar
 LEAST_EFFECTIVE = 30.0  # an interval of fewer effective samples says nothing
 LEAST_COVERED = 0.9  # at 0.68 and 0.31, format rates were wrong by 18 and 28 points: benchmarks/results/realign.md
 KEPT_TOKENS = 512  # whose members' log-probabilities are kept for a KL budget: 200 MB at 49,152 tokens
-Z = 1.959964
 
 
 @dataclass(frozen=True)
@@ -55,6 +53,11 @@ class Prediction:
 def validate_geometric(config: LogitMixConfig) -> None:
     """Raise `ValueError` for a mixture that is not the geometric one of two distributions after the same text."""
     config.require_one_prompt("realign")
+    if config.scheme != "logit":
+        raise ValueError(
+            f"the mixture has scheme {config.scheme!r}, and only geometric mixtures (logit) stand for a KL penalty; "
+            "decode it at other alphas with logitmix sweep --mixes prob"
+        )
     if config.cut is not None:
         raise ValueError(
             f"the mixture has plausibility {config.plausibility}: it rules out tokens, so that no other alpha is "
@@ -97,7 +100,7 @@ def score(model: LogitMixForCausalLM, rollouts: Rollouts, alphas: Sequence[float
     """Score rollouts under the geometric mixture at each alpha. Members run once a rollout, for all alphas."""
     log_probs_AN = torch.zeros(len(alphas), len(rollouts.completion_ids), dtype=torch.float64)
     sums_A, tokens = torch.zeros(len(alphas), dtype=torch.float64), sum(map(len, rollouts.completion_ids))
-    every, kept = -(-tokens // KEPT_TOKENS), []
+    every, before, kept = -(-tokens // KEPT_TOKENS), 0, []
     pairs = zip(rollouts.prompt_ids, rollouts.completion_ids, strict=True)
     for n, (prompt, completion) in enumerate(pairs):
         ids_1T = torch.tensor([[*prompt, *completion]], device=model.device)
@@ -111,7 +114,9 @@ def score(model: LogitMixForCausalLM, rollouts: Rollouts, alphas: Sequence[float
             mixed_TV = log_mixture(policy_TV, anchor_TV, alpha)
             log_probs_AN[a, n] = mixed_TV.gather(1, targets_T1).double().sum()
             sums_A[a] += kl_divergence(mixed_TV, anchor_TV).double().sum()
-        kept.append((policy_TV[::every], anchor_TV[::every]))
+        own = slice(-before % every, None, every)  # each `every`-th token of all rollouts
+        kept.append((policy_TV[own].clone(), anchor_TV[own].clone()))  # a view would keep the whole
+        before += len(completion)
     policy_KV, anchor_KV = (torch.cat(rows) for rows in zip(*kept, strict=True))
     return Scores(log_probs_AN, sums_A / tokens, policy_KV, anchor_KV)
 
@@ -134,20 +139,36 @@ def _prediction(alpha: float, kl: float, own_N: Tensor, other_N: Tensor, respons
     effective = float(1 / weights_N.square().sum())
     if effective < LEAST_EFFECTIVE or covered < LEAST_COVERED:
         return Prediction(alpha, kl, effective, covered, None, None)
+    problems = [response.problem for response in responses]
     rates = (
-        reweighted_rate(weights_N, torch.tensor([getattr(response, key) for response in responses]), covered)
+        reweighted_rate(weights_N, torch.tensor([getattr(response, key) for response in responses]), covered, problems)
         for key in ("format_ok", "answer_ok")
     )
     return Prediction(alpha, kl, effective, covered, *rates)
 
 
-def reweighted_rate(weights_N: Tensor, outcomes_N: Tensor, covered: float = 1.0) -> Estimate:
-    """The rate of outcomes under the normalised weights, with its 95 % interval: the delta method's standard error.
+def reweighted_rate(
+    weights_N: Tensor, outcomes_N: Tensor, covered: float = 1.0, problems_N: Sequence[int] | None = None
+) -> Estimate:
+    """The rate of outcomes under the normalised weights, with its 95 % interval.
 
-    Of the share that is not covered, the interval allows for all outcomes or none.
+    The interval is Wilson's for as many independent outcomes as have the delta method's variance. Rollouts of one
+    problem (`problems_N`; by default each has its own) are not independent, and count together. Of the share that is
+    not covered, the interval allows for all outcomes or none.
     """
     outcomes_N = outcomes_N.to(weights_N)
-    rate = float((weights_N * outcomes_N).sum())
-    half = Z * sqrt(float((weights_N * (outcomes_N - rate)).square().sum()))
-    low, high = max(0.0, rate - half), min(1.0, rate + half)
+    rate = min(float((weights_N * outcomes_N).sum()), 1.0)
+    problem_N = torch.arange(len(weights_N)) if problems_N is None else torch.tensor(problems_N)
+
+    def squares(values_N: Tensor) -> float:
+        """The sum over problems of the squared sum of values."""
+        return float(values_N.new_zeros(int(problem_N.max()) + 1).index_add_(0, problem_N, values_N).square().sum())
+
+    if outcomes_N.min() == outcomes_N.max():
+        rate, n = float(outcomes_N[0]), 1 / squares(weights_N)
+    else:
+        variance, n = squares(weights_N * (outcomes_N - rate)), 1 / float(weights_N.square().sum())
+        if variance > 0:  # outcomes that happen to balance within each problem count for no more than the rollouts
+            n = min(n, rate * (1 - rate) / variance)
+    low, high = score_interval(rate, n)
     return Estimate(rate, covered * low, covered * high + 1 - covered)

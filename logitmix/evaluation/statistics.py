@@ -37,12 +37,17 @@ def wilson_interval(successes: int, n: int, confidence: float = CONFIDENCE) -> t
     Raises `ValueError` for n < 1: a rate needs at least one trial.
     """
     _validate_rate(successes, n)
+    return score_interval(successes / n, n, confidence)
+
+
+def score_interval(rate: float, n: float, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Wilson's score interval for a rate in as many trials as `n` independent ones; n need not be whole."""
     z = _quantile(confidence)
-    p, spread = successes / n, z * z / n
-    centre = (p + spread / 2) / (1 + spread)
-    half = z * sqrt(p * (1 - p) / n + spread / (4 * n)) / (1 + spread)
-    # at 0 and at n the end is exact; rounding must not push it beyond
-    return (0.0 if successes == 0 else centre - half, 1.0 if successes == n else centre + half)
+    spread = z * z / n
+    centre = (rate + spread / 2) / (1 + spread)
+    half = z * sqrt(rate * (1 - rate) / n + spread / (4 * n)) / (1 + spread)
+    # at 0 and 1 the end is exact; rounding must not push it beyond
+    return (0.0 if rate == 0 else centre - half, 1.0 if rate == 1 else centre + half)
 
 
 def wilson_estimate(successes: int, n: int) -> Estimate:

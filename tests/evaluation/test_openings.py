@@ -1,12 +1,10 @@
 """How surely models open a template's format, and the trial of all templates with a model."""
 
-import math
-
 import pytest
 import torch
 
 from logitmix.cli.__main__ import main
-from logitmix.evaluation.openings import Opening, measure_openings, sufficient_weight, summarise
+from logitmix.evaluation.openings import Opening, measure_openings, opening_weights, summarise
 from logitmix.evaluation.report.tables import opening_notes
 from logitmix.evaluation.template_trials import try_templates
 from logitmix.mixture.modeling import LogitMixForCausalLM
@@ -67,16 +65,44 @@ def test_problems_without_solutions_have_no_opening(tokenizer):
 def test_the_sufficient_weight_opens_the_format_and_the_trial_of_the_issue():
     """A base that gives a token 11.3 nats less than its first choice, beside a model that gives it 8.0 more."""
     a, b = [Opening(("\n", "\\"), (0.3, -11.3))], [Opening(("\n", "\\"), (2.3, 8.0))]
-    assert sufficient_weight(a, b) == pytest.approx(11.3 / 19.3)
-    assert sufficient_weight(b, b) == 0
-    assert sufficient_weight(a, a) == math.inf
+    assert opening_weights(a, b) == (pytest.approx(11.3 / 19.3), 1)
+    assert opening_weights(b, b) == (0, 1)
+    assert opening_weights(a, a) is None
     assert (summarise(a).nats, summarise(a).token) == (-11.3, "\\")
     (note,) = opening_notes(a, b)
     assert "A -11.3 nats at '\\\\', B +2.3 nats at '⏎'." in note
     assert "from a weight of 0.59 for B on; A alone does not" in note
     assert "from a weight of 0.59 for A on; B alone does not" in opening_notes(b, a)[0]
     assert "Both open it" in opening_notes(b, b)[0]
-    assert "Neither opens it" in opening_notes(a, a)[0]
+    assert "No weight makes sure" in opening_notes(a, a)[0]
+
+
+def test_tokens_that_only_the_other_member_writes_bound_the_weight_from_above():
+    a, b = [Opening(("\n", "\\"), (-1.0, 4.0))], [Opening(("\n", "\\"), (3.0, -1.0))]
+    low, high = opening_weights(a, b)
+    assert (low, high) == pytest.approx((1 / 4, 4 / 5))
+    for w in (low, high):
+        margins = [(1 - w) * m_a + w * m_b for m_a, m_b in zip(a[0].margins, b[0].margins, strict=True)]
+        assert min(margins) == pytest.approx(0)
+    assert "at weights from" in opening_notes(a, b)[0]
+    far = [Opening(("\n", "\\"), (-5.0, 1.0))], [Opening(("\n", "\\"), (5.0, -5.0))]
+    assert opening_weights(*far) is None, "each token wants another weight"
+
+
+def test_a_template_that_gives_the_answer_first_is_opened_at_its_start(tokenizer):
+    task = Arithmetic()
+    task.template = Template("first", "{question}=", "={answer}\n{solution}", r"=(?P<answer>-?\d+)\n.*")
+    problems = task.problems("validation", 2)
+    for opening in measure_openings(model(tokenizer, 0), tokenizer, task, problems):
+        assert opening.tokens == ("=",)
+
+
+def test_a_problem_whose_solution_stops_its_response_is_left_out(tokenizer):
+    task = Arithmetic()
+    task.template = Template("stops", "{question}=", "{solution}\n={answer};", r".*\n=(?P<answer>-?\d+);", stop=(";",))
+    first, second = task.problems("validation", 2)
+    object.__setattr__(first, "solution", "1;2")
+    assert len(measure_openings(model(tokenizer, 0), tokenizer, task, [first, second])) == 1
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -87,7 +113,7 @@ def test_at_the_sufficient_weight_a_mixture_of_any_logits_ranks_the_token_first(
     def margin(logits):
         return (logits[target] - torch.cat([logits[:target], logits[target + 1 :]]).max()).item()
 
-    weight = sufficient_weight([Opening(("x",), (margin(logits_a),))], [Opening(("x",), (margin(logits_b),))])
+    weight, _ = opening_weights([Opening(("x",), (margin(logits_a),))], [Opening(("x",), (margin(logits_b),))])
     for w in (weight + 1e-6, (weight + 1) / 2, 1.0):
         assert ((1 - w) * logits_a + w * logits_b).argmax() == target
 

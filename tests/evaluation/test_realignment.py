@@ -5,11 +5,20 @@ import math
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from logitmix.cli.__main__ import main
 from logitmix.evaluation.decode import make_decoder
-from logitmix.evaluation.realignment import LEAST_EFFECTIVE, predict, reweighted_rate, sample_rollouts, score
+from logitmix.evaluation.realignment import (
+    KEPT_TOKENS,
+    LEAST_EFFECTIVE,
+    predict,
+    reweighted_rate,
+    sample_rollouts,
+    score,
+)
 from logitmix.evaluation.requests import Request
+from logitmix.evaluation.statistics import wilson_interval
 from logitmix.mixture.diagnostics import mixture_diagnostics
 from logitmix.mixture.mixing import mix_logits
 from logitmix.mixture.modeling import LogitMixForCausalLM
@@ -22,6 +31,7 @@ from logitmix.mixture.realignment import (
     reweighting,
 )
 from logitmix.paper.tiny_model import character_tokenizer, tiny_model
+from logitmix.runs.files import append_jsonl
 from logitmix.tasks import Arithmetic
 from tests.helpers.commands import error_of
 
@@ -127,13 +137,25 @@ def test_responses_that_were_never_drawn_are_not_covered(bandit):
     assert coverage(own[arms], other[arms]) == pytest.approx(expected, abs=1e-3)
     assert coverage(own[arms], own[arms]) == 1
     estimate = reweighted_rate(torch.full((100,), 0.01, dtype=torch.float64), torch.ones(100), covered=0.95)
-    assert (estimate.value, estimate.low, estimate.high) == pytest.approx((1, 0.95, 1))
+    assert (estimate.value, estimate.low, estimate.high) == pytest.approx((1, 0.95 * wilson_interval(100, 100)[0], 1))
 
 
-def test_the_interval_at_equal_weights_is_the_binomial_one():
-    outcomes = torch.arange(100) < 30
-    estimate = reweighted_rate(torch.full((100,), 0.01, dtype=torch.float64), outcomes)
-    assert estimate.value - estimate.low == pytest.approx(1.959964 * (0.3 * 0.7 / 100) ** 0.5)
+def test_the_interval_at_equal_weights_is_wilsons():
+    for count in (0, 30, 100):
+        outcomes = torch.arange(100) < count
+        estimate = reweighted_rate(torch.full((100,), 0.01, dtype=torch.float64), outcomes)
+        assert (estimate.low, estimate.high) == pytest.approx(wilson_interval(count, 100))
+
+
+def test_rollouts_of_one_problem_count_together():
+    weights, problems = torch.full((100,), 0.01, dtype=torch.float64), [i // 4 for i in range(100)]
+    alike = torch.tensor([i % 3 == 0 for i in problems])
+    estimate = reweighted_rate(weights, alike, problems_N=problems)
+    assert (estimate.low, estimate.high) == pytest.approx(wilson_interval(9, 25)), "25 problems, not 100 rollouts"
+    all_right = reweighted_rate(weights, torch.ones(100), problems_N=problems)
+    assert (all_right.low, all_right.high) == pytest.approx(wilson_interval(25, 25))
+    balanced = reweighted_rate(weights, torch.arange(100) % 2 == 0, problems_N=problems)
+    assert (balanced.low, balanced.high) == pytest.approx(wilson_interval(50, 100)), "no more than the rollouts"
 
 
 # --- rollouts of models -------------------------------------------------------------------------------------------
@@ -177,6 +199,15 @@ def test_scores_match_the_mixture_at_each_alpha(pair, tokenizer):
         assert scores.kls_A[a].item() == pytest.approx(sum(kls) / len(kls), abs=1e-4)
     budget = scores.kls_A[1].item()
     assert scores.alpha_for(budget) == pytest.approx(0.5, abs=1e-3)
+
+
+def test_the_tokens_of_a_budget_are_spread_over_whole_rollouts(pair, tokenizer):
+    """Far more tokens than are kept: the kept ones give the alpha of the whole, and no other is in memory."""
+    rollouts = rollouts_at(pair, tokenizer, 0.5, 200, 4, 0, 12)
+    scores = score(pair, rollouts, (0.5,))
+    assert len(scores.policy_KV) <= KEPT_TOKENS < sum(map(len, rollouts.completion_ids)) / 4
+    assert scores.policy_KV.untyped_storage().nbytes() == scores.policy_KV.nbytes
+    assert scores.alpha_for(scores.kls_A[0].item()) == pytest.approx(0.5, abs=0.05)
 
 
 def test_predicted_rates_match_decoded_ones(pair, tokenizer):
@@ -227,6 +258,7 @@ def test_the_command_prints_and_writes_the_predictions(members, tmp_path, capsys
     assert "The smallest alpha within 0.05 nats a token of the anchor is 0." in printed
     numbers = json.loads(path.read_text())
     assert [(row["alpha"], row["beta"]) for row in numbers["predictions"]] == [(0.5, 0.2), (1.0, None)]
+    assert (numbers["alpha"], numbers["trained_alpha"]) == (0.5, 0.0), "of an untrained pair"
     assert 0 < numbers["kl_budget_alpha"] < 1
     assert numbers["predictions"][1]["kl"] == pytest.approx(0, abs=1e-6)
 
@@ -238,7 +270,28 @@ def test_the_command_prints_and_writes_the_predictions(members, tmp_path, capsys
         (["--kl_budget", "0"], "kl_budget is 0.0, but must be above 0"),
         (["--beta", "-1"], "beta is -1.0, but must be above 0"),
         (["--output_file", "no/such/folder.json"], "is in no folder"),
+        (["--output_file", "."], "is a folder; give a file in it"),
     ],
 )
 def test_wrong_values_are_refused(members, capsys, flags, message):
     assert message in error_of(capsys, ["realign", "--model_name_or_path", members[0], "--anchor", members[1], *flags])
+
+
+def test_a_trained_mixture_is_realigned_from_its_own_alpha(members, tmp_path, capsys):
+    mixture = LogitMixForCausalLM.from_members(*members, 0.25)
+    mixture.save_pretrained(tmp_path / "run")
+    AutoTokenizer.from_pretrained(members[0]).save_pretrained(tmp_path / "run")
+    append_jsonl(tmp_path / "run" / "run.jsonl", [{"arguments": {"command": "train", "task": "arithmetic"}}])
+    argv = ["realign", "--model_name_or_path", str(tmp_path / "run"), "--eval_limit", "8", "--max_new_tokens", "2"]
+    assert main([*argv, "--alphas", "0.5", "--output_file", str(tmp_path / "out.json")]) == 0
+    numbers = json.loads((tmp_path / "out.json").read_text())
+    assert (numbers["alpha"], numbers["trained_alpha"]) == (0.25, 0.25)
+    assert numbers["predictions"][0]["beta"] == pytest.approx(0.75 / 0.5)
+    assert "after a training with beta 1 at alpha 0.25" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_mixture_that_is_not_geometric_is_refused(members, tmp_path, capsys):
+    LogitMixForCausalLM.from_members(*members, 0.5, scheme="prob").save_pretrained(tmp_path / "prob")
+    AutoTokenizer.from_pretrained(members[0]).save_pretrained(tmp_path / "prob")
+    message = error_of(capsys, ["realign", "--model_name_or_path", str(tmp_path / "prob")])
+    assert "the mixture has scheme 'prob'" in message

@@ -43,6 +43,24 @@ def test_a_format_rate_near_zero_at_the_start_is_named_with_what_to_try():
     assert advice([{"reward": 1.0}] * 6) == [], "a reward that does not log it"
 
 
+def test_logs_of_updates_that_sample_nothing_change_nothing():
+    """As in the paper's recipes: 8 updates use the rollouts of an outer step, and each is logged."""
+    sampled = {"groups/without_spread": 1.0, "format_rate": 0.0, "reward": 0.0}
+    texts = advice([log for _ in range(3) for log in (sampled, *[{"loss": 0.1}] * 7)])
+    assert ["spread" in text for text in texts] == [False, True]
+    assert "in the required format after 9 steps" in texts[0]
+
+
+def test_the_kl_to_several_anchors_counts():
+    noise = (0.02, -0.02, 0.01, -0.01)
+    logs = [
+        {"reward": 0.3 + noise[i % 4], "mixture/kl_anchor_0": 0.1, "mixture/kl_anchor_1": 0.05 + i / 20}
+        for i in range(20)
+    ]
+    (text,) = advice(logs, every=2)
+    assert "the reward has not risen since step" in text
+
+
 def curve(reward, kl, n=20):
     return [{"reward": reward(i / n), "mixture/kl_anchor": kl(i / n), "kl": 9.0} for i in range(n)]
 

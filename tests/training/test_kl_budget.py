@@ -1,4 +1,4 @@
-"""The alpha controller that keeps a KL budget: the KL at its alpha, in training, resumed, and what is refused."""
+"""The alpha controller that keeps a KL budget: the KL at its alpha, in training, and what is refused."""
 
 import pytest
 import torch
@@ -33,6 +33,22 @@ def test_the_mixture_uses_the_budget_up(tmp_path, temperature):
     assert alpha_within_budget(trainer, inputs, 1e-9) == HIGHEST
     policy, anchor = member_log_probs(trainer, inputs)
     assert len(policy) == len(anchor) == inputs["completion_mask"][:4].sum()
+
+
+def test_rollouts_without_a_token_that_counts_leave_alpha(tmp_path):
+    """As where all are cut and mask_truncated_completions masks them."""
+    trainer = trainer_of(tmp_path)
+    inputs, *_ = generated(trainer)
+    trainer.model.config.set_weights([0.7, 0.3])
+    inputs["completion_mask"] = torch.zeros_like(inputs["completion_mask"])
+    assert alpha_within_budget(trainer, inputs, 1e-9) == pytest.approx(0.3)
+
+
+def test_a_mixture_that_rules_out_tokens_is_refused(tmp_path):
+    cut = mixture()
+    cut.config.set_plausibility(0.1, "anchor")
+    with pytest.raises(ValueError, match=r"but this one has plausibility 0.1, which rules out tokens"):
+        trainer_of(tmp_path, alpha_controller="kl_budget", kl_budget=0.1, model=cut)
 
 
 def test_alpha_follows_the_budget_in_training_and_stays_within_an_outer_step(tmp_path):

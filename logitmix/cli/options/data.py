@@ -185,12 +185,20 @@ def read_run_data(checkpoint: str) -> dict[str, Any] | None:
 
     None without such a run. The column of solutions is left out: only SFT reads it.
     """
+    arguments = read_run_arguments(checkpoint)
+    if arguments is None or not isinstance(arguments.get("task"), str):
+        return None
+    names = [f.name for f in fields(RenderedDataArguments) if f.name != "solution_column"]
+    return {name: arguments[name] for name in names if name in arguments}
+
+
+def read_run_arguments(checkpoint: str) -> dict[str, Any] | None:
+    """The arguments of the last start of the run that made a checkpoint; None without such a run."""
     folder = Path(checkpoint).resolve()  # gives "." and links their name and parent
     for path in (folder / RUN_FILE, folder.parent / RUN_FILE):  # in the parent for a checkpoint-N
         if path.is_file() and (path.parent == folder or folder.name.startswith("checkpoint-")):
             starts = read_jsonl(path)
             arguments = starts[-1].get("arguments") if starts and isinstance(starts[-1], dict) else None
-            if isinstance(arguments, dict) and isinstance(arguments.get("task"), str):
-                names = [f.name for f in fields(RenderedDataArguments) if f.name != "solution_column"]
-                return {name: arguments[name] for name in names if name in arguments}
+            if isinstance(arguments, dict):
+                return arguments
     return None

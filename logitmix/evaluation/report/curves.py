@@ -172,8 +172,10 @@ def _read(folder: Path, label: str) -> Run:
 
 
 def count_updates(arguments: Mapping[str, Any]) -> float:
-    """The number of updates in an outer step of a run with these arguments; 1 if they do not say."""
-    per_generation = arguments.get("steps_per_generation") or 1
+    """The number of updates in an outer step of GRPO with these arguments; 1 for other trainings, which have none."""
+    per_generation = arguments.get("steps_per_generation")
+    if per_generation is None:
+        return 1.0
     accumulated = arguments.get("gradient_accumulation_steps") or 1
     return float(per_generation * (arguments.get("num_iterations") or 1) / accumulated)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from math import inf
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -162,21 +161,24 @@ def complement_notes(c: Complement) -> list[str]:
 
 
 def opening_notes(a: Sequence[Opening], b: Sequence[Opening]) -> list[str]:
-    """How surely A and B open the format, and the weight from which on their geometric mixture does."""
-    from logitmix.evaluation.openings import sufficient_weight, summarise  # needs torch, and reports do not
+    """How surely A and B open the format, and the weights at which their geometric mixture does."""
+    from logitmix.evaluation.openings import opening_weights, summarise  # needs torch, and reports do not
 
     margins = {"A": summarise(a), "B": summarise(b)}
     parts = [f"{who} {margin.nats:+.1f} nats at {visible(margin.token)!r}" for who, margin in margins.items()]
     line = f"Margin of the format's weakest opening token, after a worked solution: {', '.join(parts)}."
     weak, strong = sorted(margins, key=lambda who: margins[who].nats)
-    weight = sufficient_weight(*((a, b) if strong == "B" else (b, a)))
-    if weight == 0:
+    weights = opening_weights(*((a, b) if strong == "B" else (b, a)))
+    if weights is None:
+        return [f"{line} No weight makes sure that a geometric mixture opens it."]
+    low, high = weights
+    if (low, high) == (0, 1):
         return [f"{line} Both open it by themselves."]
-    if weight == inf:
-        return [f"{line} Neither opens it by itself: no weight makes sure that a mixture does."]
-    return [
-        f"{line} A geometric mixture opens it from a weight of {weight:.2f} for {strong} on; {weak} alone does not."
-    ]
+    if high == 1:
+        at = f"from a weight of {low:.2f} for {strong} on; {weak} alone does not"
+    else:
+        at = f"at weights from {low:.2f} to {high:.2f} for {strong}; {strong} alone does not"
+    return [f"{line} A geometric mixture opens it {at}."]
 
 
 def print_sweep_intervals(title: str, sweep: Sequence[Mapping[str, Any]]) -> None:
@@ -206,14 +208,19 @@ def print_sweep_intervals(title: str, sweep: Sequence[Mapping[str, Any]]) -> Non
         console.print(table)
 
 
-def print_predictions(title: str, predictions: Sequence[Prediction], betas: Sequence[float]) -> None:
-    """Print what is expected at each alpha; rates are left out where too few rollouts count."""
+def print_predictions(
+    title: str, predictions: Sequence[Prediction], betas: Sequence[float], trained: str = "beta 1 at alpha 0"
+) -> None:
+    """Print what is expected at each alpha; rates are left out where too few rollouts count.
+
+    `trained` says with which KL penalty and at which alpha the policy was trained.
+    """
     table = Table(
         title=title,
         title_justify="left",
-        caption="beta: of the KL penalty that an alpha stands for; KL: to the anchor, nats a token; n: effective "
-        "number of rollouts; covered: share of the responses at that alpha that the rollouts are like; no rates where "
-        "either is too small",
+        caption=f"beta: of the KL penalty that an alpha stands for, after a training with {trained}; KL: to the "
+        "anchor, nats a token; n: effective number of rollouts; covered: share of the responses at that alpha that "
+        "the rollouts are like; no rates where either is too small",
         caption_justify="left",
     )
     for column in ("alpha", "beta", "KL", "n", "covered %", "format %", "answer %"):
@@ -226,7 +233,7 @@ def print_predictions(title: str, predictions: Sequence[Prediction], betas: Sequ
 
 BETA_NOTE = (
     "beta ×: of a policy trained with a KL penalty beta to this anchor, scheme logit at alpha stands for beta / (1 - "
-    "alpha); logitmix realign predicts its rates."
+    "alpha); logitmix realign predicts the rates of rollouts at temperature 1."
 )
 
 

@@ -37,6 +37,11 @@ def validate_alpha_controller(
             "to a multiple of it (rollout_batch_size limits the memory)"
         )
     _validate_values(args, model.config.scheme)
+    if controller == KL_BUDGET and model.config.cut is not None:
+        raise ValueError(
+            f"alpha_controller 'kl_budget' computes the KL of a mixture of all tokens, but this one has plausibility "
+            f"{model.config.plausibility}, which rules out tokens; use config.set_plausibility(None)"
+        )
     if controller not in VALIDATING:
         return
     if args.validation_size < 1:

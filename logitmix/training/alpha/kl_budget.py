@@ -19,15 +19,20 @@ def alpha_within_budget(trainer: GRPOTrainer, batch: Batch, budget: float) -> fl
     """The smallest alpha at which KL(mixture ‖ anchor), in nats a token, is within the budget, and at most 0.95.
 
     The KL is the mean over the first tokens of the first rollouts of the batch, of all processes, at the sampling
-    temperature: that of `mixture/kl_anchor`. Members run once, and alpha is found by bisection.
+    temperature: that of `mixture/kl_anchor`. Members run once, and alpha is found by bisection. Rollouts without any
+    token that counts, as where all are cut and masked, leave alpha as it is.
     """
     policy_KV, anchor_KV = member_log_probs(trainer, batch)
 
+    def total(values_K: Tensor) -> float:
+        return float(trainer.accelerator.gather(values_K.sum()[None]).sum())
+
+    count = total(torch.ones(len(policy_KV), device=policy_KV.device))
+    if count == 0:
+        return float(trainer.model.alpha)
+
     def kl(alpha: float) -> float:
-        kl_K = kl_to_anchor(policy_KV, anchor_KV, alpha)
-        local = torch.stack([kl_K.sum(), torch.tensor(float(len(kl_K)), device=kl_K.device)])
-        total, count = trainer.accelerator.gather(local[None]).sum(0).tolist()
-        return total / max(count, 1.0)
+        return total(kl_to_anchor(policy_KV, anchor_KV, alpha)) / count
 
     return min(alpha_for_kl(kl, budget), HIGHEST)
 

@@ -1,4 +1,4 @@
-"""Warnings about runs that do not learn, from what the trainer logs; each at most once a run."""
+"""Warnings about runs that do not learn, from what the trainer logs; each at most once a start."""
 
 import warnings
 from collections import deque
@@ -16,6 +16,8 @@ LEAST_GROWTH = 0.05  # nats a token
 
 class Advice:
     """Reads one log after another: `groups/without_spread`, `format_rate`, `reward`, and the KL to the anchor.
+
+    What concerns rollouts is logged by the update that samples them; a log without it changes nothing.
 
     - most groups without spread for 10 steps: the gradient comes from few questions;
     - a format rate near 0 in the first steps: no rollout can earn a reward;
@@ -43,7 +45,9 @@ class Advice:
 
     def _groups(self, before: int, step: int, logs: dict[str, Any]) -> str | None:
         share = logs.get("groups/without_spread")
-        if share is None or not share > 0.5:
+        if share is None:
+            return None
+        if not share > 0.5:
             self._without_spread_since = None
             return None
         if self._without_spread_since is None:
@@ -60,8 +64,10 @@ class Advice:
 
     def _format(self, step: int, logs: dict[str, Any]) -> str | None:
         rate = logs.get("format_rate")
-        self._low_format = self._low_format and rate is not None and rate < LOW_FORMAT
-        if rate is None or not self._low_format or step < FORMAT_STEPS:
+        if rate is None:
+            return None
+        self._low_format = self._low_format and rate < LOW_FORMAT
+        if not self._low_format or step < FORMAT_STEPS:
             return None
         of_mixture = "a larger alpha, scheme='prob', " if "alpha" in logs else ""
         return (
@@ -70,7 +76,8 @@ class Advice:
         )
 
     def _reward(self, step: int, logs: dict[str, Any]) -> str | None:
-        reward, kl = logs.get("reward"), logs.get("mixture/kl_anchor", logs.get("kl"))
+        to_anchors = [value for key, value in logs.items() if key.startswith("mixture/kl_anchor")]
+        reward, kl = logs.get("reward"), fmean(to_anchors) if to_anchors else logs.get("kl")
         if reward is None or kl is None or not (reward == reward and kl == kl):
             return None
         self._window.append((step, reward, kl))
