@@ -12,7 +12,7 @@ from datetime import date
 from importlib.metadata import version
 
 from logitmix.cli.options.parser import parse
-from logitmix.cli.realign import RealignOptions, load_decoder, resolve_alpha
+from logitmix.cli.realign import DEFAULT_ALPHA, RealignOptions, load_decoder
 from logitmix.evaluation.metrics import estimate
 from logitmix.evaluation.realignment import predict, sample_rollouts
 from logitmix.evaluation.statistics import Estimate
@@ -34,7 +34,7 @@ def main() -> None:
     options = parse("realign", __doc__, RealignOptions, sys.argv[1:])
     args = options.realignment
     decoder = load_decoder(options)
-    alpha = resolve_alpha(decoder.model.config) if args.alpha is None else args.alpha
+    alpha = DEFAULT_ALPHA if args.alpha is None else args.alpha
     rollouts = sample_rollouts(decoder, alpha, args.num_samples, args.batch_size)
     predictions, _ = predict(decoder.model, rollouts, args.alphas)
     print(f"{date.today()}, {processor()['name']}, torch {version('torch')}, transformers {version('transformers')}.")

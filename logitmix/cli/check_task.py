@@ -4,7 +4,7 @@ With a model, also how well it follows each template.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from rich.console import Console
 from rich.table import Table
@@ -32,6 +32,11 @@ class TrialArguments:
 
     def __post_init__(self) -> None:
         validate_at_least(self, num_questions=1, max_new_tokens=1)
+        for f in fields(self):
+            if self.model_name_or_path is None and getattr(self, f.name) != f.default:
+                raise ValueError(
+                    f"{f.name} is {getattr(self, f.name)}, but no model is tried; add --model_name_or_path"
+                )
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +62,8 @@ def run(options: ComplementOptions) -> None:
     decoded, openings = decode_checkpoints(checkpoints, options) if checkpoints else ({}, {})
     (name_a, a), (name_b, b) = select_pair(sources, decoded)
     result = complement(a, b, name_a, name_b)
+    if not checkpoints:
+        refuse_unread(options.problems, options.loading, options.decoding)
     named = [replace(row, name=name) for name, rows in (("A", a), ("B", b)) for row in rows]
     measured = [openings[name] for name in (name_a, name_b) if openings.get(name)]
     margins = {name: asdict(summarise(found)) for name, found in openings.items() if found}
@@ -74,6 +76,17 @@ def run(options: ComplementOptions) -> None:
             json.dumps({"a": name_a, "b": name_b} | asdict(result) | {"openings": margins}, indent=2) + "\n"
         )
         console.print(f"The numbers are in {path}.", soft_wrap=True)
+
+
+def refuse_unread(*groups: Any) -> None:
+    """Raise `ValueError` for flags of decoding where both sources are responses that exist; `output_dir` is read."""
+    for group in groups:
+        for f in fields(group):
+            if f.name != "output_dir" and getattr(group, f.name) != f.default:
+                raise ValueError(
+                    f"{f.name} is {getattr(group, f.name)!r}, but the sources are responses, which are decoded "
+                    "already; leave it out, or give checkpoints"
+                )
 
 
 def decode_checkpoints(

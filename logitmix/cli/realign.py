@@ -19,6 +19,9 @@ if TYPE_CHECKING:  # `--help` needs no torch
     from logitmix.mixture.configuration import LogitMixConfig
 
 
+DEFAULT_ALPHA = 0.5
+
+
 @dataclass
 class RealignArguments:
     """Realignment"""
@@ -26,8 +29,8 @@ class RealignArguments:
     alpha: float | None = field(
         default=None,
         metadata={
-            "help": "Weight of the anchor at which the rollouts are sampled; default: the checkpoint's, or 0.5 with "
-            "--anchor."
+            "help": "Weight of the anchor at which the rollouts are sampled; default: the checkpoint's, if its weights "
+            "sum to 1, or 0.5."
         },
     )
     alphas: list[float] = field(
@@ -99,17 +102,12 @@ def load_decoder(options: RealignOptions) -> Decoder:
     return make_decoder(model, tokenizer, task, problems, args.max_new_tokens, temperature=1.0, seed=args.seed)
 
 
-def resolve_alpha(config: LogitMixConfig) -> float:
-    """The mixture's own alpha. Raises `ValueError` for weights outside [0, 1], or whose sum is not 1."""
+def own_alpha(config: LogitMixConfig) -> float | None:
+    """The mixture's own alpha; None for weights that no alpha from 0 to 1 gives, as of a product."""
     from logitmix.mixture.mixing import weights_to_alpha
 
     alpha = weights_to_alpha(config.weights)
-    if alpha is None or not 0 <= alpha <= 1:
-        raise ValueError(
-            f"the mixture has weights {config.weights}, which no alpha from 0 to 1 gives; realign is about weighted "
-            "averages: save it with config.set_weights, or give the members with --anchor"
-        )
-    return alpha
+    return alpha if alpha is not None and 0 <= alpha <= 1 else None
 
 
 def is_trained_mixture(options: RealignOptions) -> bool:
@@ -127,12 +125,11 @@ def run(options: RealignOptions) -> None:
     for alpha in args.alphas:  # refuses beta and alphas before anything is loaded
         equivalent_beta(args.beta, alpha, args.trained_alpha or 0.0)
     decoder = load_decoder(options)
-    own_alpha = resolve_alpha(decoder.model.config)
-    trained_alpha = args.trained_alpha
+    saved_alpha, trained_alpha = own_alpha(decoder.model.config), args.trained_alpha
     if trained_alpha is None:
-        trained_alpha = own_alpha if is_trained_mixture(options) else 0.0
+        trained_alpha = saved_alpha if saved_alpha is not None and is_trained_mixture(options) else 0.0
     betas = [equivalent_beta(args.beta, alpha, trained_alpha) for alpha in args.alphas]
-    sampled_alpha = own_alpha if args.alpha is None else args.alpha
+    sampled_alpha = next(alpha for alpha in (args.alpha, saved_alpha, DEFAULT_ALPHA) if alpha is not None)
     rollouts = sample_rollouts(decoder, sampled_alpha, args.num_samples, args.batch_size)
     predictions, budget_alpha = predict(decoder.model, rollouts, args.alphas, args.kl_budget)
     title = f"{decoder.task.name}, predicted from {len(rollouts.responses)} rollouts at alpha {sampled_alpha:g}"

@@ -123,6 +123,10 @@ def run(options: SweepOptions) -> None:
 
     model_args, args = options.model, options.decoding
     between = sorted(set(options.sweep.alphas) - set(MEMBERS.values()))
+    if not between:
+        raise ValueError(
+            "--alphas has only 0 and 1, the members alone, which logitmix eval compares; add a weight such as 0.5"
+        )
     mixes = list(dict.fromkeys(options.sweep.mixes))
     for mix in mixes:
         if mix not in MIXES:
@@ -176,7 +180,7 @@ def run_family(options: SweepOptions) -> None:
     An interrupted sweep continues. Raises `ValueError` for flags of the other sweep, and for members that do not fit.
     """
     from logitmix.evaluation.decode import make_decoder
-    from logitmix.evaluation.report.tables import print_evaluation, print_weights_choice
+    from logitmix.evaluation.report.tables import print_points, print_weights_choice
     from logitmix.evaluation.requests import make_batches, make_requests, one_hot_weights
     from logitmix.evaluation.responses import open_responses
     from logitmix.evaluation.weights_sweep import choose_weights, preset_points, simplex_points
@@ -215,7 +219,7 @@ def run_family(options: SweepOptions) -> None:
     requests = make_requests(dict.fromkeys(weights), len(problems))
     responses.add("sweep of weights", make_batches(requests, args.batch_size), decode)
 
-    print_evaluation(f"{task.name}, {len(problems)} test problems, greedy", responses.rows)
+    print_points(f"{task.name}, {len(problems)} test problems, greedy", responses.rows)
     choice = choose_weights(responses.rows, points, names)
     print_weights_choice(choice)
     if responses.path is not None:

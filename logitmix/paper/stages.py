@@ -113,7 +113,7 @@ def _plan_seed(
     of_mixtures = {} if decoding is None else {"decoding": decoding}
 
     def arm(name: str) -> Stage:
-        changes = scale.train | {"eval_limit": limit}
+        changes = scale.train | {"eval_limit": limit} | (scale.adaptive if name == "adaptive_mixing" else {})
         return stage(name, "train", changes | (of_mixtures if "anchor" in recipes[name].values else {}))
 
     distill = {key: arm_settings[key] for key in SHARED if arm_settings.get(key) is not None} | scale.distill

@@ -72,8 +72,13 @@ READERS = (
     Reader(("anchor_dtype", "anchor_quantization"), lambda args: args.anchor is not None, "anchor"),
     Reader(
         ("adaptive_offset", "adaptive_scale"),
-        lambda args: args.alpha_controller in VALIDATING,
+        lambda args: args.alpha_controller == "adaptive",
         "alpha_controller 'adaptive'",
+    ),
+    Reader(
+        ("validation_size",),
+        lambda args: args.alpha_controller in VALIDATING,
+        "alpha_controller 'adaptive' or 'validation_weighted'",
     ),
     Reader(("max_refills",), lambda args: args.dynamic_sampling == "refill", "dynamic_sampling 'refill'"),
     Reader(("reanchor_to",), lambda args: args.reanchor_steps is not None, "reanchor_steps"),

@@ -104,6 +104,10 @@ def test_an_empty_split_is_a_failure(tmp_path, capsys):
         (["arithmetic", "--template", "r2"], "there is no template 'r2'; did you mean 'r1'?"),
         (["arithmetic", "--template", "no.yaml"], "the template file no.yaml does not exist"),
         (["arithmetic", "--answer_column", "a"], "does not choose its columns"),
+        (
+            ["arithmetic", "--num_questions", "5"],
+            "num_questions is 5, but no model is tried",
+        ),
     ],
 )
 def test_wrong_input_prints_one_error_line(argv, message, capsys):

@@ -145,3 +145,11 @@ def test_check_task_prints_a_row_for_each_template(tokenizer, tmp_path, capsys):
     assert "boxed_line: 100 % were cut at 5 tokens: raise --max_new_tokens." in printed
     assert "boxed: refused, since" in printed
     assert printed.endswith("failures: 0\n")
+    own = tmp_path / "own.yaml"
+    own.write_text(
+        'name: boxed_line\nprompt_format: "{question}="\ncompletion_format: "{solution}\\n{answer}"\n'
+        "pattern: '(.*\\n)?(?P<answer>-?\\d+)'\n"
+    )
+    assert main(["check-task", "arithmetic", "--template", str(own), *flags]) == 0
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│ boxed_line ")]
+    assert row.split("│")[-2].strip() == "⏎", "of the own template, and not of the shipped one of this name"

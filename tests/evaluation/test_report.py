@@ -9,6 +9,7 @@ import pytest
 
 from logitmix.cli.__main__ import main
 from logitmix.evaluation.report.curves import PANELS, curve, group_by_arm, panel_lines, points, read_runs
+from logitmix.evaluation.report.training_report import select_drawn
 from tests.helpers.browser import ParsedPage, assert_self_contained, page_in_chromium
 
 UPDATES = 2  # per outer step, in the runs below
@@ -213,12 +214,25 @@ def test_such_a_run_blocks_no_others(runs, capsys):
     assert "fixed-0, 2 seeds" in page, "in the held-out curves"
     assert "fixed-0, 3 seeds" in page, "in the curves of the rollouts"
 
+    assert f"{runs / 'sft'} has neither rewards nor evaluations, and is left out; name it to draw it." in page
+
     status, _ = report(runs, str(runs / "begun"), str(runs / "sft"), str(runs / "other"))
     assert status == 0
     printed = capsys.readouterr().out
     assert f"{runs / 'begun'} has logged nothing yet, and is left out." in printed
     assert f"{runs / 'sft'} has no evaluations" in printed
     assert (out / "loss.png").exists()
+
+
+def test_updates_of_a_run_without_outer_steps_are_its_steps(tmp_path):
+    """As of SFT, whose accumulated batches are no parts of an outer step."""
+    arguments = {"command": "sft", "gradient_accumulation_steps": 8}
+    (tmp_path / "run.jsonl").write_text(json.dumps({"arguments": arguments}) + "\n")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
+    (run,) = read_runs(str(tmp_path))
+    assert points(run, "metrics", "loss") == {1: 2.0, 2: 1.0}
+    _, (note,) = select_drawn([run])
+    assert note.endswith("has no evaluations, so its held-out curves are missing."), "eval_every is of train"
 
 
 @pytest.mark.parametrize(

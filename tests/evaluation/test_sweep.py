@@ -222,6 +222,7 @@ def test_the_responses_match_those_of_each_mix_alone(pair, tmp_path):
             "there is no mix 'logits'; did you mean 'logit'? --mixes takes some of logit, prob, merge",
         ),
         (["--eval_limit", "1"], "raise it above 1"),
+        (["--alphas", "0", "1"], "--alphas has only 0 and 1, the members alone, which logitmix eval compares"),
         (["--anchor", "no/such"], "no model at 'no/such'"),
     ],
 )

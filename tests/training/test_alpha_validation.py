@@ -46,8 +46,9 @@ def controlled(
         "max_steps": 12,
         "learning_rate": 1e-3,
         **SMALL_RUN,
+        **({"validation_size": len(QUESTIONS)} if validating else {}),
         # so few questions give small counts: c_o and c_d go with them
-        **({"validation_size": len(QUESTIONS), "adaptive_offset": 1, "adaptive_scale": 3} if validating else {}),
+        **({"adaptive_offset": 1, "adaptive_scale": 3} if controller == "adaptive" else {}),
     }
     return LogitMixGRPOTrainer(
         mixture() if model is None else model,

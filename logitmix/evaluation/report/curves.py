@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ class Run:
 
     label:   the arm that the user named, if any
     updates: in an outer step
+    named:   whether the user named the folder itself, and not one around it
     """
 
     folder: Path
@@ -29,6 +30,7 @@ class Run:
     evaluations: Sequence[Mapping[str, Any]]
     metrics: Sequence[Mapping[str, Any]]
     updates: float = 1.0
+    named: bool = True
 
     @property
     def name(self) -> str | None:
@@ -118,17 +120,26 @@ PANELS = (
     ),
     Panel("validation", "Forgetting (s1) and gain (s2)", "validation questions", ("validation/s1", "validation/s2")),
     Panel("reward", "Training reward", "mean reward", ("reward",)),
+    Panel(
+        "answer_rate",
+        "Right rollouts",
+        "right, sampled (%); lenient: in any format",
+        ("answer_rate", "lenient_rate"),
+        **PER_CENT,
+    ),
+    Panel("groups", "Groups without spread of rewards", "of all (%)", ("groups/without_spread",), **PER_CENT),
     Panel("format_rate", "Format of the rollouts", "format-correct, sampled (%)", ("format_rate",), **PER_CENT),
     Panel(
         "kl",
         "KL of the mixture to policy and anchor; kl: GRPO's penalty",
         "nats a token",
-        ("mixture/kl_policy", "mixture/kl_anchor", "kl"),
+        ("mixture/kl_policy", "mixture/kl_anchor", *(f"mixture/kl_anchor_{i}" for i in range(4)), "kl"),
     ),
     Panel("length", "Length of the rollouts", "tokens", ("completions/mean_length",)),
     Panel("cut", "Rollouts cut at the limit", "of all (%)", ("completions/clipped_ratio",), **PER_CENT),
     Panel("entropy", "Entropy", "nats a token", ("entropy",)),
     Panel("loss", "Loss", "loss of the update", ("loss",)),
+    Panel("grad_norm", "Gradient", "norm, before it is clipped", ("grad_norm",)),
 )
 
 
@@ -138,8 +149,7 @@ LOGS = (EVALUATIONS_FILE, METRICS_FILE)
 def read_runs(argument: str) -> list[Run]:
     """The run in a folder, or all runs in its subfolders; `NAME=` before the folder names the arm.
 
-    Of subfolders, those with rewards or evaluations are taken: an SFT run is drawn if it is named itself. A run may
-    have logged nothing yet (`Run.is_drawn`).
+    A run may have logged nothing yet (`Run.is_drawn`).
 
     Raises `ValueError` for a folder that does not exist or holds no run.
     """
@@ -152,13 +162,12 @@ def read_runs(argument: str) -> list[Run]:
     if any((folder / name).exists() for name in LOGS):
         return [_read(folder, label)]
     inside = sorted({file.parent for name in LOGS for file in folder.glob(f"*/{name}")})
-    runs = [run for run in (_read(inner, label) for inner in inside) if run.trains_by_reward]
-    if not runs and not (folder / RUN_FILE).exists():
+    if not inside and not (folder / RUN_FILE).exists():
         raise ValueError(
             f"{path} holds no run with rewards or evaluations (neither {METRICS_FILE} nor {EVALUATIONS_FILE}); give "
             "the --output_dir of a training run, or a folder of them"
         )
-    return runs or [_read(folder, label)]
+    return [replace(_read(inner, label), named=False) for inner in inside] or [_read(folder, label)]
 
 
 def _read(folder: Path, label: str) -> Run:

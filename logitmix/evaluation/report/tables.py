@@ -12,7 +12,7 @@ from rich.text import Text
 
 from logitmix.evaluation.complement import Complement
 from logitmix.evaluation.explanations import explain
-from logitmix.evaluation.metrics import Rates, estimate, group_by, pass_rates, rates
+from logitmix.evaluation.metrics import Rates, estimate, estimates, group_by, pass_rates, rates
 from logitmix.evaluation.report.pages import visible
 from logitmix.evaluation.requests import Response
 from logitmix.evaluation.statistics import Estimate
@@ -88,6 +88,17 @@ def print_evaluation(title: str, responses: Sequence[Response]) -> None:
     for name, rate_at in passes.items():
         table.add_row(name, *(percent(rate_at[k]) for k in ks))
     Console().print(table)
+
+
+def print_points(title: str, responses: Sequence[Response]) -> None:
+    """Print every rate of each name, and the mean length, with 95 % intervals, and what explains low rates."""
+    rows = []
+    for name, group in group_by(responses, "name").items():
+        found = estimates(group)
+        shares = [interval(found[key]) for key in MEASURES if key != "mean_length"]
+        rows.append([name, *shares, mean_interval(found["mean_length"])])
+    print_rows(title, ["", *RATE_COLUMNS], rows)
+    print_notes(["[ ]: 95 % interval", *explain(responses)])
 
 
 def print_trial_rates(title: str, trials: Sequence[Trial]) -> None:
@@ -191,15 +202,17 @@ def print_sweep_intervals(title: str, sweep: Sequence[Mapping[str, Any]]) -> Non
     for key, measure in MEASURES.items():
         table = Table(title=f"{title}: {measure}", title_justify="left")
         table.add_column("alpha", justify="right")
-        table.add_column("beta ×", justify="right")
+        if "logit" in schemes:
+            table.add_column("beta ×", justify="right")
         for scheme in schemes:
             table.add_column(scheme, justify="right")
         for alpha in sorted({row["alpha"] for row in sweep}):
             cells = {row["scheme"]: row for row in sweep if row["alpha"] == alpha}
             as_text = mean_interval if key == "mean_length" else interval
+            beta = "∞" if alpha == 1 else f"{1 / (1 - alpha):.3g}" if alpha < 1 else "–"
             table.add_row(
                 f"{alpha:g}",
-                "∞" if alpha == 1 else f"{1 / (1 - alpha):.3g}" if alpha < 1 else "–",
+                *([beta] if "logit" in schemes else []),
                 *(
                     as_text(Estimate(row[key], row[f"{key}_low"], row[f"{key}_high"])) if row else ""
                     for row in map(cells.get, schemes)

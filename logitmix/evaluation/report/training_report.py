@@ -15,22 +15,29 @@ MISSING = "–"
 
 
 def select_drawn(runs: Sequence[Run]) -> tuple[list[Arm], list[str]]:
-    """The arms of the runs that have logged anything, and a line for each run whose curves are missing.
+    """The arms of the runs that are drawn, and a line for each run that is left out, or whose curves are missing.
 
-    Raises `ValueError` if no run has logged anything.
+    Left out are runs that have logged nothing, and those without rewards and evaluations, as of SFT, unless they are
+    named themselves. Raises `ValueError` if no run is drawn.
     """
-    drawn = [run for run in runs if run.is_drawn]
-    empty = [f"{run.folder} has logged nothing yet, and is left out." for run in runs if not run.is_drawn]
-    if not drawn:
+    drawn, notes = [], []
+    for run in runs:
+        if not run.is_drawn:
+            notes.append(f"{run.folder} has logged nothing yet, and is left out.")
+        elif not run.named and not run.trains_by_reward:
+            notes.append(f"{run.folder} has neither rewards nor evaluations, and is left out; name it to draw it.")
+        else:
+            drawn.append(run)
+            if not run.evaluations:
+                is_training = run.arguments.get("command", "train") == "train"
+                way_out = "; --eval_every STEPS of logitmix train makes them" if is_training else ""
+                notes.append(f"{run.folder} has no evaluations, so its held-out curves are missing{way_out}.")
+    if not any(run.is_drawn for run in runs):
         folders = ", ".join(str(run.folder) for run in runs)
         raise ValueError(f"{folders}: nothing is logged there yet; wait for the first step or evaluation")
-    partial = [
-        f"{run.folder} has no evaluations, so its held-out curves are missing; --eval_every STEPS of logitmix train "
-        "makes them."
-        for run in drawn
-        if not run.evaluations
-    ]
-    return group_by_arm(drawn), [*partial, *empty]
+    if not drawn:
+        raise ValueError(f"nothing can be drawn: {' '.join(notes)}")
+    return group_by_arm(drawn), notes
 
 
 def write_training_report(folder: Path, title: str, arms: Sequence[Arm], notes: Sequence[str] = ()) -> int:
