@@ -1,4 +1,4 @@
-"""`logitmix realign`: what other alphas stand for, and what is expected of them, from rollouts at one alpha."""
+"""`logitmix realign`: the KL penalties that alphas correspond to, and expected rates, from rollouts at one alpha."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class RealignArguments:
     alpha: float | None = field(
         default=None,
         metadata={
-            "help": "Weight of the anchor at which the rollouts are sampled; default: the checkpoint's, if its weights "
+            "help": "Weight of the anchor at which the rollouts are sampled; default: the checkpoint's if its weights "
             "sum to 1, or 0.5."
         },
     )
@@ -82,7 +82,7 @@ class RealignOptions:
 def main(argv: Sequence[str]) -> None:
     description = (
         "From one set of rollouts, predict rates and divergences of a geometric mixture at other alphas, and say "
-        "which strength of a KL penalty each stands for."
+        "which strength of a KL penalty each corresponds to."
     )
     run(parse("realign", description, RealignOptions, argv))
 

@@ -55,7 +55,7 @@ def validate_geometric(config: LogitMixConfig) -> None:
     config.require_one_prompt("realign")
     if config.scheme != "logit":
         raise ValueError(
-            f"the mixture has scheme {config.scheme!r}, and only geometric mixtures (logit) stand for a KL penalty; "
+            f"the mixture has scheme {config.scheme!r}, and only geometric mixtures (logit) match a KL penalty; "
             "decode it at other alphas with logitmix sweep --mixes prob"
         )
     if config.cut is not None:

@@ -1,4 +1,4 @@
-"""alpha against the strength beta of a KL penalty: what decoding at another alpha stands for.
+"""alpha against the strength beta of a KL penalty: which penalty decoding at another alpha corresponds to.
 
 The optimum of `E[r] - beta KL(pi ‖ anchor)` is `pi_beta ∝ anchor · exp(r / beta)`. Its geometric mixture with the
 anchor is the optimum at a larger beta (Liu et al. 2024, "Decoding-time realignment of language models"):
@@ -18,7 +18,7 @@ from logitmix.mixture.mixing import mix_logits
 
 
 def equivalent_beta(beta: float, alpha: float, trained_alpha: float = 0.0) -> float:
-    """The beta that decoding at `alpha` stands for, of a mixture trained with `beta` at `trained_alpha`:
+    """The beta that decoding at `alpha` corresponds to, of a mixture trained with `beta` at `trained_alpha`:
     `beta (1 - trained_alpha) / (1 - alpha)`. A policy trained alone has `trained_alpha` 0. Infinite at alpha 1.
 
     Raises `ValueError` for a beta that is not positive, and for an alpha outside [0, 1] (`trained_alpha`: below 1).
@@ -30,7 +30,7 @@ def equivalent_beta(beta: float, alpha: float, trained_alpha: float = 0.0) -> fl
 
 
 def equivalent_alpha(beta: float, target_beta: float, trained_alpha: float = 0.0) -> float:
-    """The alpha at which decoding stands for `target_beta`, the inverse of `equivalent_beta`.
+    """The alpha at which decoding corresponds to `target_beta`, the inverse of `equivalent_beta`.
 
     Raises `ValueError` for a target below that of the policy alone, which no alpha >= 0 reaches.
     """

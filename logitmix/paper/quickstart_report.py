@@ -39,7 +39,7 @@ def write_report(config: QuickstartConfig, sweep: Sequence[dict[str, Any]], trai
     plot_sweep(sweep, "Mixing the untrained base with its SFT model", folder / "sweep.png")
     plot_curves(
         accuracy_curves(config, rates["SFT (anchor)"].answer),
-        "Training from the same pair, with the same rollouts",
+        "Training from the same pair, with as many rollouts",
         folder / "curves.png",
     )
     with (folder / "results.jsonl").open("w") as file:

@@ -1,4 +1,4 @@
-"""The folder of a run that has not finished stands for its newest complete checkpoint, in every command."""
+"""The folder of a run that has not finished is read as its newest complete checkpoint, in every command."""
 
 import shutil
 

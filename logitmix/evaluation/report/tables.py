@@ -231,7 +231,7 @@ def print_predictions(
     table = Table(
         title=title,
         title_justify="left",
-        caption=f"beta: of the KL penalty that an alpha stands for, after a training with {trained}; KL: to the "
+        caption=f"beta: of the KL penalty that an alpha corresponds to, after a training with {trained}; KL: to the "
         "anchor, nats a token; n: effective number of rollouts; covered: share of the responses at that alpha that "
         "the rollouts are like; no rates where either is too small",
         caption_justify="left",
@@ -245,8 +245,8 @@ def print_predictions(
 
 
 BETA_NOTE = (
-    "beta ×: of a policy trained with a KL penalty beta to this anchor, scheme logit at alpha stands for beta / (1 - "
-    "alpha); logitmix realign predicts the rates of rollouts at temperature 1."
+    "beta ×: of a policy trained with a KL penalty beta to this anchor, scheme logit at alpha corresponds to beta / "
+    "(1 - alpha); logitmix realign predicts the rates of rollouts at temperature 1."
 )
 
 
