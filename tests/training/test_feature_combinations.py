@@ -51,9 +51,16 @@ def logs(trainer):
     return [{k: v for k, v in log.items() if not k.startswith(keys)} for log in trainer.state.log_history]
 
 
-@pytest.mark.parametrize(("kind", "states"), [("two adapters", "keep"), ("full anchor", "offload")])
-def test_a_run_resumes_bit_for_bit_between_updates_on_the_same_rollouts(kind, states, folders, tmp_path):
-    options = {"kind": kind, "anchor_states": states}
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("two adapters", {"anchor_states": "keep"}),
+        ("full anchor", {"anchor_states": "offload"}),
+        ("two adapters", {"alpha_controller": "kl_budget", "kl_budget": 1e-4}),
+    ],
+)
+def test_a_run_resumes_bit_for_bit_between_updates_on_the_same_rollouts(kind, options, folders, tmp_path):
+    options = {"kind": kind} | options
     whole = trainer_of(tmp_path / "run", folders, save_strategy="steps", save_steps=8, **options)
     whole.train()
     alphas = {log["alpha"] for log in whole.state.log_history if "alpha" in log}
