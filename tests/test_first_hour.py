@@ -1,15 +1,15 @@
 """Every command of docs/first_hour.md, on the model that it fetches; skipped where the registry cannot be reached."""
 
+import json
 import re
 import shlex
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
 
 from logitmix.cli.__main__ import main
-from logitmix.mixture.modeling import LogitMixForCausalLM
 from logitmix.paper.example_models import fetch_example
 from tests.helpers.paths import ROOT
 from tests.helpers.servers import TransformersServer
@@ -55,7 +55,7 @@ def working_directory(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_every_command_of_the_first_hour_runs(working_directory, monkeypatch, capsys):
+def test_every_command_of_the_first_hour_runs_then_each_arm_eval_and_a_server(working_directory, monkeypatch, capsys):
     monkeypatch.chdir(working_directory)
     seen = []
     for program, verb, *flags in commands():
@@ -76,18 +76,19 @@ def test_every_command_of_the_first_hour_runs(working_directory, monkeypatch, ca
             flags[flags.index("--model_name_or_path") + 1] = "runs/words-sft"
             flags.remove("--use_peft")
         assert main(["train", *flags]) == 0, (arm, capsys.readouterr().err[-2000:])
+    flags = ["--eval_limit", "20", "--max_new_tokens", "8", "--output_dir", "runs/eval"]
+    assert main(["eval", "--model_name_or_path", "runs/words-mixing", *flags]) == 0
+    rows = [json.loads(line) for line in Path("runs/eval/responses.jsonl").read_text().splitlines()]
+    assert Counter(row["name"] for row in rows) == {"policy": 20, "anchor": 20, "mixture": 20}
+    answer_without_vllm(Path("runs/words-mixing"))
 
 
-@pytest.mark.slow
-def test_the_model_is_served_without_vllm(working_directory):
+def answer_without_vllm(folder: Path) -> None:
+    """The trained mixture, as `logitmix serve` answers a chat where there is no vLLM."""
     pytest.importorskip("fastapi", reason="what serving needs is not installed: pip install 'logitmix[serve]'")
     import httpx
 
-    model = working_directory / "models" / "smollm2"
-    mixture = working_directory / "models" / "mixture"
-    LogitMixForCausalLM.from_members(str(model), str(model)).save_pretrained(mixture)
-    AutoTokenizer.from_pretrained(model).save_pretrained(mixture)
-    server = TransformersServer(mixture, working_directory / "log.txt")
+    server = TransformersServer(folder, Path("log.txt"))
     try:
         question = {"model": "mixture", "messages": [{"role": "user", "content": "What is 2+3?"}], "max_tokens": 4}
         answer = httpx.post(f"{server.url}/v1/chat/completions", json=question, timeout=600)

