@@ -142,7 +142,7 @@ def move_mixture_fields(request: dict[str, Any], config: LogitMixConfig) -> list
     fields = {key: value for key, value in given_fields.items() if value is not None}
     given = request.get("vllm_xargs")
     if given is not None and not isinstance(given, dict):
-        raise ValueError(f"vllm_xargs is {given!r}, but must be an object; leave it out, or name its fields")
+        raise ValueError(f'vllm_xargs is {given!r}, but must be an object, such as {{"alpha": 0.3}}; or leave it out')
     for key in fields:
         other = (given or {}).get(key)
         if other is not None and other != fields[key]:

@@ -41,6 +41,9 @@ NEUTRAL = {
     "n": 1, "best_of": 1, "presence_penalty": 0, "frequency_penalty": 0, "echo": False, "member_logprobs": False,
 }  # fmt: skip
 
+# fields of vLLM's server alone, which transformers would reject by its own status 422
+ONLY_VLLM = {"member_logprobs", "vllm_xargs"}
+
 # of the request being handled
 _weights: ContextVar[list[float]] = ContextVar("weights")
 _seed: ContextVar[int | None] = ContextVar("seed")
@@ -107,13 +110,14 @@ class RequestFieldsMixin:
         fields = {key: body.pop(key, None) for key in (*REQUEST_FIELDS, MEMBER_PROMPTS)}
         _weights.set(parse_request_weights(config, fields) or config.weights)
         self._validate_fields(body)
-        body.pop("member_logprobs", None)
+        for field in ONLY_VLLM:
+            body.pop(field, None)
         _seed.set(_take_seed(body))
         body.setdefault("stream", False)  # transformers streams responses by default
         return await super().handle_request(body, request_id)  # type: ignore[misc]
 
     def _validate_fields(self, body: dict[str, Any]) -> None:
-        known = accepted_fields(self) | {"member_logprobs"}  # transformers rejects any other
+        known = accepted_fields(self) | ONLY_VLLM  # transformers rejects any other
         for field in sorted(body.keys() & known - SUPPORTED - self.supported_fields - HARMLESS):
             if body[field] is not None and body[field] != NEUTRAL.get(field):
                 raise ValueError(f"{field} is not supported without vLLM: leave it out, or pip install vllm")
