@@ -167,7 +167,10 @@ class MixtureGenerateManager(GenerateManager):
 
 
 def _prepare_generation(model: LogitMixForCausalLM, inputs: Any, config: GenerationConfig) -> dict[str, Any]:
-    """Add the request's weights to the inputs of `generate`, and limit its completion to the members' context."""
+    """Add the request's weights to the inputs of `generate`, and limit its completion to the members' context.
+
+    Raises `ValueError` for an empty prompt, and for one that leaves no room for a completion.
+    """
     length, context = inputs["input_ids"].shape[-1], context_length(model.config)
     if length == 0:
         raise ValueError("the prompt is empty")
@@ -180,7 +183,10 @@ def _prepare_generation(model: LogitMixForCausalLM, inputs: Any, config: Generat
 
 
 def _take_seed(body: dict[str, Any]) -> int | None:
-    """Remove `seed` from a request: transformers would set it while another request generates."""
+    """Remove `seed` from a request: transformers would set it while another request generates.
+
+    Raises `ValueError` for a seed that is no integer of 64 bits.
+    """
     seed = body.pop("seed", None)
     if seed is not None and (type(seed) is not int or abs(seed) >= 1 << 63):
         raise ValueError(f"seed is {seed!r}, but must be an integer of 64 bits")

@@ -19,7 +19,7 @@ from logitmix.serving.alternating.validation import is_alternating
 
 
 def platform_worker() -> type:
-    """vLLM's worker for this platform: a class of ours can be named instead of it, but not in front of it."""
+    """vLLM's worker for this platform. vLLM can be told to load another class, but not to derive that from its own."""
     if current_platform.is_cpu():
         from vllm.v1.worker.cpu_worker import CPUWorker
 
@@ -74,7 +74,7 @@ class AlternatingModelRunner:
         return rows
 
     def _sample(self: Any, logits: Tensor, spec_decode_metadata: Any) -> SamplerOutput:
-        """Sample, and blank what is not of the mixture."""
+        """Sample, and blank the tokens that were not drawn from the mixture."""
         if spec_decode_metadata is not None and not any(spec_decode_metadata.num_draft_tokens):
             spec_decode_metadata = None  # top-k of no rows fails
         output = super()._sample(logits, spec_decode_metadata)  # type: ignore[misc]
@@ -100,7 +100,7 @@ class AlternatingModelRunner:
 
 
 def _repeat_rows(tensors: Any) -> Any:
-    """Log-probabilities of requests with two columns of tokens each, of which the second is blank."""
+    """Repeat each request's log-probabilities: vLLM expects a row for each column of tokens, and a turn has two."""
     parts = [part.repeat_interleave(2, 0) if isinstance(part, torch.Tensor) else part for part in tensors]
     return type(tensors)(*parts)
 
@@ -129,7 +129,7 @@ def let_members_draft_on_the_second_runner() -> None:
 
 
 def speculate_by_members() -> None:
-    """Give the second model runner what drafts: its list of speculators is closed."""
+    """Let the second model runner draft with `MemberSpeculator`: vLLM builds only the speculators that it knows."""
     from vllm.v1.worker.gpu import model_runner
 
     from logitmix.serving.alternating.second_runner import MemberSpeculator
