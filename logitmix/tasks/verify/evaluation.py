@@ -17,6 +17,7 @@ from logitmix.tasks.verify.trees import Node
 
 MAX_STEPS = 20_000  # evaluated nodes per comparison
 MAX_TERMS = 1000
+TOO_LONG = "the comparison takes more than"
 # Fixed, so that a verdict never depends on chance, and unrelated, so that no identity holds at them by accident.
 POINTS = (
     ("0.3141", "0.4177"),
@@ -36,7 +37,10 @@ class Undefined(Exception):
 
 
 class TooLong(Exception):
-    """The comparison takes more steps than MAX_STEPS."""
+    """The comparison takes more steps than MAX_STEPS. Its text begins with TOO_LONG."""
+
+    def __init__(self) -> None:
+        super().__init__(f"{TOO_LONG} {MAX_STEPS:,} steps")
 
 
 _local = threading.local()
@@ -112,7 +116,7 @@ class Evaluation:
     def charge(self, steps: int) -> None:
         self.steps += steps
         if self.steps > MAX_STEPS:
-            raise TooLong(f"the comparison takes more than {MAX_STEPS:,} steps")
+            raise TooLong
 
     def power(self, base: Value, exponent: Value) -> Value:
         mp = context()
