@@ -66,7 +66,7 @@ def plain(text: str) -> str:
 
 
 class _Answers(Formulas):
-    """Reads what separators, relations and brackets join."""
+    """Reads whole answers: formulas that separators, relations and brackets join."""
 
     in_head = False  # between the brace of {x | ...} and its bar
 

@@ -1,8 +1,8 @@
 r"""Grades a response: whether its answer is in the required format, and whether it is right.
 
-A response is untrusted text. A closed grammar reads answers: what it does not read, equals only its own text. All work
-is bounded by the length of the text and counted in steps, not seconds. docs/verifier.md lists the decisions on which
-public graders disagree.
+A response is untrusted text. A closed grammar reads answers; an answer that it does not read equals only its own text.
+All work is bounded by the length of the text and counted in steps, not seconds. docs/verifier.md lists the decisions
+on which public graders disagree.
 """
 
 from __future__ import annotations
