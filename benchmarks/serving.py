@@ -10,7 +10,7 @@ is the first of them, so all have the same size and the first two mixtures are t
 engines have one mixture, whose anchor is the policy with 1 % of noise, so most drafts are accepted. The runs alternate
 (A B C A B C ...); the tables show medians of the ratios within each round.
 Weights are random, every request generates all its tokens, and prefix caching is off. The loop samples from two models
-as the authors do (METHOD.md): token by token, each model with its own cache, 8 sequences at a time; but without
+as the paper's authors do: token by token, each model with its own cache, 8 sequences at a time; but without
 decoding every text at every token to look for a stop string.
 
 Requires vLLM. On a CPU everything runs in float32 without compilation, on a GPU in bfloat16 with CUDA graphs.
