@@ -46,7 +46,7 @@ def now() -> float:
 
 
 class Timed:
-    """Adds up the seconds of each phase of a GRPO trainer."""
+    """A mixin that adds up the seconds of each phase of a GRPO trainer, in `seconds`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.seconds = dict.fromkeys(PHASES, 0.0)
