@@ -35,7 +35,7 @@ def main() -> None:
         x = torch.randn(1, rows, args.width)
         linear = milliseconds(lambda x=x: torch.nn.functional.linear(x, weight))
         onednn = milliseconds(lambda x=x: onednn_linear(x, weight))
-        print(f"{rows} rows: F.linear {linear:.1f} ms, oneDNN {onednn:.1f} ms, {linear / onednn:.2f} times as fast")
+        print(f"{rows} rows: F.linear {linear:.1f} ms, oneDNN {onednn:.1f} ms: {linear / onednn:.2f} times as fast")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ Send = Callable[[Message], Awaitable[None]]
 class MixtureFields:
     """ASGI middleware that moves the mixture's fields to vLLM's sampling parameters, and adds `member_logprobs`.
 
-    It answers invalid fields with status 400, and so fields at other paths than `PATHS`, where vLLM would ignore them.
+    It returns status 400 for invalid fields, and for fields at paths other than `PATHS`, where vLLM would ignore them.
     """
 
     def __init__(self, app: Any) -> None:
@@ -107,7 +107,10 @@ def _given_fields(request: dict[str, Any]) -> list[str]:
 
 
 def _take_member_logprobs(request: dict[str, Any], path: str, logprobs_mode: str) -> bool:
-    """Remove `member_logprobs` from the request, and return whether it is set."""
+    """Remove `member_logprobs` from the request, and return whether it is set.
+
+    Raises `ValueError` where they cannot be returned.
+    """
     if not _flag(MEMBER_LOGPROBS, request.pop(MEMBER_LOGPROBS, None)):
         return False
     returns_token_ids = _flag("return_token_ids", request.get("return_token_ids"))  # replaced before vLLM sees it
@@ -130,13 +133,17 @@ def _take_member_logprobs(request: dict[str, Any], path: str, logprobs_mode: str
 
 
 def _flag(name: str, value: Any) -> bool:
+    """The value of a field that is true, false or null. Raises `ValueError` for any other."""
     if value not in (None, True, False):
         raise ValueError(f"{name} is {value!r}, but must be true or false")
     return bool(value)
 
 
 def move_mixture_fields(request: dict[str, Any], config: LogitMixConfig) -> list[float] | None:
-    """Move the mixture's fields to `vllm_xargs`, which vLLM passes on as `extra_args`; return the weights."""
+    """Move the mixture's fields to `vllm_xargs`, which vLLM passes on as `extra_args`; return the weights.
+
+    Raises `ValueError` for invalid fields, for those that `vllm_xargs` contradicts, and beside beam search.
+    """
     given_fields = {key: request.pop(key, None) for key in REQUEST_FIELDS}
     # vLLM takes no null among its own arguments
     fields = {key: value for key, value in given_fields.items() if value is not None}
@@ -169,7 +176,7 @@ async def _add_member_logprobs(
     keep_ids = bool(request.get("return_token_ids"))
     salt = request.get("cache_salt")
     for choice in response["choices"]:
-        if choice.get("token_ids") is None:  # as the reasoning that they would show
+        if choice.get("token_ids") is None:  # hidden together with the reasoning
             raise ValueError("the server hides the tokens of this response; set include_reasoning to true")
         prompt = choice.get("prompt_token_ids") or response["prompt_token_ids"]  # a chat has one for all choices
         scores = await asyncio.gather(*[_score(engine, prompt, choice["token_ids"], name, salt) for name in members])

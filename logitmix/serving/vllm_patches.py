@@ -34,7 +34,7 @@ def register_config_hooks(architecture: str, hooks: type[VerifyAndUpdateConfig])
 
 
 def uses_second_model_runner(vllm_config: VllmConfig) -> bool:
-    """Whether vLLM runs the model in its second model runner; versions with one runner do not say."""
+    """Whether vLLM runs the model in its second model runner; versions with one runner lack the attribute."""
     return getattr(vllm_config, "use_v2_model_runner", False)
 
 

@@ -41,7 +41,7 @@ def take_turns(runner: Any, is_second: bool) -> None:
 class AlternatingModelRunner:
     """What is replaced in vLLM's first model runner, of which it is the first base class.
 
-    vLLM has a place for drafts of a custom class, but shows it neither logits nor requests.
+    vLLM lets a custom class draft, but passes it neither logits nor requests.
     """
 
     turns: MemberTurns
@@ -111,8 +111,8 @@ def _repeat_rows(tensors: Any) -> Any:
 def let_members_draft_on_the_second_runner() -> None:
     """Let vLLM choose its second model runner for drafts of a custom class if they are those of members.
 
-    It has no place for other custom classes, so vLLM counts them all among what this runner does not support. Versions
-    with one runner have no such list.
+    This runner calls no other custom class, so vLLM lists them all among its unsupported features. Versions with one
+    runner have no such list.
     """
     base_features = getattr(VllmConfig, "_get_v2_model_runner_unsupported_features", None)
     if base_features is None or hasattr(base_features, "__wrapped__"):
@@ -150,7 +150,7 @@ def speculate_by_members() -> None:
 class AlternatingSecondRunner:
     """What is replaced in vLLM's second model runner, of which it is the first base class.
 
-    The samplers come from `MixtureModelState.custom_sampler`. This runner shows neither them nor the model the turn.
+    The samplers come from `MixtureModelState.custom_sampler`. The runner passes no turn to them or to the model.
     """
 
     turns: Any
