@@ -10,7 +10,6 @@ peak memory of the process (on a GPU, of torch's allocations) above the memory b
 """
 
 import argparse
-import gc
 import json
 import os
 import platform
@@ -26,6 +25,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no member is on the hub; without a network
 
 import torch
 from peft import LoraConfig, get_peft_model
+from process_memory import memory_now, peak_memory, reset_peak
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from logitmix import LogitMixForCausalLM
@@ -36,7 +36,7 @@ KINDS = {
     "b": "b: policy and anchor two adapters on one base",
     "c": "c: policy an adapter, anchor the base",
 }
-BASE = "base"  # the anchor's adapter has this name of the base, which is built in memory
+BASE = "base"  # by which the anchor's adapter names the base, which is built in memory
 
 
 def member(args: argparse.Namespace, seed: int) -> Qwen2ForCausalLM:
@@ -78,46 +78,30 @@ def save_adapter(args: argparse.Namespace, folder: Path) -> None:
     adapted.save_pretrained(folder)
 
 
-def reset_peak() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to the resident memory
-
-
-def memory(field: str) -> int:
-    """Bytes resident now (`VmRSS`), or the most since the last reset (`VmHWM`)."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() if field == "VmHWM" else torch.cuda.memory_allocated()
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-
-
 def measure(kind: str, args: argparse.Namespace, folder: Path) -> dict[str, int]:
     torch.ones(8, 8, device=args.device) @ torch.ones(8, 8, device=args.device)  # allocate the libraries' buffers
-    before = memory("VmRSS")
+    before = memory_now(args.device)
     model = mixture(kind, args, folder)
     result = {"weights": model.weight_bytes()[0]}
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(2, args.vocab_size, (args.batch_size, args.tokens), generator=generator).to(args.device)
     mask = torch.ones_like(ids)
 
-    reset_peak()
+    reset_peak(args.device)
     with torch.no_grad():
         model.eval()(input_ids=ids, attention_mask=mask, use_cache=False)
-    result["forward"] = memory("VmHWM") - before
+    result["forward"] = peak_memory(args.device) - before
 
     model.train()
     model.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
-    reset_peak()
+    reset_peak(args.device)
     for _ in range(2):  # the second step has the optimizer's state
         log_probs, _ = model.score(ids, mask, ids)
         (-log_probs.mean()).backward()
         optimizer.step()
         optimizer.zero_grad()
-    result["training step"] = memory("VmHWM") - before
+    result["training step"] = peak_memory(args.device) - before
     return result
 
 

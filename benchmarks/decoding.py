@@ -10,7 +10,6 @@ shows medians over the rounds of the ratios within each round.
 
 import argparse
 import copy
-import platform
 import statistics
 import time
 from datetime import date
@@ -22,6 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwe
 
 from logitmix import LogitMixForCausalLM
 from logitmix.mixture.decoding.alternating import DecodingStatistics
+from logitmix.runs.provenance import processor
 
 # of a mixture at a = 0.8, and of identical members
 BARS = {"alternating / joint": {1: 0.72, 4: 0.86}, "auto / better": dict.fromkeys((1, 4, 16, 64), 1.03)}
@@ -96,6 +96,7 @@ def with_bar(value: float, text: str, bar: float | None) -> str:
 
 
 def row(args: argparse.Namespace, model: LogitMixForCausalLM, batch: int) -> str:
+    """Measure all ways at a number of sequences; print the table's row, and return it."""
     prompts = torch.randint(1, model.config.vocab_size, (batch, args.prompt_tokens), device=args.device)
     ways = {way: (model, {"decoding": way}) for way in ("joint", "alternating", "auto")}
     measured = Measurement(ways | {"policy": (model.policy, {})})
@@ -118,6 +119,7 @@ def row(args: argparse.Namespace, model: LogitMixForCausalLM, batch: int) -> str
 
 
 def identical(args: argparse.Namespace, policy: PreTrainedModel) -> str:
+    """The sentence on a policy and its copy, which accept every draft."""
     model = LogitMixForCausalLM.from_members(policy, copy.deepcopy(policy), alpha=0.5)
     measured = Measurement({"alternating": (model, {"decoding": "alternating"}), "policy": (policy, {})})
     measured.run(torch.randint(1, model.config.vocab_size, (1, args.prompt_tokens), device=args.device), args)
@@ -145,9 +147,16 @@ def main() -> None:
     same = identical(args, policy)
     model = LogitMixForCausalLM.from_members(policy, anchor, alpha=args.alpha)
     rows = [row(args, model, batch) for batch in args.batches]
-    device = torch.cuda.get_device_name() if args.device == "cuda" else f"{processor()}, {args.threads} threads"
-    millions = sum(p.numel() for p in policy.parameters()) / 1e6
-    text = "\n".join([
+    text = report(args, sum(p.numel() for p in policy.parameters()) / 1e6, rows, same)
+    print(text)
+    if args.output is not None:
+        args.output.write_text(text)
+
+
+def report(args: argparse.Namespace, millions: float, rows: list[str], same: str) -> str:
+    on_cpu = f"{processor()['name']}, {args.threads} threads"
+    device = torch.cuda.get_device_name() if args.device == "cuda" else on_cpu
+    return "\n".join([
         "# Decoding a mixture of two members",
         "",
         f"`python benchmarks/decoding.py`: {'random weights' if args.policy is None else 'a real model'} of "
@@ -165,16 +174,6 @@ def main() -> None:
         f"{date.today()}, {device}, torch {version('torch')}, transformers {version('transformers')}.",
         "",
     ])  # fmt: skip
-    print(text)
-    if args.output is not None:
-        args.output.write_text(text)
-
-
-def processor() -> str:
-    """The processor's name on Linux, elsewhere its architecture."""
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
-    return names[0].partition(": ")[2] if names else platform.machine()
 
 
 if __name__ == "__main__":

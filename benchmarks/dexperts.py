@@ -36,7 +36,7 @@ def loop(models: Sequence[PreTrainedModel], ids: torch.Tensor, mask: torch.Tenso
     return ids
 
 
-def tiny() -> PreTrainedModel:
+def tiny_model() -> PreTrainedModel:
     return LlamaForCausalLM(
         LlamaConfig(vocab_size=4096, hidden_size=128, intermediate_size=256, num_hidden_layers=3,
                     num_attention_heads=4, num_key_value_heads=4, initializer_range=0.1)
@@ -46,7 +46,7 @@ def tiny() -> PreTrainedModel:
 def load(source: str) -> list[PreTrainedModel]:
     """Three members: the model, and two copies with a little noise."""
     torch.manual_seed(0)
-    first = tiny() if source == "tiny" else AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    first = tiny_model() if source == "tiny" else AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     models = [first.eval(), *(copy.deepcopy(first).eval() for _ in range(2))]
     with torch.no_grad():
         for model in models[1:]:
@@ -72,12 +72,12 @@ def main() -> None:
     mask = torch.ones_like(ids)
     mask[: args.batch // 2, : args.prompt // 4] = 0  # half of the prompts are shorter
 
-    def ours() -> torch.Tensor:
+    def generate() -> torch.Tensor:
         return mixture.generate(
             input_ids=ids, attention_mask=mask, max_new_tokens=args.new, do_sample=False, pad_token_id=0
         )
 
-    sides = {"loop": lambda: loop(models, ids, mask, args.new), "generate": ours}
+    sides = {"loop": lambda: loop(models, ids, mask, args.new), "generate": generate}
     outputs = {name: run() for name, run in sides.items()}  # also warms up
     same = (outputs["loop"] == outputs["generate"]).float().mean().item()
     times: dict[str, list[float]] = {name: [] for name in sides}

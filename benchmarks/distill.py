@@ -21,7 +21,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from loss_head import libraries_used, peak_bytes, reset_peak
+from loss_head import libraries_used
+from process_memory import peak_memory, reset_peak
 from torch import Tensor
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
@@ -95,9 +96,9 @@ def measure_memory(name: str, beta: float) -> int:
     x = Inputs()
     choose_libraries(VOCABULARY, WIDTH)  # once in a process, so not part of a loss
     reset_peak("cpu")
-    before = peak_bytes("cpu")
+    before = peak_memory("cpu")
     step(x, name, beta)
-    return peak_bytes("cpu") - before - x.head.numel() * 4
+    return peak_memory("cpu") - before - x.head.numel() * 4
 
 
 def memory_of(name: str, beta: float, threads: int) -> int:

@@ -26,6 +26,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
+from process_memory import memory_now, peak_memory
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -69,16 +70,17 @@ def sides(args: argparse.Namespace, batch: int, prompt: int, new: int) -> dict[s
     settings["attention_mask"] = torch.ones_like(ids)
     mixture = LogitMixForCausalLM.from_members(model, model, weights=[SCALE, 1 - SCALE])
 
-    def scripts() -> Tensor:
-        if "copy" not in made:
-            made["copy"] = copy.deepcopy(model)
-        return loop((model, made["copy"]), (ids, negative), new)
+    copies: list[PreTrainedModel] = []
 
-    made: dict[str, PreTrainedModel] = {}
+    def loop_of_two_models() -> Tensor:
+        if not copies:
+            copies.append(copy.deepcopy(model))
+        return loop((model, copies[0]), (ids, negative), new)
+
     return {
         "model alone": lambda: model.generate(ids, **settings)[:, prompt:],
         "generate": lambda: mixture.generate(ids, **settings, member_prompts={"anchor": negative})[:, prompt:],
-        "loop": scripts,
+        "loop": loop_of_two_models,
         "guidance_scale": lambda: model.generate(
             ids, **settings, guidance_scale=SCALE, negative_prompt_ids=negative,
         )[:, prompt:],
@@ -89,12 +91,6 @@ def seconds(run: Callable[[], Tensor]) -> tuple[float, Tensor]:
     start = time.process_time()
     tokens = run()
     return time.process_time() - start, tokens
-
-
-def resident(field: str) -> float:
-    """GB of this process: `VmRSS` now, `VmHWM` at most."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition(f"{field}:")[2].split()[0]) * 1024 / 1e9
 
 
 def peak(args: argparse.Namespace, side: str) -> float:
@@ -160,11 +156,11 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.side:
-        before = resident("VmRSS")
+        before = memory_now("cpu")
         run = sides(args, args.memory_batch, args.memory_prompt, 8)[args.side]
         Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
         run()
-        print(resident("VmHWM") - before)
+        print((peak_memory("cpu") - before) / 1e9)
         return
     text = report(args)
     print(text)

@@ -27,7 +27,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,7 @@ class Run:
             time.sleep(0.0005)
 
     def until_begun(self) -> None:
+        """Wait until the first phase begins. Raises `RuntimeError` with the log if the process ends before."""
         while not self.phase:
             if not self.process.is_alive():
                 raise RuntimeError(self.log.read_text())
@@ -185,7 +186,7 @@ def metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Kill a run at random moments, resume it, and compare.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path)
@@ -199,16 +200,35 @@ def main() -> None:
         args.output.write_text("\n".join(lines) + "\n")
 
 
-def trials(folder: Path, kills: int, chance: random.Random):
+def killed(number: int, command: list[str], out: Path, log: Path, seconds: float, chance: random.Random) -> Run:
+    """A run that was killed while it ran: at any time of its `seconds` if the number is odd, else in some phase."""
+    status = 0
+    while status == 0:  # a time near the end may be drawn after the process has ended
+        shutil.rmtree(out, ignore_errors=True)
+        run = Run(command, log)
+        run.until_begun()
+        if number % 2:
+            time.sleep(chance.uniform(0, seconds))
+        else:
+            name = list(PHASES)[number // 2 % len(PHASES)]
+            run.until(f"{name} {chance.randint(1, PHASES[name])}")
+            time.sleep(chance.uniform(0, 0.02))
+        run.signal(signal.SIGKILL)
+        status = run.wait()
+    assert status == -signal.SIGKILL, log.read_text()
+    return run
+
+
+def trials(folder: Path, kills: int, chance: random.Random) -> Iterator[str]:
     """The lines of the report."""
     command = ["train", *make_members(folder), *FLAGS, "--output_dir"]
-    reference = folder / "reference"
-    run = Run([*command, str(reference)], folder / "log.txt")
+    reference, log = folder / "reference", folder / "log.txt"
+    run = Run([*command, str(reference)], log)
     before_first = time.monotonic()
     run.until_begun()
     first = time.monotonic()
     if run.wait():
-        raise SystemExit((folder / "log.txt").read_text())
+        raise SystemExit(log.read_text())
     last = time.monotonic()
     yield "# Kill and resume"
     yield ""
@@ -221,21 +241,8 @@ def trials(folder: Path, kills: int, chance: random.Random):
     same = 0
     for number in range(1, kills + 1):
         out = folder / f"run-{number}"
-        status = 0
-        while status == 0:  # a time near the end may be drawn after the process has ended
-            shutil.rmtree(out, ignore_errors=True)
-            run = Run([*command, str(out)], folder / "log.txt")
-            run.until_begun()
-            if number % 2:
-                time.sleep(chance.uniform(0, last - first))
-            else:
-                name = list(PHASES)[number // 2 % len(PHASES)]
-                run.until(f"{name} {chance.randint(1, PHASES[name])}")
-                time.sleep(chance.uniform(0, 0.02))
-            run.signal(signal.SIGKILL)
-            status = run.wait()
-        assert status == -signal.SIGKILL, (folder / "log.txt").read_text()
-        assert Run([*command, str(out), "--resume_from_checkpoint", "true"], folder / "log.txt").wait() == 0, out
+        run = killed(number, [*command, str(out)], out, log, last - first, chance)
+        assert Run([*command, str(out), "--resume_from_checkpoint", "true"], log).wait() == 0, out
         starts = [json.loads(line) for line in (out / "run.jsonl").read_text().splitlines()]
         found = differences(out, reference)
         same += not found

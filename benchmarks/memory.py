@@ -33,6 +33,7 @@ from step_time import member, tokenizer_of
 from trl import GRPOConfig, GRPOTrainer
 
 from logitmix import LogitMixGRPOConfig, LogitMixGRPOTrainer
+from logitmix.runs.provenance import processor
 
 MEMORY = {
     "trl": "TRL with KL: policy and reference",
@@ -59,7 +60,7 @@ BARS = (
 
 def save_members(args: argparse.Namespace, folder: Path) -> None:
     tokenizer = tokenizer_of(args.vocab_size)
-    tokenizer.unk_token = "w0"  # beside a Qwen2 model it would be Qwen2's, a token more
+    tokenizer.unk_token = "w0"  # else loading it beside a Qwen2 model adds Qwen2's unknown token
     for name, seed in (("policy", 0), ("fp32", 1)):
         member(args, seed).save_pretrained(folder / name)
     member(args, 1).bfloat16().save_pretrained(folder / "bf16")
@@ -164,16 +165,9 @@ def main() -> None:
         args.output.write_text(report + "\n")
 
 
-def processor() -> str:
-    """The model's name of the processor or GPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-
-
 def table(results: dict[str, dict[str, float]], args: argparse.Namespace) -> str:
     size = sum(p.numel() for p in member(args, 0).parameters())
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()["name"]
     lines: list[str] = []
     if "trl" in results:
         lines += ["| training step | memory, GB | of TRL's |", "|---|---|---|"]
@@ -197,7 +191,7 @@ def table(results: dict[str, dict[str, float]], args: argparse.Namespace) -> str
         [
             "# Memory and disk of training",
             "",
-            f"{date.today()}, {processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+            f"{date.today()}, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
             f"transformers {version('transformers')}, trl {version('trl')}. Members of {size / 1e6:.0f} M parameters "
             f"(hidden size {args.hidden_size}, {args.layers} layers, vocabulary {args.vocab_size}, tied), LoRA of "
             f"rank {args.rank} on all linear layers; {args.rows} rollouts of {args.tokens} tokens in an update. By "

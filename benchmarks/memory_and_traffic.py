@@ -11,7 +11,7 @@ SIZES = {  # hidden, layers, heads, KV heads, MLP: Qwen2.5's config.json
     "72B": (8192, 80, 64, 8, 29568),
 }
 GB, BF16, FP32 = 1e9, 2, 4
-LINK = 50  # GB/s into and out of a GPU
+LINK = 50  # GB/s into a GPU, and as many out of it
 
 
 def parameters(hidden, layers, heads, kv_heads, intermediate):

@@ -24,6 +24,7 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
+from process_memory import peak_memory
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from logitmix import LogitMixForCausalLM
@@ -62,13 +63,6 @@ def seconds(run: Callable[[], Any], device: str) -> float:
     if device != "cpu":
         torch.cuda.synchronize()
     return clock() - start
-
-
-def peak_gb(device: str) -> float:
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 1e9
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e9
 
 
 def measure_times(args: argparse.Namespace) -> dict[str, list[float]]:
@@ -136,7 +130,7 @@ def main() -> None:
     with torch.no_grad():
         if args.peak_of is not None:
             prefill(args.peak_of, args)()
-            print(json.dumps(peak_gb(args.device)))
+            print(json.dumps(peak_memory(args.device.partition(":")[0]) / 1e9))
             return
         text = table(args)
     print(text)

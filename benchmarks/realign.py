@@ -44,15 +44,13 @@ def main() -> None:
     other = replace(decoder, seed=args.seed + 1)
     for prediction in predictions:
         sampled = sample_rollouts(other, prediction.alpha, args.num_samples, args.batch_size).responses
-        cells, both_agree = (
-            [f"{prediction.alpha:g}", f"{prediction.effective:.0f}", f"{100 * prediction.covered:.0f}"],
-            [],
-        )
+        cells = [f"{prediction.alpha:g}", f"{prediction.effective:.0f}", f"{100 * prediction.covered:.0f}"]
+        verdicts: list[bool] = []
         for predicted, outcome in ((prediction.format, "format_ok"), (prediction.answer, "answer_ok")):
             rate = estimate(sampled, outcome)
             cells += ["too few" if predicted is None else cell(predicted), cell(rate)]
-            both_agree += [] if predicted is None else [agrees(predicted, rate)]
-        print("| " + " | ".join([*cells, "–" if not both_agree else "yes" if all(both_agree) else "**no**"]) + " |")
+            verdicts += [] if predicted is None else [agrees(predicted, rate)]
+        print("| " + " | ".join([*cells, "–" if not verdicts else "yes" if all(verdicts) else "**no**"]) + " |")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from prefill import peak_gb
+from process_memory import peak_memory
 from step_time import PHASES, Timed, TimedMixture, TimedTRL
 from transformers import PrinterCallback
 from trl import GRPOConfig
@@ -151,7 +151,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if args.peak_of is not None:
             build(args.peak_of, args, folder).train()
-            print(json.dumps(peak_gb("cpu")))
+            print(json.dumps(peak_memory("cpu") / 1e9))
             return
         text = table(args, folder)
     print(text)

@@ -46,7 +46,7 @@ def now() -> float:
 
 
 class Timed:
-    """Adds up the seconds of each phase of a GRPO trainer."""
+    """A mixin that adds up the seconds of each phase of a GRPO trainer, in `seconds`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.seconds = dict.fromkeys(PHASES, 0.0)
@@ -124,6 +124,18 @@ def member(args: argparse.Namespace, seed: int) -> Qwen2ForCausalLM:
     )
 
 
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The training arguments of all arms."""
+    return {
+        "per_device_train_batch_size": args.rollouts // args.updates, "steps_per_generation": args.updates,
+        "num_generations": 8, "max_steps": args.updates * args.steps, "max_completion_length": args.completion_tokens,
+        # no EOS: every completion has its full length, so all arms sample the same number of tokens
+        "generation_kwargs": {"suppress_tokens": [1]},
+        "bf16": torch.cuda.is_available(), "gradient_checkpointing": False, "save_strategy": "no", "report_to": [],
+        "disable_tqdm": True, "logging_strategy": "no", "seed": 0,
+    }  # fmt: skip
+
+
 def trainers(args: argparse.Namespace, folder: Path) -> dict[str, Callable[[], Timed]]:
     """Functions that build the trainer of each arm for one round."""
     tokenizer = tokenizer_of(args.vocab_size)
@@ -135,24 +147,7 @@ def trainers(args: argparse.Namespace, folder: Path) -> dict[str, Callable[[], T
         result = trainer(
             model,
             reward_funcs=lambda completions, **_: [float(len(set(text.split()))) for text in completions],
-            args=config(
-                str(folder / "out"),
-                per_device_train_batch_size=args.rollouts // args.updates,
-                steps_per_generation=args.updates,
-                num_generations=8,
-                max_steps=args.updates * args.steps,
-                max_completion_length=args.completion_tokens,
-                # no EOS: every completion has its full length, so all arms sample the same number of tokens
-                generation_kwargs={"suppress_tokens": [1]},
-                bf16=torch.cuda.is_available(),
-                gradient_checkpointing=False,
-                save_strategy="no",
-                report_to=[],
-                disable_tqdm=True,
-                logging_strategy="no",
-                seed=0,
-                **arm,
-            ),
+            args=config(str(folder / "out"), **settings(args), **arm),
             train_dataset=dataset,
             processing_class=tokenizer,
         )
@@ -180,7 +175,7 @@ def table(rounds: list[dict[str, dict[str, float]]], args: argparse.Namespace) -
     arms = list(rounds[0])
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     packages = ", ".join(f"{name} {version(name)}" for name in ("logitmix", "torch", "transformers", "trl"))
-    sizes = {k: v for k, v in vars(args).items() if k not in ("output",)}
+    sizes = {k: v for k, v in vars(args).items() if k != "output"}
     lines = [
         "# Time of a training step",
         "",

@@ -17,7 +17,8 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
-from adapter_memory import lora, measure_each, memory, mixture, parse_sizes, reset_peak
+from adapter_memory import lora, measure_each, mixture, parse_sizes
+from process_memory import memory_now, peak_memory, reset_peak
 
 from logitmix.loss_head.distiller import FusedDistiller
 from logitmix.runs.provenance import processor
@@ -28,7 +29,7 @@ KINDS = {"copy": "on a copy of the base", "shared": "on the members' base"}
 
 def measure(kind: str, args: argparse.Namespace, adapter: Path) -> dict[str, int]:
     torch.ones(8, 8) @ torch.ones(8, 8)  # allocate the libraries' buffers
-    before = memory("VmRSS")
+    before = memory_now(args.device)
     teacher = mixture("b", args, adapter).requires_grad_(False).eval()
     if kind == "shared":
         student = build_student(teacher, "policy", peft_config=lora(args))
@@ -44,13 +45,16 @@ def measure(kind: str, args: argparse.Namespace, adapter: Path) -> dict[str, int
     scored = torch.ones_like(ids[:, 1:], dtype=torch.bool)
     distiller = FusedDistiller(base, teacher)
     optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=1e-5)
-    reset_peak()
+    reset_peak(args.device)
     for _ in range(2):
         divergence_N, _ = distiller(base, ids, torch.ones_like(ids), scored)
         divergence_N.mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    return {"weights": sum(p.numel() * p.element_size() for p in held.values()), "peak": memory("VmHWM") - before}
+    return {
+        "weights": sum(p.numel() * p.element_size() for p in held.values()),
+        "peak": peak_memory(args.device) - before,
+    }
 
 
 def main() -> None:

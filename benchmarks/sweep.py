@@ -74,33 +74,37 @@ def main() -> None:
                 tie_word_embeddings=True, eos_token_id=0, pad_token_id=1,
             )  # fmt: skip
             Qwen2ForCausalLM(config).save_pretrained(folder / name)
-        table = measure(folder, args)
-    print(table)
+        text = report(measure(folder, args), args)
+    print(text)
     if args.output is not None:
-        args.output.write_text(table)
+        args.output.write_text(text)
 
 
-def measure(folder: Path, args: argparse.Namespace) -> str:
+def measure(folder: Path, args: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds of each way in each round; of the processes in the first alone."""
     model = LogitMixForCausalLM.from_members(str(folder / "policy"), str(folder / "anchor")).eval()
     decode_with(model, [0.5], args.problems, args.tokens)  # warm up
     sizes = ("--problems", str(args.problems), "--tokens", str(args.tokens))
     seconds: dict[str, list[float]] = {"many": [], "one": [], "loads": [], "processes": []}
     alphas = {"many": ALPHAS, "one": [0.5] * len(ALPHAS)}
     for number in range(args.rounds):
-        first = number == 0
         for way in ("one", "many") if number % 2 else ("many", "one"):  # so that neither always runs second
             seconds[way].append(decode_with(model, alphas[way], args.problems, args.tokens))
         start = time.perf_counter()
         for alpha in ALPHAS:
             decode(folder, [alpha], args.problems, args.tokens)
         seconds["loads"].append(time.perf_counter() - start)
+        if number > 0:  # the processes take longest
+            continue
         start = time.perf_counter()
-        for alpha in ALPHAS if first else []:
+        for alpha in ALPHAS:
             run = ("--folder", str(folder), "--alpha", str(alpha))
             subprocess.run([sys.executable, __file__, *sizes, *run], check=True, stderr=subprocess.DEVNULL)
-        if first:
-            seconds["processes"].append(time.perf_counter() - start)
+        seconds["processes"].append(time.perf_counter() - start)
+    return seconds
 
+
+def report(seconds: dict[str, list[float]], args: argparse.Namespace) -> str:
     def ratio(way: str) -> str:
         ratios = [many / other for many, other in zip(seconds["many"], seconds[way], strict=False)]
         return f"{statistics.median(ratios):.3g} ({min(ratios):.3g} to {max(ratios):.3g})"

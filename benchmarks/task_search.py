@@ -12,6 +12,7 @@ import argparse
 import json
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from logitmix.cli import sft
 from logitmix.cli.options.parser import build
@@ -35,17 +36,40 @@ def measure(source: str, task: Task, questions: int, max_new_tokens: int) -> tup
 
 
 def train_anchor(args: argparse.Namespace, template: str, sft_task: str, demonstrate: str, steps: int) -> str:
+    """The folder of an anchor, which is trained if it does not exist yet."""
     folder = Path(args.folder) / f"{sft_task}-{template}-{demonstrate}-{steps}"
     settings = {
         "model_name_or_path": args.model, "task": sft_task, "template": template, "demonstrate": demonstrate,
-        "train_limit": 8 * steps,
-        "max_steps": steps, "use_peft": True,
+        "train_limit": 8 * steps, "max_steps": steps, "use_peft": True,
         "learning_rate": args.learning_rate, "per_device_train_batch_size": 8, "gradient_checkpointing": False,
         "bf16": False, "use_cpu": True, "report_to": "none", "save_strategy": "no", "output_dir": str(folder),
     }  # fmt: skip
     if not (folder / "adapter_config.json").exists():
         sft.run(build(sft.SFTOptions, None, settings), ["logitmix", "sft"])
     return str(folder)
+
+
+def compare(base: list[Response], anchor: list[Response]) -> dict[str, Any]:
+    """Whether the pair is a candidate, and the rates of both members."""
+    found = complement(base, anchor, "base", "anchor")
+    row = {
+        "questions": found.n,
+        "candidate": found.lenient.b_minus_a.value < 0 < found.format.b_minus_a.value,
+        "only_base_lenient": found.lenient_cross.only_a, "only_anchor_lenient": found.lenient_cross.only_b,
+    }  # fmt: skip
+    for rate in ("format", "answer", "lenient", "truncated"):
+        difference = getattr(found, rate)
+        row |= {f"base_{rate}": difference.a.value, f"anchor_{rate}": difference.b.value}
+    return row
+
+
+def compare_openings(base: list[Opening], anchor: list[Opening]) -> dict[str, Any]:
+    """The margins by which the members open the format, and the anchor's weight that suffices; empty without any."""
+    if not base or not anchor:
+        return {}
+    weights = opening_weights(base, anchor)
+    margins = {"base_margin": summarise(base).nats, "anchor_margin": summarise(anchor).nats}
+    return margins | {"sufficient_weight": None if weights is None else weights[0]}
 
 
 def main() -> None:
@@ -69,20 +93,10 @@ def main() -> None:
             for sft_task, demonstrate, steps in product(args.sft_tasks, args.demonstrate, args.sft_steps):
                 source = train_anchor(args, template, sft_task, demonstrate, steps)
                 anchor, openings = measure(source, task, args.questions, args.max_new_tokens)
-                c = complement(base, anchor, "base", "anchor")
                 row = {
                     "task": name, "template": template, "sft_task": sft_task, "demonstrate": demonstrate,
-                    "sft_steps": steps, "questions": c.n,
-                    "candidate": c.lenient.b_minus_a.value < 0 < c.format.b_minus_a.value,
-                    "only_base_lenient": c.lenient_cross.only_a, "only_anchor_lenient": c.lenient_cross.only_b,
-                }  # fmt: skip
-                for rate in ("format", "answer", "lenient", "truncated"):
-                    difference = getattr(c, rate)
-                    row |= {f"base_{rate}": difference.a.value, f"anchor_{rate}": difference.b.value}
-                if base_openings and openings:
-                    row |= {"base_margin": summarise(base_openings).nats, "anchor_margin": summarise(openings).nats}
-                    weights = opening_weights(base_openings, openings)
-                    row["sufficient_weight"] = None if weights is None else weights[0]
+                    "sft_steps": steps,
+                } | compare(base, anchor) | compare_openings(base_openings, openings)  # fmt: skip
                 append_jsonl(Path(args.output), [row])
                 print(json.dumps(row), flush=True)
 

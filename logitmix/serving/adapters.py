@@ -148,4 +148,5 @@ def _scale(settings: dict[str, Any], path: str, rank: int) -> float:
 
 
 def _largest_rank(settings: dict[str, Any]) -> int:
+    """The largest rank of an adapter's layers."""
     return max(settings["r"], *settings["rank_pattern"].values(), 0)

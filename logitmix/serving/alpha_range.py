@@ -8,7 +8,7 @@ def validate_alpha_range(alpha_range: Any) -> None:
     """Raise `ValueError` for a range of alpha that is not two numbers, the lower first."""
     numbers = alpha_range if isinstance(alpha_range, list | tuple) else []
     is_pair = len(numbers) == 2 and all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers)
-    if not is_pair or not numbers[0] <= numbers[1]:  # nor if one is NaN
+    if not is_pair or not numbers[0] <= numbers[1]:  # also refuses NaN
         raise ValueError(f"alpha_range is {alpha_range!r}, but must be two numbers, the lower first")
 
 

@@ -83,7 +83,7 @@ def validate_use(model_config: ModelConfig) -> None:
 def validate_speculation(vllm_config: VllmConfig) -> None:
     """Raise `ValueError` for a method of speculative decoding whose drafts need the target's own hidden states.
 
-    And for a member that cannot draft for its mixture, or that no draft model asks for.
+    Also raise it for a member that cannot draft for its mixture, and for a `draft_member` without a draft model.
     """
     speculative_config = vllm_config.speculative_config
     # vLLM calls this again for the draft model
@@ -151,7 +151,7 @@ def engine_class(vllm_config: VllmConfig) -> type[Engine]:
 def validate_members(config: LogitMixConfig) -> None:
     """Raise `ValueError` for a member that vLLM does not support, or that has layers other than attention.
 
-    And for members that are one model: they differ in their prompts alone, and vLLM gives all members the same.
+    Also raise it for members that are one model: only their prompts differ, and vLLM gives all members the same one.
     """
     config.require_one_prompt("vLLM")
     if config.anchors_that_are_the_policy:

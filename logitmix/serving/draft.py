@@ -1,9 +1,11 @@
 """A member of a mixture as its draft model, on the mixture's weights.
 
+Shape legend: N tokens, V the mixture's vocabulary.
+
 vLLM loads a draft model beside its target. Where both are one folder, the draft is one member alone: the policy, or
 the one that `draft_member` names in the mixture's configuration. It has the layers of that member, so it takes no
-memory for weights or a KV cache, and follows each weight sync. What holds the layers is its own, since vLLM compiles
-it, and captures CUDA graphs of it, with the buffers of its caller.
+memory for weights or a KV cache, and follows each weight sync. The modules that contain the layers are its own, since
+vLLM compiles them, and captures CUDA graphs of them, with the buffers of their caller.
 """
 
 from collections.abc import Iterable
@@ -70,7 +72,10 @@ class MemberDraft(nn.Module):
         return nn.functional.pad(self.draft[0](input_ids, positions), (0, self.padding))
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        """The member's logits of the mixture's vocabulary, beyond which its own may be padded."""
+        """The member's logits `[N, V]` of the mixture's vocabulary, without the padding of its own.
+
+        None on ranks above 0 if vLLM gathers them on rank 0.
+        """
         logits: Tensor | None = self.draft[0].compute_logits(hidden_states[:, : self.width].contiguous())
         return None if logits is None else logits[:, : self.vocab_size].contiguous()
 
@@ -80,7 +85,10 @@ class MemberDraft(nn.Module):
 
 
 def share_layers(model: nn.Module, other: nn.Module) -> None:
-    """Replace the layers of `model` by those of `other`, of one architecture, but not what holds its attention."""
+    """Replace the layers of `model` by those of `other`, but not the modules that contain attention layers.
+
+    Both models have one architecture.
+    """
     for name, child in list(model.named_children()):
         holds_attention = any(isinstance(module, Attention) for module in child.modules())
         if holds_attention and not isinstance(child, Attention):

@@ -43,7 +43,7 @@ class Engine(ABC):
     `widths` are the widths D of the members' hidden states.
     """
 
-    # a logits processor that vLLM validates requests with, and whether it takes one beside speculative decoding
+    # a logits processor by which vLLM validates requests, and whether vLLM accepts one beside speculative decoding
     request_validator: ClassVar[OfMixture]
     validates_beside_speculation: ClassVar[bool]
 
@@ -65,4 +65,4 @@ class Engine(ABC):
 
     @abstractmethod
     def mix(self, logits_NV: Sequence[Tensor], weights: Tensor, scheme: str) -> Tensor:
-        """`mix_logits` at the weights that `split` returned, with the mixture's plausibility cut, if it has one."""
+        """`mix_logits` `[N, V]` at the weights that `split` returned, with the mixture's plausibility cut, if any."""

@@ -1,4 +1,4 @@
-"""Each request's weights on vLLM's first model runner, which tells a model nothing of its requests.
+"""Each request's weights on vLLM's first model runner, which passes a model nothing about its requests.
 
 A request sets its own mixture with `SamplingParams(extra_args={"alpha": 0.3})`, or `"weights"`, or
 `"member": "policy"`. The engine reads them from the runner's batch, where a row is a request. Under speculative
@@ -65,8 +65,8 @@ class FirstRunnerEngine(Engine):
         self.by_row: dict[int, list[float]] = {}  # of requests that set their own
         # parsed once, by the id of a running request; None if it leaves them to the mixture
         self.by_request: dict[str, list[float] | None] = {}
-        self.parsed: dict[str, SamplingParams] = {}  # a next request, or chunk of input, may have the same id
-        # whether the next logits have one row per request: those to sample from do without drafts, prompts' do not
+        self.parsed: dict[str, SamplingParams] = {}  # a later request, or chunk of input, may have the same id
+        # whether the next logits have one row per request: true if they are sampled from and there are no drafts
         self.next_rows_are_requests = False
         after_batch_update(FirstRunnerEngine.follow)
         if vllm_config.speculative_config is not None:

@@ -20,7 +20,7 @@ from logitmix.mixture.mixing import Plausibility
 from logitmix.serving.engine import Engine, OfMixture
 from logitmix.serving.requests import parse_request_weights
 
-ALIGNMENT = 16  # bytes: a row of the hidden states keeps the alignment that a matrix product is fast at
+ALIGNMENT = 16  # bytes: rows of the hidden states keep an alignment at which matrix products are fast
 
 
 class RequestFields(LogitsProcessor, metaclass=OfMixture):

@@ -35,7 +35,7 @@ Send = Callable[[Message], Awaitable[None]]
 class MixtureFields:
     """ASGI middleware that moves the mixture's fields to vLLM's sampling parameters, and adds `member_logprobs`.
 
-    It answers invalid fields with status 400, and so fields at other paths than `PATHS`, where vLLM would ignore them.
+    It returns status 400 for invalid fields, and for fields at paths other than `PATHS`, where vLLM would ignore them.
     """
 
     def __init__(self, app: Any) -> None:
@@ -93,9 +93,8 @@ class MixtureFields:
         body = b"".join(chunks)
         response = parse_object(body)  # None if the client has left
         if start["status"] == 200 and response is not None:
-            keep_ids = bool(request.get("return_token_ids"))
             try:
-                await _add_member_logprobs(scope["app"].state.engine_client, response, members, keep_ids)
+                await _add_member_logprobs(scope["app"].state.engine_client, request, response, members)
             except ValueError as error:  # the engine cannot score it
                 await _send_error(send, f"member_logprobs: {error}")
                 return
@@ -108,7 +107,10 @@ def _given_fields(request: dict[str, Any]) -> list[str]:
 
 
 def _take_member_logprobs(request: dict[str, Any], path: str, logprobs_mode: str) -> bool:
-    """Remove `member_logprobs` from the request, and return whether it is set."""
+    """Remove `member_logprobs` from the request, and return whether it is set.
+
+    Raises `ValueError` where they cannot be returned.
+    """
     if not _flag(MEMBER_LOGPROBS, request.pop(MEMBER_LOGPROBS, None)):
         return False
     returns_token_ids = _flag("return_token_ids", request.get("return_token_ids"))  # replaced before vLLM sees it
@@ -131,19 +133,23 @@ def _take_member_logprobs(request: dict[str, Any], path: str, logprobs_mode: str
 
 
 def _flag(name: str, value: Any) -> bool:
+    """The value of a field that is true, false or null. Raises `ValueError` for any other."""
     if value not in (None, True, False):
         raise ValueError(f"{name} is {value!r}, but must be true or false")
     return bool(value)
 
 
 def move_mixture_fields(request: dict[str, Any], config: LogitMixConfig) -> list[float] | None:
-    """Move the mixture's fields to `vllm_xargs`, which vLLM passes on as `extra_args`; return the weights."""
+    """Move the mixture's fields to `vllm_xargs`, which vLLM passes on as `extra_args`; return the weights.
+
+    Raises `ValueError` for invalid fields, for those that `vllm_xargs` contradicts, and beside beam search.
+    """
     given_fields = {key: request.pop(key, None) for key in REQUEST_FIELDS}
     # vLLM takes no null among its own arguments
     fields = {key: value for key, value in given_fields.items() if value is not None}
     given = request.get("vllm_xargs")
     if given is not None and not isinstance(given, dict):
-        raise ValueError(f"vllm_xargs is {given!r}, but must be an object; leave it out, or name its fields")
+        raise ValueError(f'vllm_xargs is {given!r}, but must be an object, such as {{"alpha": 0.3}}; or leave it out')
     for key in fields:
         other = (given or {}).get(key)
         if other is not None and other != fields[key]:
@@ -160,13 +166,20 @@ def move_mixture_fields(request: dict[str, Any], config: LogitMixConfig) -> list
     return weights
 
 
-async def _add_member_logprobs(engine: Any, response: dict[str, Any], members: list[str], keep_ids: bool) -> None:
-    """Add `member_logprobs` to each choice of a response: for each member, one number per generated token."""
+async def _add_member_logprobs(
+    engine: Any, request: dict[str, Any], response: dict[str, Any], members: list[str]
+) -> None:
+    """Add `member_logprobs` to each choice of a response: for each member, one number per generated token.
+
+    Raises `ValueError` for tokens that the server hides, and for those that the engine cannot score.
+    """
+    keep_ids = bool(request.get("return_token_ids"))
+    salt = request.get("cache_salt")
     for choice in response["choices"]:
-        if choice.get("token_ids") is None:  # as the reasoning that they would show
+        if choice.get("token_ids") is None:  # hidden together with the reasoning
             raise ValueError("the server hides the tokens of this response; set include_reasoning to true")
         prompt = choice.get("prompt_token_ids") or response["prompt_token_ids"]  # a chat has one for all choices
-        scores = await asyncio.gather(*[_score(engine, prompt, choice["token_ids"], name) for name in members])
+        scores = await asyncio.gather(*[_score(engine, prompt, choice["token_ids"], name, salt) for name in members])
         choice["member_logprobs"] = dict(zip(members, scores, strict=True))
         if not keep_ids:
             choice.pop("prompt_token_ids", None)
@@ -175,11 +188,14 @@ async def _add_member_logprobs(engine: Any, response: dict[str, Any], members: l
         response.pop("prompt_token_ids", None)
 
 
-async def _score(engine: Any, prompt: list[int], completion: list[int], member: str) -> list[float]:
+async def _score(
+    engine: Any, prompt: list[int], completion: list[int], member: str, cache_salt: str | None = None
+) -> list[float]:
     """Log-probability of each token of the completion under one member, at temperature 1.
 
-    The completion is scored as part of a prompt. vLLM has to generate one token after it; where that exceeds the
-    context, it is the completion's last.
+    The completion is scored as part of a prompt, in the prefix cache of the request's `cache_salt`. vLLM has to
+    generate one token after it; where that exceeds the context, it is the completion's last. Raises `ValueError` for a
+    completion that fills the context, except under raw_logprobs.
     """
     ids, context = prompt + completion, engine.model_config.max_model_len
     last: dict[str, Any] = {}
@@ -192,7 +208,8 @@ async def _score(engine: Any, prompt: list[int], completion: list[int], member: 
         ids, last = ids[:-1], {"allowed_token_ids": ids[-1:], "logprobs": 0}
     extra_args = {"member": member}
     params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, extra_args=extra_args, **last)
-    async for output in engine.generate({"prompt_token_ids": ids}, params, f"member-{uuid4().hex}"):
+    scored = {"prompt_token_ids": ids} | ({} if cache_salt is None else {"cache_salt": cache_salt})
+    async for output in engine.generate(scored, params, f"member-{uuid4().hex}"):
         final = output
     positions = [*final.prompt_logprobs[len(prompt) :], *(final.outputs[0].logprobs or [])]
     log_probs = [position[token].logprob for position, token in zip(positions, completion, strict=True)]

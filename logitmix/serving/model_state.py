@@ -82,7 +82,7 @@ class MixtureModelState(DefaultModelState):
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
         self.engine.has_special_weights = bool(self.special)
         num_tokens = input_batch.num_tokens_after_padding
-        # what pads the batch belongs to no request; any weights will do
+        # padding of the batch belongs to no request, so it may have any weights
         rows = torch.searchsorted(input_batch.query_start_loc[1:], self.tokens[:num_tokens], right=True)
         slots = input_batch.idx_mapping[rows.clamp_(max=input_batch.num_reqs - 1)]
         torch.index_select(self.slot_weights.gpu, 0, slots, out=self.token_weights[:num_tokens])

@@ -34,7 +34,7 @@ def register_config_hooks(architecture: str, hooks: type[VerifyAndUpdateConfig])
 
 
 def uses_second_model_runner(vllm_config: VllmConfig) -> bool:
-    """Whether vLLM runs the model in its second model runner; versions with one runner do not say."""
+    """Whether vLLM runs the model in its second model runner; versions with one runner lack the attribute."""
     return getattr(vllm_config, "use_v2_model_runner", False)
 
 
@@ -180,7 +180,7 @@ def repair_expand_kernel() -> None:
 def _expand(
     output: Tensor, values: Tensor, ends: Tensor, replace_from: float, replace_to: float, max_num_tokens: int = 0
 ) -> None:
-    """Repeat each value up to its end in the output, with one value replaced by another."""
+    """Write each of the values `[N]` to the output up to its end in `ends` `[N]`, with `replace_from` replaced."""
     counts = ends.diff(prepend=ends.new_zeros(1))
     replaced = torch.where(values == replace_from, torch.as_tensor(replace_to, dtype=values.dtype), values)
     output[: int(ends[-1])] = replaced.repeat_interleave(counts).to(output.dtype)
@@ -206,7 +206,7 @@ def draw_drafts_by_seed() -> None:
 
 
 def name_layers_of_drafts(vllm_config: VllmConfig) -> None:
-    """Let a draft model name its `attention_layers`: vLLM takes those that it adds, and it may share the target's."""
+    """Let a draft model name its `attention_layers`: vLLM finds only those that the draft adds to the target's."""
     if uses_second_model_runner(vllm_config):
         from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator as Drafter
 

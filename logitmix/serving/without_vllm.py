@@ -41,6 +41,9 @@ NEUTRAL = {
     "n": 1, "best_of": 1, "presence_penalty": 0, "frequency_penalty": 0, "echo": False, "member_logprobs": False,
 }  # fmt: skip
 
+# fields of vLLM's server alone, which transformers would reject by its own status 422
+ONLY_VLLM = {"member_logprobs", "vllm_xargs"}
+
 # of the request being handled
 _weights: ContextVar[list[float]] = ContextVar("weights")
 _seed: ContextVar[int | None] = ContextVar("seed")
@@ -107,13 +110,14 @@ class RequestFieldsMixin:
         fields = {key: body.pop(key, None) for key in (*REQUEST_FIELDS, MEMBER_PROMPTS)}
         _weights.set(parse_request_weights(config, fields) or config.weights)
         self._validate_fields(body)
-        body.pop("member_logprobs", None)
+        for field in ONLY_VLLM:
+            body.pop(field, None)
         _seed.set(_take_seed(body))
         body.setdefault("stream", False)  # transformers streams responses by default
         return await super().handle_request(body, request_id)  # type: ignore[misc]
 
     def _validate_fields(self, body: dict[str, Any]) -> None:
-        known = accepted_fields(self) | {"member_logprobs"}  # transformers rejects any other
+        known = accepted_fields(self) | ONLY_VLLM  # transformers rejects any other
         for field in sorted(body.keys() & known - SUPPORTED - self.supported_fields - HARMLESS):
             if body[field] is not None and body[field] != NEUTRAL.get(field):
                 raise ValueError(f"{field} is not supported without vLLM: leave it out, or pip install vllm")
@@ -163,7 +167,10 @@ class MixtureGenerateManager(GenerateManager):
 
 
 def _prepare_generation(model: LogitMixForCausalLM, inputs: Any, config: GenerationConfig) -> dict[str, Any]:
-    """Add the request's weights to the inputs of `generate`, and limit its completion to the members' context."""
+    """Add the request's weights to the inputs of `generate`, and limit its completion to the members' context.
+
+    Raises `ValueError` for an empty prompt, and for one that leaves no room for a completion.
+    """
     length, context = inputs["input_ids"].shape[-1], context_length(model.config)
     if length == 0:
         raise ValueError("the prompt is empty")
@@ -176,7 +183,10 @@ def _prepare_generation(model: LogitMixForCausalLM, inputs: Any, config: Generat
 
 
 def _take_seed(body: dict[str, Any]) -> int | None:
-    """Remove `seed` from a request: transformers would set it while another request generates."""
+    """Remove `seed` from a request: transformers would set it while another request generates.
+
+    Raises `ValueError` for a seed that is no integer of 64 bits.
+    """
     seed = body.pop("seed", None)
     if seed is not None and (type(seed) is not int or abs(seed) >= 1 << 63):
         raise ValueError(f"seed is {seed!r}, but must be an integer of 64 bits")

@@ -64,8 +64,12 @@ def load_task(
     """The task of that name, or your own as `module.Class`, imported from the working directory.
 
     data:     local file or folder to read instead of the hub, for tasks that read data
+    seed:     determines what is drawn or held out
     template: a name, a YAML file (`load_template`), or a `Template`, instead of the task's own
     columns:  `question_column`, `answer_column`, `solution_column` of the task `jsonl`
+
+    Raises `ValueError` for an unknown task or template, data that does not exist, and options that the task does not
+    read.
     """
     task_class = TASKS[name] if name in TASKS else _import_task(name)
     options = {key: value for key, value in {"data": data, **columns}.items() if value is not None}

@@ -13,7 +13,7 @@ from logitmix.tasks.rows import Message, open_question, open_text
 from logitmix.tasks.templates import Prompt, Template
 from logitmix.tasks.verify import Grade, grade
 
-Verifier = Literal["strict", "lenient"]  # of `Grade.lenient_ok` only
+Verifier = Literal["strict", "lenient"]  # the rules of `Grade.lenient_ok`; `answer_ok` is always strict
 Demonstrated = Literal["solution", "answer"]
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -74,7 +74,10 @@ class Task(ABC):
         return self.template.prompt(problem.question, problem.history)
 
     def demonstration(self, problem: Problem) -> str:
-        """The SFT target after the prompt: the solution, then the answer in the template."""
+        """The SFT target after the prompt: the solution, then the answer in the template.
+
+        Raises `ValueError` for a problem without a solution.
+        """
         if problem.solution is None:
             raise ValueError(
                 f"the problem {problem.question[:80]!r} has no solution to demonstrate; give SFT data with solutions, "

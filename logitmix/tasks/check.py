@@ -29,7 +29,10 @@ class Checked:
 
 
 def check(task: Task) -> list[Checked]:
-    """Grade the golds of each split, and of each kind of dropped problems, through the task's own template."""
+    """Grade the golds of each split, and of each kind of dropped problems, through the task's own template.
+
+    Raises `ValueError` if the training problems cannot be read.
+    """
     checked = []
     for split in SPLITS:
         try:
@@ -44,14 +47,14 @@ def check(task: Task) -> list[Checked]:
 
 
 def _check(task: Task, name: str, problems: Sequence[Problem]) -> Checked:
-    failures, texts = [], []
+    failures, not_read = [], []
     for number, problem in enumerate(problems, start=1):
         failure = _failure(task, problem)
         if failure is not None:
             failures.append(f"{name} {number}: {failure}")
         elif type(task).grade is Task.grade and (reason := unread(problem.answer)) is not None:
-            texts.append(f"{name} {number}: {problem.answer!r}: {reason}")
-    return Checked(name, len(problems), tuple(failures), tuple(texts))
+            not_read.append(f"{name} {number}: {problem.answer!r}: {reason}")
+    return Checked(name, len(problems), tuple(failures), tuple(not_read))
 
 
 def _failure(task: Task, problem: Problem) -> str | None:
@@ -77,10 +80,10 @@ def _failure(task: Task, problem: Problem) -> str | None:
     if not grade.answer_ok:
         reason = grade.error or ("it grades as wrong" if grade.format_ok else "it is not format-correct")
         return f"the gold {problem.answer!r} does not match itself: {reason}"
-    if type(task).grade is not Task.grade:  # a grader of your own need not know formulas
+    if type(task).grade is not Task.grade:  # a user's grader need not know formulas
         return None
     grade = task.grade(respelled, problem)
-    # a template of your own may have no place for dollar signs, and a long gold is compared letter by letter only
+    # a user's template may have no place for dollar signs, and a long gold is compared letter by letter only
     if grade.format_ok and not grade.answer_ok and len(problem.answer) < MAX_LENGTH - 2:
         return f"the gold {problem.answer!r} is not matched by ${problem.answer}$, the same answer as a formula"
     return None

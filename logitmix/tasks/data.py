@@ -42,6 +42,9 @@ class DataTask(Task):
     disjoint: a repeated question is kept once, in test if it occurs there, and near-duplicates of test problems are
     dropped from the other splits. `dropped` holds the dropped problems, and `left_out` counts the rows that are not
     problems of this task.
+
+    Raises `ValueError` for data that does not exist or cannot be read, for a row that cannot be a problem, and for an
+    empty split.
     """
 
     hub_id: ClassVar[str | None] = None
@@ -97,9 +100,9 @@ class DataTask(Task):
             repeats += test_repeats + [problem for problem in train if _asked(problem) in test_questions]
             train = [problem for problem in train if _asked(problem) not in test_questions]
         near = [problem for problem, _ in near_duplicates(train, test)]
-        gone = set(near)
+        dropped = set(near)
         train, validation = self._hold_out(train)
-        train, validation = ([p for p in part if p not in gone] for part in (train, validation))
+        train, validation = ([p for p in part if p not in dropped] for part in (train, validation))
         if not train:
             raise ValueError(
                 f"the train split of {self._source} is empty: all of its problems are also in test; give other data"

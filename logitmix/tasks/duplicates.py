@@ -73,5 +73,6 @@ def _triples(text: str) -> set[str]:
 
 
 def _same(one: Problem, other: Problem) -> bool:
+    """Whether two problems have the same numbers and symbols, in any order, and the same answer."""
     marks, other_marks = (sorted(MARKS.findall(_text(problem).lower())) for problem in (one, other))
     return marks == other_marks and answers_match(one.answer, other.answer)

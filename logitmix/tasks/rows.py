@@ -1,7 +1,7 @@
-"""What a row of data may hold: the one place where values become the texts of a problem.
+"""Values in a row of data, and how they become the texts of a problem.
 
-Known shapes are opened, and everything else is refused: `str` of a list, a dict or NaN would be Python's way of
-writing it, which no model can answer and which no error would ever mention. docs/tasks.md has the table.
+Known shapes are opened, and everything else is refused: `str` of a list, a dict or NaN would silently give a text that
+no model can answer. docs/tasks.md has the table.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ROLES = ("system", "user", "assistant")
 
 Message: TypeAlias = tuple[str, str]  # role and content: hashable, as problems are
 
-# What `str` writes for a value that is no text. Lists of bare numbers are not among it: `[1, 2]` is an interval.
+# What `str` writes for a value that is no text. Lists of bare numbers are not included: `[1, 2]` is an interval.
 _REPR = re.compile(
     r"nan|None|<[\w.]+ object at 0x[0-9a-f]+>|(?:np\.\w+|array|Decimal|Fraction|datetime\.\w+)\(.*\)", re.DOTALL
 )
@@ -83,7 +83,7 @@ def open_list(value: Any, name: str) -> list[Any]:
 def written_by_program(text: str) -> str | None:
     """The kind of value that Python or JSON would write as this text (`"['5']"`, `"nan"`), None if it is a text.
 
-    It reads the finished text and knows nothing of how `open_text` made it.
+    It reads the finished text, independently of `open_text`.
     """
     text = text.strip()
     if _REPR.fullmatch(text):

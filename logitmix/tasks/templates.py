@@ -147,7 +147,7 @@ class Template:
         return text
 
     def answer_alone(self, answer: str) -> str:
-        r"""A perfect response without a solution.
+        r"""A perfect response without a solution. Raises `ValueError` if the template has none.
 
         >>> ANSWER_IS.answer_alone("12")
         'The answer is 12.'
@@ -194,8 +194,8 @@ R1 = Template(
     stop=("</answer>",),
 )
 
-# Exactly one box, perhaps with one in it, anywhere: several boxes would let a response hedge, and what surrounds the
-# last (`$`, `\]`, a unit, a closing sentence) differs from model to model.
+# Exactly one box anywhere, which may contain another. Several boxes would let a response hedge. The text around the
+# box (`$`, `\]`, a unit, a closing sentence) is free, because it differs from model to model.
 BOXED = Template(
     name="boxed",
     prompt_format="{question}\n\nPlease reason step by step, and put your final answer within \\boxed{{}}.",
@@ -215,7 +215,7 @@ BOXED_LINE = Template(
     pattern=r"(?:(?!\\boxed).)*\n\\boxed\{(?P<answer>[^{}\n]*|\\boxed\{[^{}\n]*\})\}\s*",
 )
 
-# For small instruct models: many end that way when they are told to, and reason in as many lines as they like.
+# For small instruct models: many follow this instruction, and reason in as many lines as they like before.
 ANSWER_IS = Template(
     name="answer_is",
     prompt_format='{question}\n\nEnd with "The answer is" and the answer.',
@@ -228,7 +228,10 @@ TEMPLATES = {template.name: template for template in (R1, BOXED, BOXED_LINE, ANS
 
 
 def load_template(name_or_file: str) -> Template:
-    """The template of that name, or the one in a YAML file (`.yaml`, `.yml`) that holds `Template`'s fields."""
+    """The template of that name, or the one in a YAML file (`.yaml`, `.yml`) that holds `Template`'s fields.
+
+    Raises `ValueError` for an unknown name, a file that does not exist, and invalid fields.
+    """
     if name_or_file.endswith((".yaml", ".yml")):
         return _read_template(Path(name_or_file))
     if name_or_file not in TEMPLATES:

@@ -54,7 +54,10 @@ STORIES: tuple[tuple[str, str, str], ...] = (
 
 
 class WordProblems(Task):
-    """Word problems of one step with numbers from 2 to `largest`; `operations` are some of `+-*/`."""
+    """Word problems of one step with numbers from 2 to `largest`; `operations` are some of `+-*/`.
+
+    Raises `ValueError` for other operations, and for a `largest` below 10, of which there are too few problems.
+    """
 
     name = "word_problems"
     template = ANSWER_IS
@@ -93,7 +96,7 @@ class WordProblems(Task):
 
 
 class WordSums(WordProblems):
-    """Those of the word problems that are sums: demonstrations that do not cover the whole task."""
+    """The word problems that are sums: as demonstrations, they do not cover the whole task."""
 
     name = "word_sums"
 

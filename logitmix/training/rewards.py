@@ -7,7 +7,7 @@ from typing import Any
 from datasets import Dataset
 
 from logitmix.tasks import Problem, Task
-from logitmix.tasks.verify.grading import TOO_LONG
+from logitmix.tasks.verify.evaluation import TOO_LONG
 
 WARN_SHARE = 0.01  # of a batch without a verdict
 

@@ -46,8 +46,13 @@ def test_a_prompt_of_a_member_is_refused(request_):
         move_mixture_fields(request_, config)
 
 
-def respond(request, path="/v1/completions", answer=b'{"choices": []}', logprobs_mode="raw_logprobs", root=""):
-    """The status and body that the middleware answers with, and the request that reaches the server behind it."""
+def respond(
+    request, path="/v1/completions", answer=b'{"choices": []}', logprobs_mode="raw_logprobs", root="", generate=None
+):
+    """The status and body that the middleware answers with, and the request that reaches the server behind it.
+
+    `generate` is that of the engine, which scores `member_logprobs`.
+    """
     from transformers import LlamaConfig, Qwen2Config
 
     passed, sent = [], []
@@ -64,7 +69,8 @@ def respond(request, path="/v1/completions", answer=b'{"choices": []}', logprobs
         sent.append(message)
 
     config = LogitMixConfig.from_member_configs([Qwen2Config(), LlamaConfig()], alpha_range=[0.0, 1.0])
-    client = SimpleNamespace(model_config=SimpleNamespace(hf_config=config, logprobs_mode=logprobs_mode))
+    model_config = SimpleNamespace(hf_config=config, logprobs_mode=logprobs_mode, max_model_len=6)
+    client = SimpleNamespace(model_config=model_config, generate=generate)
     state = SimpleNamespace(state=SimpleNamespace(engine_client=client))
     scope = {"type": "http", "method": "POST", "path": root + path, "root_path": root, "app": state, "headers": []}
     asyncio.run(MixtureFields(app)(scope, receive, send))
@@ -164,6 +170,22 @@ def test_member_logprobs_of_tokens_that_the_server_hides_return_status_400():
     status, body, _ = respond({"member_logprobs": True}, "/v1/chat/completions", answer)
     assert status == 400
     assert body["error"]["message"].endswith("set include_reasoning to true")
+
+
+@pytest.mark.parametrize("salt", [{}, {"cache_salt": None}, {"cache_salt": "a tenant"}], ids=str)
+def test_members_are_scored_in_the_prefix_cache_of_the_requests_salt(salt):
+    prompts = []
+
+    async def generate(prompt, params, request_id):
+        prompts.append(prompt)
+        position = {7: SimpleNamespace(logprob=-1.0)}
+        yield SimpleNamespace(prompt_logprobs=[None, {}, position], outputs=[SimpleNamespace(logprobs=None)])
+
+    answer = json.dumps({"choices": [{"prompt_token_ids": [5, 6], "token_ids": [7]}]}).encode()
+    status, body, passed = respond({"member_logprobs": True} | salt, answer=answer, generate=generate)
+    assert (status, body) == (200, {"choices": [{"member_logprobs": {"policy": [-1.0], "anchor_0": [-1.0]}}]})
+    assert prompts == [{"prompt_token_ids": [5, 6, 7]} | {key: value for key, value in salt.items() if value}] * 2
+    assert passed == [salt | {"return_token_ids": True}]
 
 
 def test_fields_are_read_behind_a_proxy_with_a_path_of_its_own():

@@ -51,7 +51,8 @@ def test_concurrent_requests_each_have_their_own_alpha(client, mixture):
 
 @pytest.mark.runners
 def test_requests_can_set_weights_and_members_and_get_member_logprobs(client, mixture):
-    (choice,) = complete(client, fields={"weights": [0.8, 0.2], "member_logprobs": True}).choices
+    fields = {"weights": [0.8, 0.2], "member_logprobs": True, "cache_salt": "a tenant"}
+    (choice,) = complete(client, fields=fields).choices
     assert choice.token_ids == greedy_tokens(mixture, PROMPT, 8, alpha=0.2)
     for name, alpha in (("policy", 0.0), ("anchor_0", 1.0)):
         expected = token_log_probs(mixture, PROMPT + choice.token_ids, alpha=alpha)[len(PROMPT) - 1 :].tolist()

@@ -138,6 +138,8 @@ def test_a_completion_ends_where_the_context_does(client):
         ({"fields": {"member": "teacher"}}, "there is no member 'teacher'; the members are policy, anchor_0"),
         ({"fields": {"member_prompts": {"anchor": "x"}}}, "a request cannot set member_prompts"),
         ({"fields": {"member_logprobs": True}}, "member_logprobs is not supported without vLLM"),
+        ({"fields": {"vllm_xargs": ["alpha"]}}, "vllm_xargs is not supported without vLLM"),
+        ({"fields": {"vllm_xargs": {"alpha": 0.3}}}, "vllm_xargs is not supported without vLLM"),
         ({"logprobs": 0}, "logprobs is not supported without vLLM"),
         ({"n": 2}, "n is not supported without vLLM"),
         ({"stop": "日本"}, "Stop string"),
@@ -162,7 +164,8 @@ def test_a_stop_string_ends_the_text_and_stays_in_it(client, mixture):
 
 
 def test_fields_without_effect_are_accepted(client, mixture):
-    assert complete(client, n=1, user="me", fields={"member_logprobs": False}) == expected(mixture, alpha=0.4)
+    fields = {"member_logprobs": False, "vllm_xargs": None}
+    assert complete(client, n=1, user="me", fields=fields) == expected(mixture, alpha=0.4)
 
 
 @pytest.mark.filterwarnings("ignore:the tokenizer of .* appends")

@@ -3,7 +3,7 @@
 import pytest
 
 from logitmix.tasks import BOXED_LINE, Arithmetic, Grade, Problem
-from logitmix.tasks.verify.grading import TOO_LONG
+from logitmix.tasks.verify.evaluation import TOO_LONG
 from logitmix.training.rewards import TaskReward
 
 

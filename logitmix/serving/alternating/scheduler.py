@@ -18,10 +18,11 @@ from vllm.v1.request import Request, RequestStatus
 
 from logitmix.mixture.decoding.pass_costs import PassCosts
 
-# until drafts have been verified; high, since joint steps verify none and would never show that it is
+# The rate that is assumed before drafts are verified, and its weight in drafts. It is high because joint steps verify
+# none: a low one would never be corrected.
 EXPECTED_ACCEPTANCE = 0.9
 EXPECTED_DRAFTS = 4
-MEMORY = 0.98  # how much a step's drafts count in the next
+MEMORY = 0.98  # the factor by which earlier drafts count less at each step
 
 
 @dataclass
@@ -121,7 +122,7 @@ class AlternatingScheduler(Scheduler):
         tokens, rows = model_runner_output.sampled_token_ids, model_runner_output.req_id_to_index
         drafts = scheduler_output.scheduled_spec_decode_tokens
         yielded = {name: tokens[rows[name]] if tokens else [] for name in scheduler_output.num_scheduled_tokens}
-        # a correction that equals its draft is as good: the member has read this token
+        # a correction that equals its draft counts as accepted: the member has read this token
         self.accepted = {name: int(ids[:1] == drafts.get(name, [None])) for name, ids in yielded.items()}
         verified = [name for name, ids in yielded.items() if ids and drafts.get(name)]
         self.acceptance.add_step(len(verified), sum(self.accepted[name] for name in verified))
@@ -136,7 +137,7 @@ class AlternatingScheduler(Scheduler):
         return outputs
 
     def advance(self, request: Request, turn: Turn, num_read: int, has_token: bool) -> None:
-        """Count what was read; the next step of the request begins where a member has something to read."""
+        """Count the tokens that were read; the next step begins at the first token that a member has not read."""
         end = turn.starts[request.request_id] + num_read
         progress = self.progress.setdefault(request, Progress())
         if turn.member is None:
@@ -150,12 +151,12 @@ class AlternatingScheduler(Scheduler):
         self.kv_cache_manager.cache_blocks(request, request.num_computed_tokens)
 
     def make_spec_decoding_stats(self, *args: Any, **kwargs: Any) -> Any:
-        """vLLM counts the tokens that a step yields beyond one, which a turn never does."""
+        """Pass the number of accepted drafts; vLLM counts the tokens beyond the first, which a turn never yields."""
         return super().make_spec_decoding_stats(
             *args, **kwargs | {"num_accepted_tokens": self.accepted[kwargs["request_id"]]}
         )
 
     def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
-        """Also forget logits, as whoever changes the weights resets the cache."""
+        """Also forget logits: a change of weights resets the cache."""
         self.weights_changed = True
         return super().reset_prefix_cache(*args, **kwargs)

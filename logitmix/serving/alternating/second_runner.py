@@ -1,4 +1,4 @@
-"""The places in vLLM's second model runner where members take turns: its samplers, and what drafts.
+"""The parts of vLLM's second model runner that take turns: its samplers and its speculator.
 
 Shape legend: N requests of a step, R rows of logits, V vocabulary.
 """
@@ -31,9 +31,9 @@ def step_of(input_batch: InputBatch) -> Step:
 
 
 class TurnSampler:
-    """One of vLLM's two samplers, the one that verifies drafts or the other, with the logits and tokens of turns.
+    """Wraps one of vLLM's two samplers, with or without drafts, to sample from the logits that a turn mixes.
 
-    `model.turn` is the member that ran. Everything else is the sampler's own.
+    `model.turn` is the member that ran. All other attributes are those of the sampler.
     """
 
     def __init__(self, sampler: Any, turns: SlotTurns, model: Any) -> None:
@@ -55,7 +55,7 @@ class TurnSampler:
 
 
 class MemberSpeculator(BaseSpeculator):
-    """Drafts from the logits of the member that ran, where vLLM would run a draft model.
+    """Drafts from the logits of the member that ran, instead of running a draft model.
 
     `turns` is set once the model is loaded. `draft_logits` `[slots, 1, V]` are those that the drafts were drawn from,
     before the requests' temperature, as vLLM's rejection sampler takes them.

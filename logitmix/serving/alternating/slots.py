@@ -56,7 +56,10 @@ class SlotTurns:
         self.member_S[slice(None) if slots is None else list(slots)] = NONE
 
     def mix(self, member: int | None, step: Step, logits_RV: Tensor) -> Tensor:
-        """The logits to sample from, if `member` ran; those of the mixture already if both did (None)."""
+        """The logits `[R, V]` to sample from: those of `member` mixed with the other's.
+
+        With `member` None both members ran, and `logits_RV` are the mixture's already.
+        """
         self.member, self.step = member, step
         if member is None:
             self.known_N = torch.ones_like(step.slots_N, dtype=torch.bool)
@@ -65,12 +68,12 @@ class SlotTurns:
         self.known_N = (self.member_S[step.slots_N] == 1 - member) & (self.position_S[step.slots_N] == step.position_N)
         pair_KNV = [logits_RV[step.first_N], self.logits_SV[step.slots_N]]
         mixed_NV = self.mix_logits(pair_KNV if member == 0 else pair_KNV[::-1], step.slots_N)
-        # the others are sampled from too, and discarded
+        # vLLM also samples from rows whose other logits are unknown; `judge` discards those tokens
         mixed_NV = torch.where(self.known_N[:, None], mixed_NV, pair_KNV[0]).to(logits_RV.dtype)
         return logits_RV.index_copy(0, step.first_N, mixed_NV)
 
     def judge(self, first_token_N: Tensor, num_sampled_N: Tensor) -> Tensor:
-        """How many of the sampled tokens are of the mixture: in a turn one, or none where it was not known."""
+        """How many tokens of each request `[N]` are the mixture's: in a turn one, or none where it was not known."""
         assert self.step is not None
         if self.member is not None:
             num_sampled_N = self.known_N.to(num_sampled_N.dtype)

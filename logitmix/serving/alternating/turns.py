@@ -35,7 +35,7 @@ class Row:
 
 @dataclass
 class Reading:
-    """What a member left of a request: its logits after the token at `position`, and the draft `[V]` from them."""
+    """What a member read of a request: its logits after the token at `position`, and the draft from them."""
 
     member: int
     position: int
@@ -151,7 +151,10 @@ class MemberTurns:
 
 
 def _draw(logits_NV: Tensor, requests: list[int], metadata: SamplingMetadata) -> tuple[Tensor, Tensor | None]:
-    """Tokens `[N]` of some requests of the batch, and the distributions `[N, V]` that drew them; None if greedy."""
+    """Tokens `[N]` of some requests of the batch, drawn from `logits_NV`, and their distributions `[N, V]`.
+
+    `requests` are the rows of `metadata`. The distributions are None if all requests are greedy.
+    """
     logits_NV = make_finite(logits_NV)
     most_probable_N = logits_NV.argmax(-1)
     if metadata.all_greedy or metadata.temperature is None:

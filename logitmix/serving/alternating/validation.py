@@ -7,7 +7,7 @@ from logitmix.serving.alternating import PROPOSER, SCHEDULER, WORKER
 
 
 def is_alternating(speculative_config: object) -> bool:
-    """Whether the drafts are those of members that take turns."""
+    """Whether the drafts come from members that take turns."""
     return getattr(speculative_config, "model", None) == PROPOSER
 
 
@@ -32,6 +32,7 @@ def validate_alternating(vllm_config: VllmConfig) -> None:
 
 
 def _reason_against(vllm_config: VllmConfig) -> str | None:
+    """What excludes alternating decoding, as the end of "does not run with", or None."""
     config, parallel = vllm_config.model_config.hf_config, vllm_config.parallel_config
     speculative = vllm_config.speculative_config
     if len(config.members) != 2:

@@ -19,7 +19,7 @@ from logitmix.serving.alternating.validation import is_alternating
 
 
 def platform_worker() -> type:
-    """vLLM's worker for this platform: a class of ours can be named instead of it, but not in front of it."""
+    """vLLM's worker for this platform. vLLM can be told to load another class, but not to derive that from its own."""
     if current_platform.is_cpu():
         from vllm.v1.worker.cpu_worker import CPUWorker
 
@@ -41,7 +41,7 @@ def take_turns(runner: Any, is_second: bool) -> None:
 class AlternatingModelRunner:
     """What is replaced in vLLM's first model runner, of which it is the first base class.
 
-    vLLM has a place for drafts of a custom class, but shows it neither logits nor requests.
+    vLLM lets a custom class draft, but passes it neither logits nor requests.
     """
 
     turns: MemberTurns
@@ -74,7 +74,7 @@ class AlternatingModelRunner:
         return rows
 
     def _sample(self: Any, logits: Tensor, spec_decode_metadata: Any) -> SamplerOutput:
-        """Sample, and blank what is not of the mixture."""
+        """Sample, and blank the tokens that were not drawn from the mixture."""
         if spec_decode_metadata is not None and not any(spec_decode_metadata.num_draft_tokens):
             spec_decode_metadata = None  # top-k of no rows fails
         output = super()._sample(logits, spec_decode_metadata)  # type: ignore[misc]
@@ -100,7 +100,7 @@ class AlternatingModelRunner:
 
 
 def _repeat_rows(tensors: Any) -> Any:
-    """Log-probabilities of requests with two columns of tokens each, of which the second is blank."""
+    """Repeat each request's log-probabilities: vLLM expects a row for each column of tokens, and a turn has two."""
     parts = [part.repeat_interleave(2, 0) if isinstance(part, torch.Tensor) else part for part in tensors]
     return type(tensors)(*parts)
 
@@ -111,8 +111,8 @@ def _repeat_rows(tensors: Any) -> Any:
 def let_members_draft_on_the_second_runner() -> None:
     """Let vLLM choose its second model runner for drafts of a custom class if they are those of members.
 
-    It has no place for other custom classes, so vLLM counts them all among what this runner does not support. Versions
-    with one runner have no such list.
+    This runner calls no other custom class, so vLLM lists them all among its unsupported features. Versions with one
+    runner have no such list.
     """
     base_features = getattr(VllmConfig, "_get_v2_model_runner_unsupported_features", None)
     if base_features is None or hasattr(base_features, "__wrapped__"):
@@ -129,7 +129,7 @@ def let_members_draft_on_the_second_runner() -> None:
 
 
 def speculate_by_members() -> None:
-    """Give the second model runner what drafts: its list of speculators is closed."""
+    """Let the second model runner draft with `MemberSpeculator`: vLLM builds only the speculators that it knows."""
     from vllm.v1.worker.gpu import model_runner
 
     from logitmix.serving.alternating.second_runner import MemberSpeculator
@@ -150,7 +150,7 @@ def speculate_by_members() -> None:
 class AlternatingSecondRunner:
     """What is replaced in vLLM's second model runner, of which it is the first base class.
 
-    The samplers come from `MixtureModelState.custom_sampler`. This runner shows neither them nor the model the turn.
+    The samplers come from `MixtureModelState.custom_sampler`. The runner passes no turn to them or to the model.
     """
 
     turns: Any

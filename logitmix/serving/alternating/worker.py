@@ -27,7 +27,7 @@ class AlternatingWorker(platform_worker()):  # type: ignore[misc]
 
 
 class NoProposer:
-    """vLLM's place for a drafting class, which the members do not need: they draft for each other."""
+    """Fills vLLM's place for a class that drafts. It drafts nothing: the members draft for each other."""
 
     def __init__(self, vllm_config: VllmConfig) -> None:
         pass

@@ -15,14 +15,13 @@ import re
 from functools import lru_cache
 
 from logitmix.tasks.verify.formulas import Formulas
-from logitmix.tasks.verify.parser import CLOSERS, RELATIONS, SEPARATORS
+from logitmix.tasks.verify.parser import CLOSERS, CLOSING, ITEM_ENDS, RELATIONS, SEPARATORS
 from logitmix.tasks.verify.spellings import FUNCTIONS, GREEK
 from logitmix.tasks.verify.tokens import Token, Unreadable, tokenize
 from logitmix.tasks.verify.trees import Node, has
 
 _CURRENCIES = frozenset("$€£¥₹")
-_ENDS = SEPARATORS | frozenset((")", "]", "}", "\\}", "&", "\\\\", "|"))
-_AFTER_FRENCH = _ENDS | {"", "∪", "∩", "\\setminus"}  # "[" before these closes an interval
+_AFTER_FRENCH = ITEM_ENDS | {"", "∪", "∩", "\\setminus"}  # "[" before these closes an interval
 _SYMBOL = rf"(?:[a-zA-Z]|\\(?:{'|'.join(GREEK)}))'*(?:_(?:\{{[^{{}}]*\}}|[^{{}}])|'|\^\{{?(?:'|\*)\}}?)*"
 _SEGMENT = (
     r"(?:\\(?:overline|vec|overrightarrow|widehat|bar|hat)\{?[a-zA-Z]+\}?|m?\\(?:angle|triangle)\{?[A-Z]{1,3}[0-9]?\}?"
@@ -67,7 +66,7 @@ def plain(text: str) -> str:
 
 
 class _Answers(Formulas):
-    """Reads what separators, relations and brackets join."""
+    """Reads whole answers: formulas that separators, relations and brackets join."""
 
     in_head = False  # between the brace of {x | ...} and its bar
 
@@ -114,13 +113,13 @@ class _Answers(Formulas):
         depth = 0
         for place in range(self.place + (self.peek() == "]"), len(self.tokens)):
             token = self.tokens[place].text
-            if (depth == 0 and (token in _ENDS if token != "|" else self.in_head)) or (
+            if (depth == 0 and (token in ITEM_ENDS if token != "|" else self.in_head)) or (
                 depth == 0 and token[:4] == "\\end"
             ):
                 return place
             if token in CLOSERS or token.startswith("\\begin"):
                 depth += 1
-            elif token in (")", "]", "}", "\\}") or token.startswith("\\end"):
+            elif token in CLOSING or token.startswith("\\end"):
                 depth -= depth > 0
         return len(self.tokens)
 
@@ -146,7 +145,7 @@ class _Answers(Formulas):
         depth, stop = 0, self.place
         while stop < end and (depth or self.tokens[stop].text not in RELATIONS):
             token = self.tokens[stop].text
-            depth += (token in CLOSERS) - (token in (")", "]", "}", "\\}"))
+            depth += (token in CLOSERS) - (token in CLOSING)
             stop += 1
         if stop < end and self.tokens[stop].text in ("=", "∈", "≈", "⊆"):
             text = "".join(token.text for token in self.tokens[self.place : stop])
@@ -254,7 +253,7 @@ class _Answers(Formulas):
         return super().starts_factor()
 
     def matrix(self, name: str, environment: str = "") -> Node:
-        """What stands between \\begin and \\end: a matrix, or the lines of a system as a list."""
+        """The content of \\begin and \\end: a matrix, or the lines of a system as a list."""
         environment = environment or name
         if name in ("array", "cases") and self.peek() == "{":
             self.braced()

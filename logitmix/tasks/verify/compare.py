@@ -43,7 +43,7 @@ class Step(NamedTuple):
 
 
 class Comparison:
-    """Compares a prediction with a gold. `unread` says why a part could not be compared, if so."""
+    """Compares a prediction with a gold. `unread` is the reason if a part could not be compared."""
 
     def __init__(self, lenient: bool = False) -> None:
         self.lenient = lenient
@@ -214,6 +214,7 @@ class Comparison:
 
 
 def _unit(tree: Node) -> str:
+    """The unit of a formula; empty if it has none."""
     return str(tree[1]) if tree[0] == "unit" else "°" if has(tree, "deg") else ""
 
 

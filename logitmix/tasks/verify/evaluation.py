@@ -17,6 +17,7 @@ from logitmix.tasks.verify.trees import Node
 
 MAX_STEPS = 20_000  # evaluated nodes per comparison
 MAX_TERMS = 1000
+TOO_LONG = "the comparison takes more than"
 # Fixed, so that a verdict never depends on chance, and unrelated, so that no identity holds at them by accident.
 POINTS = (
     ("0.3141", "0.4177"),
@@ -36,7 +37,10 @@ class Undefined(Exception):
 
 
 class TooLong(Exception):
-    """The comparison takes more steps than MAX_STEPS."""
+    """The comparison takes more steps than MAX_STEPS. Its text begins with TOO_LONG."""
+
+    def __init__(self) -> None:
+        super().__init__(f"{TOO_LONG} {MAX_STEPS:,} steps")
 
 
 _local = threading.local()
@@ -70,7 +74,10 @@ def _variable(name: str, point: int) -> Value:
 
 
 class Evaluation:
-    """The value of a tree at one point. `imaginary` allows complex numbers."""
+    """The value of a tree at one point. `imaginary` allows complex numbers.
+
+    Raises `Undefined` where the formula has no value, `Unreadable` for what is no number, and `TooLong`.
+    """
 
     def __init__(self, point: int, imaginary: bool) -> None:
         self.point, self.imaginary = point, imaginary
@@ -112,7 +119,7 @@ class Evaluation:
     def charge(self, steps: int) -> None:
         self.steps += steps
         if self.steps > MAX_STEPS:
-            raise TooLong(f"the comparison takes more than {MAX_STEPS:,} steps")
+            raise TooLong
 
     def power(self, base: Value, exponent: Value) -> Value:
         mp = context()
@@ -190,7 +197,7 @@ class Evaluation:
         return mp.gamma(number(first) + 1) if name == "!" else mp.binomial(*(number(part) for part in parts))
 
     def apply(self, name: str, parts: list[Value]) -> Value:
-        """A function that is not given: any fixed one, such that f(2x), 2f(x) and f(x+1) are unrelated."""
+        """An unknown function f: any fixed one will do if f(2x), 2f(x) and f(x+1) are unrelated."""
         if any(map(is_matrix, parts)):
             raise Unreadable(f"{name} of a matrix")
         total = _variable(f"{name}()", 0)
@@ -213,7 +220,10 @@ class Evaluation:
         return total
 
     def limit(self, name: str, point: Node, side: str, body: Node) -> Value:
-        """A limit by value: the body so close to the point that what is left of the distance vanishes."""
+        """A limit: the value of the body at distances of 1e-80 and 1e-81 from the point, which must agree.
+
+        Where the point is infinite, at 1e80 and 1e81.
+        """
         mp, outer, found = context(), self.bound, []
         infinite = point == ("inf",) or point == ("neg", ("inf",))
         if side not in ("", "+", "-"):

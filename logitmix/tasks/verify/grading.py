@@ -1,8 +1,8 @@
 r"""Grades a response: whether its answer is in the required format, and whether it is right.
 
-A response is untrusted text. A closed grammar reads answers: what it does not read, equals only its own text. All work
-is bounded by the length of the text and counted in steps, not seconds. docs/verifier.md lists the decisions on which
-public graders disagree.
+A response is untrusted text. A closed grammar reads answers; an answer that it does not read equals only its own text.
+All work is bounded by the length of the text and counted in steps, not seconds. docs/verifier.md lists the decisions
+on which public graders disagree.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from logitmix.tasks.verify.values import start_steps
 
 MAX_LENGTH = 500  # characters of an answer; the longest gold of MATH has 159
 MAX_TEXT = 20_000  # characters of the text that is searched for an answer
-TOO_LONG = "the comparison takes more than"  # how the error of a comparison begins that was cut off
 _PROSE = re.compile(r"(?:[A-Za-z,.:'!\s$]|\\[\[\](),;: ]|\\text\{[^{}0-9\\]*\}|\\\\)*", re.DOTALL)
 _HEDGE = re.compile(
     r"(?<![a-zA-Z])(?:not|no|or|either|wrong|instead|maybe|perhaps|never|except)(?![a-zA-Z])", re.IGNORECASE

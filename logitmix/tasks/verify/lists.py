@@ -61,7 +61,7 @@ def same_collection(left: Node, right: Node, same: Same, ordered: bool = True, i
 
 
 def same_matrix(left: Node, right: Node, same: Same) -> bool:
-    """A vector may be written as a tuple."""
+    """Whether a matrix of one row or column equals a tuple."""
     matrix, other = (left, right) if left[0] == "matrix" else (right, left)
     rows = matrix[1]
     vector = rows[0] if len(rows) == 1 else tuple(row[0] for row in rows) if len(rows[0]) == 1 else None
@@ -69,7 +69,7 @@ def same_matrix(left: Node, right: Node, same: Same) -> bool:
 
 
 def same_unordered(left: Sequence[Node], right: Sequence[Node], same: Same) -> bool:
-    """Whether each part of one side equals its own part of the other."""
+    """Whether the parts of both sides can be paired so that those of each pair are equal."""
     if len(left) != len(right):
         return False
     rest = list(right)
@@ -125,7 +125,7 @@ def _same_tuple(left: Node, right: Node, same: Same, ordered: bool) -> bool:
 
 
 def _opened(brackets: str) -> str:
-    """The brackets of an interval, where the French ones are turned: ]0, 1[ is (0, 1)."""
+    """The brackets of an interval with the French ones reversed: ]0, 1[ is (0, 1)."""
     return (
         brackets if brackets == "::" else ("[" if brackets[0] == "[" else "(") + ("]" if brackets[1] == "]" else ")")
     )

@@ -1,4 +1,4 @@
-r"""The tokens that a parser takes, one after the other, and how deep it may go."""
+r"""The base of the parsers: it takes tokens one after the other, and limits the depth of brackets."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from logitmix.tasks.verify.tokens import Token, Unreadable
 from logitmix.tasks.verify.trees import Node
 
 MAX_DEPTH = 40
-# What ends a part of an answer
 SEPARATORS = frozenset((",", ";", "\\or", "\\and", "\\lor", "\\land"))
 RELATIONS = frozenset("=<>≤≥≠≈∈⊆≡")
-ENDS = SEPARATORS | RELATIONS | frozenset((")", "]", "}", "\\}", "&", "\\\\", "|", ":"))
 CLOSERS = {"(": ")", "[": "]", "{": "}", "\\{": "\\}"}
+CLOSING = frozenset(CLOSERS.values())
+# What ends an item of a list, and what ends a formula
+ITEM_ENDS = SEPARATORS | CLOSING | frozenset(("&", "\\\\", "|"))
+ENDS = ITEM_ENDS | RELATIONS | {":"}
 
 
 class Parser:
@@ -45,11 +47,11 @@ class Parser:
             raise Unreadable(f"brackets are nested more than {MAX_DEPTH} deep")
 
     def answer(self) -> Node:
-        """All that stands in brackets, or the whole answer."""
+        """The whole answer, or the content of brackets."""
         raise NotImplementedError
 
     def bracketed(self, opener: str) -> Node:
-        """What stands in brackets, whose opening one is taken."""
+        """The content of brackets, whose opening one is taken."""
         raise NotImplementedError
 
     def matrix(self, name: str) -> Node:

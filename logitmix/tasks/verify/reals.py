@@ -1,7 +1,7 @@
 r"""Sets of real numbers: intervals, their unions and differences, and the inequalities that describe them.
 
-Two sets are equal if they agree at every end of theirs, between these ends, and beyond them; the ends of an inequality
-are the roots of its sides, which are polynomials up to degree 2, also inside absolute values.
+Two sets are equal if they agree at all of their ends, between these, and beyond them; the ends of an inequality are
+the roots of its sides, which are polynomials up to degree 2, also inside absolute values.
 
 Accepted as one set: `0<x\le 1`, `x\in(0,1]` and `(0,1]`; `|x|<2`, `x^2<4` and `(-2,2)`; `x\ne 0` and
 `(-\infty,0)\cup(0,\infty)`; `(0,1)\cup[1,2)` and `(0,2)`. Refused: `x>3` and `y>3`, `[0,1]` and `(0,1)`, `(0,\infty]`.
@@ -91,7 +91,10 @@ class _Reals:
         raise Unreadable("not a set of real numbers")
 
     def _roots(self, tree: Node, name: str) -> list[Value]:
-        """The roots of a polynomial of degree 1 or 2 in a variable, or of what its absolute values may stand for."""
+        """The roots of a polynomial of degree 1 or 2 in a variable, for either sign of each absolute value in it.
+
+        Raises `Unreadable` for any other formula.
+        """
         if (part := _first_abs(tree)) is not None:
             variants = [_replaced(tree, part, inner) for inner in (part[2], ("neg", part[2]))]
             return [root for variant in variants for root in self._roots(variant, name)]

@@ -29,7 +29,7 @@ def value_of(tree: Node) -> Node:
 
 
 def coordinates(tree: Node) -> Node:
-    """The list of its coordinates for a named point, as x = 1, y = 2 for (x, y) = (1, 2)."""
+    """The coordinates of a named point as a list, x = 1, y = 2 for (x, y) = (1, 2); any other tree unchanged."""
     if tree[0] == "rel" and is_point(tree) and tree[2][1][0] == "tuple" and len(tree[2][0][2]) == len(tree[2][1][2]):
         pairs = zip(tree[2][0][2], tree[2][1][2], strict=True)
         return ("list", ",", tuple(("rel", ("=",), pair) for pair in pairs))

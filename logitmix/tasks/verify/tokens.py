@@ -63,8 +63,8 @@ _TOKEN = re.compile(
 _MATHS = {"\\(": "\\)", "\\)": "\\(", "\\[": "\\]", "\\]": "\\["}  # delimiters of formulas, in pairs
 _GROUPED = re.compile(r"(?<![\w.,}])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")
 _SPACED = re.compile(r"\s*[-+]?[0-9]{1,3}(?:(?:\s|~|\\[ ,;:])[0-9]{3})+(?:\.[0-9]+)?\s*")
-# Single letters of a text that are units after a number; others are variables.
 _CONDITIONS = frozenset("∈<>≤≥≠")
+# Single letters of a text that are units after a number; others are variables.
 _UNIT_LETTERS = frozenset("mgslhLNJWVAKCFTPHZ")
 
 
@@ -133,20 +133,8 @@ def _lex(text: str, in_text: bool) -> list[Token]:
                 continue
             bar = "\\lvert" if opened == "left" else "\\rvert" if opened == "|" else "|"
             found = bar if found == "|" else SAME.get(found, found)
-        elif kind == "number":
-            found = _number(found)
-        elif kind == "degree":
-            found = "°"
-        elif kind == "currency":
-            found = found.strip().lstrip("\\")
-        elif kind == "half":
-            found = f'"{found[0].lower()}m'
-        elif kind == "environment":
-            found = re.sub(r"\s", "", found)
-        elif kind == "run" and in_text and len(found) > 1:
-            found = SAME.get(found, found if found in FUNCTIONS else f'"{found}')
         else:
-            found = SAME.get(found, found)
+            found = _spelling(kind, found, in_text)
         if found in BOLD or not found:
             gap = MARKUP
             continue
@@ -157,8 +145,25 @@ def _lex(text: str, in_text: bool) -> list[Token]:
     return tokens
 
 
+def _spelling(kind: str | None, found: str, in_text: bool) -> str:
+    """The one spelling of a sign, name, number or word, by the group of `_TOKEN` that matched it."""
+    if kind == "number":
+        return _number(found)
+    if kind == "degree":
+        return "°"
+    if kind == "currency":
+        return found.strip().lstrip("\\")
+    if kind == "half":
+        return f'"{found[0].lower()}m'
+    if kind == "environment":
+        return re.sub(r"\s", "", found)
+    if kind == "run" and in_text and len(found) > 1:
+        return SAME.get(found, found if found in FUNCTIONS else f'"{found}')
+    return SAME.get(found, found)
+
+
 def _at_edge(text: str, match: re.Match[str]) -> bool:
-    """Whether only blanks, points and delimiters of formulas stand on one side of a match."""
+    """Whether one side of a match has only blanks, points and delimiters of formulas."""
     return any(
         re.fullmatch(r"(?:[\s$.,;]|\\[()\[\]])*", side) for side in (text[: match.start()], text[match.end() :])
     )

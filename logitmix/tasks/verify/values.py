@@ -38,7 +38,7 @@ def start_steps() -> None:
 def _charge(steps: int) -> None:
     _local.steps = getattr(_local, "steps", 0) + steps
     if _local.steps > MAX_STEPS:
-        raise TooLong(f"the comparison takes more than {MAX_STEPS:,} steps")
+        raise TooLong
 
 
 def equal(left: Node, right: Node) -> bool:
@@ -90,7 +90,7 @@ def constant(tree: Node) -> Value:
 
 
 def value_at(tree: Node, point: int, imaginary: bool) -> Value | None:
-    """The value at a point, None where it is undefined."""
+    """The value at a point, None where it is undefined. Raises `Unreadable` for what is no number."""
     value, steps = _cached_value(tree, point, imaginary)
     _charge(steps)
     if isinstance(value, Unreadable):
@@ -130,7 +130,10 @@ def close(left: Value, right: Value) -> bool:
 
 
 def rounded(decimal: str, exact: Value, digits_needed: int = 6) -> bool:
-    """Whether a decimal is an exact value rounded or truncated to six digits or more."""
+    """Whether a decimal is an exact value, rounded or truncated.
+
+    It must have `digits_needed` significant digits or more; or as many decimal places, and four significant digits.
+    """
     if not DECIMAL.fullmatch(decimal) or isinstance(exact, (context().mpc, context().matrix)):
         return False
     whole, _, digits = decimal.lstrip("-").partition(".")
