@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from logitmix.cli.options.data import TestProblemArguments, read_run_arguments
 from logitmix.cli.options.model import AnchorArguments, MixtureArguments, ModelArguments, load_mixture
@@ -139,7 +139,11 @@ def run(options: RealignOptions) -> None:
         print(f"The smallest alpha within {args.kl_budget:g} nats a token of the anchor is {budget_alpha:.3f}.")
     if args.output_file is not None:
         rows = [asdict(p) | {"beta": b if p.alpha < 1 else None} for p, b in zip(predictions, betas, strict=True)]
-        numbers = {"rollouts": len(rollouts.responses), "alpha": sampled_alpha, "trained_alpha": trained_alpha}
+        numbers: dict[str, Any] = {
+            "rollouts": len(rollouts.responses),
+            "alpha": sampled_alpha,
+            "trained_alpha": trained_alpha,
+        }
         numbers |= {"kl_budget_alpha": budget_alpha}
         Path(args.output_file).write_text(json.dumps(numbers | {"predictions": rows}, indent=2) + "\n")
         console.print(f"The numbers are in {args.output_file}.", soft_wrap=True)

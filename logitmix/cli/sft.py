@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from logitmix.cli.options.data import CHAT_TEMPLATE_KWARGS, TaskArguments, parse_chat_template_kwargs
+from logitmix.cli.options.data import CHAT_TEMPLATE_HELP, TaskArguments, parse_chat_template_kwargs
 from logitmix.cli.options.described import described
 from logitmix.cli.options.lora import AdapterArguments
 from logitmix.cli.options.model import ModelArguments
@@ -30,7 +30,7 @@ class DemonstrationArguments:
             "alone, for data without solutions."
         },
     )
-    chat_template_kwargs: dict | str | None = field(**CHAT_TEMPLATE_KWARGS)
+    chat_template_kwargs: dict | str | None = field(default=None, metadata={"help": CHAT_TEMPLATE_HELP})
 
     def __post_init__(self) -> None:
         self.chat_template_kwargs = parse_chat_template_kwargs(self.chat_template_kwargs)

@@ -58,13 +58,9 @@ class DataArguments(SourceArguments):
         )
 
 
-CHAT_TEMPLATE_KWARGS: dict[str, Any] = {
-    "default": None,
-    "metadata": {
-        "help": "Arguments for the chat template that renders the prompts, as JSON such as "
-        "'{\"enable_thinking\": false}'."
-    },
-}
+CHAT_TEMPLATE_HELP = (
+    "Arguments for the chat template that renders the prompts, as JSON such as '{\"enable_thinking\": false}'."
+)
 
 
 def parse_chat_template_kwargs(given: dict[str, Any] | str | None) -> dict[str, Any] | None:
@@ -87,7 +83,7 @@ def parse_chat_template_kwargs(given: dict[str, Any] | str | None) -> dict[str, 
 class RenderedDataArguments(DataArguments):
     """Task and data"""
 
-    chat_template_kwargs: dict | str | None = field(**CHAT_TEMPLATE_KWARGS)
+    chat_template_kwargs: dict | str | None = field(default=None, metadata={"help": CHAT_TEMPLATE_HELP})
 
     def __post_init__(self) -> None:
         self.chat_template_kwargs = parse_chat_template_kwargs(self.chat_template_kwargs)
@@ -123,7 +119,7 @@ class CheckpointDataArguments(SourceArguments):
     split_seed: int | None = field(
         default=None, metadata={"help": "Seed of the splits; default: that of the checkpoint's run, else 0."}
     )
-    chat_template_kwargs: dict | str | None = field(**CHAT_TEMPLATE_KWARGS)
+    chat_template_kwargs: dict | str | None = field(default=None, metadata={"help": CHAT_TEMPLATE_HELP})
 
     def __post_init__(self) -> None:
         self.chat_template_kwargs = parse_chat_template_kwargs(self.chat_template_kwargs)
