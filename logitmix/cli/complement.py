@@ -63,7 +63,7 @@ def run(options: ComplementOptions) -> None:
     (name_a, a), (name_b, b) = select_pair(sources, decoded)
     result = complement(a, b, name_a, name_b)
     if not checkpoints:
-        refuse_unread(options.problems, options.loading, options.decoding)
+        note_unread(options.problems, options.loading, options.decoding)
     named = [replace(row, name=name) for name, rows in (("A", a), ("B", b)) for row in rows]
     measured = [openings[name] for name in (name_a, name_b) if openings.get(name)]
     margins = {name: asdict(summarise(found)) for name, found in openings.items() if found}
@@ -78,15 +78,14 @@ def run(options: ComplementOptions) -> None:
         console.print(f"The numbers are in {path}.", soft_wrap=True)
 
 
-def refuse_unread(*groups: Any) -> None:
-    """Raise `ValueError` for flags of decoding where both sources are responses that exist; `output_dir` is read."""
-    for group in groups:
-        for f in fields(group):
-            if f.name != "output_dir" and getattr(group, f.name) != f.default:
-                raise ValueError(
-                    f"{f.name} is {getattr(group, f.name)!r}, but the sources are responses, which are decoded "
-                    "already; leave it out, or give checkpoints"
-                )
+def note_unread(*groups: Any) -> None:
+    """Say which flags of decoding are not read, where both sources are responses that exist; `output_dir` is read."""
+    changed = [f.name for group in groups for f in fields(group) if getattr(group, f.name) != f.default]
+    unread = [f"--{name}" for name in changed if name != "output_dir"]
+    if unread:
+        console.print(
+            f"Not read, since the sources are responses, compared as they are: {', '.join(unread)}.", soft_wrap=True
+        )
 
 
 def decode_checkpoints(

@@ -43,8 +43,8 @@ def main(argv: Sequence[str]) -> None:
 
 def run(options: InspectOptions) -> None:
     from logitmix.evaluation.inspect import inspect
+    from logitmix.evaluation.report.inspection_table import print_inspection
     from logitmix.evaluation.report.pages import inspection_page
-    from logitmix.evaluation.report.tables import print_inspection
     from logitmix.mixture.loading import require_tokenizer
     from logitmix.mixture.tokenizers import keep_tags
 

@@ -159,8 +159,8 @@ def test_comparing_files_of_responses(tmp_path, capsys):
         printed = capsys.readouterr().out
         assert "110" in printed
         assert "17.5 points (B - A), beyond noise" in printed
-    assert main(["complement", str(tmp_path / "run"), "--eval_limit", "50"]) == 2
-    assert "eval_limit is 50, but the sources are responses, which are decoded already" in capsys.readouterr().err
+    assert main(["complement", str(tmp_path / "run"), "--eval_limit", "50"]) == 0
+    assert "since the sources are responses, compared as they are: --eval_limit." in capsys.readouterr().err
 
 
 def test_comparing_a_file_with_a_checkpoint(checkpoints, tmp_path, capsys):

@@ -224,6 +224,16 @@ def test_such_a_run_blocks_no_others(runs, capsys):
     assert (out / "loss.png").exists()
 
 
+def test_the_kl_to_each_of_several_anchors_is_drawn(tmp_path):
+    row = {"step": 1, "mixture/kl_policy": 0.1, "mixture/kl_anchor_0": 0.2, "mixture/kl_anchor_1": 0.3}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    panel = next(panel for panel in PANELS if panel.file == "kl")
+    lines = panel_lines(panel, group_by_arm(read_runs(str(tmp_path))))
+    assert {line.label.rpartition(": ")[2]: line.curve.mean for line in lines} == {
+        "kl_policy": [0.1], "kl_anchor_0": [0.2], "kl_anchor_1": [0.3]
+    }  # fmt: skip
+
+
 def test_updates_of_a_run_without_outer_steps_are_its_steps(tmp_path):
     """As of SFT, whose accumulated batches are no parts of an outer step."""
     arguments = {"command": "sft", "gradient_accumulation_steps": 8}

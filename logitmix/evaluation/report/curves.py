@@ -1,6 +1,7 @@
 """Training runs for a report: read from their folders, grouped by arm, and turned into curves."""
 
 import itertools
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -48,7 +49,7 @@ class Run:
     @property
     def is_drawn(self) -> bool:
         """Whether any panel shows a number of the run."""
-        return any(points(self, panel.source, key) for panel in PANELS for key in panel.keys)
+        return any(points(self, panel.source, key) for panel in PANELS for key in panel_keys(panel, [self]))
 
     @property
     def progress(self) -> str:
@@ -133,7 +134,7 @@ PANELS = (
         "kl",
         "KL of the mixture to policy and anchor; kl: GRPO's penalty",
         "nats a token",
-        ("mixture/kl_policy", "mixture/kl_anchor", *(f"mixture/kl_anchor_{i}" for i in range(4)), "kl"),
+        ("mixture/kl_policy", "mixture/kl_anchor", "kl"),
     ),
     Panel("length", "Length of the rollouts", "tokens", ("completions/mean_length",)),
     Panel("cut", "Rollouts cut at the limit", "of all (%)", ("completions/clipped_ratio",), **PER_CENT),
@@ -230,13 +231,23 @@ def curve(arm: Arm, source: str, key: str, factor: float = 1.0) -> Curve | None:
     )  # fmt: skip
 
 
+def panel_keys(panel: Panel, runs: Iterable[Run]) -> list[str]:
+    """The keys of a panel, and after each those of several anchors, such as `mixture/kl_anchor_0`."""
+    logged = {key for run in runs for row in run.metrics for key in row} if panel.source == "metrics" else set()
+    keys = []
+    for key in panel.keys:
+        keys += [key, *sorted(found for found in logged if re.fullmatch(rf"{key}_\d+", found))]
+    return keys
+
+
 def panel_lines(panel: Panel, arms: Sequence[Arm]) -> list[Line]:
     """The lines of a panel; empty if no run has its numbers."""
     lines = []
-    for (i, arm), (variant, key) in itertools.product(enumerate(arms), enumerate(panel.keys)):
+    keys = panel_keys(panel, [run for arm in arms for run in arm.runs])
+    for (i, arm), (variant, key) in itertools.product(enumerate(arms), enumerate(keys)):
         found = curve(arm, panel.source, key, panel.factor)
         if found is not None:
-            what = f": {key.rpartition('/')[2]}" if len(panel.keys) > 1 else ""
+            what = f": {key.rpartition('/')[2]}" if len(keys) > 1 else ""
             seeds = f", {found.seeds} seeds" if found.seeds > 1 else ""
             lines.append(Line(f"{arm.label}{what}{seeds}", found, i, variant))
     return lines

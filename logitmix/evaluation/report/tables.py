@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,6 @@ from logitmix.evaluation.statistics import Estimate
 from logitmix.evaluation.sweep import Choice
 
 if TYPE_CHECKING:  # reports need no torch
-    from logitmix.evaluation.inspect import Inspection
     from logitmix.evaluation.openings import Opening
     from logitmix.evaluation.realignment import Prediction
     from logitmix.evaluation.template_trials import Trial
@@ -35,7 +33,6 @@ MEASURES = {
 }
 RATE_COLUMNS = tuple(MEASURES.values())
 MARGIN = "margin: of the format's weakest opening token over the next best token, in nats, after a worked solution"
-MEMBER_STYLES = ("blue", "yellow", "green", "cyan", "red")
 
 
 def print_rates(title: str, rates: Mapping[str, Rates]) -> None:
@@ -278,30 +275,6 @@ def print_weights_choice(choice: WeightsChoice) -> None:
         f"{interval(choice.member)}: p = {p_value(choice.p_value)} (McNemar's exact test).",
         highlight=False,
     )
-
-
-def print_inspection(inspection: Inspection) -> None:
-    """Print a row for each token of the mixture's response, then the response of each model alone."""
-    title = f"The mixture at {inspection.setting}: probability of each token, %"
-    table, members = Table(title=title, title_justify="left"), list(inspection.weights)
-    *_, none = inspection.carriers
-    styles = dict(zip(members, itertools.cycle(MEMBER_STYLES), strict=False)) | {none: "magenta"}
-    for column in ("token", *inspection.responses, *(f"{name}'s first" for name in members), "carried by"):
-        table.add_column(column, justify="right" if column in inspection.responses else "left")
-    for token in inspection.tokens:
-        probabilities = (percent(token.probabilities[name]) for name in inspection.responses)
-        # Text, not str: a model's output may look like markup
-        firsts = (Text(visible(token.top[name][0].text)) for name in members)
-        style = styles.get(token.carried_by, "")
-        who = " + ".join(token.first_of) if token.carried_by == "several" else token.carried_by
-        table.add_row(Text(visible(token.text), style), *probabilities, *firsts, Text(who, style))
-    console = Console()
-    console.print(table)
-    for name in inspection.responses:
-        console.print(Text(f"{name} alone:" if name != "mixture" else "mixture:", "bold"))
-        console.print(Text(inspection.responses[name]), soft_wrap=True)
-    counts = ", ".join(f"{name} {count}" for name, count in inspection.carried().items())
-    console.print(f"Tokens carried by: {counts}.", highlight=False)
 
 
 def print_rows(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

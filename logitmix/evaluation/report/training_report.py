@@ -4,7 +4,7 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-from logitmix.evaluation.report.curves import PANELS, Arm, Run, curve, group_by_arm, panel_lines, points
+from logitmix.evaluation.report.curves import PANELS, Arm, Run, curve, group_by_arm, panel_keys, panel_lines, points
 from logitmix.evaluation.report.figures import plot_panel
 from logitmix.evaluation.report.pages import report_page
 from logitmix.evaluation.report.tables import interval, print_notes, print_rows
@@ -94,7 +94,7 @@ def write_csv(path: Path, arms: Sequence[Arm]) -> None:
             for run in arm.runs:
                 for panel in PANELS:
                     source = panel.source if panel.source != "main" else run.name or panel.source
-                    for key in panel.keys:
+                    for key in panel_keys(panel, [run]):
                         for step, value in points(run, panel.source, key).items():
                             seed = run.arguments.get("seed", "")
                             writer.writerow([arm.label, run.folder, seed, source, key, f"{step:g}", repr(value)])
