@@ -116,7 +116,7 @@ class Task(ABC):
         `chat_template_kwargs` are a third column, if there are any.
         """
         reply: Prompt = [{"role": "assistant", "content": completion}] if self.template.chat else completion
-        row = {"prompt": self.prompt(problem), "completion": reply}
+        row: dict[str, Any] = {"prompt": self.prompt(problem), "completion": reply}
         if self.chat_template_kwargs:
             row["chat_template_kwargs"] = dict(self.chat_template_kwargs)
         return row
