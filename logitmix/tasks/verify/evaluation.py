@@ -37,10 +37,10 @@ class Undefined(Exception):
 
 
 class TooLong(Exception):
-    """The comparison takes more steps than MAX_STEPS. Its text begins with TOO_LONG."""
+    """The comparison takes more steps than its limit. The message begins with TOO_LONG."""
 
-    def __init__(self) -> None:
-        super().__init__(f"{TOO_LONG} {MAX_STEPS:,} steps")
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"{TOO_LONG} {limit:,} steps")
 
 
 _local = threading.local()
@@ -119,7 +119,7 @@ class Evaluation:
     def charge(self, steps: int) -> None:
         self.steps += steps
         if self.steps > MAX_STEPS:
-            raise TooLong
+            raise TooLong(MAX_STEPS)
 
     def power(self, base: Value, exponent: Value) -> Value:
         mp = context()

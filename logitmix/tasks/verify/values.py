@@ -38,7 +38,7 @@ def start_steps() -> None:
 def _charge(steps: int) -> None:
     _local.steps = getattr(_local, "steps", 0) + steps
     if _local.steps > MAX_STEPS:
-        raise TooLong
+        raise TooLong(MAX_STEPS)
 
 
 def equal(left: Node, right: Node) -> bool:
