@@ -78,7 +78,7 @@ def read_earlier_results(path: Path, scale: str, arms: Collection[str], num_prob
     rows = read_jsonl(path)
     if not rows or rows[0].get("what") != "run":
         raise ValueError(f"{path} is not the results.jsonl of a reproduction's report")
-    if (found := rows[0]["scale"]) != scale:
+    if (found := rows[0].get("scale")) != scale:
         raise ValueError(f"{path} is of the scale {found!r}, not {scale!r}; give --scale {found}")
     outcomes = Outcomes(rows)
     if outcomes.n != num_problems:

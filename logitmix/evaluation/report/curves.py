@@ -4,6 +4,7 @@ import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,11 @@ class Run:
     @property
     def trains_by_reward(self) -> bool:
         return bool(self.evaluations) or any("reward" in row for row in self.metrics)
+
+    @cached_property
+    def logged(self) -> set[str]:
+        """The names of all metrics, which every panel asks for."""
+        return {key for row in self.metrics for key in row}
 
     @property
     def is_drawn(self) -> bool:
@@ -233,7 +239,7 @@ def curve(arm: Arm, source: str, key: str, factor: float = 1.0) -> Curve | None:
 
 def panel_keys(panel: Panel, runs: Iterable[Run]) -> list[str]:
     """The keys of a panel, and after each those of several anchors, such as `mixture/kl_anchor_0`."""
-    logged = {key for run in runs for row in run.metrics for key in row} if panel.source == "metrics" else set()
+    logged = {key for run in runs for key in run.logged} if panel.source == "metrics" else set()
     keys = []
     for key in panel.keys:
         keys += [key, *sorted(found for found in logged if re.fullmatch(rf"{key}_\d+", found))]
